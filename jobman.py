@@ -1,0 +1,2993 @@
+#!/usr/bin/env python3
+"""Hand out jobs to any number of workers, each job to one worker at a time.
+
+jobman is a job manager for machines where nothing can be installed: this
+file is the server and the command line, worker.py beside it runs the jobs.
+
+    python3 jobman.py serve                       the server
+    python3 jobman.py run 'COMMAND {}' ::: ITEM…  a whole run in one command
+
+It needs Python 3.6 or later and SQLite 3.7.17 or later, nothing else.
+A request goes this way: front door, respond, endpoint, Store, Writer.
+The manual is README.md.
+"""
+
+import argparse
+import base64
+import contextlib
+import fcntl
+import functools
+import hashlib
+import html
+import http.client
+import http.server
+import io
+import itertools
+import json
+import os
+import re
+import resource
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import socketserver
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections import Counter, deque
+from urllib.parse import parse_qsl, quote, unquote
+
+__version__ = "0.1.0"
+
+MAX_JOBIX = 2**63 - 1
+MAX_JOBID = 2**53 - 1
+MAX_STAGE = 1000000
+MAX_MINUTES = 10**9
+MAX_SECONDS = 10**9
+MAX_WAIT = 60  # seconds that a long poll may last
+MAX_CLAIMS = 10000  # jobs in one claim; more are clipped
+MAX_BODY = 64 * 2**20  # bytes of a request's body, before and after inflating
+MAX_NAME = 255  # characters of a worker's name or a submission's key
+MAX_REPORT = 4096  # characters kept of an attempt's error and stderr
+MAX_ATTEMPTS = 3  # failures in a stage before a job is failed
+MAX_LAPSES = 5  # lapsed leases in a stage before a job is failed
+
+
+# ---------------------------------------------------------------- errors ---
+
+
+class Error(Exception):
+    """Refuse a request with an HTTP status and one sentence."""
+
+    def __init__(self, status, message, **headers):
+        super().__init__(message)
+        self.status = status
+        self.headers = {
+            name.replace("_", "-"): value for name, value in headers.items()
+        }
+
+
+class Trouble(Exception):
+    """End a command with one sentence to its user and exit status 1."""
+
+
+def unavailable(reason):
+    """Return the Error for a server that can't answer now but may soon."""
+    message = "The server can't do that now (%s); try again." % reason
+    return Error(503, message, Retry_After="1")
+
+
+# ---------------------------------------------------------- JSON and zlib ---
+
+
+def to_json(value):
+    """Return `value` as ASCII JSON text; lone surrogates stay as escapes.
+
+    Raises Error 400 for an infinite number.
+    """
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise Error(400, "A number or a nesting is too large.") from None
+
+
+def refuse_constant(name):
+    """Refuse NaN and Infinity, which Python reads but JSON doesn't have."""
+    raise ValueError("%s is not JSON" % name)
+
+
+def from_json(text):
+    """Return the value of JSON `text`; raise Error 400 when it has none."""
+    try:
+        return json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError):
+        raise Error(400, "The body is not JSON.") from None
+
+
+def unpack(body):
+    """Return the JSON value in `body`: zlib data, gzip data or plain text.
+
+    The bytes decide, not the headers: existing clients send zlib data and
+    call it gzip. RFC 1950 and RFC 1952 give the first bytes of each.
+    """
+    zipped = body[:2] == b"\x1f\x8b" or (
+        len(body) > 1
+        and body[0] & 15 == 8
+        and (body[0] * 256 + body[1]) % 31 == 0
+    )
+    if zipped:
+        body = inflate(body)
+    try:
+        return from_json(body.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise Error(400, "The body is not UTF-8.") from None
+
+
+def inflate(body):
+    """Return `body` inflated; raise Error 413 before it grows too large."""
+    inflater = zlib.decompressobj(wbits=47)  # zlib or gzip, by its header
+    try:
+        plain = inflater.decompress(body, MAX_BODY)
+    except zlib.error:
+        raise Error(400, "The body is not intact zlib data.") from None
+    if inflater.unconsumed_tail:
+        raise Error(413, "The body inflates to over %d bytes." % MAX_BODY)
+    if not inflater.eof or inflater.unused_data.strip(b"\0"):
+        raise Error(400, "The body is not intact zlib data.")
+    return plain
+
+
+# ------------------------------------------------------- schema and SQL ---
+
+APPLICATION_ID = 0x6A6F626D  # "jobm", in the database's header
+SCHEMA_VERSION = 1
+
+# All text that came as JSON and isn't computed with (jobcmd, filename, cwd,
+# outputs) is kept as JSON text: so every string survives as it came.
+SCHEMA = """
+create table setting (name text primary key, value);
+
+create table pipeline (jobix integer primary key, laststage integer not null);
+
+create table lifetime (
+    jobix integer not null, stage integer not null, minutes integer not null,
+    primary key (jobix, stage));
+
+create table job (
+    row integer primary key,
+    jobix integer not null,
+    jobid integer not null,
+    stage integer not null,
+    state text not null,
+    free integer not null,             -- 1: the next claim may have it
+    priority integer not null,
+    expired integer not null default 0,  -- 1: over its stage's lifetime
+    since real not null,               -- when it came into its stage
+    due real,                          -- when its lease or delay ends
+    lease real,                        -- seconds; null: claimed without
+    origin integer,                    -- stage of its latest claim
+    held integer,                      -- stage that this claim moved it to
+    claim text,                        -- token that may still end an attempt
+    worker text,
+    attempt integer not null default 0,   -- these three since the job came
+    failures integer not null default 0,  -- into the stage that it is
+    lapses integer not null default 0,    -- claimed from
+    jobcmd text,
+    filename text,
+    laststage integer,
+    max_attempts integer,
+    timeout real,
+    cwd text,
+    outputs text,
+    unique (jobix, jobid));
+create index job_queue on job (jobix, stage, free, priority desc, jobid);
+create index job_age on job (jobix, stage, expired, since);
+create index job_due on job (due);
+
+create table attempt (
+    row integer primary key,
+    job integer not null,              -- job.row
+    claim text not null,
+    attempt integer not null,
+    stage integer not null,            -- claimed from
+    target integer,                    -- stage that its update moved it to
+    worker text,
+    started real not null,
+    ended real not null,
+    outcome text not null,
+    exit_code integer,
+    error text,
+    stderr text);
+create index attempt_job on attempt (job);
+
+create table tally (
+    jobix integer not null, stage integer not null, state text not null,
+    jobs integer not null, expired integer not null,
+    primary key (jobix, stage, state));
+
+create table pace (
+    jobix integer not null, minute integer not null,
+    updates integer not null, done integer not null,
+    primary key (jobix, minute));
+
+create table submission (
+    jobix integer not null, key text not null,
+    first integer not null, jobs integer not null,
+    primary key (jobix, key));
+"""
+
+
+class SQL:
+    """Every statement that runs on an open database, a line on each."""
+
+    # the jobix that this database's server made for itself
+    SETTING = "select value from setting where name = :name"
+    KEEP_SETTING = "insert or ignore into setting values (:name, :value)"
+
+    # what a move needs to know of a job; `final` is its last stage
+    MOVABLE = """
+        select row, jobix, jobid, stage, state, expired, since, due, lease,
+            origin, held, claim, worker, attempt, failures, lapses,
+            max_attempts, coalesce(laststage, (
+                select laststage from pipeline
+                where pipeline.jobix = job.jobix)) as final
+        from job """
+    JOB = MOVABLE + "where jobix = :jobix and jobid = :jobid"
+    # one range of the index job_due
+    DUE = MOVABLE + "where due <= :now order by due limit :limit"
+    NEXT_DUE = "select min(due) from job"
+    # one range of job_age
+    EXPIRED = MOVABLE + "where jobix = :jobix and stage = :stage " \
+        "and expired = 1"
+    # one range of job_queue: `free` follows from the state but for working
+    GROUP = """
+        select jobid from job where jobix = :jobix and stage = :stage
+        and free between :least and :most and state = :state"""
+    # one look-up in job_queue at any number of jobs
+    FREE = """
+        select job.*, coalesce(laststage, (
+                select laststage from pipeline
+                where pipeline.jobix = job.jobix)) as final
+        from job where jobix = :jobix and stage = :stage and free = 1
+        order by priority desc, jobid limit :limit"""
+    ANY_FREE = """
+        select 1 from job where jobix = :jobix and stage = :stage
+        and free = 1 limit 1000"""
+
+    # the one way in which a job moves: nobody else has moved it meanwhile
+    MOVE = """
+        update job set stage = :stage, state = :state, free = :free,
+            expired = 0, since = :since, due = :due, lease = :lease,
+            origin = :origin, held = :held, claim = :claim,
+            worker = :worker, attempt = :attempt, failures = :failures,
+            lapses = :lapses, jobcmd = coalesce(:jobcmd, jobcmd),
+            filename = coalesce(:filename, filename)
+        where row = :row and stage = :old_stage and state = :old_state
+            and claim is :old_claim"""
+    # the claim is still the one that is being renewed
+    RENEW = """
+        update job set due = :due, lease = :lease, free = 0
+        where row = :row and claim = :claim and state = 'working'"""
+    # at a server's start: an outage costs no lease
+    RENEW_ALL = """
+        update job set due = :now + lease
+        where due is not null and state = 'working'"""
+
+    LAST_ROW = "select coalesce(max(row), 0) from job"
+    LAST_JOBID = "select max(jobid) from job where jobix = :jobix"
+    # an existing job is left as it is
+    ADD = """
+        insert or ignore into job (jobix, jobid, stage, state, free,
+            priority, since, jobcmd, filename, laststage, max_attempts,
+            timeout, cwd, outputs)
+        values (:jobix, :jobid, :jobstage, :state, 1, :priority, :since,
+            :jobcmd, :filename, :laststage, :max_attempts, :timeout, :cwd,
+            :outputs)"""
+    # linear in what was just added
+    ADDED = """
+        select stage, state, count(*) as jobs from job where row > :row
+        group by stage, state"""
+    SUBMISSION = """
+        select first, jobs from submission
+        where jobix = :jobix and key = :key"""
+    KEEP_SUBMISSION = """
+        insert into submission values (:jobix, :key, :first, :jobs)"""
+
+    # written once, when an attempt ends …
+    END_ATTEMPT = """
+        insert into attempt (job, claim, attempt, stage, target, worker,
+            started, ended, outcome, exit_code, error, stderr)
+        values (:row, :claim, :attempt, :origin, :target, :worker, :since,
+            :now, :outcome, :exit_code, :error, :stderr)"""
+    # … and once more when it had lapsed and ended after all
+    MEND_ATTEMPT = """
+        update attempt set target = :target, ended = :now,
+            outcome = :outcome, exit_code = :exit_code, error = :error,
+            stderr = :stderr
+        where job = :row and claim = :claim"""
+    ATTEMPT = """
+        select outcome, target from attempt
+        where job = :row and claim = :claim"""
+
+    # failed jobs with their last attempts
+    FAILURES = """
+        select jobid, jobcmd, error, stderr
+        from job left join attempt on attempt.row = (
+            select max(row) from attempt where attempt.job = job.row)
+        where jobix = :jobix and state = 'failed'
+        order by jobid limit :limit"""
+
+    COUNT = """
+        update tally set jobs = jobs + :jobs, expired = expired + :expired
+        where jobix = :jobix and stage = :stage and state = :state"""
+    COUNT_FIRST = """
+        insert into tally values (:jobix, :stage, :state, :jobs, :expired)"""
+    TALLY = """
+        select stage, state, jobs, expired from tally
+        where jobix = :jobix and jobs > 0 order by stage, state"""
+    EXPIRED_JOBS = """
+        select coalesce(sum(expired), 0) from tally where jobix = :jobix"""
+    EXPIRED_IN_STAGE = EXPIRED_JOBS + " and stage = :stage"
+    PACE = """
+        update pace set updates = updates + :updates, done = done + :done
+        where jobix = :jobix and minute = :minute"""
+    PACE_FIRST = """
+        insert into pace values (:jobix, :minute, :updates, :done)"""
+    RECENT_PACE = """
+        select minute, updates, done from pace
+        where jobix = :jobix and minute >= :minute order by minute"""
+
+    LIFETIMES = """
+        select stage, minutes from lifetime where jobix = :jobix
+        order by stage"""
+    LIFETIME = """
+        select minutes from lifetime
+        where jobix = :jobix and stage = :stage"""
+    SET_LIFETIME = """
+        insert or replace into lifetime values (:jobix, :stage, :minutes)"""
+    ALL_LIFETIMES = "select jobix, stage, minutes from lifetime " \
+        "where minutes > 0"
+    LASTSTAGE = "select laststage from pipeline where jobix = :jobix"
+    SET_LASTSTAGE = """
+        insert or replace into pipeline values (:jobix, :laststage)"""
+    # jobs that are done now that the pipeline has a last stage
+    NEWLY_DONE = MOVABLE + """
+        where jobix = :jobix and stage >= :laststage
+        and laststage is null and state in ('waiting', 'delayed')"""
+    # the newly expired of a stage, per state, and their marks
+    OVERDUE = """
+        select state, count(*) as jobs from job
+        where jobix = :jobix and stage = :stage and expired = 0
+        and since < :before group by state"""
+    FLAG = """
+        update job set expired = 1
+        where jobix = :jobix and stage = :stage and expired = 0
+        and since < :before"""
+    ANY_OVERDUE = """
+        select 1 from job where jobix = :jobix and stage = :stage
+        and expired = 0 and since < :before limit 1"""
+    # those whose lifetime was made longer
+    OUT_OF_DATE = """
+        select state, count(*) as jobs from job
+        where jobix = :jobix and stage = :stage and expired = 1
+        and since >= :before group by state"""
+    UNFLAG = """
+        update job set expired = 0
+        where jobix = :jobix and stage = :stage and expired = 1
+        and since >= :before"""
+
+
+# -------------------------------------------------------------- database ---
+
+
+def connect(path, *, readonly):
+    """Return a connection to the database at `path`, in autocommit mode.
+
+    No connection ever checkpoints by itself: SQLite 3.7.0 to 3.51.2 can lose
+    commits when one does while another commits (https://sqlite.org/wal.html,
+    "The WAL-reset bug").
+    """
+    mode = "ro" if readonly else "rw"
+    connection = sqlite3.connect(
+        "file:%s?mode=%s" % (quote(os.path.abspath(path)), mode),
+        uri=True,
+        timeout=30,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    connection.row_factory = sqlite3.Row
+    connection.execute("pragma wal_autocheckpoint = 0")
+    return connection
+
+
+def inspect(path):
+    """Return the schema version of the database at `path`, 0 for a new one.
+
+    Changes nothing; raises Trouble for a file that isn't a jobman database
+    or was made by a newer version.
+    """
+    if not os.path.exists(path) or os.path.getsize(path) == 0:
+        return 0
+    with contextlib.closing(connect(path, readonly=True)) as connection:
+        made_by = connection.execute("pragma application_id").fetchone()[0]
+        version = connection.execute("pragma user_version").fetchone()[0]
+    if made_by != APPLICATION_ID:
+        raise Trouble("%s is a database of another program." % path)
+    if version > SCHEMA_VERSION:
+        raise Trouble(
+            "%s was made by a newer jobman (schema %d, this one knows %d);"
+            " use that one." % (path, version, SCHEMA_VERSION)
+        )
+    return version
+
+
+def create_schema(path):
+    """Make the file at `path` (mode 0600) and the tables in it.
+
+    They are made in a draft beside it that takes the name when it is
+    complete, so that a full disk leaves nothing behind.
+    """
+    draft = "%s.new.%s" % (path, secrets.token_hex(4))
+    try:
+        os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        with contextlib.closing(connect(draft, readonly=False)) as connection:
+            connection.executescript(
+                "pragma synchronous = full; begin; %s"
+                "pragma application_id = %d; pragma user_version = %d; commit;"
+                % (SCHEMA, APPLICATION_ID, SCHEMA_VERSION)
+            )
+        os.replace(draft, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+
+
+def open_writer(path):
+    """Return the connection that changes the database at `path`.
+
+    Makes the database when there is none. Raises Trouble with a sentence
+    for the user when it can't be used, and leaves the file untouched then.
+    """
+    try:
+        if inspect(path) == 0:
+            create_schema(path)
+        if not os.access(path, os.W_OK):
+            raise Trouble("The database %s is not writable." % path)
+        connection = connect(path, readonly=False)
+        mode = connection.execute("pragma journal_mode = wal").fetchone()[0]
+        connection.execute("pragma synchronous = full")
+    except (sqlite3.Error, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Trouble(
+            "The database %s can't be used: %s." % (path, reason)
+        ) from None
+    if mode != "wal":
+        raise Trouble("The file system of %s can't hold a WAL." % path)
+    return connection
+
+
+class ServerLock:
+    """Keep a second server off a database, unless both share it.
+
+    The lock is a `flock` on the file `<database>.lock`, which names the
+    holder; it ends with the process, however that ends.
+    """
+
+    def __init__(self, path, *, shared):
+        self.file = open_private(path + ".lock")
+        try:
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(self.file, kind | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(self.file, 200, 0).decode("ascii", "replace")
+            os.close(self.file)
+            raise Trouble(
+                "Another server has the database %s (%s); end that one, or"
+                " start both with --shared." % (path, holder.strip())
+            ) from None
+        name = "process %d on %s\n" % (os.getpid(), socket.gethostname())
+        os.ftruncate(self.file, 0)
+        os.pwrite(self.file, name.encode("ascii", "replace"), 0)
+
+    def close(self):
+        """Let the next server have the database."""
+        os.close(self.file)
+
+
+def open_private(path):
+    """Return a file descriptor of the file at `path`, made with mode 0600."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise Trouble("%s: %s." % (path, error.strerror)) from None
+
+
+class Turns:
+    """Let the processes that share a database commit in turn.
+
+    SQLite's own lock is unfair: it may starve a process for minutes. Who
+    waits for the turn holds the gate, so that the process whose turn ends
+    finds the gate closed and comes after it.
+    """
+
+    def __init__(self, path):
+        self.gate = open_private(path + ".gate")
+        self.turn = open_private(path + ".turn")
+
+    def __enter__(self):
+        fcntl.flock(self.gate, fcntl.LOCK_EX)
+        fcntl.flock(self.turn, fcntl.LOCK_EX)
+        fcntl.flock(self.gate, fcntl.LOCK_UN)
+
+    def __exit__(self, *_):
+        fcntl.flock(self.turn, fcntl.LOCK_UN)
+
+    def close(self):
+        """Close both files."""
+        os.close(self.gate)
+        os.close(self.turn)
+
+
+# ---------------------------------------------------------------- writer ---
+
+
+class Transaction:
+    """What the operations of one commit share.
+
+    `now` is the commit's time in seconds since 1970. What an operation
+    counts is summed up here, and lost with it when it is refused.
+    """
+
+    def __init__(self, connection, now):
+        self.execute = connection.execute
+        self.executemany = connection.executemany
+        self.now = now
+        self.counts = Counter()
+        self.pending = Counter()
+
+    def count(self, kind, *key, n=1):
+        """Add `n` to the sum of `kind` (jobs, expired, free, …) for `key`."""
+        self.pending[(kind,) + key] += n
+
+    def attempt(self, operation):
+        """Run `operation(self)`; undo it alone when it raises."""
+        self.execute("savepoint operation")
+        try:
+            result = operation(self)
+            self.execute("release operation")
+        except sqlite3.Error:
+            raise  # a full disk has rolled back all: this commit is lost
+        except Exception:
+            self.execute("rollback to operation")
+            self.execute("release operation")
+            self.pending.clear()
+            raise
+        self.counts.update(self.pending)
+        self.pending.clear()
+        return result
+
+    def settle(self):
+        """Write the sums: one update for each group of jobs that changed."""
+        tallies, paces = {}, {}
+        for (kind, *key), n in self.counts.items():
+            if kind in ("jobs", "expired"):
+                tallies.setdefault(tuple(key), {})[kind] = n
+            elif kind in ("updates", "done"):
+                paces.setdefault(key[0], {})[kind] = n
+        for (jobix, stage, state), sums in tallies.items():
+            key = {"jobix": jobix, "stage": stage, "state": state}
+            self.add(SQL.COUNT, SQL.COUNT_FIRST, "jobs expired", key, sums)
+        for jobix, sums in paces.items():
+            key = {"jobix": jobix, "minute": int(self.now // 60)}
+            self.add(SQL.PACE, SQL.PACE_FIRST, "updates done", key, sums)
+
+    def add(self, update, insert, columns, key, sums):
+        """Add `sums` to the row of `key`, which may be the first."""
+        values = {name: sums.get(name, 0) for name in columns.split()}
+        if any(values.values()):
+            values.update(key)
+            if self.execute(update, values).rowcount == 0:
+                self.execute(insert, values)
+
+
+class Turn:
+    """One operation on its way through the Writer, and what came of it."""
+
+    __slots__ = ("operation", "ready", "over", "result", "error")
+
+    def __init__(self, operation):
+        self.operation = operation
+        self.ready = threading.Lock()
+        self.ready.acquire()
+        self.over = False
+        self.result = self.error = None
+
+    def run(self, transaction):
+        """Run the operation and keep its result or its refusal."""
+        try:
+            self.result = transaction.attempt(self.operation)
+        except sqlite3.Error:
+            raise
+        except Exception as error:
+            self.error = error
+
+    def outcome(self):
+        """Return the operation's result or raise its error."""
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+class Writer:
+    """Make all changes: one transaction, many operations, one commit.
+
+    Requests that arrive while a commit is on its way wait and share the
+    next. One of them leads: it runs the operations of all in its own thread
+    and wakes the others when all are on disk. `mutex` guards queue, leading
+    and closed; the connection belongs to the leader.
+    """
+
+    CHECKPOINT_AFTER = 20000  # changed rows
+
+    def __init__(self, connection, turns, clock, prepare, committed):
+        self.connection = connection
+        self.turns = turns
+        self.clock = clock
+        self.prepare = prepare  # called first in every transaction
+        self.committed = committed  # called with the counts of each commit
+        self.mutex = threading.Lock()
+        self.queue = []
+        self.leading = False
+        self.closed = False
+        self.checkpointed = 0
+
+    def run(self, operation):
+        """Return `operation(transaction)`, once it is on disk."""
+        turn = Turn(operation)
+        with self.mutex:
+            if self.closed:
+                raise unavailable("it is ending")
+            self.queue.append(turn)
+            leads, self.leading = not self.leading, True
+        if not leads:
+            turn.ready.acquire()
+        if not turn.over:
+            self.lead()
+        return turn.outcome()
+
+    def lead(self):
+        """Commit all that waits, then wake the next leader and the others."""
+        with self.mutex:
+            batch, self.queue = self.queue, []
+        try:
+            self.commit(batch)
+        finally:
+            with self.mutex:
+                heir = self.queue[0] if self.queue else None
+                self.leading = heir is not None
+            if heir:
+                heir.ready.release()
+            for turn in batch:
+                turn.over = True
+                turn.ready.release()
+
+    def commit(self, batch):
+        """Run the operations of `batch` in one transaction."""
+        try:
+            with self.transaction() as transaction:
+                for turn in batch:
+                    turn.run(transaction)
+        except sqlite3.Error as error:
+            for turn in batch:
+                turn.error = unavailable(error)
+        except BaseException as error:
+            for turn in batch:
+                turn.error = error
+            raise
+
+    @contextlib.contextmanager
+    def transaction(self):
+        """Begin, hand out a Transaction, commit; roll back on any error."""
+        with self.turns:
+            execute = self.connection.execute
+            execute("begin immediate")
+            try:
+                transaction = Transaction(self.connection, self.clock())
+                transaction.attempt(self.prepare)
+                yield transaction
+                transaction.settle()
+                execute("commit")
+            except BaseException:
+                if self.connection.in_transaction:
+                    execute("rollback")
+                raise
+            self.checkpoint()
+        self.committed(transaction.counts)
+
+    def checkpoint(self):
+        """Copy the WAL into the database when it has grown.
+
+        Called between two commits, in this process' turn: see connect().
+        """
+        changes = self.connection.total_changes
+        if changes - self.checkpointed >= self.CHECKPOINT_AFTER:
+            self.checkpointed = changes
+            with contextlib.suppress(sqlite3.Error):  # the WAL keeps it all
+                self.connection.execute("pragma wal_checkpoint(passive)")
+
+    def close(self):
+        """Let the commits on their way end, refuse all others."""
+        with self.mutex:
+            self.closed = True
+        while self.leading:
+            time.sleep(0.01)
+        with self.turns:
+            self.connection.close()
+        self.turns.close()
+
+
+# --------------------------------------------------------------- waiting ---
+
+
+class Ear:
+    """One long poll that listens for free jobs."""
+
+    __slots__ = ("lock", "rung")
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.lock.acquire()
+        self.rung = False
+
+    def wait(self, seconds):
+        """Return when rung, or after `seconds`."""
+        self.lock.acquire(timeout=seconds)
+
+
+class Bell:
+    """Wake one long poll for each job that comes free in its stage.
+
+    A key is (jobix, stage). `limit` bounds the long polls at one time.
+    """
+
+    def __init__(self, limit):
+        self.mutex = threading.Lock()  # guards all below
+        self.ears = {}
+        self.limit = limit
+        self.listening = 0
+        self.closed = False
+
+    @contextlib.contextmanager
+    def listen(self, keys):
+        """Hand out an Ear for `keys`, None when there are too many."""
+        with self.mutex:
+            full = self.closed or self.listening >= self.limit
+            ear = None if full else Ear()
+            if ear:
+                self.listening += 1
+                for key in keys:
+                    self.ears.setdefault(key, deque()).append(ear)
+        try:
+            yield ear
+        finally:
+            if ear:
+                self.leave(ear, keys)
+
+    def pass_on(self, keys):
+        """Ring for somebody else: who was rung can't use it."""
+        for key in keys:
+            self.ring(key, 1)
+
+    def leave(self, ear, keys):
+        """Forget `ear`."""
+        with self.mutex:
+            self.listening -= 1
+            for key in keys:
+                ears = self.ears[key]
+                with contextlib.suppress(ValueError):
+                    ears.remove(ear)
+                if not ears:
+                    del self.ears[key]
+
+    def ring(self, key, n):
+        """Wake up to `n` ears that listen for `key`, oldest first."""
+        with self.mutex:
+            for ear in self.ears.get(key, ()):
+                if n <= 0:
+                    break
+                if not ear.rung:
+                    ear.rung = True
+                    ear.lock.release()
+                    n -= 1
+
+    def keys(self):
+        """Return the keys that somebody listens for."""
+        with self.mutex:
+            return list(self.ears)
+
+    def close(self):
+        """Wake all ears for good."""
+        with self.mutex:
+            self.closed = True
+            for ears in self.ears.values():
+                for ear in ears:
+                    if not ear.rung:
+                        ear.rung = True
+                        ear.lock.release()
+
+
+# ----------------------------------------------------------------- store ---
+
+STATES = (
+    "waiting",
+    "delayed",
+    "blocked",
+    "working",
+    "done",
+    "failed",
+    "cancelled",
+    "aborted",
+)
+ENDED = ("done", "failed", "cancelled", "aborted")
+RETRIABLE = ENDED
+CANCELLABLE = ("waiting", "delayed", "blocked", "working", "failed", "aborted")
+CHUNK = 5000  # jobs that one transaction of a sweeping change moves
+
+
+def delay_after(failures):
+    """Return the seconds that a job waits after so many failures."""
+    return min(600, 2 * 4 ** (min(failures, 10) - 1))
+
+
+def is_free(state, lease):
+    """Return whether a claim may have a job: the contract's *free*."""
+    return state in ("waiting", "done") or (
+        state == "working" and lease is None
+    )
+
+
+def stage_state(stage, final):
+    """Return the state of a job that is put into `stage`."""
+    return "done" if final is not None and stage >= final else "waiting"
+
+
+def change(operation):
+    """Make a Store method one operation of the Writer's next commit."""
+
+    @functools.wraps(operation)
+    def run(self, *args, **named):
+        return self.writer.run(lambda tx: operation(self, tx, *args, **named))
+
+    return run
+
+
+def query(reading):
+    """Make a Store method read from a snapshot, waiting for no commit."""
+
+    @functools.wraps(reading)
+    def run(self, *args, **named):
+        with self.readers.reading() as connection:
+            return reading(self, connection.execute, *args, **named)
+
+    return run
+
+
+class Readers:
+    """A few read-only connections, each used by one thread at a time."""
+
+    KEPT = 8
+
+    def __init__(self, path):
+        self.path = path
+        self.idle = deque()
+
+    @contextlib.contextmanager
+    def reading(self):
+        """Hand out a connection with a snapshot of the database."""
+        try:
+            connection = self.idle.pop()
+        except IndexError:
+            connection = connect(self.path, readonly=True)
+        try:
+            connection.execute("begin")
+            yield connection
+            connection.execute("rollback")
+        except BaseException:
+            connection.close()
+            raise
+        if len(self.idle) < self.KEPT:
+            self.idle.append(connection)
+        else:
+            connection.close()
+
+    def close(self):
+        """Close the idle connections."""
+        while self.idle:
+            self.idle.pop().close()
+
+
+class Store:
+    """The jobs and everything that can happen to them.
+
+    Methods speak the contract's words. Those marked `change` go through the
+    Writer, are on disk when they return, and raise Error when refused; those
+    marked `query` only read. `clock` gives seconds since 1970.
+    """
+
+    def __init__(self, path, *, clock=time.time, shared=False, waiters=20000):
+        self.clock = clock
+        self.shared = shared
+        self.bell = Bell(waiters)
+        self.lock = ServerLock(path, shared=shared)
+        turns = Turns(path) if shared else contextlib.ExitStack()
+        try:
+            with turns:
+                connection = open_writer(path)
+        except BaseException:
+            self.lock.close()
+            raise
+        self.ending = threading.Event()
+        self.readers = Readers(path)
+        self.writer = Writer(
+            connection, turns, clock, self.renew_all, self.committed
+        )
+        self.jobix = self.own_jobix()
+        self.writer.prepare = self.do_due
+
+    def close(self):
+        """Answer the long polls, end the last commit, close the database."""
+        self.ending.set()
+        self.bell.close()
+        self.readers.close()
+        self.writer.close()
+        self.lock.close()
+
+    def committed(self, counts):
+        """Ring for the jobs that a commit has set free."""
+        for (kind, *key), n in counts.items():
+            if kind == "free":
+                self.bell.ring(tuple(key), n)
+
+    def renew_all(self, tx):
+        """Give every live lease its full time again, as a server starts."""
+        tx.execute(SQL.RENEW_ALL, {"now": tx.now})
+
+    @change
+    def own_jobix(self, tx):
+        """Return the jobix that belongs to this database; make it at first.
+
+        It is kept as text: what is secret is no number to compute with.
+        """
+        made = str(secrets.randbelow(MAX_JOBIX) + 1)
+        tx.execute(SQL.KEEP_SETTING, {"name": "jobix", "value": made})
+        kept = tx.execute(SQL.SETTING, {"name": "jobix"}).fetchone()
+        return int(kept["value"])
+
+    # How a job moves
+
+    def move(self, tx, job, **after):
+        """Move `job` (a row of MOVABLE) to what `after` says of it.
+
+        Unless it says otherwise the job's claim, lease and time to come end
+        and its time in the stage begins now.
+        """
+        values = dict(
+            job, since=tx.now, due=None, lease=None, claim=None,
+            jobcmd=None, filename=None,
+        )
+        values.update(
+            after,
+            old_stage=job["stage"],
+            old_state=job["state"],
+            old_claim=job["claim"],
+        )
+        free = is_free(values["state"], values["lease"])
+        values["free"] = int(free)
+        if tx.execute(SQL.MOVE, values).rowcount != 1:
+            raise Error(409, "Job %d was just moved." % job["jobid"])
+        self.recount(tx, job, values)
+        if free:
+            tx.count("free", job["jobix"], values["stage"])
+
+    def recount(self, tx, before, after):
+        """Move one job, and its mark, from one count to another."""
+        jobix = before["jobix"]
+        left = jobix, before["stage"], before["state"]
+        tx.count("jobs", *left, n=-1)
+        tx.count("jobs", jobix, after["stage"], after["state"])
+        if before["expired"]:
+            tx.count("expired", *left, n=-1)
+
+    def end_attempt(self, tx, job, outcome, target=None, report=None):
+        """Write down how the attempt ended that `job`'s claim stands for."""
+        if job["claim"] is None:
+            return
+        values = dict(job, now=tx.now, outcome=outcome, target=target)
+        values.update(dict.fromkeys(("exit_code", "error", "stderr")))
+        values.update(report or {})
+        if job["lapses"] and tx.execute(SQL.MEND_ATTEMPT, values).rowcount:
+            return
+        tx.execute(SQL.END_ATTEMPT, values)
+
+    def cut_off(self, tx, job, outcome):
+        """Write down that `job`, if somebody works on it, is taken away."""
+        if job["state"] == "working":
+            self.end_attempt(tx, job, outcome)
+
+    def find(self, tx, jobix, jobid):
+        """Return the job's row; raise Error 404 when there is none."""
+        key = {"jobix": jobix, "jobid": jobid}
+        job = tx.execute(SQL.JOB, key).fetchone()
+        if job is None:
+            raise Error(404, "There is no job %d." % jobid)
+        return job
+
+    def do_due(self, tx):
+        """Let lapse the leases, and end the delays, whose time has come."""
+        for job in tx.execute(
+            SQL.DUE, {"now": tx.now, "limit": CHUNK}
+        ).fetchall():
+            if job["state"] == "working":
+                self.lapse(tx, job)
+            else:
+                self.move(tx, job, state="waiting", since=job["since"])
+
+    def lapse(self, tx, job):
+        """Take a job back from a worker that was not heard of in time.
+
+        The claim stays: until somebody else has the job its late result is
+        taken.
+        """
+        self.end_attempt(tx, job, "lapsed")
+        lapses = job["lapses"] + 1
+        spent = lapses >= MAX_LAPSES
+        self.move(
+            tx,
+            job,
+            stage=job["origin"],
+            state="failed" if spent else "waiting",
+            claim=None if spent else job["claim"],
+            lapses=lapses,
+        )
+
+    # Jobs come in
+
+    @change
+    def set(self, tx, jobix, jobs):
+        """Add `jobs`, a list of entries with `jobid`; leave existing ones."""
+        self.add(tx, jobix, jobs)
+
+    def add(self, tx, jobix, jobs):
+        """Insert `jobs` and count those that are new."""
+        final = self.final_stage(tx, jobix)
+        last_row = tx.execute(SQL.LAST_ROW).fetchone()[0]
+        for job in jobs:
+            job["jobix"], job["since"] = jobix, tx.now
+            last = job["laststage"]
+            job["state"] = stage_state(
+                job["jobstage"], final if last is None else last
+            )
+        tx.executemany(SQL.ADD, jobs)
+        for row in tx.execute(SQL.ADDED, {"row": last_row}).fetchall():
+            tx.count("jobs", jobix, row["stage"], row["state"], n=row["jobs"])
+            tx.count("free", jobix, row["stage"], n=row["jobs"])
+
+    def final_stage(self, tx, jobix):
+        """Return the last stage that /init named, or None."""
+        row = tx.execute(SQL.LASTSTAGE, {"jobix": jobix}).fetchone()
+        return row and row["laststage"]
+
+    @change
+    def submit(self, tx, jobix, submissions):
+        """Add jobs under ids that the server gives.
+
+        `submissions` is a list of (key, entries). Returns a range of ids for
+        each; a key that was there before has its ids from then and adds
+        nothing.
+        """
+        last = tx.execute(SQL.LAST_JOBID, {"jobix": jobix}).fetchone()[0]
+        first = 1 if last is None else last + 1
+        given, new = [], []
+        for key, jobs in submissions:
+            ids = self.keep_submission(tx, jobix, key, first, len(jobs))
+            if ids.start == first:
+                first = ids.stop
+                new += [dict(job, jobid=i) for i, job in zip(ids, jobs)]
+            given.append(ids)
+        self.add(tx, jobix, new)
+        return given
+
+    def keep_submission(self, tx, jobix, key, first, jobs):
+        """Return the range of ids that belong to `key`, from now or before."""
+        values = {"jobix": jobix, "key": key, "first": first, "jobs": jobs}
+        old = tx.execute(SQL.SUBMISSION, values).fetchone()
+        if old:
+            return range(old["first"], old["first"] + old["jobs"])
+        if first + jobs - 1 > MAX_JOBID:
+            raise Error(409, "The numbers of jobs are used up.")
+        tx.execute(SQL.KEEP_SUBMISSION, values)
+        return range(first, first + jobs)
+
+    # Jobs are claimed, and what becomes of the claim
+
+    @change
+    def claim(self, tx, jobix, stages, *, target=None, n=1, **lent):
+        """Claim up to `n` free jobs of the first of `stages` that have any.
+
+        A job moves to the stage `target`, else one up. `lent` has `worker`
+        (a name or None) and `lease` (seconds or None). Returns the jobs as
+        dicts in the columns of the table, as they are in the claim.
+        """
+        claimed = []
+        for stage in stages:
+            key = {"jobix": jobix, "stage": stage, "limit": n - len(claimed)}
+            for job in tx.execute(SQL.FREE, key).fetchall():
+                to = stage + 1 if target is None else target
+                claimed.append(self.hand_out(tx, job, to, **lent))
+        return claimed
+
+    def hand_out(self, tx, job, target, *, worker, lease):
+        """Move one free job into a new claim's hands; return it as it is."""
+        self.cut_off(tx, job, "superseded")  # claimed without a lease
+        fresh = job["state"] == "working" and job["stage"] != job["origin"]
+        claim = dict(
+            stage=target,
+            state="working",
+            due=None if lease is None else tx.now + lease,
+            lease=lease,
+            origin=job["stage"],
+            held=target,
+            claim=secrets.token_urlsafe(9),
+            worker=worker,
+            attempt=1 if fresh else job["attempt"] + 1,
+            failures=0 if fresh else job["failures"],
+            lapses=0 if fresh else job["lapses"],
+        )
+        self.move(tx, job, **claim)
+        return dict(job, **claim)
+
+    @change
+    def update_job(self, tx, jobix, jobid, stage, **given):
+        """Put a job into `stage`: its attempt, if any, is done.
+
+        `given` may have `claim` (then Error 409 and no change when it isn't
+        the job's any more), `filename`, `jobcmd` and `report`. Raises Error
+        404 when there is no such job.
+        """
+        self.update(tx, jobix, jobid, stage, **given)
+
+    def update(
+        self, tx, jobix, jobid, stage, *,
+        claim=None, filename=None, jobcmd=None, report=None
+    ):
+        """Do what update_job says, as a part of an operation."""
+        job = self.find(tx, jobix, jobid)
+        if self.settled(tx, job, claim, "done", stage):
+            return
+        self.end_attempt(tx, job, "done", stage, report)
+        state = stage_state(stage, job["final"])
+        self.move(
+            tx, job, stage=stage, state=state, filename=filename,
+            jobcmd=jobcmd, attempt=0, failures=0, lapses=0,
+        )
+        tx.count("updates", jobix)
+        if state == "done" != job["state"]:
+            tx.count("done", jobix)
+
+    def settled(self, tx, job, claim, outcome, target=None):
+        """Return whether the attempt of `claim` has ended this way before:
+
+        then the call is a repetition, whose first reply was lost. Raises
+        Error 409 when the claim is no longer the job's. None stands for
+        whatever claim is current.
+        """
+        if claim is None or claim == job["claim"]:
+            return False
+        key = {"row": job["row"], "claim": claim}
+        ended = tx.execute(SQL.ATTEMPT, key).fetchone()
+        if ended is not None and tuple(ended) == (outcome, target):
+            return True
+        raise Error(409, "Job %d is no longer yours." % job["jobid"])
+
+    @change
+    def update_jobs(self, tx, jobix, updates):
+        """Do many updates; return their statuses, 200, 404 or 409 each.
+
+        `updates` is a list of dicts: `jobid`, `jobstage` and what update_job
+        takes besides.
+        """
+        statuses = []
+        for update in updates:
+            try:
+                self.update(
+                    tx, jobix, update.pop("jobid"), update.pop("jobstage"),
+                    **update
+                )
+                statuses.append(200)
+            except Error as error:
+                statuses.append(error.status)
+        return statuses
+
+    @change
+    def fail_job(self, tx, jobix, jobid, *, claim=None, report=None):
+        """Put a job back where it was claimed: delayed, at last failed.
+
+        Returns the job's state, failures and delay in seconds. Errors as
+        update_job's; 409 too when nobody has claimed the job.
+        """
+        job = self.find(tx, jobix, jobid)
+        if self.settled(tx, job, claim, "failed"):
+            return {"jobid": jobid, "state": job["state"]}
+        self.need_claim(job)
+        self.end_attempt(tx, job, "failed", report=report)
+        failures = job["failures"] + 1
+        spent = failures >= (job["max_attempts"] or MAX_ATTEMPTS)
+        state = "failed" if spent else "delayed"
+        delay = 0 if spent else delay_after(failures)
+        self.move(
+            tx, job, stage=job["origin"], state=state, failures=failures,
+            due=None if spent else tx.now + delay,
+        )
+        return {
+            "jobid": jobid, "state": state, "failures": failures,
+            "delay": delay,
+        }
+
+    @change
+    def release_job(self, tx, jobix, jobid, *, claim=None):
+        """Give a claim back unharmed; errors as fail_job's."""
+        job = self.find(tx, jobix, jobid)
+        if self.settled(tx, job, claim, "released"):
+            return {"jobid": jobid, "state": job["state"]}
+        self.need_claim(job)
+        self.end_attempt(tx, job, "released")
+        self.move(
+            tx, job, stage=job["origin"], state="waiting",
+            attempt=job["attempt"] - 1,
+        )
+        return {"jobid": jobid, "state": "waiting"}
+
+    def need_claim(self, job):
+        """Raise Error 409 when nobody has claimed `job`."""
+        if job["claim"] is None:
+            raise Error(409, "Nobody has claimed job %d." % job["jobid"])
+
+    @change
+    def heartbeat(self, tx, jobix, *, claims, lease):
+        """Renew `claims`, a list of (jobid, token), for `lease` seconds.
+
+        Returns a list of the jobids whose claim is lost.
+        """
+        lost = []
+        for jobid, claim in claims:
+            key = {"jobix": jobix, "jobid": jobid}
+            job = tx.execute(SQL.JOB, key).fetchone()
+            if job is None or job["claim"] != claim:
+                lost.append(jobid)
+            else:
+                self.renew(tx, job, lease)
+        return lost
+
+    def renew(self, tx, job, lease):
+        """Give a claim more time, also one that lapsed and nobody took."""
+        due = tx.now + lease
+        if job["state"] == "working":
+            values = dict(job, due=due, lease=lease)
+            tx.execute(SQL.RENEW, values)
+        else:
+            self.move(
+                tx, job, stage=job["held"], state="working",
+                claim=job["claim"], due=due, lease=lease,
+            )
+
+    # Lifetimes
+
+    @query
+    def lifetimes(self, execute, jobix):
+        """Return {stage: minutes} of a jobix."""
+        return dict(execute(SQL.LIFETIMES, {"jobix": jobix}).fetchall())
+
+    @change
+    def init(self, tx, jobix, minutes):
+        """Set the lifetimes of stages 0 … n, and n as the last stage, if
+
+        the jobix has no lifetime yet. Returns {stage: minutes} in force.
+        """
+        key = {"jobix": jobix}
+        if tx.execute(SQL.LIFETIMES, key).fetchone() is None:
+            for stage, value in enumerate(minutes):
+                values = dict(key, stage=stage, minutes=value)
+                tx.execute(SQL.SET_LIFETIME, values)
+            key["laststage"] = len(minutes) - 1
+            tx.execute(SQL.SET_LASTSTAGE, key)
+            for job in tx.execute(SQL.NEWLY_DONE, key).fetchall():
+                self.move(tx, job, state="done", since=job["since"])
+        return dict(tx.execute(SQL.LIFETIMES, key).fetchall())
+
+    @query
+    def lifetime(self, execute, jobix, stage):
+        """Return the lifetime of a stage in minutes, 0 when it has none."""
+        key = {"jobix": jobix, "stage": stage}
+        row = execute(SQL.LIFETIME, key).fetchone()
+        return row["minutes"] if row else 0
+
+    @change
+    def set_lifetime(self, tx, jobix, stage, minutes):
+        """Set the lifetime of a stage; unmark the jobs that it now covers."""
+        values = {"jobix": jobix, "stage": stage, "minutes": minutes}
+        tx.execute(SQL.SET_LIFETIME, values)
+        values["before"] = tx.now - minutes * 60 if minutes else 0
+        self.mark(tx, SQL.OUT_OF_DATE, SQL.UNFLAG, values, -1)
+
+    def mark(self, tx, affected, update, values, sign):
+        """Set or clear the mark `expired` of a range of jobs; count them."""
+        for row in tx.execute(affected, values).fetchall():
+            key = values["jobix"], values["stage"], row["state"]
+            tx.count("expired", *key, n=sign * row["jobs"])
+        tx.execute(update, values)
+
+    def flag(self, tx, jobix, stage, minutes):
+        """Flag every job of a stage that is over its lifetime."""
+        before = tx.now - minutes * 60
+        values = {"jobix": jobix, "stage": stage, "before": before}
+        self.mark(tx, SQL.OVERDUE, SQL.FLAG, values, 1)
+
+    def flag_all(self, tx, jobix):
+        """Flag every job of a jobix that is over its stage's lifetime."""
+        for row in tx.execute(SQL.LIFETIMES, {"jobix": jobix}).fetchall():
+            if row["minutes"]:
+                self.flag(tx, jobix, row["stage"], row["minutes"])
+
+    @change
+    def check_stages(self, tx, jobix):
+        """Flag what has expired; return whether nothing is flagged."""
+        self.flag_all(tx, jobix)
+        flagged = tx.execute(SQL.EXPIRED_JOBS, {"jobix": jobix}).fetchone()
+        return flagged[0] == 0
+
+    @change
+    def move_expired(self, tx, jobix, old, new):
+        """Flag what has expired, then move the flagged of stage `old`.
+
+        Failed, cancelled and aborted jobs stay: only a retry brings them
+        back. Returns whether nothing was flagged in `old`, and how many
+        jobs moved.
+        """
+        self.flag_all(tx, jobix)
+        key = {"jobix": jobix, "stage": old}
+        flagged = tx.execute(SQL.EXPIRED, key).fetchall()
+        moving = [job for job in flagged if job["state"] not in ENDED[1:]]
+        for job in moving:
+            self.cut_off(tx, job, "expired")
+            self.move(
+                tx, job, stage=new, state=stage_state(new, job["final"]),
+                attempt=0, failures=0, lapses=0,
+            )
+        return not flagged, len(moving)
+
+    # Jobs are retried and cancelled
+
+    def retry(self, jobix, **selector):
+        """Put ended jobs back where they were claimed, budgets fresh.
+
+        `selector` has `ids`, or `stage` and `state`, None for any. Returns
+        how many; raises Error 404 when one of `ids` doesn't exist.
+        """
+        return self.sweep(jobix, self.put_back, RETRIABLE, **selector)
+
+    def cancel(self, jobix, **selector):
+        """Cancel whatever isn't done; selector and result as retry's."""
+        return self.sweep(jobix, self.call_off, CANCELLABLE, **selector)
+
+    def sweep(self, jobix, act, states, *, ids=None, stage=None, state=None):
+        """Do `act` to the selected jobs in one of `states`; count them.
+
+        A few thousand in a commit, so that nobody else waits long.
+        """
+        if state is not None:
+            states = [known for known in states if known == state]
+        wanted = {"states": states, "stage": stage}
+        if ids is not None:
+            return self.sweep_ids(jobix, act, ids, **wanted)
+        found = self.ids_in(jobix, **wanted)
+        return sum(
+            self.sweep_ids(jobix, act, found[i : i + CHUNK], **wanted)
+            for i in range(0, len(found), CHUNK)
+        )
+
+    @query
+    def ids_in(self, execute, jobix, *, states, stage):
+        """Return the ids of all jobs in `states` and a stage, None: any."""
+        ids = []
+        for group in execute(SQL.TALLY, {"jobix": jobix}).fetchall():
+            state = group["state"]
+            if state in states and stage in (None, group["stage"]):
+                key = dict(group, jobix=jobix)
+                key["least"] = int(state in ("waiting", "done"))
+                key["most"] = int(state in ("waiting", "done", "working"))
+                ids += [row["jobid"] for row in execute(SQL.GROUP, key)]
+        return ids
+
+    @change
+    def sweep_ids(self, tx, jobix, act, ids, *, states, stage):
+        """Do `act` to those of the jobs `ids` that fit; count them."""
+        jobs = [self.find(tx, jobix, jobid) for jobid in ids]
+        return sum(
+            act(tx, job)
+            for job in jobs
+            if job["state"] in states and stage in (None, job["stage"])
+        )
+
+    def put_back(self, tx, job):
+        """Let an ended job run again; return how many did: 1 or 0."""
+        stage = job["origin"] if job["state"] == "done" else job["stage"]
+        if stage is None:  # nobody ever claimed it
+            return 0
+        self.move(
+            tx, job, stage=stage, state=stage_state(stage, job["final"]),
+            attempt=0, failures=0, lapses=0,
+        )
+        return 1
+
+    def call_off(self, tx, job):
+        """Cancel a job, in the stage that it was claimed from; return 1."""
+        working = job["state"] == "working"
+        self.cut_off(tx, job, "cancelled")
+        stage = job["origin"] if working else job["stage"]
+        self.move(tx, job, stage=stage, state="cancelled")
+        return 1
+
+    # What there is
+
+    @query
+    def status(self, execute, jobix):
+        """Return the figures of a jobix: see GET /status in README."""
+        key = {"jobix": jobix}
+        lifetimes = dict(execute(SQL.LIFETIMES, key).fetchall())
+        stages = {}
+        for row in execute(SQL.TALLY, key):
+            stage = stages.setdefault(row["stage"], new_figures())
+            for figures in (stage, stages.setdefault(None, new_figures())):
+                figures["jobs"] += row["jobs"]
+                figures["expired"] += row["expired"]
+                figures["states"][row["state"]] += row["jobs"]
+        totals = stages.pop(None, new_figures())
+        rate = self.rate(execute, jobix)
+        left = totals["jobs"] - sum(totals["states"][s] for s in ENDED)
+        return {
+            "version": __version__,
+            "time": self.clock(),
+            "stages": [
+                dict(figures, stage=stage, lifetime=lifetimes.get(stage, 0))
+                for stage, figures in stages.items()
+            ],
+            "totals": totals,
+            "rate": rate,
+            "seconds_left": left / rate if rate else None,
+        }
+
+    def rate(self, execute, jobix):
+        """Return the jobs that became done a second, of late."""
+        now = self.clock()
+        minute = int(now // 60) - 1
+        key = {"jobix": jobix, "minute": minute}
+        done = sum(row["done"] for row in execute(SQL.RECENT_PACE, key))
+        return done / (now - minute * 60)
+
+    @query
+    def failures(self, execute, jobix, *, limit):
+        """Return some failed jobs: jobid, jobcmd, and how they ended."""
+        key = {"jobix": jobix, "limit": limit}
+        return execute(SQL.FAILURES, key).fetchall()
+
+    @query
+    def health(self, execute):
+        """Read one row; raise sqlite3.Error when the database is ill."""
+        execute(SQL.SETTING, {"name": "jobix"}).fetchone()
+
+    # What happens by itself
+
+    def keep_ticking(self):
+        """Start a thread that does what is due, about once a second."""
+        ticker = threading.Thread(target=self.tick_on, daemon=True)
+        ticker.start()
+
+    def tick_on(self):
+        """Tick until the Store is closed."""
+        while not self.ending.wait(0.2 if self.shared else 1):
+            with contextlib.suppress(Error, sqlite3.Error):
+                self.tick()  # a full disk: once more at the next tick
+
+    def tick(self):
+        """Lapse leases, end delays, flag the expired, ring for others' jobs.
+
+        Requests do the first two for themselves: a tick only wakes the long
+        polls that wait for them, and keeps the figures true.
+        """
+        due, overdue = self.behind()
+        while due:
+            self.catch_up(overdue)
+            due, overdue = self.behind()
+        if overdue:
+            self.catch_up(overdue)
+        if self.shared:
+            self.ring_for_others(self.bell.keys())
+
+    @query
+    def behind(self, execute):
+        """Return whether a job is due, and what stages have overdue jobs."""
+        now = self.clock()
+        due = execute(SQL.NEXT_DUE).fetchone()[0]
+        overdue = []
+        for row in execute(SQL.ALL_LIFETIMES).fetchall():
+            values = dict(row, before=now - row["minutes"] * 60)
+            if execute(SQL.ANY_OVERDUE, values).fetchone():
+                overdue.append(tuple(row))
+        return due is not None and due <= now, overdue
+
+    @change
+    def catch_up(self, tx, overdue):
+        """Flag in `overdue` stages; what is due was done as this began."""
+        for jobix, stage, minutes in overdue:
+            self.flag(tx, jobix, stage, minutes)
+
+    @query
+    def ring_for_others(self, execute, keys):
+        """Ring for jobs that another process of this database set free."""
+        for jobix, stage in keys:
+            key = {"jobix": jobix, "stage": stage}
+            free = execute(SQL.ANY_FREE, key).fetchall()
+            self.bell.ring((jobix, stage), len(free))
+
+
+def new_figures():
+    """Return the figures of a stage without jobs."""
+    return {"jobs": 0, "expired": 0, "states": dict.fromkeys(STATES, 0)}
+
+
+# -------------------------------------------------------------- requests ---
+
+
+class Request:
+    """What a front door makes of a call, whatever its protocol.
+
+    `path` is percent-decoded, `headers` have lower-case names, `body` is
+    bytes. `gone()` tells whether the caller has hung up.
+    """
+
+    def __init__(self, method, path, query, headers, body, gone):
+        self.method = method
+        self.path = path
+        self.query = query
+        self.headers = headers
+        self.body = body
+        self.gone = gone
+
+    @property
+    def jobix(self):
+        """The caller's namespace and secret; raises Error 403."""
+        jobix = digits(self.headers.get("jobix", "").strip())
+        if type(jobix) is not int or not 0 <= jobix <= MAX_JOBIX:
+            raise Error(403, "The header jobix must hold your number.")
+        return jobix
+
+    def options(self, **kinds):
+        """Return the query's values, read by `kinds`; None where missing.
+
+        Raises Error 400 for one that isn't in `kinds`, stands twice or has
+        a bad value.
+        """
+        given = parse_qsl(self.query, keep_blank_values=True)
+        values = dict.fromkeys(kinds)
+        for name, text in given:
+            if name not in kinds:
+                raise Error(400, "There is no option %.80r here." % name)
+            if values[name] is not None:
+                raise Error(400, "The option %s stands twice." % name)
+            values[name] = kinds[name](digits(text), name)
+        return values
+
+    def json(self):
+        """Return the body's value; raise Error 400 when it has none."""
+        return unpack(self.body)
+
+
+class Response:
+    """The answer to a Request: status, bytes, content type, headers."""
+
+    def __init__(self, status, body, kind, headers=()):
+        self.status = status
+        self.body = body
+        self.headers = [
+            ("Content-Type", kind),
+            ("Content-Length", str(len(body))),
+            ("Cache-Control", "no-store"),
+            *headers,
+        ]
+
+    @classmethod
+    def json(cls, value, status=200, headers=()):
+        """Answer with a JSON value."""
+        body = to_json(value).encode("ascii")
+        return cls(status, body, "application/json", headers)
+
+    @classmethod
+    def text(cls, text):
+        """Answer with a line of plain text."""
+        return cls(200, text.encode(), "text/plain; charset=utf-8")
+
+    @classmethod
+    def page(cls, content, status=200, headers=()):
+        """Answer with a page around the markup `content`."""
+        policy = "default-src 'none'; style-src 'unsafe-inline'"
+        body = PAGE % {"content": content, "version": __version__}
+        return cls(
+            status,
+            body.encode("utf-8", "backslashreplace"),
+            "text/html; charset=utf-8",
+            [("Content-Security-Policy", policy), *headers],
+        )
+
+
+def digits(text):
+    """Return the integer in ASCII digits that `text` is, else `text`."""
+    return int(text) if re.match(r"-?[0-9]{1,25}\Z", text) else text
+
+
+def integer(low, high):
+    """Return a reader of integers from `low` to `high`."""
+
+    def read(value, name):
+        if type(value) is not int or not low <= value <= high:
+            message = "%s must be an integer from %d to %d."
+            raise Error(400, message % (name, low, high))
+        return value
+
+    return read
+
+
+def seconds(value, name):
+    """Read a number of seconds, 0 to MAX_SECONDS, from JSON or a query."""
+    if isinstance(value, str) and re.match(r"[0-9]{1,10}\.[0-9]+\Z", value):
+        value = float(value)
+    if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
+        message = "%s must be a number of seconds from 0 to %d."
+        raise Error(400, message % (name, MAX_SECONDS))
+    return value
+
+
+def period(value, name):
+    """Read a number of seconds that is more than 0."""
+    if not seconds(value, name):
+        raise Error(400, "%s must be more than 0 seconds." % name)
+    return seconds(value, name)
+
+
+def word(value, name):
+    """Read a short name."""
+    value = str(value) if type(value) is int else value
+    if type(value) is not str or not 0 < len(value) <= MAX_NAME:
+        message = "%s must be a text of 1 to %d characters."
+        raise Error(400, message % (name, MAX_NAME))
+    return clean(value)
+
+
+def clean(text):
+    """Return `text` with what SQLite can't hold written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def token(value, name):
+    """Read a claim token."""
+    value = str(value) if type(value) is int else value
+    if type(value) is not str or not re.match(r"[\w-]{1,64}\Z", value, re.A):
+        raise Error(400, "%s must be a token of a claim." % name)
+    return value
+
+
+def string(value, name):
+    """Read a string; return it as JSON text."""
+    if type(value) is not str:
+        raise Error(400, "%s must be a string." % name)
+    return to_json(value)
+
+
+def strings(value, name):
+    """Read a list of strings; return it as JSON text."""
+    if type(value) is not list or {type(item) for item in value} - {str}:
+        raise Error(400, "%s must be a list of strings." % name)
+    return to_json(value)
+
+
+def anything(value, name):
+    """Read any JSON value; return it as JSON text."""
+    return to_json(value)
+
+
+STAGE = integer(0, MAX_STAGE)
+JOBID = integer(0, MAX_JOBID)
+MINUTES = integer(0, MAX_MINUTES)
+
+
+def stages(text, name):
+    """Read one stage or several with commas between."""
+    return [STAGE(digits(part), name) for part in str(text).split(",")]
+
+
+# What a job may carry in /set: each key with its reader.
+CARRIES = {
+    "jobstage": STAGE,
+    "jobcmd": anything,
+    "filename": string,
+    "laststage": STAGE,
+    "priority": integer(-(2**31), 2**31 - 1),
+    "max_attempts": integer(1, 1000000),
+    "timeout": period,
+    "cwd": string,
+    "outputs": strings,
+}
+BLANK = dict(dict.fromkeys(CARRIES), priority=0)
+
+
+def read_entry(entry):
+    """Return a job of /set as columns; raise Error 400 for a bad one."""
+    if type(entry) is not dict:
+        raise Error(400, "A job must be an object with its jobstage.")
+    job = dict(BLANK)
+    for name, value in entry.items():
+        if name not in CARRIES:
+            raise Error(400, "A job can't carry %.80r." % name)
+        if value is not None:
+            job[name] = CARRIES[name](value, name)
+    if job["jobstage"] is None:
+        raise Error(400, "A job's jobstage is missing.")
+    return job
+
+
+def read_object(request, *required):
+    """Return the JSON object in a request's body, {} when it is empty."""
+    given = request.json() if request.body else {}
+    if type(given) is not dict:
+        raise Error(400, "The body must be a JSON object.")
+    for name in required:
+        if name not in given:
+            raise Error(400, "%s is missing." % name)
+    return given
+
+
+def read_optional(given, name, reader):
+    """Return `given[name]`, read; None when it is missing or null."""
+    value = given.get(name)
+    return None if value is None else reader(value, name)
+
+
+def read_report(given):
+    """Return what an attempt's end says of itself, as columns."""
+    report = {}
+    for name in ("error", "stderr"):
+        text = given.get(name)
+        if type(text) is str:
+            report[name] = clean(text[-MAX_REPORT:])
+    if type(given.get("exit_code")) is int:
+        report["exit_code"] = max(-(2**31), min(given["exit_code"], 2**31))
+    return report
+
+
+def read_result(given):
+    """Return what an update brings beside its stage."""
+    return {
+        "filename": read_optional(given, "filename", string),
+        "jobcmd": read_optional(given, "jobcmd", anything),
+        "report": read_report(given),
+    }
+
+
+# ------------------------------------------------------------- endpoints ---
+
+
+def greet(store, request):
+    """Say who is here; a browser gets the dashboard."""
+    if "text/html" in request.headers.get("accept", ""):
+        return dashboard(store, request)
+    return Response.text("This is jobman %s, a job manager." % __version__)
+
+
+def lifetimes(store, request):
+    """Show the lifetimes in force."""
+    return Response.json(store.lifetimes(request.jobix))
+
+
+def init(store, request, *minutes):
+    """Set the lifetimes of stages 0 … n where there are none yet."""
+    return Response.json(store.init(request.jobix, minutes))
+
+
+def set_jobs(store, request):
+    """Add jobs, all or none."""
+    given = read_object(request)
+    jobs = [
+        dict(read_entry(entry), jobid=JOBID(digits(jobid), "jobid"))
+        for jobid, entry in given.items()
+    ]
+    if len({job["jobid"] for job in jobs}) != len(jobs):
+        raise Error(400, "A jobid stands twice.")
+    store.set(request.jobix, jobs)
+    return Response.text("Accepted to %d!" % request.jobix)
+
+
+def submit(store, request):
+    """Add jobs under ids that the server gives."""
+    given = read_object(request, "key", "jobs")
+    if type(given["jobs"]) is not list:
+        raise Error(400, "jobs must be a list.")
+    jobs = [read_entry(entry) for entry in given["jobs"]]
+    key = word(given["key"], "key")
+    ids = store.submit(request.jobix, [(key, jobs)])[0]
+    return Response.json({"ids": list(ids)})
+
+
+def get_job(store, request, stages, nextstage=None):
+    """Claim a job, or several; wait for one if asked to."""
+    given = request.options(
+        worker=word, wait=seconds, lease=period, n=integer(1, 2**31)
+    )
+    n, wait = given.pop("n"), given.pop("wait") or 0
+    ready = functools.partial(
+        store.claim, request.jobix, stages,
+        target=nextstage, n=min(n or 1, MAX_CLAIMS), **given
+    )
+    jobs = claim_in_time(store, request, stages, ready, min(wait, MAX_WAIT))
+    if n is not None:
+        return Response.json([claim_reply(job) for job in jobs])
+    return Response.json(claim_reply(jobs[0]) if jobs else "nada")
+
+
+def claim_in_time(store, request, stages, claim, wait):
+    """Return what `claim()` gives, at the latest after `wait` seconds.
+
+    It listens first and looks then, so that no job comes unheard.
+    """
+    keys = [(request.jobix, stage) for stage in stages]
+    end = time.monotonic() + wait
+    jobs, rung = claim(), wait > 0
+    while not jobs and rung:
+        with store.bell.listen(keys) as ear:
+            jobs = claim()
+            if jobs or ear is None:
+                break
+            ear.wait(max(0, end - time.monotonic()))
+        rung = ear.rung
+        if rung and request.gone():
+            store.bell.pass_on(keys)
+            break
+    return jobs
+
+
+def claim_reply(job):
+    """Return a claimed job as the contract shows it."""
+    reply = {
+        "jobid": job["jobid"],
+        "jobcmd": job["jobcmd"] and from_json(job["jobcmd"]),
+        "jobstage": job["origin"],
+        "jobix": job["jobix"],
+        "claim": job["claim"],
+        "attempt": job["attempt"],
+        "filename": job["filename"] and from_json(job["filename"]),
+    }
+    for name in ("laststage", "priority", "max_attempts", "timeout"):
+        if job[name]:
+            reply[name] = job[name]
+    for name in ("cwd", "outputs"):
+        if job[name]:
+            reply[name] = from_json(job[name])
+    return reply
+
+
+def update_job(store, request, jobid, stage):
+    """Put a job into a stage."""
+    given = request.options(claim=token)
+    if request.method == "POST":
+        given.update(read_result(read_object(request)))
+    store.update_job(request.jobix, jobid, stage, **given)
+    message = "Success, job %d was updated to stage %d!"
+    return Response.text(message % (jobid, stage))
+
+
+def update_jobs(store, request):
+    """Put many jobs into stages."""
+    given = request.json()
+    if type(given) is not list:
+        raise Error(400, "The body must be a JSON list.")
+    updates = [read_update(entry) for entry in given]
+    ids = [update["jobid"] for update in updates]
+    statuses = store.update_jobs(request.jobix, updates)
+    return Response.json(
+        [{"jobid": i, "status": status} for i, status in zip(ids, statuses)]
+    )
+
+
+def read_update(entry):
+    """Return an entry of /update_jobs, read."""
+    if type(entry) is not dict:
+        raise Error(400, "An update must be an object.")
+    return dict(
+        read_result(entry),
+        jobid=JOBID(entry.get("jobid"), "jobid"),
+        jobstage=STAGE(entry.get("jobstage"), "jobstage"),
+        claim=read_optional(entry, "claim", token),
+    )
+
+
+def fail_job(store, request, jobid):
+    """Take note that an attempt failed."""
+    given = request.options(claim=token)
+    report = read_report(read_object(request))
+    return Response.json(
+        store.fail_job(request.jobix, jobid, report=report, **given)
+    )
+
+
+def release_job(store, request, jobid):
+    """Take a claim back unharmed."""
+    given = request.options(claim=token)
+    return Response.json(store.release_job(request.jobix, jobid, **given))
+
+
+def heartbeat(store, request):
+    """Renew the leases of a worker."""
+    given = read_object(request, "worker", "lease", "claims")
+    word(given["worker"], "worker")
+    claims = given["claims"]
+    pairs = type(claims) is list and all(
+        type(pair) is list and len(pair) == 2 for pair in claims
+    )
+    if not pairs:
+        raise Error(400, "claims must be a list of pairs [jobid, token].")
+    lost = store.heartbeat(
+        request.jobix,
+        claims=[(JOBID(i, "jobid"), token(t, "claim")) for i, t in claims],
+        lease=period(given["lease"], "lease"),
+    )
+    return Response.json({"lost": lost, "drain": False})
+
+
+def check_stages(store, request, old=None, new=None):
+    """Flag the expired jobs; move those of one stage to another."""
+    answer = {}
+    if old is None:
+        fine = store.check_stages(request.jobix)
+    else:
+        fine, moved = store.move_expired(request.jobix, old, new)
+        answer["n_bad_jobs were degraded:"] = moved
+    answer["Are all simulations within time frame?"] = int(fine)
+    return Response.json(answer)
+
+
+def lifetime(store, request, stage, minutes=None):
+    """Show or set the lifetime of a stage."""
+    if minutes is None:
+        minutes = store.lifetime(request.jobix, stage)
+    else:
+        store.set_lifetime(request.jobix, stage, minutes)
+    return Response.json(minutes)
+
+
+def read_selector(request):
+    """Return which jobs a request names: ids, or stage and state."""
+    given = read_object(request)
+    unknown = set(given) - {"ids", "stage", "state", "all"}
+    if unknown:
+        raise Error(400, "Jobs can't be named by %.80r." % min(unknown))
+    selector = {"stage": read_optional(given, "stage", STAGE)}
+    selector["state"] = given.get("state")
+    if selector["state"] not in (None, *STATES):
+        raise Error(400, "state must be one of %s." % ", ".join(STATES))
+    ids = given.get("ids")
+    if ids is not None:
+        if type(ids) is not list:
+            raise Error(400, "ids must be a list of jobids.")
+        selector["ids"] = list(dict.fromkeys(JOBID(i, "ids") for i in ids))
+    if given.get("all", True) is not True:
+        raise Error(400, "all must be true.")
+    named = any(value is not None for value in selector.values())
+    if named == ("all" in given):
+        raise Error(400, "Name jobs by ids, stage and state, or by all.")
+    return selector
+
+
+def retry(store, request):
+    """Let ended jobs run again."""
+    selector = read_selector(request)
+    return Response.json({"retried": store.retry(request.jobix, **selector)})
+
+
+def cancel(store, request):
+    """Cancel jobs that aren't done."""
+    selector = read_selector(request)
+    cancelled = store.cancel(request.jobix, **selector)
+    return Response.json({"cancelled": cancelled})
+
+
+def status(store, request):
+    """Show the figures."""
+    return Response.json(store.status(request.jobix))
+
+
+def health(store, request):
+    """Say that the database answers."""
+    store.health()
+    return Response.json({"status": "ok", "version": __version__})
+
+
+# ----------------------------------------------------------------- pages ---
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>jobman</title>
+<meta name="viewport" content="width=device-width">
+<style>body{font-family:sans-serif;margin:2em}td,th{text-align:right;
+padding:.2em .8em}</style>
+<h1>jobman %(version)s</h1>
+%(content)s
+</html>
+"""
+
+
+def table(heads, rows):
+    """Return the markup of a table of numbers and texts."""
+
+    def line(cell, values):
+        cells = "".join(
+            "<%s>%s</%s>" % (cell, html.escape(str(value)), cell)
+            for value in values
+        )
+        return "<tr>%s</tr>" % cells
+
+    body = "\n".join(line("td", row) for row in rows)
+    return "<table>\n%s\n%s\n</table>" % (line("th", heads), body)
+
+
+def caller(request):
+    """Return a page's jobix, by the header or, without a script, HTTP Basic.
+
+    None when there is none, or a bad one: a page is for everybody.
+    """
+    scheme, _, login = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "basic" and request.query == "plain=1":
+        with contextlib.suppress(ValueError):
+            _, _, password = base64.b64decode(login).partition(b":")
+            request.headers["jobix"] = password.decode("ascii")
+    with contextlib.suppress(Error):
+        return request.jobix
+
+
+def dashboard(store, request):
+    """Show the figures of the caller's jobs, and nothing without a jobix."""
+    jobix = caller(request)
+    if jobix is None and request.query == "plain=1":
+        challenge = ("WWW-Authenticate", 'Basic realm="jobix as password"')
+        refused = "<p>The password is your jobix.</p>"
+        return Response.page(refused, 401, [challenge])
+    if jobix is None:
+        link = '<p><a href="/get?plain=1">Show my jobs</a> (the password is'
+        return Response.page(link + " your jobix, the user name any).</p>")
+    figures = store.status(jobix)
+    rows = [
+        (stage["stage"], stage["jobs"], stage["expired"])
+        + tuple(stage["states"][state] for state in STATES)
+        for stage in figures["stages"]
+    ]
+    totals = figures["totals"]
+    rows.append(
+        ("all", totals["jobs"], totals["expired"])
+        + tuple(totals["states"][state] for state in STATES)
+    )
+    renew = '<meta http-equiv="refresh" content="10">'
+    heads = ("stage", "jobs", "expired", *STATES)
+    return Response.page(renew + table(heads, rows))
+
+
+def lifetime_page(store, request):
+    """Show the lifetimes of the caller's stages in minutes."""
+    jobix = caller(request)
+    rows = store.lifetimes(jobix).items() if jobix is not None else ()
+    return Response.page(table(("stage", "lifetime in minutes"), rows))
+
+
+# ---------------------------------------------------------------- routes ---
+
+PARAMETERS = {
+    "stage": STAGE,
+    "stages": stages,
+    "nextstage": STAGE,
+    "old": STAGE,
+    "new": STAGE,
+    "jobid": JOBID,
+    "minutes": MINUTES,
+}
+
+# Method, path and endpoint. A path's last parameter may end in "…": then
+# there may be more of it. Pages, and calls that show no job, need no jobix.
+ROUTES = (
+    ("GET", "/", greet),
+    ("GET", "/health", health),
+    ("GET", "/get", dashboard),
+    ("GET", "/lifetime", lifetime_page),
+    ("GET", "/init", lifetimes),
+    ("GET", "/init/<minutes…>", init),
+    ("GET", "/lifetime/<stage>", lifetime),
+    ("GET", "/lifetime/<stage>/<minutes>", lifetime),
+    ("POST", "/set", set_jobs),
+    ("POST", "/submit", submit),
+    ("GET", "/get/<stages>", get_job),
+    ("GET", "/get/<stages>/<nextstage>", get_job),
+    ("GET", "/update_job/<jobid>/<stage>", update_job),
+    ("POST", "/update_job/<jobid>/<stage>", update_job),
+    ("POST", "/update_jobs", update_jobs),
+    ("POST", "/fail_job/<jobid>", fail_job),
+    ("POST", "/release_job/<jobid>", release_job),
+    ("POST", "/heartbeat", heartbeat),
+    ("GET", "/check_stages", check_stages),
+    ("GET", "/check_stages/<old>/<new>", check_stages),
+    ("POST", "/retry", retry),
+    ("POST", "/cancel", cancel),
+    ("GET", "/status", status),
+)
+PUBLIC = frozenset((greet, health, dashboard, lifetime_page))
+
+
+def find_route(request):
+    """Return the endpoint of a request and its arguments.
+
+    Raises Error 404 for an unknown path, 405 for a wrong method, 400 for a
+    bad argument.
+    """
+    name, *texts = request.path[1:].split("/")
+    methods = {}
+    for method, path, endpoint in ROUTES:
+        known, *names = path[1:].split("/")
+        if known == name and fits(names, texts):
+            methods[method] = endpoint, names
+    if not methods:
+        raise Error(404, "There is nothing at this address.")
+    if request.method not in methods:
+        allowed = ", ".join(methods)
+        raise Error(405, "Use %s for this address." % allowed, Allow=allowed)
+    endpoint, names = methods[request.method]
+    return endpoint, read_arguments(names, texts)
+
+
+def fits(names, texts):
+    """Return whether a path's parameters are as many as its texts."""
+    many = bool(names) and names[-1].endswith("…>")
+    return len(texts) == len(names) or (many and len(texts) > len(names))
+
+
+def read_arguments(names, texts):
+    """Return the parameters of a path, read."""
+    arguments = []
+    for i, text in enumerate(texts):
+        name = names[min(i, len(names) - 1)].strip("<…>")
+        arguments.append(PARAMETERS[name](digits(text), name))
+    return arguments
+
+
+def respond(store, request):
+    """Return the Response to a Request; every error becomes one here."""
+    try:
+        endpoint, arguments = find_route(request)
+        if endpoint not in PUBLIC:
+            request.jobix  # or Error 403 before anything else
+        return endpoint(store, request, *arguments)
+    except Error as error:
+        return refusal(error)
+    except sqlite3.Error as error:
+        return refusal(unavailable(error))
+    except Exception:
+        traceback.print_exc()
+        return refusal(Error(500, "jobman has a fault here; see its log."))
+
+
+def refusal(error):
+    """Return the Response that an Error is."""
+    headers = list(error.headers.items())
+    return Response.json({"error": str(error)}, error.status, headers)
+
+
+# ----------------------------------------------------------- front doors ---
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Bring requests from a socket to respond, and its answers back."""
+
+    protocol_version = "HTTP/1.1"
+    server_version = "jobman/" + __version__
+    sys_version = ""
+    disable_nagle_algorithm = True
+    timeout = 300  # seconds that a kept-open connection may be silent
+
+    def answer(self):
+        """Read one request, answer it."""
+        try:
+            body = self.read_body()
+        except Error as error:
+            self.close_connection = True
+            return self.send(refusal(error))
+        path, _, query = self.path.partition("?")
+        headers = {}
+        for name, value in self.headers.items():
+            name = name.lower()
+            known = name in headers
+            headers[name] = headers[name] + ", " + value if known else value
+        request = Request(
+            self.command, unquote(path), query, headers, body, self.gone
+        )
+        with self.server.answering():
+            self.send(respond(self.server.store, request))
+
+    do_GET = do_POST = do_HEAD = do_PUT = do_DELETE = do_PATCH = answer
+    do_OPTIONS = answer
+
+    def read_body(self):
+        """Return the request's body; raise Error when it can't be had."""
+        lengths = self.headers.get_all("Content-Length", [])
+        if "Transfer-Encoding" in self.headers:
+            raise Error(411, "Send a Content-Length, not chunks.")
+        if not lengths:
+            if self.command == "POST":
+                raise Error(411, "Send a Content-Length.")
+            return b""
+        length = digits(lengths[0].strip())
+        if len(lengths) > 1 or type(length) is not int or length < 0:
+            raise Error(400, "The Content-Length is no number of bytes.")
+        if length > MAX_BODY:
+            raise Error(413, "The body is over %d bytes." % MAX_BODY)
+        try:
+            body = self.rfile.read(length)
+        except socket.timeout:
+            raise Error(408, "The body came too slowly.") from None
+        if len(body) < length:
+            raise Error(400, "The body ended too early.")
+        return body
+
+    def gone(self):
+        """Return whether the client has hung up."""
+        try:
+            flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+            return self.connection.recv(1, flags) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def send(self, response):
+        """Write a whole answer at once."""
+        if self.server.ending:
+            self.close_connection = True
+        self.send_response_only(response.status)
+        self.send_header("Server", self.version_string())
+        self.send_header("Date", self.date_time_string())
+        for name, value in response.headers:
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        head = b"".join(self._headers_buffer) + b"\r\n"
+        self._headers_buffer = []
+        body = b"" if self.command == "HEAD" else response.body
+        self.wfile.write(head + body)
+
+    def send_error(self, code, message=None, explain=None):
+        """Answer what http.server itself refuses in our own form."""
+        self.close_connection = True
+        self.send(refusal(Error(code, message or "The request is bad.")))
+
+    def log_message(self, *_):
+        """Log nothing: a log of requests is of no use at this rate."""
+
+
+class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    """Serve a Store at an address, a thread for each connection."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 4096
+
+    def __init__(self, address, store=None):
+        self.store = store
+        self.ending = False
+        self.busy = 0
+        self.idle = threading.Condition()
+        super().__init__(address, Handler)
+
+    def server_bind(self):
+        """Bind without asking the DNS for our name, which can hang."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def handle_error(self, request, client_address):
+        """Say nothing of connections that break, one line of the rest."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            traceback.print_exc()
+
+    @contextlib.contextmanager
+    def answering(self):
+        """Count a request while it is answered."""
+        with self.idle:
+            self.busy += 1
+        try:
+            yield
+        finally:
+            with self.idle:
+                self.busy -= 1
+                self.idle.notify_all()
+
+    def start(self):
+        """Serve in a thread of its own."""
+        self.store.keep_ticking()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def stop(self):
+        """Answer what has come in, for up to 5 seconds, and close all."""
+        self.ending = True
+        self.shutdown()
+        self.server_close()
+        self.store.bell.close()
+        with self.idle:
+            self.idle.wait_for(lambda: not self.busy, timeout=5)
+        self.store.close()
+
+
+class Application:
+    """The WSGI front door: `application`, made at its first call.
+
+    The environment (of the process, set by the .wsgi file) has JOBMAN_DB,
+    the database, and JOBMAN_WAITERS, how many of a process' threads long
+    polls may take (default 2).
+    """
+
+    def __init__(self):
+        self.mutex = threading.Lock()
+        self.store = None
+
+    def __call__(self, environ, start_response):
+        try:
+            request = self.read(environ)
+            response = respond(self.open(), request)
+        except Error as error:
+            response = refusal(error)
+        reason = http.client.responses[response.status]
+        start_response(
+            "%d %s" % (response.status, reason), list(response.headers)
+        )
+        return [b"" if environ["REQUEST_METHOD"] == "HEAD" else response.body]
+
+    def open(self):
+        """Return the Store of this process; raise Error 503 without one."""
+        with self.mutex:
+            if self.store is None:
+                path = os.environ.get("JOBMAN_DB", "jobman.db")
+                waiters = int(os.environ.get("JOBMAN_WAITERS", "2"))
+                try:
+                    self.store = Store(path, shared=True, waiters=waiters)
+                except Trouble as trouble:
+                    print(trouble, file=sys.stderr)
+                    raise unavailable("its database can't be used") from None
+                self.store.keep_ticking()
+            return self.store
+
+    def read(self, environ):
+        """Return the Request in a WSGI environment."""
+        headers = {
+            name[5:].replace("_", "-").lower(): value
+            for name, value in environ.items()
+            if name.startswith("HTTP_")
+        }
+        length = digits(environ.get("CONTENT_LENGTH") or "0")
+        if type(length) is not int or length < 0:
+            raise Error(400, "The Content-Length is no number of bytes.")
+        if length > MAX_BODY:
+            raise Error(413, "The body is over %d bytes." % MAX_BODY)
+        return Request(
+            environ["REQUEST_METHOD"],
+            environ.get("PATH_INFO", "").encode("latin-1").decode() or "/",
+            environ.get("QUERY_STRING", ""),
+            headers,
+            environ["wsgi.input"].read(length) if length else b"",
+            lambda: False,
+        )
+
+
+application = Application()
+
+
+# ----------------------------------------------------------- access file ---
+
+
+def access_path():
+    """Return where the access file is, unless an option says otherwise."""
+    default = os.path.join(os.path.expanduser("~"), ".jobman", "access.json")
+    return os.environ.get("JOBMAN_ACCESS") or default
+
+
+def write_access(path, url, jobix):
+    """Write the file by which workers find a server; return its content.
+
+    Mode 0600, replaced in one step: a reader sees the old or the new one.
+    """
+    access = {
+        "url": url,
+        "jobix": jobix,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+    draft = "%s.%d" % (path, os.getpid())
+    try:
+        folder = os.path.dirname(os.path.abspath(path))
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with open(os.open(draft, flags, 0o600), "w") as file:
+            file.write(to_json(access) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        raise Trouble(
+            "The access file %s can't be written: %s." % (path, error.strerror)
+        ) from None
+    return access
+
+
+def remove_access(path, access):
+    """Remove the access file if it is still this server's own."""
+    with contextlib.suppress(OSError, ValueError):
+        with open(path) as file:
+            own = json.load(file) == access
+        if own:
+            os.unlink(path)
+
+
+# ----------------------------------------------------------------- serve ---
+
+
+def listen(host, port):
+    """Return a Server that is bound to an address, without a Store yet."""
+    try:
+        return Server((host, port))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Trouble(
+            "Can't listen on port %d of %s: %s." % (port, host, reason)
+        ) from None
+
+
+@contextlib.contextmanager
+def serving(options, access_file):
+    """Serve `options.db` at `options.host` and port while the body runs.
+
+    Hands out the Server and the content of its access file.
+    """
+    server = listen(options.host, options.port)
+    try:
+        server.store = Store(options.db, shared=options.shared)
+    except BaseException:
+        server.server_close()
+        raise
+    url = options.url or "http://%s:%d" % (
+        socket.gethostname() if options.host in ("", "0.0.0.0")
+        else options.host,
+        server.server_port,
+    )
+    server.start()
+    try:
+        access = write_access(access_file, url, server.store.jobix)
+        try:
+            yield server, access
+        finally:
+            remove_access(access_file, access)
+    finally:
+        server.stop()
+
+
+def until_signal():
+    """Return an Event that SIGINT or SIGTERM sets."""
+    ending = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ending.set())
+    return ending
+
+
+def serve(options):
+    """Serve a database until SIGINT or SIGTERM."""
+    raise_file_limit()
+    ending = until_signal()
+    access_file = options.access or access_path()
+    with serving(options, access_file) as (_, access):
+        print(announcement(options, access_file, access), flush=True)
+        ending.wait()
+    return 0
+
+
+def raise_file_limit():
+    """Let the process open as many files, so connections, as it may."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+ANNOUNCEMENT = """\
+jobman %(version)s listens at %(url)s
+  database     %(db)s
+  access file  %(access)s
+  page         %(page)s
+Add a job, then run what waits, here or on any node that sees this home:
+  python3 -c 'import worker; worker.Client(%(argument)s).set(
+      {1: {"jobstage": 0, "jobcmd": "hostname"}})'
+  python3 worker.py --stage 0%(option)s"""
+
+
+def announcement(options, access_file, access):
+    """Return what serve says when it is ready."""
+    page = access["url"] + "/get?plain=1 (its password is the jobix in the"
+    usual = access_file == access_path()
+    return ANNOUNCEMENT % {
+        "version": __version__,
+        "url": access["url"],
+        "db": os.path.abspath(options.db),
+        "access": access_file,
+        "page": page + " access file)",
+        "argument": "" if usual else to_json(access_file),
+        "option": "" if usual else " --access " + shlex.quote(access_file),
+    }
+
+
+# ------------------------------------------------------------------- run ---
+
+
+def shell_script(command, number):
+    """Return `command` as a script in which the shell fills in the item.
+
+    The script is run with the item as its first argument and takes it from
+    a variable, so that nothing in an item is ever executed. `{}` becomes
+    one word in any quotes that it stands in; `{#}` becomes `number`.
+    """
+    forms = {"'": "'\"${JOBMAN_ITEM}\"'", '"': "${JOBMAN_ITEM}"}
+    script, quotes, i = ["JOBMAN_ITEM=$1; "], [""], 0
+    while i < len(command):
+        piece, inside = command[i], quotes[-1]
+        if command.startswith("{}", i):
+            piece = "{}"
+            script.append(forms.get(inside, '"${JOBMAN_ITEM}"'))
+        elif command.startswith("{#}", i):
+            piece = "{#}"
+            script.append(str(number))
+        else:
+            if piece == "\\" and inside != "'":
+                piece = command[i : i + 2]
+            elif command.startswith("$(", i) and inside != "'":
+                piece = "$("
+            script.append(piece)
+            turn_quotes(quotes, piece)
+        i += len(piece)
+    return "".join(script)
+
+
+def turn_quotes(quotes, piece):
+    """Follow, on the stack `quotes`, what quotes `piece` opens or closes."""
+    inside = quotes[-1]
+    if piece == "$(" or (piece == "(" and inside == "("):
+        quotes.append("(")
+    elif piece == inside or (piece == ")" and inside == "("):
+        quotes.pop()
+    elif piece == '"' or (piece == "'" and inside != '"'):
+        if inside != "'":
+            quotes.append(piece)
+
+
+def unicode_bytes(text):
+    """Return an argument in UTF-8 whatever the locale, bytes preserved."""
+    return os.fsencode(text).decode("utf-8", "surrogateescape")
+
+
+def read_items(options):
+    """Yield the items of a run, from the command line, a file or stdin."""
+    for item in options.items or ():
+        yield unicode_bytes(item)
+    if options.items is None:
+        name = options.arg_file
+        source = sys.stdin.buffer if name in (None, "-") else open(name, "rb")
+        with source:
+            for line in source:
+                item = line[:-1] if line.endswith(b"\n") else line
+                yield item.decode("utf-8", "surrogateescape")
+
+
+class Run:
+    """One command over many items: its jobs, and how far they are.
+
+    A job is known by its command, its item and how often that item came
+    before: the same run, started again, finds its jobs.
+    """
+
+    CHUNK = 1000
+    NAMED = 10  # failures told one by one at the end
+
+    def __init__(self, store, command, retries):
+        if "{}" not in command and "{#}" not in command:
+            command += " {}"
+        self.store = store
+        self.command = command
+        self.max_attempts = retries + 1
+        self.items = 0
+        self.loaded = False
+        self.error = None
+
+    def load(self, items):
+        """Add the jobs of `items`; those that are done stay so.
+
+        All else in the database is put aside first: it belongs to other
+        runs, or to an earlier start of this one.
+        """
+        try:
+            self.store.cancel(self.store.jobix)
+            seen = Counter()
+            while True:
+                chunk = list(itertools.islice(items, self.CHUNK))
+                if not chunk:
+                    break
+                self.add(chunk, seen)
+        except (Error, OSError, sqlite3.Error) as error:
+            self.error = error
+        self.loaded = True
+
+    def add(self, items, seen):
+        """Add the jobs of some items, or bring them back."""
+        submissions = []
+        for item in items:
+            seen[item] += 1
+            known = to_json([self.command, item, seen[item]]).encode("ascii")
+            key = hashlib.sha256(known).hexdigest()[:32]
+            self.items += 1
+            submissions.append((key, [self.job(item)]))
+        given = self.store.submit(self.store.jobix, submissions)
+        ids = [ids[0] for ids in given]
+        for state in ("cancelled", "failed"):
+            self.store.retry(self.store.jobix, ids=ids, state=state)
+
+    def job(self, item):
+        """Return the job of an item, as columns."""
+        script = shell_script(self.command, self.items)
+        argv = ["/bin/sh", "-c", script, "sh", item]
+        return read_entry(
+            {
+                "jobstage": 0,
+                "jobcmd": argv,
+                "laststage": 2,
+                "max_attempts": self.max_attempts,
+            }
+        )
+
+    def figures(self):
+        """Return whether it is over; how many jobs, done and failed."""
+        items, loaded = self.items, self.loaded
+        states = self.store.status(self.store.jobix)["totals"]["states"]
+        left = sum(states[s] for s in ("waiting", "delayed", "working"))
+        failed = states["failed"]
+        over = loaded and not left
+        return over, items, max(0, items - left - failed), failed
+
+
+    def failures(self):
+        """Return a line on each of the first few jobs that failed."""
+        jobix = self.store.jobix
+        for job in self.store.failures(jobix, limit=self.NAMED):
+            last = (job["stderr"] or "").strip().rpartition("\n")[2]
+            item = from_json(job["jobcmd"])[-1]
+            yield "failed: %s (%s) %s" % (item, job["error"], last)
+
+
+class Progress:
+    """Show how far a run is: a bar on a terminal, else a line at times."""
+
+    PERIOD = 10  # seconds between two lines
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.bar = stream.isatty()
+        self.mutex = threading.Lock()  # one writes to the terminal at a time
+        self.began = time.monotonic()
+        self.first = None
+        self.said = self.began
+        self.line = ""
+
+    def show(self, items, done, failed):
+        """Show the figures, if it is time to."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done
+        rate = (done + failed - self.first) / max(now - self.began, 0.001)
+        left = items - done - failed
+        text = "%d of %d done, %d failed, %.1f/s, %s left" % (
+            done, items, failed, rate, span(left / rate) if rate else "?"
+        )
+        if self.bar:
+            with self.mutex:
+                self.line = "%s %s" % (bar((done + failed) / items), text)
+                width = shutil.get_terminal_size().columns - 1
+                self.line = self.line[:width]
+                self.stream.write("\r%s\033[K" % self.line)
+                self.stream.flush()
+        elif now - self.said >= self.PERIOD:
+            self.said = now
+            print(text, file=self.stream, flush=True)
+
+    def relay(self, source, target):
+        """Copy a command's output to the terminal, the bar kept below it."""
+        for line in iter(lambda: source.readline(65536), b""):
+            with self.mutex:
+                self.stream.write("\r\033[K")
+                self.stream.flush()
+                target.write(line)
+                target.flush()
+                if line.endswith(b"\n"):
+                    self.stream.write(self.line)
+                    self.stream.flush()
+
+    def end(self):
+        """Take the bar away."""
+        if self.bar:
+            self.stream.write("\r\033[K")
+            self.stream.flush()
+
+
+def bar(part, width=20):
+    """Return a bar of which `part` (0 to 1) is full, and its percentage."""
+    full = int(part * width)
+    return "[%s%s] %3d%%" % ("#" * full, "." * (width - full), part * 100)
+
+
+def span(period):
+    """Return a number of seconds as a person says it: 4:05, 1:00:00."""
+    minutes, rest = divmod(int(period + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return "%d:%02d:%02d" % (hours, minutes, rest)
+    return "%d:%02d" % (minutes, rest)
+
+
+class WorkerProcess:
+    """The worker of a run: worker.py in a process of its own.
+
+    It ends when our end of the pipe to it closes, so also when we are
+    killed. On a terminal its output comes through us, around the bar.
+    """
+
+    PATIENCE = 20  # seconds for its commands to end
+
+    def __init__(self, access_file, slots, progress):
+        folder = os.path.dirname(os.path.abspath(__file__))
+        script = os.path.join(folder, "worker.py")
+        if not os.path.exists(script):
+            raise Trouble("run needs %s; copy it there." % script)
+        command = [sys.executable, script, "--access", access_file]
+        command += ["--until-eof", "--idle-timeout", "1000000000"]
+        command += ["--slots", str(slots)] if slots else []
+        relayed = progress.bar and sys.stdout.isatty()
+        pipe = subprocess.PIPE if relayed else None
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=pipe, stderr=pipe
+        )
+        self.relays = []
+        if relayed:
+            self.relay(progress, self.process.stdout, sys.stdout.buffer)
+            self.relay(progress, self.process.stderr, sys.stderr.buffer)
+
+    def relay(self, progress, source, target):
+        """Start a thread that shows what the worker prints."""
+        thread = threading.Thread(
+            target=progress.relay, args=(source, target), daemon=True
+        )
+        thread.start()
+        self.relays.append(thread)
+
+    def ended(self):
+        """Return whether the process is there no more."""
+        return self.process.poll() is not None
+
+    def end(self):
+        """Let it give back what it has, and wait for it."""
+        self.process.stdin.close()
+        try:
+            self.process.wait(self.PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for thread in self.relays:
+            thread.join()
+
+
+def follow(this, worker, progress, ending):
+    """Show progress until a Run is over; return its last figures.
+
+    Returns None when a signal ends it before.
+    """
+    over = False
+    while not over:
+        if ending.wait(0.05):
+            return None
+        over, *figures = this.figures()
+        if this.error:
+            raise Trouble("The jobs can't be added: %s" % this.error)
+        if worker.ended() and not over:
+            raise Trouble("The worker has ended; start the run once more.")
+        progress.show(*figures)
+    return figures
+
+
+def run(options):
+    """Run a command for each item; exit status 1 when a job failed."""
+    items = read_items(options)
+    ending = until_signal()
+    access_file = options.db + ".access"
+    progress = Progress(sys.stderr)
+    with serving(options, access_file) as (server, access):
+        tell_page(access)
+        command = unicode_bytes(" ".join(options.words))
+        this = Run(server.store, command, options.retries)
+        worker = WorkerProcess(access_file, options.slots, progress)
+        load = threading.Thread(target=this.load, args=(items,), daemon=True)
+        load.start()
+        try:
+            figures = follow(this, worker, progress, ending)
+        finally:
+            worker.end()
+            progress.end()
+        if figures is None:
+            say("Interrupted; the same command goes on where it was.")
+            return 130
+        return sum_up(this, *figures, progress)
+
+
+def say(line):
+    """Write a line for a person, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def tell_page(access):
+    """Say where the page is; the secret only on a terminal."""
+    password = ""
+    if sys.stderr.isatty():
+        password = " (its password: %d)" % access["jobix"]
+    say("Watch it at %s/get?plain=1%s" % (access["url"], password))
+
+
+def sum_up(this, items, done, failed, progress):
+    """Say what came of a run; return its exit status."""
+    for failure in this.failures():
+        say(failure)
+    if failed > this.NAMED:
+        say("… and %d more." % (failed - this.NAMED))
+    say("%d of %d done, %d failed, in %s." % (
+        done, items, failed, span(time.monotonic() - progress.began)
+    ))
+    return 1 if failed else 0
+
+
+# ------------------------------------------------------------------ main ---
+
+EXAMPLES = """examples:
+  python3 jobman.py serve --db jobs.db
+  python3 jobman.py run 'gzip -k {}' ::: *.txt
+  find . -name '*.png' | python3 jobman.py run 'optipng {}'
+"""
+
+
+def parse(arguments):
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(
+        prog="jobman.py",
+        description="Hand out jobs to any number of workers.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = "jobman %s" % __version__
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    add_serve(commands)
+    add_run(commands)
+    words, items = arguments, None
+    if ":::" in arguments:
+        at = arguments.index(":::")
+        words, items = arguments[:at], arguments[at + 1 :]
+    options = parser.parse_args(words)
+    if options.command is None:
+        parser.error("name a command: serve or run")
+    if items is not None and options.command != "run":
+        parser.error("::: belongs to run")
+    options.items = items
+    if options.command == "run":
+        check_run(parser, options)
+    return options
+
+
+def add_serve(commands):
+    """Describe the command serve."""
+    command = commands.add_parser("serve", help=serve.__doc__)
+    command.set_defaults(act=serve)
+    add = command.add_argument
+    add("--db", default="jobman.db", metavar="FILE",
+        help="the database (default jobman.db)")
+    add("--host", default="127.0.0.1",
+        help="address to listen at (default 127.0.0.1)")
+    add("--port", type=int, default=8642, help="default 8642; 0: any free")
+    add("--access", metavar="FILE",
+        help="where workers find the server (~/.jobman/access.json)")
+    add("--url", help="the address for the access file, if not our guess")
+    add("--shared", action="store_true",
+        help="other servers of this host may serve the same database")
+
+
+def add_run(commands):
+    """Describe the command run."""
+    command = commands.add_parser(
+        "run", help=run.__doc__,
+        usage="jobman.py run [options] 'COMMAND {}' [::: ITEM …]",
+        epilog="{} is the item as one shell word, {#} its number. Items come "
+        "after :::, from FILE, or from standard input, one a line.",
+    )
+    command.set_defaults(
+        act=run, host="127.0.0.1", port=0, url=None, shared=False
+    )
+    add = command.add_argument
+    add("words", nargs=argparse.REMAINDER, metavar="COMMAND",
+        help="the command; {} is the item, at its end if not said")
+    add("-a", "--arg-file", metavar="FILE", help="read items from FILE")
+    add("--db", default="jobman-run.db", metavar="FILE",
+        help="where the run is kept (default jobman-run.db)")
+    add("--slots", type=int, metavar="N",
+        help="commands side by side (default: the cores we may use)")
+    add("--retries", type=int, default=0, metavar="N",
+        help="how often a job that fails is tried again (default 0)")
+
+
+def check_run(parser, options):
+    """End with exit status 2 when a run isn't described well."""
+    if not options.words:
+        parser.error("run needs a command")
+    if options.retries < 0 or (options.slots or 1) < 1:
+        parser.error("--retries and --slots must be positive")
+    if options.items is not None and options.arg_file is not None:
+        parser.error("give items after ::: or in a file, not both")
+    if options.items is None and options.arg_file is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            parser.error("give items after :::, in a file, or on stdin")
+
+
+def tolerate(stream):
+    """Return `stream` so that what its encoding lacks becomes escapes."""
+    return io.TextIOWrapper(
+        stream.detach(), stream.encoding, "backslashreplace",
+        line_buffering=True,
+    )
+
+
+def main(arguments=None):
+    """Run the command line; return its exit status."""
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        return options.act(options)
+    except Trouble as trouble:
+        say("jobman.py: %s" % trouble)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.stdout, sys.stderr = tolerate(sys.stdout), tolerate(sys.stderr)
+    sys.exit(main())

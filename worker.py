@@ -1,0 +1,797 @@
+#!/usr/bin/env python3
+"""Work through the jobs of a jobman server, on any number of nodes.
+
+    python3 worker.py --stage 0      run the jobs that wait in stage 0
+
+claims jobs, runs each one's command and tells the server what came of it.
+As a library this file gives `Client`, with a method for every call that the
+server answers. It needs Python 3.6 or later and nothing else, and works when
+copied alone. The manual is jobman's README.md.
+"""
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import queue
+import random
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from urllib.parse import urlencode, urlsplit
+
+__version__ = "0.1.0"
+
+STDERR_KEPT = 4096  # bytes of a command's stderr that go to the server
+RESULT_LIMIT = 2**24  # bytes that a command may leave in JOBMAN_RESULT
+
+
+# ---------------------------------------------------------------- errors ---
+
+
+class Trouble(Exception):
+    """Say in one sentence what is wrong and what to do."""
+
+
+class Refused(Trouble):
+    """Hold the server's refusal: `status` and its sentence."""
+
+    def __init__(self, status, message):
+        super().__init__(message)
+        self.status = status
+
+
+class Unreachable(Trouble):
+    """Say that the server can't be reached."""
+
+
+# ---------------------------------------------------------------- client ---
+
+
+def access_path():
+    """Return where the access file is, unless an option says otherwise."""
+    default = os.path.join(os.path.expanduser("~"), ".jobman", "access.json")
+    return os.environ.get("JOBMAN_ACCESS") or default
+
+
+def read_access(path):
+    """Return (url, jobix) from an access file; raise Trouble without one."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            access = json.load(file)
+        return str(access["url"]), int(access["jobix"])
+    except FileNotFoundError:
+        raise Trouble(
+            "There is no access file %s: start a server with `python3"
+            " jobman.py serve`, or name its file with --access." % path
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Trouble("Can't read %s: %s." % (path, error)) from None
+
+
+class Client:
+    """Speak to a server: one method for each of its calls.
+
+    `access` names the access file (default: $JOBMAN_ACCESS, else
+    ~/.jobman/access.json); `url` and `jobix` (or $JOBMAN_URL and
+    $JOBMAN_JOBIX) do without one. One connection is kept open; threads take
+    turns on it. What is safe to repeat is repeated for up to `patience`
+    seconds (None: for ever) when the server can't be reached, with growing,
+    random pauses; the access file is read again each time, for the server
+    may have moved. Every method raises Refused when the server says no, and
+    Unreachable when it can't be reached.
+    """
+
+    TIMEOUT = 60  # seconds without a byte before a connection is given up
+    LONGEST_PAUSE = 10
+
+    def __init__(self, access=None, *, url=None, jobix=None, patience=60):
+        self.access = access or access_path()
+        if access is None and url is None:
+            url = os.environ.get("JOBMAN_URL")
+            jobix = os.environ.get("JOBMAN_JOBIX", jobix)
+        self.fixed = None if url is None else (url, jobix)
+        self.patience = patience
+        self.mutex = threading.Lock()  # guards the connection
+        self.connection = None
+        self.aborted = False
+        self.locate()
+
+    def locate(self):
+        """Find out where the server is, and with what jobix to come."""
+        url, self.jobix = self.fixed or read_access(self.access)
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise Trouble("The server's address %r is not http://…" % url)
+        self.prefix = parts.path.rstrip("/")
+        self.address = parts.hostname, parts.port or 80
+
+    # The calls, in the order of the server's route table
+
+    def health(self):
+        """Return the server's health, a dict; raise Refused when it is ill."""
+        return self.call("GET", "/health")
+
+    def init(self, *minutes):
+        """Set the lifetimes of stages 0 … n where there are none yet.
+
+        Returns {stage: minutes} in force; without arguments only that.
+        """
+        path = "/".join(["/init", *map(str, minutes)])
+        found = self.call("GET", path)
+        return {int(stage): value for stage, value in found.items()}
+
+    def lifetime(self, stage, minutes=None):
+        """Return the lifetime of a stage in minutes, or set it."""
+        change = "" if minutes is None else "/%d" % minutes
+        return self.call("GET", "/lifetime/%d%s" % (stage, change))
+
+    def set(self, jobs):
+        """Add `jobs`: {jobid: {"jobstage": int, "jobcmd": any JSON, …}}."""
+        return self.call("POST", "/set", jobs)
+
+    def submit(self, key, jobs):
+        """Add `jobs`, a list of entries; return the ids they are given.
+
+        The same key again gives the same ids and adds nothing.
+        """
+        return self.call("POST", "/submit", {"key": key, "jobs": jobs})["ids"]
+
+    def get(self, stage, nextstage=None, **options):
+        """Claim a job that waits in `stage`; return it, None without one.
+
+        `stage` may be a list: the first that has a job. Options: `worker`
+        (a name), `wait`, `lease` (seconds), `n` (jobs: returns a list).
+        A claim without a lease whose answer is lost is not repeated.
+        """
+        listed = [stage] if isinstance(stage, int) else stage
+        path = "/get/" + ",".join(map(str, listed))
+        if nextstage is not None:
+            path += "/%d" % nextstage
+        found = self.call(
+            "GET", path, options=options, repeat="lease" in options,
+            timeout=self.TIMEOUT + options.get("wait", 0),
+        )
+        return None if found == "nada" else found
+
+    def update_job(self, jobid, stage, claim=None, **result):
+        """Put a job into `stage`; `result` may have filename and jobcmd."""
+        path = "/update_job/%d/%d" % (jobid, stage)
+        return self.call("POST", path, result, options={"claim": claim})
+
+    def update_jobs(self, updates):
+        """Put many jobs into stages; return a list of their statuses.
+
+        An update is {"jobid", "jobstage", "claim"?, "filename"?, …}.
+        """
+        return self.call("POST", "/update_jobs", updates)
+
+    def fail_job(self, jobid, claim=None, **report):
+        """Say that an attempt failed: `error`, `exit_code`, `stderr`."""
+        return self.call(
+            "POST", "/fail_job/%d" % jobid, report,
+            options={"claim": claim}, repeat=claim is not None,
+        )
+
+    def release_job(self, jobid, claim=None):
+        """Give a claim back unharmed."""
+        return self.call(
+            "POST", "/release_job/%d" % jobid, {},
+            options={"claim": claim}, repeat=claim is not None,
+        )
+
+    def heartbeat(self, worker, lease, claims):
+        """Renew `claims`, [[jobid, token], …], for `lease` seconds.
+
+        Returns {"lost": [jobid, …], "drain": bool}.
+        """
+        beat = {"worker": worker, "lease": lease, "claims": claims}
+        return self.call("POST", "/heartbeat", beat)
+
+    def check_stages(self, old=None, new=None):
+        """Flag the expired jobs; move those of stage `old` to `new`."""
+        if old is None:
+            return self.call("GET", "/check_stages")
+        path = "/check_stages/%d/%d" % (old, new)
+        return self.call("GET", path, repeat=False)
+
+    def retry(self, **selector):
+        """Let ended jobs run again; return how many.
+
+        `selector`: `ids`, or `stage` and `state`, or `all=True`.
+        """
+        return self.call("POST", "/retry", selector)["retried"]
+
+    def cancel(self, **selector):
+        """Cancel jobs that aren't done; return how many; as retry."""
+        return self.call("POST", "/cancel", selector)["cancelled"]
+
+    def status(self):
+        """Return the figures: jobs per stage and state, totals, rate."""
+        return self.call("GET", "/status")
+
+    # How a call is made
+
+    def call(
+        self, method, path, value=None, *,
+        options=None, repeat=True, timeout=TIMEOUT
+    ):
+        """Make a call; return its answer: a JSON value, or text."""
+        given = {k: v for k, v in (options or {}).items() if v is not None}
+        if given:
+            path += "?" + urlencode(given)
+        body = None
+        if value is not None:
+            body = zlib.compress(json.dumps(value).encode("ascii"), 1)
+        with self.mutex:
+            status, kind, text = self.persist(
+                method, path, body, repeat, timeout
+            )
+        if kind.startswith("application/json"):
+            text = json.loads(text)
+        if status != 200:
+            known = isinstance(text, dict) and text.get("error")
+            raise Refused(status, known or "The server said %d." % status)
+        return text
+
+    def persist(self, method, path, body, repeat, timeout):
+        """Make a call, again and again while that is safe and may help."""
+        end = time.monotonic() + (self.patience or 0)
+        pause = 0.1
+        while True:
+            try:
+                answer = self.exchange(method, path, body, timeout)
+                if answer[0] != 503:
+                    return answer
+                error = "The server can't answer now."
+            except (OSError, http.client.HTTPException) as lost:
+                sent = self.close()
+                error = "The server at %s:%d can't be reached (%s)." % (
+                    *self.address, lost or type(lost).__name__
+                )
+                if sent and not repeat:
+                    raise Unreachable(error) from None
+            late = self.patience is not None and time.monotonic() > end
+            if late or self.aborted:
+                raise Unreachable(error)
+            time.sleep(random.uniform(0, pause))
+            pause = min(self.LONGEST_PAUSE, pause * 2)
+            with contextlib.suppress(Trouble):  # it may be in the writing
+                self.locate()
+
+    def exchange(self, method, path, body, timeout):
+        """Make a call once; return (status, content type, text)."""
+        self.connect(timeout)
+        headers = {"jobix": str(self.jobix)}
+        if body is not None:
+            headers["Content-Encoding"] = "deflate"
+            headers["Content-Type"] = "application/json"
+        self.sent = True
+        self.connection.request(method, self.prefix + path, body, headers)
+        response = self.connection.getresponse()
+        text = response.read().decode("utf-8")
+        if response.getheader("Connection", "").lower() == "close":
+            self.close()
+        return response.status, response.getheader("Content-Type", ""), text
+
+    def connect(self, timeout):
+        """Open the connection, unless it still stands."""
+        if self.connection is not None:
+            dropped, _, _ = select.select([self.connection.sock], [], [], 0)
+            if dropped:
+                self.close()
+        self.sent = False
+        if self.connection is None:
+            self.connection = http.client.HTTPConnection(*self.address)
+            self.connection.timeout = timeout
+            self.connection.connect()
+        self.connection.sock.settimeout(timeout)
+
+    def close(self):
+        """Close the connection; return whether a call was sent on it."""
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+        return self.sent
+
+    def abort(self):
+        """Break off the call on its way, from another thread; no more."""
+        self.aborted = True
+        with contextlib.suppress(OSError, AttributeError):
+            self.connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+# --------------------------------------------------------------- command ---
+
+
+def to_bytes(text):
+    """Return the bytes that `text` stands for, whatever the locale.
+
+    Bytes that aren't UTF-8 travel as lone surrogates (PEP 383).
+    """
+    return text.encode("utf-8", "surrogateescape")
+
+
+def tail(file):
+    """Return the end of a command's stderr as text."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - STDERR_KEPT))
+    return file.read().decode("utf-8", "replace")
+
+
+class Command:
+    """Run the command of one job and keep what it prints.
+
+    `argv` is a list of strings, `given` the bytes for its standard input.
+    Its process group is its own, so that it can be killed as a whole.
+    """
+
+    GRACE = 5  # seconds between TERM and KILL
+
+    def __init__(self, job, argv, given, result):
+        self.job = job
+        self.argv = [to_bytes(word) for word in argv]
+        self.given = given
+        self.result = result  # the file that JOBMAN_RESULT names
+        self.out = tempfile.TemporaryFile()
+        self.err = tempfile.TemporaryFile()
+        self.mutex = threading.Lock()  # guards process and killed
+        self.process = None
+        self.killed = False
+
+    def environment(self):
+        """Return the worker's environment with what the job adds."""
+        job = self.job
+        added = {
+            "JOBMAN_JOBID": str(job["jobid"]),
+            "JOBMAN_STAGE": str(job["jobstage"]),
+            "JOBMAN_ATTEMPT": str(job["attempt"]),
+            "JOBMAN_FILENAME": job["filename"] or "",
+            "JOBMAN_RESULT": self.result,
+        }
+        environment = dict(os.environb)
+        for name, text in added.items():
+            environment[name.encode("ascii")] = to_bytes(text)
+        return environment
+
+    def start(self):
+        """Start the process; raise OSError or ValueError if it can't be."""
+        cwd = self.job.get("cwd")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.result)
+        with tempfile.TemporaryFile() as stdin, self.mutex:
+            stdin.write(self.given)
+            stdin.seek(0)
+            if not self.killed:
+                self.process = subprocess.Popen(
+                    self.argv,
+                    stdin=stdin,
+                    stdout=self.out,
+                    stderr=self.err,
+                    cwd=None if cwd is None else to_bytes(cwd),
+                    env=self.environment(),
+                    start_new_session=True,
+                    close_fds=False,
+                )
+
+    def wait(self):
+        """Return the exit status, as a shell gives it: 124 after a timeout."""
+        if self.process is None:
+            return 128 + signal.SIGTERM
+        try:
+            status = self.process.wait(self.job.get("timeout"))
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self.process.wait()
+            return 124
+        return status if status >= 0 else 128 - status
+
+    def kill(self):
+        """End the process group: TERM, and KILL for what outlives it."""
+        with self.mutex:
+            self.killed = True
+            if self.process is None or self.process.poll() is not None:
+                return
+        self.signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(self.GRACE)
+        self.signal(signal.SIGKILL)
+
+    def signal(self, number):
+        """Send a signal to the process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def brought(self):
+        """Return what the command left in JOBMAN_RESULT, a dict.
+
+        Raises ValueError when that is no object with filename and jobcmd.
+        """
+        try:
+            with open(self.result, "rb") as file:
+                text = file.read(RESULT_LIMIT + 1)
+        except FileNotFoundError:
+            return {}
+        if len(text) > RESULT_LIMIT:
+            raise ValueError("it is over %d bytes" % RESULT_LIMIT)
+        if not text.strip():
+            return {}
+        result = json.loads(text.decode("utf-8", "surrogateescape"))
+        if not isinstance(result, dict) or set(result) - {
+            "filename", "jobcmd",
+        }:
+            raise ValueError("it is no object with filename and jobcmd")
+        if not isinstance(result.get("filename"), (str, type(None))):
+            raise ValueError("its filename is no string")
+        return result
+
+    def close(self):
+        """Let go of the files."""
+        self.out.close()
+        self.err.close()
+
+
+# ---------------------------------------------------------------- worker ---
+
+
+class Worker:
+    """Claim jobs, run them side by side in slots, report what came of them.
+
+    One thread claims (`dispatch`, the caller's own), each slot runs one
+    command at a time, one thread reports and one renews the leases.
+    """
+
+    LONGEST_WAIT = 30  # seconds of a long poll
+
+    def __init__(
+        self, access=None, *, stages=(0,), slots=1, command=None,
+        lease=120, idle_timeout=60, name=None
+    ):
+        self.claimer = Client(access, patience=None)
+        self.reporter = Client(access, patience=None)
+        self.beater = Client(access, patience=None)
+        self.stages = sorted(stages, reverse=True)
+        self.slots = slots
+        self.command = command
+        self.lease = lease
+        self.idle_timeout = idle_timeout
+        self.name = name or "%s-%d" % (socket.gethostname(), os.getpid())
+        self.free = threading.Semaphore(slots)
+        self.jobs = queue.Queue()
+        self.outcomes = queue.Queue()
+        self.mutex = threading.Lock()  # guards claims and commands
+        self.claims = {}  # jobid: token, until its outcome is delivered
+        self.commands = {}  # jobid: Command, while it runs
+        self.printing = threading.Lock()
+        self.ending = threading.Event()
+        self.over = threading.Event()
+
+    def run(self):
+        """Work until there is nothing left to do, or end() is called."""
+        self.folder = tempfile.mkdtemp(prefix="jobman-")
+        slots = [
+            threading.Thread(target=self.work_on, args=(i,), daemon=True)
+            for i in range(self.slots)
+        ]
+        others = [
+            threading.Thread(target=self.report_on, daemon=True),
+            threading.Thread(target=self.beat_on, daemon=True),
+        ]
+        for thread in slots + others:
+            thread.start()
+        try:
+            self.dispatch()
+        finally:
+            self.finish(slots, others)
+
+    def end(self):
+        """Claim no more, kill what runs and give it back, then return."""
+        self.ending.set()
+        self.claimer.abort()
+        with self.mutex:
+            commands = list(self.commands.values())
+        for command in commands:
+            threading.Thread(target=command.kill, daemon=True).start()
+
+    def finish(self, slots, others):
+        """Wait for what runs and for its reports."""
+        for _ in slots:
+            self.jobs.put(None)
+        for thread in slots:
+            thread.join()
+        self.outcomes.put(None)
+        others[0].join()
+        self.over.set()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # Claiming
+
+    def dispatch(self):
+        """Claim jobs for idle slots until there have been none for long."""
+        busy = time.monotonic()
+        while not self.ending.is_set():
+            slots = self.take_slots()
+            left = busy + self.idle_timeout - time.monotonic()
+            jobs = self.claim(slots, left)
+            for _ in range(slots - len(jobs)):
+                self.free.release()
+            now = time.monotonic()
+            if jobs or self.claims:
+                busy = now
+            elif now >= busy + self.idle_timeout:
+                if not self.delayed():
+                    return
+                busy = now
+
+    def take_slots(self):
+        """Wait for an idle slot; return how many there are then."""
+        self.free.acquire()
+        slots = 1
+        while self.free.acquire(blocking=False):
+            slots += 1
+        return slots
+
+    def claim(self, n, left):
+        """Claim up to `n` jobs and put them before the slots."""
+        wait = max(0, min(self.LONGEST_WAIT, left))
+        try:
+            jobs = self.claimer.get(
+                self.stages, worker=self.name, lease=self.lease,
+                n=n, wait=round(wait, 3),
+            )
+        except Unreachable:
+            return []  # only after end()
+        with self.mutex:
+            for job in jobs:
+                self.claims[job["jobid"]] = job["claim"]
+        for job in jobs:
+            self.jobs.put(job)
+        return jobs
+
+    def delayed(self):
+        """Return whether a job of our stages waits for its time."""
+        try:
+            figures = self.claimer.status()
+        except Unreachable:
+            return False
+        return any(
+            stage["stage"] in self.stages and stage["states"]["delayed"]
+            for stage in figures["stages"]
+        )
+
+    # Running
+
+    def work_on(self, slot):
+        """Run one job after another in a slot."""
+        result = os.path.join(self.folder, "result-%d" % slot)
+        for job in iter(self.jobs.get, None):
+            if self.ending.is_set():
+                self.outcomes.put((job, "release", {}))
+            else:
+                self.outcomes.put((job, *self.perform(job, result)))
+            self.free.release()
+
+    def perform(self, job, result):
+        """Run a job's command; return what to report: a verb and values."""
+        try:
+            argv, given = self.prepare(job)
+            command = Command(job, argv, given, result)
+        except (ValueError, OSError) as error:
+            return "fail", {"error": str(error)}
+        with self.mutex:
+            self.commands[job["jobid"]] = command
+        try:
+            command.start()
+            status = command.wait()
+            self.print(command)
+            return self.judge(command, status)
+        except (OSError, ValueError) as error:
+            status = 127 if isinstance(error, FileNotFoundError) else 126
+            return "fail", {"error": str(error), "exit_code": status}
+        finally:
+            with self.mutex:
+                del self.commands[job["jobid"]]
+            command.close()
+
+    def prepare(self, job):
+        """Return a job's command as argv, and what it reads, as bytes.
+
+        Raises ValueError when it has none.
+        """
+        if self.command is not None:
+            return ["/bin/sh", "-c", self.command], json.dumps(job).encode()
+        jobcmd = job["jobcmd"]
+        if isinstance(jobcmd, str):
+            return ["/bin/sh", "-c", jobcmd], b""
+        words = isinstance(jobcmd, list) and jobcmd
+        if words and all(isinstance(word, str) for word in jobcmd):
+            return jobcmd, b""
+        raise ValueError(
+            "The job's jobcmd is no command; start the worker with --command"
+            " to say what is to be done with it."
+        )
+
+    def judge(self, command, status):
+        """Return what to report of a command that has ended."""
+        job = command.job
+        if command.killed and status != 124:
+            return "release", {}
+        report = {"exit_code": status, "stderr": tail(command.err)}
+        if status:
+            report["error"] = "exit status %d" % status
+            return "fail", report
+        try:
+            report.update(command.brought())
+        except ValueError as error:
+            report["error"] = "JOBMAN_RESULT can't be used: %s" % error
+            return "fail", report
+        return "update", dict(report, jobstage=job["jobstage"] + 2)
+
+    def print(self, command):
+        """Print what a command has printed, whole."""
+        pairs = (command.out, sys.stdout), (command.err, sys.stderr)
+        with self.printing:
+            for kept, stream in pairs:
+                kept.seek(0)
+                with contextlib.suppress(BrokenPipeError):
+                    shutil.copyfileobj(kept, stream.buffer)
+                    stream.flush()
+
+    # Reporting
+
+    def report_on(self):
+        """Deliver outcomes, all that have come together in one call."""
+        last = False
+        while not last:
+            outcomes = [self.outcomes.get()]
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    outcomes.append(self.outcomes.get_nowait())
+            last = None in outcomes
+            self.report([outcome for outcome in outcomes if outcome])
+
+    def report(self, outcomes):
+        """Deliver some outcomes."""
+        updates = []
+        for job, verb, values in outcomes:
+            jobid, claim = job["jobid"], job["claim"]
+            if verb == "update":
+                updates.append(dict(values, jobid=jobid, claim=claim))
+            elif verb == "fail":
+                self.deliver(self.reporter.fail_job, jobid, claim, **values)
+            else:
+                self.deliver(self.reporter.release_job, jobid, claim)
+        if updates:
+            for answer in self.reporter.update_jobs(updates):
+                if answer["status"] != 200:
+                    self.say("Job %(jobid)d: refused, %(status)d." % answer)
+        with self.mutex:
+            for job, _, _ in outcomes:
+                if self.claims.get(job["jobid"]) == job["claim"]:
+                    del self.claims[job["jobid"]]
+
+    def deliver(self, verb, jobid, claim, **values):
+        """Make one call; a refusal is only worth a line."""
+        try:
+            verb(jobid, claim, **values)
+        except Refused as refused:
+            self.say("Job %d: %s" % (jobid, refused))
+
+    def say(self, line):
+        """Write a line to the worker's log, its standard error."""
+        with self.printing:
+            print(line, file=sys.stderr, flush=True)
+
+    # Heartbeats
+
+    def beat_on(self):
+        """Renew all leases four times in a lease's time."""
+        while not self.over.wait(self.lease / 4):
+            with self.mutex:
+                claims = sorted(self.claims.items())
+            if claims:
+                self.beat(claims)
+
+    def beat(self, claims):
+        """Renew `claims`; kill the commands of those that are lost."""
+        answer = self.beater.heartbeat(self.name, self.lease, claims)
+        with self.mutex:
+            lost = [
+                self.commands[jobid]
+                for jobid in answer["lost"]
+                if jobid in self.commands
+            ]
+        for command in lost:
+            self.say("Job %d: its claim is lost." % command.job["jobid"])
+            command.kill()
+
+
+# ------------------------------------------------------------------ main ---
+
+
+def parse(arguments):
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(
+        description="Work through the jobs of a jobman server.",
+        epilog="example: python3 worker.py --stage 0,2 --slots 4",
+    )
+    add = parser.add_argument
+    add("--stage", default=[0], type=stage_list, metavar="S[,S…]",
+        help="stages to claim from, the later ones first (default 0)")
+    add("--slots", type=int, metavar="N",
+        help="commands side by side (default: the cores we may use)")
+    add("--command", metavar="CMD",
+        help="run CMD for each job, the job as JSON on its standard input")
+    add("--idle-timeout", type=float, default=60, metavar="SECONDS",
+        help="end after so long with nothing to do (default 60)")
+    add("--lease", type=float, default=120, metavar="SECONDS",
+        help="a job goes to others when its worker is silent so long")
+    add("--access", metavar="FILE",
+        help="the server's access file (default ~/.jobman/access.json)")
+    add("--name", help="what this worker is called (default HOST-PID)")
+    add("--until-eof", action="store_true",
+        help="end when standard input ends")
+    options = parser.parse_args(arguments)
+    if options.slots is None:
+        options.slots = len(os.sched_getaffinity(0))
+    if options.slots < 1 or options.lease <= 0 or options.idle_timeout < 0:
+        parser.error("--slots and --lease must be more than 0")
+    return options
+
+
+def stage_list(text):
+    """Read --stage."""
+    return [int(stage) for stage in text.split(",")]
+
+
+def main(arguments=None):
+    """Run the command line; return its exit status."""
+    options = parse(arguments)
+    try:
+        worker = Worker(
+            options.access, stages=options.stage, slots=options.slots,
+            command=options.command, lease=options.lease,
+            idle_timeout=options.idle_timeout, name=options.name,
+        )
+        status = end_on_signals(worker)
+        if options.until_eof:
+            threading.Thread(
+                target=end_at_eof, args=(worker,), daemon=True
+            ).start()
+        worker.run()
+        return status[0]
+    except Trouble as trouble:
+        print("worker.py: %s" % trouble, file=sys.stderr)
+        return 1
+
+
+def end_on_signals(worker):
+    """End `worker` on SIGINT and SIGTERM; return a list of its status."""
+    status = [0]
+
+    def end(number, _):
+        status[0] = 128 + number
+        worker.end()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    return status
+
+
+def end_at_eof(worker):
+    """End `worker` when whoever started it is gone."""
+    while sys.stdin.buffer.read(4096):
+        pass
+    worker.end()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
