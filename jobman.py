@@ -331,9 +331,6 @@ class SQL:
     TALLY = """
         select stage, state, jobs, expired from tally
         where jobix = :jobix and jobs > 0 order by stage, state"""
-    EXPIRED_JOBS = """
-        select coalesce(sum(expired), 0) from tally where jobix = :jobix"""
-    EXPIRED_IN_STAGE = EXPIRED_JOBS + " and stage = :stage"
     PACE = """
         update pace set updates = updates + :updates, done = done + :done
         where jobix = :jobix and minute = :minute"""
@@ -360,6 +357,7 @@ class SQL:
     NEWLY_DONE = MOVABLE + """
         where jobix = :jobix and stage >= :laststage
         and laststage is null and state in ('waiting', 'delayed')"""
+    ANY_EXPIRED = EXPIRED + " limit 1"
     # the newly expired of a stage, per state, and their marks
     OVERDUE = """
         select state, count(*) as jobs from job
@@ -1339,17 +1337,23 @@ class Store:
         self.mark(tx, SQL.OVERDUE, SQL.FLAG, values, 1)
 
     def flag_all(self, tx, jobix):
-        """Flag every job of a jobix that is over its stage's lifetime."""
-        for row in tx.execute(SQL.LIFETIMES, {"jobix": jobix}).fetchall():
+        """Flag every job that is over its lifetime; return the stages."""
+        rows = tx.execute(SQL.LIFETIMES, {"jobix": jobix}).fetchall()
+        for row in rows:
             if row["minutes"]:
                 self.flag(tx, jobix, row["stage"], row["minutes"])
+        return [row["stage"] for row in rows if row["minutes"]]
 
     @change
     def check_stages(self, tx, jobix):
         """Flag what has expired; return whether nothing is flagged."""
-        self.flag_all(tx, jobix)
-        flagged = tx.execute(SQL.EXPIRED_JOBS, {"jobix": jobix}).fetchone()
-        return flagged[0] == 0
+        keys = [
+            {"jobix": jobix, "stage": stage}
+            for stage in self.flag_all(tx, jobix)
+        ]
+        return not any(
+            tx.execute(SQL.ANY_EXPIRED, key).fetchone() for key in keys
+        )
 
     @change
     def move_expired(self, tx, jobix, old, new):
@@ -1837,6 +1841,8 @@ def get_job(store, request, stages, nextstage=None):
     given = request.options(
         worker=word, wait=seconds, lease=period, n=integer(1, 2**31)
     )
+    if nextstage is None:
+        STAGE(max(stages) + 1, "the stage that a claim leads to")
     n, wait = given.pop("n"), given.pop("wait") or 0
     ready = functools.partial(
         store.claim, request.jobix, stages,
@@ -2296,6 +2302,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 4096
+    POLL = 0.1  # seconds until it sees that it should stop
 
     def __init__(self, address, store=None):
         self.store = store
@@ -2330,7 +2337,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
     def start(self):
         """Serve in a thread of its own."""
         self.store.keep_ticking()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, args=(self.POLL,), daemon=True
+        ).start()
 
     def stop(self):
         """Answer what has come in, for up to 5 seconds, and close all."""
