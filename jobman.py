@@ -28,6 +28,7 @@ import os
 import re
 import resource
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -1576,7 +1577,7 @@ class Request:
     @property
     def jobix(self):
         """The caller's namespace and secret; raises Error 403."""
-        jobix = digits(self.headers.get("jobix", "").strip())
+        jobix = number(self.headers.get("jobix", "").strip())
         if type(jobix) is not int or not 0 <= jobix <= MAX_JOBIX:
             raise Error(403, "The header jobix must hold your number.")
         return jobix
@@ -1594,7 +1595,7 @@ class Request:
                 raise Error(400, "There is no option %.80r here." % name)
             if values[name] is not None:
                 raise Error(400, "The option %s stands twice." % name)
-            values[name] = kinds[name](digits(text), name)
+            values[name] = kinds[name](text, name)
         return values
 
     def json(self):
@@ -1639,9 +1640,16 @@ class Response:
         )
 
 
-def digits(text):
-    """Return the integer in ASCII digits that `text` is, else `text`."""
-    return int(text) if re.match(r"-?[0-9]{1,25}\Z", text) else text
+def number(text):
+    """Return the integer or decimal number that `text` is, else `text`."""
+    if re.match(r"-?[0-9]{1,25}\Z", text):
+        return int(text)
+    return float(text) if re.match(r"[0-9]{1,10}\.[0-9]+\Z", text) else text
+
+
+def in_text(reader):
+    """Return `reader`, of JSON numbers, as one of numbers in a text."""
+    return lambda text, name: reader(number(text), name)
 
 
 def integer(low, high):
@@ -1658,8 +1666,6 @@ def integer(low, high):
 
 def seconds(value, name):
     """Read a number of seconds, 0 to MAX_SECONDS, from JSON or a query."""
-    if isinstance(value, str) and re.match(r"[0-9]{1,10}\.[0-9]+\Z", value):
-        value = float(value)
     if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
         message = "%s must be a number of seconds from 0 to %d."
         raise Error(400, message % (name, MAX_SECONDS))
@@ -1675,7 +1681,6 @@ def period(value, name):
 
 def word(value, name):
     """Read a short name."""
-    value = str(value) if type(value) is int else value
     if type(value) is not str or not 0 < len(value) <= MAX_NAME:
         message = "%s must be a text of 1 to %d characters."
         raise Error(400, message % (name, MAX_NAME))
@@ -1689,7 +1694,6 @@ def clean(text):
 
 def token(value, name):
     """Read a claim token."""
-    value = str(value) if type(value) is int else value
     if type(value) is not str or not re.match(r"[\w-]{1,64}\Z", value, re.A):
         raise Error(400, "%s must be a token of a claim." % name)
     return value
@@ -1721,7 +1725,7 @@ MINUTES = integer(0, MAX_MINUTES)
 
 def stages(text, name):
     """Read one stage or several with commas between."""
-    return [STAGE(digits(part), name) for part in str(text).split(",")]
+    return [STAGE(number(part), name) for part in text.split(",")]
 
 
 # What a job may carry in /set: each key with its reader.
@@ -1816,7 +1820,7 @@ def set_jobs(store, request):
     """Add jobs, all or none."""
     given = read_object(request)
     jobs = [
-        dict(read_entry(entry), jobid=JOBID(digits(jobid), "jobid"))
+        dict(read_entry(entry), jobid=JOBID(number(jobid), "jobid"))
         for jobid, entry in given.items()
     ]
     if len({job["jobid"] for job in jobs}) != len(jobs):
@@ -1839,7 +1843,10 @@ def submit(store, request):
 def get_job(store, request, stages, nextstage=None):
     """Claim a job, or several; wait for one if asked to."""
     given = request.options(
-        worker=word, wait=seconds, lease=period, n=integer(1, 2**31)
+        worker=word,
+        wait=in_text(seconds),
+        lease=in_text(period),
+        n=in_text(integer(1, 2**31)),
     )
     if nextstage is None:
         STAGE(max(stages) + 1, "the stage that a claim leads to")
@@ -2108,13 +2115,13 @@ def lifetime_page(store, request):
 # ---------------------------------------------------------------- routes ---
 
 PARAMETERS = {
-    "stage": STAGE,
+    "stage": in_text(STAGE),
     "stages": stages,
-    "nextstage": STAGE,
-    "old": STAGE,
-    "new": STAGE,
-    "jobid": JOBID,
-    "minutes": MINUTES,
+    "nextstage": in_text(STAGE),
+    "old": in_text(STAGE),
+    "new": in_text(STAGE),
+    "jobid": in_text(JOBID),
+    "minutes": in_text(MINUTES),
 }
 
 # Method, path and endpoint. A path's last parameter may end in "…": then
@@ -2179,7 +2186,7 @@ def read_arguments(names, texts):
     arguments = []
     for i, text in enumerate(texts):
         name = names[min(i, len(names) - 1)].strip("<…>")
-        arguments.append(PARAMETERS[name](digits(text), name))
+        arguments.append(PARAMETERS[name](text, name))
     return arguments
 
 
@@ -2248,7 +2255,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.command == "POST":
                 raise Error(411, "Send a Content-Length.")
             return b""
-        length = digits(lengths[0].strip())
+        length = number(lengths[0].strip())
         if len(lengths) > 1 or type(length) is not int or length < 0:
             raise Error(400, "The Content-Length is no number of bytes.")
         if length > MAX_BODY:
@@ -2263,11 +2270,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def gone(self):
         """Return whether the client has hung up."""
+        poll = select.poll()  # select() fails beyond 1,024 files
+        poll.register(self.connection, select.POLLIN)
         try:
-            flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
-            return self.connection.recv(1, flags) == b""
-        except BlockingIOError:
-            return False
+            waiting = poll.poll(0)
+            return bool(waiting) and not self.connection.recv(
+                1, socket.MSG_PEEK
+            )
         except OSError:
             return True
 
@@ -2397,7 +2406,7 @@ class Application:
             for name, value in environ.items()
             if name.startswith("HTTP_")
         }
-        length = digits(environ.get("CONTENT_LENGTH") or "0")
+        length = number(environ.get("CONTENT_LENGTH") or "0")
         if type(length) is not int or length < 0:
             raise Error(400, "The Content-Length is no number of bytes.")
         if length > MAX_BODY:

@@ -38,7 +38,7 @@ import worker
 HERE = os.path.dirname(os.path.abspath(__file__))
 JOBMAN = os.path.join(HERE, "jobman.py")
 WORKER = os.path.join(HERE, "worker.py")
-PATIENCE = 60  # seconds that a process may take before a test gives it up
+PATIENCE = 30  # seconds that a process may take before a test gives it up
 
 
 # --------------------------------------------------------------- harness ---
@@ -165,6 +165,7 @@ class SocketFront:
 
     def __init__(self, store):
         self.server = jobman.Server(("127.0.0.1", 0), store)
+        self.server.POLL = 0.01
         self.address = self.server.server_address
         self.server.start()
         self.close = self.server.stop
@@ -202,7 +203,9 @@ class WsgiFront:
             ThreadedWsgiServer, QuietWsgiHandler,
         )
         self.address = self.server.server_address
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, args=(0.01,), daemon=True
+        ).start()
 
     def close(self):
         self.server.shutdown()
@@ -741,6 +744,616 @@ class WsgiContractTest(ContractTest):
     """The same through the WSGI door, its conduct validated."""
 
     front = WsgiFront
+
+
+class ClaimTest(StoreCase):
+    """Part 2: claims, leases, attempts, and who may end them."""
+
+    def test_a_claim_carries_what_the_job_carries(self):
+        carried = {
+            "filename": "in.dat", "laststage": 4, "priority": -3,
+            "max_attempts": 7, "timeout": 1.5, "cwd": "/tmp",
+            "outputs": ["a", "b/\udcff"],
+        }
+        self.set_jobs({1: "x"}, **carried)
+        self.set_jobs({2: "x"}, **dict.fromkeys(carried))
+        bare = self.get(0)
+        self.assertEqual(2, bare["jobid"])
+        self.assertEqual(set(bare) - set(carried), set(bare) - {"filename"})
+        job = self.get(0)
+        self.assertEqual(carried, {name: job[name] for name in carried})
+
+    def test_every_claim_has_a_token_of_its_own(self):
+        self.set_jobs([1])
+        tokens = set()
+        for attempt in range(1, 6):
+            job = self.get(0, lease=10)
+            tokens.add(job["claim"])
+            self.assertEqual(attempt, job["attempt"])
+            self.clock.advance(11)
+            if attempt < 5:
+                self.states()
+        self.assertEqual(5, len(tokens))
+
+    def test_late_worker_cannot_overwrite_a_newer_attempt(self):
+        self.set_jobs({1: "align"})
+        first = self.get(stage=0, lease=60)
+        self.clock.advance(61)
+        second = self.get(stage=0, lease=60)
+        self.assertReply(409, self.update(first, stage=2))
+        self.assertReply(409, self.fail(first))
+        self.assertReply(409, self.release(first))
+        self.assertEqual({(1, "working"): 1}, self.states())
+        self.assertReply(200, self.update(second, stage=2))
+        self.assertEqual({(2, "waiting"): 1}, self.states())
+
+    def test_a_late_result_is_taken_while_nobody_else_has_the_job(self):
+        self.set_jobs([1])
+        job = self.get(0, lease=60, worker="w")
+        self.clock.advance(61)
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+        self.assertReply(200, self.update(job, 2))
+        self.assertEqual({(2, "waiting"): 1}, self.states())
+        self.assertEqual(
+            [("w", "done", 2)], self.attempts("worker", "outcome", "target")
+        )
+
+    def test_a_stale_claim_is_409_whatever_made_it_stale(self):
+        ways = (
+            lambda job: self.release(job),
+            lambda job: self.fail(job),
+            lambda job: self.post("/cancel", {"ids": [job["jobid"]]}),
+            lambda job: self.call("/update_job/%d/3" % job["jobid"]),
+        )
+        for jobid, way in enumerate(ways):
+            self.set_jobs([jobid])
+            job = self.get(0, lease=60)
+            self.assertReply(200, way(job))
+            before = self.states()
+            self.assertReply(409, self.update(job, 2))
+            self.assertEqual(before, self.states())
+            self.post("/cancel", {"all": True})
+
+    def test_the_same_update_again_is_200_and_changes_nothing(self):
+        self.set_jobs([1])
+        first = self.get(0, lease=60)
+        self.assertReply(200, self.update(first, 2))
+        self.assertReply(200, self.update(first, 2))
+        self.assertReply(409, self.update(first, 4))
+        second = self.get(2, lease=60)
+        self.assertReply(200, self.update(first, 2))
+        self.assertEqual({(3, "working"): 1}, self.states())
+        self.assertReply(200, self.update(second, 4))
+        self.assertEqual(2, len(self.attempts("row")))
+
+    def test_the_same_failure_or_release_again_counts_once(self):
+        self.set_jobs([1, 2])
+        first, second = self.get(0), self.get(0)
+        for _ in range(4):
+            self.assertEqual("delayed", self.fail(first).json()["state"])
+            self.assertReply(200, self.release(second))
+        self.assertReply(409, self.release(first))
+        self.assertEqual(
+            {(0, "delayed"): 1, (0, "waiting"): 1}, self.states()
+        )
+
+    def test_a_lapsed_lease_returns_the_job_to_where_it_was_claimed(self):
+        self.set_jobs([1])
+        self.get("0/7", lease=60)
+        self.assertEqual("nada", self.get(7))
+        self.clock.advance(59.9)
+        self.assertEqual({(7, "working"): 1}, self.states())
+        self.clock.advance(0.2)
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+        self.assertEqual(2, self.get(0)["attempt"])
+
+    def test_five_lapses_fail_the_job(self):
+        self.set_jobs([1])
+        for _ in range(5):
+            job = self.get(0, lease=1)
+            self.clock.advance(2)
+        self.assertEqual({(0, "failed"): 1}, self.states())
+        self.assertEqual("nada", self.get(0))
+        self.assertReply(409, self.update(job, 2))
+        self.assertEqual([("lapsed",)] * 5, self.attempts("outcome"))
+
+    def test_failures_and_lapses_are_counted_apart(self):
+        self.set_jobs([1], max_attempts=2)
+        for _ in range(4):
+            self.get(0, lease=1)
+            self.clock.advance(2)
+        reply = self.fail(self.get(0)).json()
+        self.assertEqual(("delayed", 1), (reply["state"], reply["failures"]))
+
+    def test_a_heartbeat_renews_leases_and_names_the_lost(self):
+        self.set_jobs([1, 2, 3])
+        kept, lost, done = (self.get(0, lease=60) for _ in range(3))
+        self.update(done, 2)
+        self.post("/cancel", {"ids": [lost["jobid"]]})
+        claims = [[job["jobid"], job["claim"]] for job in (kept, lost, done)]
+        claims += [[kept["jobid"], "another"], [99, "x"]]
+        self.clock.advance(50)
+        beat = {"worker": "w", "lease": 60, "claims": claims}
+        self.assertEqual(
+            {"lost": [2, 3, 1, 99], "drain": False},
+            self.ok("/heartbeat", beat),
+        )
+        self.clock.advance(50)
+        self.assertEqual(1, self.states()[(1, "working")])
+        self.clock.advance(11)
+        self.assertNotIn((1, "working"), self.states())
+
+    def test_a_heartbeat_takes_up_a_lapsed_claim_that_nobody_took(self):
+        self.set_jobs([1])
+        job = self.get("0/5", lease=60)
+        self.clock.advance(61)
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+        beat = {"worker": "w", "lease": 60,
+                "claims": [[1, job["claim"]]]}
+        self.assertEqual([], self.ok("/heartbeat", beat)["lost"])
+        self.assertEqual({(5, "working"): 1}, self.states())
+        self.assertEqual("nada", self.get(0))
+        self.assertReply(200, self.update(job, 2))
+        self.assertEqual([("done",)], self.attempts("outcome"))
+
+    def test_a_heartbeat_gives_a_lease_to_a_claim_without(self):
+        self.set_jobs([1])
+        job = self.get(0)
+        beat = {"worker": "w", "lease": 60, "claims": [[1, job["claim"]]]}
+        self.ok("/heartbeat", beat)
+        self.assertEqual("nada", self.get(1))
+        self.clock.advance(61)
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+
+    def test_a_bad_heartbeat_is_400(self):
+        good = {"worker": "w", "lease": 60, "claims": []}
+        bad = (
+            {"worker": None}, {"worker": ""}, {"lease": 0}, {"lease": "60"},
+            {"claims": {}}, {"claims": [1]}, {"claims": [[1]]},
+            {"claims": [["1", "x"]]}, {"claims": [[1, None]]},
+        )
+        self.ok("/heartbeat", good)
+        for wrong in bad:
+            reply = self.post("/heartbeat", dict(good, **wrong))
+            self.assertReply(400, reply)
+        for missing in good:
+            less = {k: v for k, v in good.items() if k != missing}
+            self.assertReply(400, self.post("/heartbeat", less))
+
+    def test_a_server_that_starts_gives_every_lease_its_full_time(self):
+        self.set_jobs([1, 2])
+        long, short = self.get(0, lease=100), self.get(0, lease=10)
+        self.clock.advance(9)
+        self.restart()
+        self.clock.advance(9)
+        self.assertEqual({(1, "working"): 2}, self.states())
+        self.closing.close()
+        self.clock.advance(1000)  # the server is away
+        self.open()
+        self.clock.advance(9)
+        self.assertEqual({(1, "working"): 2}, self.states())
+        self.clock.advance(2)
+        self.assertEqual(
+            {(1, "working"): 1, (0, "waiting"): 1}, self.states()
+        )
+        self.assertReply(200, self.update(long, 2))
+        self.assertReply(200, self.update(short, 2))
+
+    def test_a_failed_attempt_is_delayed_longer_each_time(self):
+        self.set_jobs([1], max_attempts=4)
+        for failures, delay in ((1, 2), (2, 8), (3, 32)):
+            job = self.get(0)
+            self.assertEqual(failures, job["attempt"])
+            reply = self.fail(job, error="no", exit_code=3).json()
+            self.assertEqual(
+                {"jobid": 1, "state": "delayed", "failures": failures,
+                 "delay": delay}, reply,
+            )
+            self.assertEqual("nada", self.get(0))
+            self.clock.advance(delay - 0.1)
+            self.assertEqual("nada", self.get(0))
+            self.clock.advance(0.2)
+        self.assertEqual("failed", self.fail(self.get(0)).json()["state"])
+        self.clock.advance(10**6)
+        self.assertEqual("nada", self.get(0))
+        self.assertEqual({(0, "failed"): 1}, self.states())
+
+    def test_three_failures_fail_a_job_that_says_nothing_else(self):
+        self.set_jobs([1])
+        for _ in range(3):
+            reply = self.fail(self.get("0/5")).json()
+            self.clock.advance(1000)
+        self.assertEqual("failed", reply["state"])
+        self.assertEqual({(0, "failed"): 1}, self.states())
+
+    def test_a_success_starts_the_next_stage_with_fresh_budgets(self):
+        self.set_jobs([1], max_attempts=2)
+        for stage in (0, 2, 4):
+            self.assertEqual("delayed", self.fail(self.get(stage)).json()
+                             ["state"])
+            self.clock.advance(3)
+            self.assertReply(200, self.update(self.get(stage), stage + 2))
+
+    def test_fail_and_release_without_token_mean_the_current_claim(self):
+        self.set_jobs([1, 2])
+        self.get(0), self.get(0, lease=9)
+        self.assertReply(200, self.post("/fail_job/1", {}))
+        self.assertReply(200, self.post("/release_job/2", {}))
+        for path in ("/fail_job/1", "/fail_job/2", "/release_job/1"):
+            self.assertReply(409, self.post(path, {}))
+        self.assertReply(404, self.post("/fail_job/3", {}))
+        self.assertReply(404, self.post("/release_job/3", {}))
+
+    def test_a_release_counts_nothing(self):
+        self.set_jobs([1], max_attempts=1)
+        for _ in range(20):
+            job = self.get("0/9", lease=60)
+            self.assertEqual(1, job["attempt"])
+            self.assertReply(200, self.release(job))
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+
+    def test_an_attempt_leaves_a_row_of_its_own(self):
+        self.set_jobs([1])
+        job = self.get(0, worker="node7")
+        self.clock.advance(5)
+        self.fail(job, error="exit status 9", exit_code=9,
+                  stderr="x" * 5000 + "\ud800end", more="ignored")
+        columns = ("attempt", "stage", "worker", "ended - started",
+                   "outcome", "exit_code", "error", "stderr")
+        row, = self.attempts(*columns)
+        self.assertEqual(
+            (1, 0, "node7", 5.0, "failed", 9, "exit status 9"), row[:7]
+        )
+        self.assertEqual("\\ud800end", row[7][-9:])
+        self.clock.advance(9)
+        self.update(self.get(0, worker="node8"), 2)
+        self.assertEqual(("node8", "done"),
+                         self.attempts("worker", "outcome")[1])
+
+    def test_n_claims_many_in_one_call(self):
+        self.set_jobs(range(30))
+        self.assertEqual(list(range(25)),
+                         [job["jobid"] for job in self.get(0, n=25)])
+        rest = self.get(0, n=100000, lease=60)
+        self.assertEqual(list(range(25, 30)), [j["jobid"] for j in rest])
+        self.assertEqual([], self.get(0, n=1))
+        self.assertEqual({(1, "working"): 30}, self.states())
+
+    def test_a_claim_may_name_several_stages_in_order(self):
+        self.set_jobs([1, 2])
+        self.set_jobs([3], stage=2)
+        self.assertEqual([3, 1], [j["jobid"] for j in self.get("2,0", n=2)])
+        self.assertEqual(2, self.get("2,0")["jobid"])
+        self.assertEqual("nada", self.get("2,0"))
+        self.assertReply(400, self.call("/get/2,"))
+
+    def test_update_jobs_reports_each_by_itself(self):
+        self.set_jobs([1, 2, 3, 4])
+        jobs = self.get(0, n=3, lease=60)
+        self.release(jobs[1])
+        answer = self.ok("/update_jobs", [
+            {"jobid": 1, "jobstage": 2, "claim": jobs[0]["claim"],
+             "filename": "one", "jobcmd": ["new"]},
+            {"jobid": 2, "jobstage": 2, "claim": jobs[1]["claim"]},
+            {"jobid": 99, "jobstage": 2},
+            {"jobid": 4, "jobstage": 2},
+        ])
+        self.assertEqual(
+            [{"jobid": 1, "status": 200}, {"jobid": 2, "status": 409},
+             {"jobid": 99, "status": 404}, {"jobid": 4, "status": 200}],
+            answer,
+        )
+        self.assertEqual(
+            {(0, "waiting"): 1, (1, "working"): 1, (2, "waiting"): 2},
+            self.states(),
+        )
+        job = self.get(2)
+        self.assertEqual(("one", ["new"]), (job["filename"], job["jobcmd"]))
+
+    def test_a_malformed_entry_refuses_all_of_update_jobs(self):
+        self.set_jobs([1])
+        fine = {"jobid": 1, "jobstage": 2}
+        for bad in ({}, {"jobid": 1}, {"jobid": "1", "jobstage": 2}, 7,
+                    {"jobid": 1, "jobstage": 2, "claim": 7},
+                    {"jobid": 1, "jobstage": 2, "filename": 7}):
+            self.assertReply(400, self.post("/update_jobs", [fine, bad]))
+        self.assertReply(400, self.post("/update_jobs", fine))
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+
+    def test_a_job_is_done_when_it_reaches_its_last_stage(self):
+        self.ok("/init/0/0/0/0/0")
+        self.set_jobs([1])
+        self.set_jobs([2], laststage=2)
+        for job in self.get(0, n=2):
+            self.update(job, 2)
+        self.assertEqual({(2, "waiting"): 1, (2, "done"): 1}, self.states())
+        self.call("/update_job/1/5")
+        self.assertEqual({(5, "done"): 1, (2, "done"): 1}, self.states())
+        self.assertEqual(2, self.ok("/status")["totals"]["states"]["done"])
+
+    def test_init_after_set_makes_jobs_done_that_are_there(self):
+        self.set_jobs([1], stage=2)
+        self.set_jobs([2], stage=2, laststage=9)
+        self.set_jobs([3])
+        self.ok("/init/0/0/0")
+        self.assertEqual(
+            {(0, "waiting"): 1, (2, "waiting"): 1, (2, "done"): 1},
+            self.states(),
+        )
+
+    def test_without_a_last_stage_no_job_is_done(self):
+        self.set_jobs([1], stage=10**6)
+        self.ok("/lifetime/3/5")
+        self.assertEqual({(10**6, "waiting"): 1}, self.states())
+
+    def test_submit_gives_ids_and_the_same_key_gives_the_same(self):
+        self.set_jobs([7])
+        jobs = [{"jobstage": 0, "jobcmd": "a"}, {"jobstage": 0}]
+        first = self.ok("/submit", {"key": "k", "jobs": jobs})
+        self.assertEqual({"ids": [8, 9]}, first)
+        again = self.ok("/submit", {"key": "k", "jobs": jobs})
+        self.assertEqual(first, again)
+        other = self.ok("/submit", {"key": "l", "jobs": jobs[:1]})
+        self.assertEqual({"ids": [10]}, other)
+        self.assertEqual({(0, "waiting"): 4}, self.states())
+        for bad in ({"key": "k"}, {"jobs": []}, {"key": "", "jobs": []},
+                    {"key": "m", "jobs": {}}, {"key": "m", "jobs": [{}]}):
+            self.assertReply(400, self.post("/submit", bad))
+
+    def test_submit_of_no_jobs_uses_no_id(self):
+        self.assertEqual([], self.ok("/submit", {"key": "a", "jobs": []})
+                         ["ids"])
+        ids = self.ok("/submit", {"key": "b", "jobs": [{"jobstage": 0}]})
+        self.assertEqual({"ids": [1]}, ids)
+
+    def test_submit_when_the_ids_are_used_up_is_refused(self):
+        self.set_jobs([2**53 - 1])
+        jobs = {"key": "k", "jobs": [{"jobstage": 0}]}
+        self.assertReply(409, self.post("/submit", jobs))
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+
+
+class SweepTest(StoreCase):
+    """Part 2: retry, cancel, status, health."""
+
+    def test_retry_puts_failed_jobs_back_with_fresh_budgets(self):
+        self.set_jobs([1], max_attempts=1)
+        self.fail(self.get("0/5"))
+        self.assertEqual({"retried": 1}, self.ok("/retry", {"ids": [1]}))
+        self.assertEqual({"retried": 0}, self.ok("/retry", {"ids": [1]}))
+        job = self.get(0)
+        self.assertEqual(1, job["attempt"])
+        self.assertEqual("failed", self.fail(job).json()["state"])
+
+    def test_retry_takes_done_jobs_back_to_where_they_were_claimed(self):
+        self.set_jobs([1, 2], laststage=4)
+        self.set_jobs([3], stage=4, laststage=4)  # never claimed
+        for stage in (0, 2):
+            for job in self.get(stage, n=2):
+                self.update(job, stage + 2)
+        self.assertEqual({(4, "done"): 3}, self.states())
+        answer = self.ok("/retry", {"stage": 4, "state": "done"})
+        self.assertEqual({"retried": 2}, answer)
+        self.assertEqual({(2, "waiting"): 2, (4, "done"): 1}, self.states())
+
+    def test_retry_of_a_cancelled_job_stays_in_its_stage(self):
+        self.set_jobs([1])
+        self.update(self.get(0), 2)
+        self.ok("/cancel", {"ids": [1]})
+        self.assertEqual({"retried": 1}, self.ok("/retry", {"all": True}))
+        self.assertEqual({(2, "waiting"): 1}, self.states())
+
+    def test_cancel_takes_whatever_is_not_done(self):
+        self.set_jobs([1, 2, 3, 4], max_attempts=2)
+        self.set_jobs([5], stage=2, laststage=2)
+        self.fail(self.get(0))
+        leased = self.get(0, lease=60)
+        self.get(0)
+        answer = self.ok("/cancel", {"all": True})
+        self.assertEqual({"cancelled": 4}, answer)
+        self.assertEqual({(0, "cancelled"): 4, (2, "done"): 1}, self.states())
+        self.assertEqual("nada", self.get(0))
+        self.assertReply(409, self.update(leased, 2))
+        self.assertEqual({"cancelled": 0}, self.ok("/cancel", {"all": True}))
+        self.assertEqual(
+            [("failed",), ("cancelled",), ("cancelled",)],
+            self.attempts("outcome"),
+        )
+
+    def test_jobs_are_selected_by_stage_and_state(self):
+        self.set_jobs([1, 2])
+        self.set_jobs([3, 4], stage=2)
+        self.get(2)
+        cancel = {"stage": 0, "state": "working"}
+        self.assertEqual({"cancelled": 0}, self.ok("/cancel", cancel))
+        self.assertEqual({"cancelled": 2}, self.ok("/cancel", {"stage": 0}))
+        self.assertEqual(
+            {"cancelled": 1}, self.ok("/cancel", {"state": "working"})
+        )
+        self.assertEqual(
+            {(0, "cancelled"): 2, (2, "cancelled"): 1, (2, "waiting"): 1},
+            self.states(),
+        )
+        self.assertEqual({"retried": 1}, self.ok("/retry", {"stage": 2}))
+
+    def test_a_sweep_takes_more_than_a_chunk(self):
+        n = jobman.CHUNK * 2 + 1
+        self.set_jobs(range(n))
+        self.assertEqual({"cancelled": n}, self.ok("/cancel", {"all": True}))
+        self.assertEqual({"retried": n}, self.ok("/retry", {"all": True}))
+        self.assertEqual({(0, "waiting"): n}, self.states())
+
+    def test_nothing_named_or_named_badly_is_400(self):
+        self.set_jobs([1])
+        bad = (
+            {}, {"all": False}, {"all": 1}, {"ids": None}, {"ids": 1},
+            {"ids": ["1"]}, {"ids": [-1]}, {"state": "lost"}, {"stage": "0"},
+            {"id": [1]}, {"all": True, "ids": [1]}, {"all": True, "stage": 0},
+        )
+        for path in ("/retry", "/cancel"):
+            for selector in bad:
+                self.assertReply(400, self.post(path, selector))
+            self.assertReply(400, self.post(path, []))
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+
+    def test_an_unknown_id_changes_nothing(self):
+        self.set_jobs([1])
+        self.assertReply(404, self.post("/cancel", {"ids": [1, 2]}))
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+
+    def test_sweeps_heed_the_jobix(self):
+        self.set_jobs([1])
+        self.assertEqual(
+            {"cancelled": 0}, self.ok("/cancel", {"all": True}, jobix=1)
+        )
+        self.assertReply(404, self.post("/cancel", {"ids": [1]}, jobix=1))
+
+    def test_status_counts_stages_states_and_the_expired(self):
+        self.ok("/init/1/0/0")
+        self.set_jobs([1, 2, 3])
+        self.update(self.get(0), 2)
+        self.clock.advance(61)
+        self.store.tick()
+        figures = self.ok("/status")
+        first, last = figures["stages"]
+        self.assertEqual((0, 1, 2, 2), tuple(
+            first[k] for k in ("stage", "lifetime", "jobs", "expired")))
+        self.assertEqual(2, first["states"]["waiting"])
+        self.assertEqual((2, 1), (last["stage"], last["states"]["done"]))
+        self.assertEqual((3, 2), (figures["totals"]["jobs"],
+                                  figures["totals"]["expired"]))
+        self.assertEqual(set(jobman.STATES), set(first["states"]))
+
+    def test_status_knows_the_rate_and_the_time_left(self):
+        self.set_jobs(range(90), laststage=2)
+        self.clock.now = 1.6e9 // 60 * 60
+        for job in self.get(0, n=30):
+            self.update(job, 2)
+        self.clock.advance(30)
+        figures = self.ok("/status")
+        self.assertEqual(30 / 90, figures["rate"])  # in 1.5 minutes
+        self.assertEqual(60 / figures["rate"], figures["seconds_left"])
+        self.clock.advance(600)
+        figures = self.ok("/status")
+        self.assertEqual((0, None), (figures["rate"], figures["seconds_left"]))
+
+    def test_status_of_nothing(self):
+        figures = self.ok("/status", jobix=5)
+        self.assertEqual([], figures["stages"])
+        self.assertEqual(0, figures["totals"]["jobs"])
+
+    def test_health_looks_at_the_database(self):
+        reply = exchange(self.address, "GET", "/health")
+        self.assertEqual("ok", self.assertReply(200, reply).json()["status"])
+        self.store.readers.close()
+        os.rename(self.path("jobs.db"), self.path("gone.db"))
+        reply = self.assertReply(503, exchange(self.address, "GET", "/health"))
+        self.assertIn("retry-after", reply.headers)
+
+
+class WaitTest(StoreCase):
+    """Part 2: long polls."""
+
+    def ask(self, path):
+        """Make a call in the background; return a function for its value."""
+        replies = []
+        thread = threading.Thread(
+            target=lambda: replies.append(self.ok(path)), daemon=True
+        )
+        thread.start()
+
+        def answer():
+            thread.join(PATIENCE)
+            self.assertTrue(replies, "no answer to " + path)
+            return replies[0]
+
+        return answer
+
+    def listening(self, n):
+        wait_for(lambda: self.store.bell.listening == n, "%d long polls" % n)
+
+    def test_a_long_poll_is_answered_when_a_job_comes(self):
+        answer = self.ask("/get/0?wait=60")
+        self.listening(1)
+        self.set_jobs([5])
+        self.assertEqual(5, answer()["jobid"])
+        self.listening(0)
+
+    def test_a_long_poll_without_a_job_ends_in_time(self):
+        began = time.monotonic()
+        self.assertEqual("nada", self.get(0, wait=0.2))
+        self.assertEqual([], self.get(0, wait="0.2", n=5))
+        self.assertGreaterEqual(time.monotonic() - began, 0.4)
+
+    def test_each_new_job_wakes_one_long_poll(self):
+        answers = [self.ask("/get/0?wait=60") for _ in range(5)]
+        self.listening(5)
+        for i in range(5):
+            self.set_jobs([i])
+            self.listening(4 - i)
+        self.assertEqual(set(range(5)), {a()["jobid"] for a in answers})
+
+    def test_whatever_sets_a_job_free_wakes_a_long_poll(self):
+        self.set_jobs([1], max_attempts=1)
+        ways = (
+            lambda job: self.release(job),
+            lambda job: (self.fail(job), self.post("/retry", {"ids": [1]})),
+            lambda job: self.clock.advance(61),
+            lambda job: self.update(job, 0),
+        )
+        job = self.get(0, lease=60)
+        for way in ways:
+            answer = self.ask("/get/0?wait=60&lease=60")
+            self.listening(1)
+            way(job)
+            job = answer()
+            self.assertEqual(1, job["jobid"])
+
+    def test_a_claim_without_lease_wakes_who_waits_in_its_new_stage(self):
+        answer = self.ask("/get/7?wait=60")
+        self.listening(1)
+        self.set_jobs([1])
+        self.get("0/7")
+        self.assertEqual(7, answer()["jobstage"])
+
+    def test_a_delay_that_ends_wakes_a_long_poll(self):
+        self.set_jobs([1])
+        self.fail(self.get(0))
+        answer = self.ask("/get/0?wait=60")
+        self.listening(1)
+        self.clock.advance(3)
+        self.assertEqual(2, answer()["attempt"])
+
+    def test_a_long_poll_on_several_stages(self):
+        answer = self.ask("/get/4,2,0?wait=60")
+        self.listening(1)
+        self.set_jobs([1], stage=2)
+        self.assertEqual(2, answer()["jobstage"])
+
+    def test_a_worker_that_hung_up_gets_no_job(self):
+        with socket.create_connection(self.address) as client:
+            client.sendall(b"GET /get/0?wait=60 HTTP/1.1\r\nHost: x\r\n"
+                           b"jobix: 4711\r\n\r\n")
+            self.listening(1)
+        answer = self.ask("/get/0?wait=60")
+        self.listening(2)
+        self.set_jobs([1])
+        self.assertEqual(1, answer()["jobid"])
+        self.listening(0)
+
+    def test_long_polls_over_the_bound_are_answered_at_once(self):
+        self.store.bell.limit = 2
+        answers = [self.ask("/get/0?wait=60") for _ in range(2)]
+        self.listening(2)
+        self.assertEqual("nada", self.get(0, wait=60))
+        self.set_jobs([1, 2])
+        self.assertEqual({1, 2}, {a()["jobid"] for a in answers})
+
+    def test_a_server_that_ends_answers_its_long_polls(self):
+        answer = self.ask("/get/0?wait=60")
+        self.listening(1)
+        self.closing.close()
+        self.assertEqual("nada", answer())
 
 
 if __name__ == "__main__":

@@ -285,8 +285,9 @@ class Client:
     def connect(self, timeout):
         """Open the connection, unless it still stands."""
         if self.connection is not None:
-            dropped, _, _ = select.select([self.connection.sock], [], [], 0)
-            if dropped:
+            poll = select.poll()
+            poll.register(self.connection.sock, select.POLLIN)
+            if poll.poll(0):  # nothing is due: the server has closed it
                 self.close()
         self.sent = False
         if self.connection is None:
