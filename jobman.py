@@ -242,7 +242,7 @@ class SQL:
     JOB = MOVABLE + "where jobix = :jobix and jobid = :jobid"
     # one range of the index job_due
     DUE = MOVABLE + "where due <= :now order by due limit :limit"
-    NEXT_DUE = "select min(due) from job"
+    NEXT_DUE = "select min(due) from job where due > 0"
     # one range of job_age
     EXPIRED = MOVABLE + "where jobix = :jobix and stage = :stage " \
         "and expired = 1"
@@ -278,7 +278,7 @@ class SQL:
     # at a server's start: an outage costs no lease
     RENEW_ALL = """
         update job set due = :now + lease
-        where due is not null and state = 'working'"""
+        where due > 0 and state = 'working'"""
 
     LAST_ROW = "select coalesce(max(row), 0) from job"
     LAST_JOBID = "select max(jobid) from job where jobix = :jobix"
@@ -316,13 +316,12 @@ class SQL:
         select outcome, target from attempt
         where job = :row and claim = :claim"""
 
-    # failed jobs with their last attempts
-    FAILURES = """
+    # a job with its last attempt
+    LAST_ATTEMPT = """
         select jobid, jobcmd, error, stderr
-        from job left join attempt on attempt.row = (
-            select max(row) from attempt where attempt.job = job.row)
-        where jobix = :jobix and state = 'failed'
-        order by jobid limit :limit"""
+        from job left join attempt on attempt.job = job.row
+        where jobix = :jobix and jobid = :jobid
+        order by attempt.row desc limit 1"""
 
     COUNT = """
         update tally set jobs = jobs + :jobs, expired = expired + :expired
@@ -1488,8 +1487,9 @@ class Store:
     @query
     def failures(self, execute, jobix, *, limit):
         """Return some failed jobs: jobid, jobcmd, and how they ended."""
-        key = {"jobix": jobix, "limit": limit}
-        return execute(SQL.FAILURES, key).fetchall()
+        ids = self.ids_in(jobix, states=("failed",), stage=None)
+        keys = [{"jobix": jobix, "jobid": i} for i in sorted(ids)[:limit]]
+        return [execute(SQL.LAST_ATTEMPT, key).fetchone() for key in keys]
 
     @query
     def health(self, execute):

@@ -12,6 +12,7 @@ import base64
 import contextlib
 import gzip
 import http.client
+import io
 import json
 import os
 import random
@@ -29,6 +30,7 @@ import threading
 import time
 import unittest
 import wsgiref.simple_server
+import wsgiref.util
 import wsgiref.validate
 import zlib
 
@@ -1354,6 +1356,390 @@ class WaitTest(StoreCase):
         self.listening(1)
         self.closing.close()
         self.assertEqual("nada", answer())
+
+
+class WsgiClaimTest(ClaimTest):
+    """The same through the WSGI door."""
+
+    front = WsgiFront
+
+
+class WsgiSweepTest(SweepTest):
+    """The same through the WSGI door."""
+
+    front = WsgiFront
+
+
+class ApplicationTest(TemporaryFolder):
+    """The WSGI callable as a process makes it: from the environment."""
+
+    def call(self, path, application, **environ):
+        environ.update(PATH_INFO=path, SCRIPT_NAME="", HTTP_JOBIX="7")
+        wsgiref.util.setup_testing_defaults(environ)
+        started = []
+        checked = wsgiref.validate.validator(application)
+        parts = checked(environ, lambda *args: started.append(args))
+        with contextlib.closing(parts):
+            return started[0][0], b"".join(parts)
+
+    def open(self, **variables):
+        application = jobman.Application()
+        patched = dict(self.environment, **variables)
+        with replaced_environment(patched):
+            first = self.call("/get/0", application)
+        if application.store:
+            self.addCleanup(application.store.close)
+        return application, first
+
+    def test_it_is_made_at_its_first_call(self):
+        database = self.path("wsgi.db")
+        self.assertIsNone(jobman.application.store)
+        application, first = self.open(JOBMAN_DB=database)
+        self.assertEqual(("200 OK", b'"nada"'), first)
+        self.assertTrue(os.path.exists(database))
+        kept = application.store
+        self.call("/get/0", application)
+        self.assertIs(kept, application.store)
+
+    def test_its_long_polls_leave_threads_for_others(self):
+        application, _ = self.open(JOBMAN_DB=self.path("wsgi.db"))
+        bell = application.store.bell
+        waiters = [
+            threading.Thread(target=self.call, daemon=True,
+                             args=("/get/0", application),
+                             kwargs={"QUERY_STRING": "wait=60"})
+            for _ in range(2)
+        ]
+        for waiter in waiters:
+            waiter.start()
+        wait_for(lambda: bell.listening == 2, "two long polls")
+        reply = self.call("/get/0", application, QUERY_STRING="wait=60")
+        self.assertEqual(("200 OK", b'"nada"'), reply)
+        bell.close()
+        for waiter in waiters:
+            waiter.join(PATIENCE)
+
+    def test_the_number_of_its_long_polls_can_be_set(self):
+        application, _ = self.open(
+            JOBMAN_DB=self.path("wsgi.db"), JOBMAN_WAITERS="7"
+        )
+        self.assertEqual(7, application.store.bell.limit)
+
+    def test_two_processes_share_its_database(self):
+        database = self.path("wsgi.db")
+        one, _ = self.open(JOBMAN_DB=database)
+        two, _ = self.open(JOBMAN_DB=database)
+        entry = jobman.read_entry({"jobstage": 0})
+        one.store.set(7, [dict(entry, jobid=1)])
+        self.assertIn(b'"jobid": 1,', self.call("/get/0", two)[1])
+
+    def test_a_job_from_another_process_wakes_a_long_poll(self):
+        database = self.path("wsgi.db")
+        one, _ = self.open(JOBMAN_DB=database)
+        two, _ = self.open(JOBMAN_DB=database)
+        replies = []
+        waiter = threading.Thread(daemon=True, target=lambda: replies.append(
+            self.call("/get/0", two, QUERY_STRING="wait=60")))
+        waiter.start()
+        wait_for(lambda: two.store.bell.listening, "a long poll")
+        entry = jobman.read_entry({"jobstage": 0})
+        one.store.set(7, [dict(entry, jobid=1)])
+        waiter.join(PATIENCE)
+        self.assertIn(b'"jobid": 1,', replies[0][1])
+
+    def test_a_database_that_cannot_be_used_is_503(self):
+        database = self.path("wsgi.db")
+        with open(database, "w") as file:
+            file.write("no database " * 100)
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            _, (status, body) = self.open(JOBMAN_DB=database)
+        self.assertEqual("503 Service Unavailable", status)
+        self.assertIn("wsgi.db", log.getvalue())
+        self.assertNotIn(b"wsgi.db", body)
+
+
+@contextlib.contextmanager
+def replaced_environment(environment):
+    """Let os.environ be `environment` for a while."""
+    kept = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+# ------------------------------------------------------------------ load ---
+
+
+class Emptier(threading.Thread):
+    """A client that claims and updates until nothing is left."""
+
+    def __init__(self, address, batch=False, fresh=False):
+        super().__init__(daemon=True)
+        self.address = address
+        self.fresh = fresh  # a new connection for each request
+        self.claimed = []  # of jobs whose claim was answered
+        self.updated = []  # of jobs whose update was answered
+        self.error = None
+
+    def run(self):
+        try:
+            self.connection = http.client.HTTPConnection(
+                *self.address, timeout=PATIENCE
+            )
+            while self.step():
+                pass
+        except (OSError, http.client.HTTPException) as error:
+            self.error = error
+        finally:
+            self.connection.close()
+
+    def step(self):
+        job = self.ask("GET", "/get/0?lease=600")
+        if job == "nada":
+            return False
+        self.claimed.append((job["jobid"], job["claim"]))
+        self.ask("GET", "/update_job/%(jobid)d/2?claim=%(claim)s" % job)
+        self.updated.append(job["jobid"])
+        return True
+
+    def ask(self, method, path):
+        if self.fresh:
+            self.connection.close()
+        self.connection.request(method, path, headers={"jobix": "4711"})
+        response = self.connection.getresponse()
+        text = response.read().decode()
+        if response.status != 200:
+            raise OSError("%d %s" % (response.status, text))
+        return json.loads(text) if text[0] in '{"' else text
+
+
+def empty(*addresses, clients=16, fresh=False):
+    """Let clients empty the queue behind `addresses`; return them."""
+    emptiers = [
+        Emptier(addresses[i % len(addresses)], fresh=fresh)
+        for i in range(clients)
+    ]
+    for emptier in emptiers:
+        emptier.start()
+    for emptier in emptiers:
+        emptier.join(PATIENCE * 2)
+    return emptiers
+
+
+class LoadTest(StoreCase):
+    """Many clients at once, over real sockets."""
+
+    JOBS = 2000
+
+    def assertEachOnce(self, emptiers):
+        for emptier in emptiers:
+            self.assertFalse(emptier.is_alive())
+            self.assertIsNone(emptier.error)
+        handed = sorted(i for e in emptiers for i, _ in e.claimed)
+        self.assertEqual(list(range(self.JOBS)), handed)
+        with contextlib.closing(sqlite3.connect(self.path("jobs.db"))) as db:
+            stages = db.execute(
+                "select stage, count(*) from job group by stage"
+            ).fetchall()
+        self.assertEqual([(2, self.JOBS)], stages)
+        self.assertCounts()
+
+    def test_16_clients_get_every_job_exactly_once(self):
+        for fresh in (False, True):
+            jobs = {i: {"jobstage": 0} for i in range(self.JOBS)}
+            self.post("/cancel", {"all": True})
+            self.assertReply(200, self.post("/set", jobs))
+            self.post("/retry", {"all": True})
+            for i in range(self.JOBS if fresh else 0):
+                self.store.update_job(self.jobix, i, 0)
+            self.assertEachOnce(empty(self.address, fresh=fresh))
+
+    def test_two_processes_hand_out_every_job_once_and_take_turns(self):
+        self.closing.close()
+        database = self.path("jobs.db")
+        servers = [
+            self.serve("--db", database, "--shared",
+                       "--access", self.path("access%d" % i))
+            for i in range(2)
+        ]
+        addresses = [address for _, address in servers]
+        jobs = {i: {"jobstage": 0} for i in range(self.JOBS)}
+        exchange(addresses[0], "POST", "/set", packed(jobs),
+                 {"jobix": "4711"})
+        emptiers = empty(*addresses)
+        self.assertEachOnce(emptiers)
+        shares = [
+            sum(len(e.claimed) for e in emptiers if e.address == address)
+            for address in addresses
+        ]
+        self.assertGreater(min(shares) * 5, max(shares), shares)
+
+    def test_a_killed_server_has_kept_every_answered_change(self):
+        self.closing.close()
+        database = self.path("jobs.db")
+        server, address = self.serve("--db", database)
+        jobs = {i: {"jobstage": 0} for i in range(self.JOBS)}
+        exchange(address, "POST", "/set", packed(jobs), {"jobix": "4711"})
+        emptiers = [Emptier(address) for _ in range(16)]
+        for emptier in emptiers:
+            emptier.start()
+        wait_for(lambda: sum(len(e.updated) for e in emptiers) > 300,
+                 "300 jobs updated")
+        server.kill()
+        for emptier in emptiers:
+            emptier.join(PATIENCE)
+        server, address = self.serve("--db", database)
+        with contextlib.closing(sqlite3.connect(database)) as db:
+            self.assertEqual(
+                [("ok",)], db.execute("pragma integrity_check").fetchall()
+            )
+            stages = dict(db.execute("select jobid, stage from job"))
+            claims = dict(db.execute("select jobid, claim from job"))
+        for emptier in emptiers:
+            self.assertEqual({2}, {stages[i] for i in emptier.updated} | {2})
+            for jobid, claim in emptier.claimed:
+                if jobid not in emptier.updated and stages[jobid] != 2:
+                    self.assertEqual(claim, claims[jobid])
+        self.assertCounts()
+        later = empty(address)
+        handed = [i for e in emptiers + later for i, _ in e.claimed]
+        self.assertEqual(len(set(handed)), len(handed))
+
+
+class CostTest(StoreCase):
+    """What an operation costs doesn't depend on how many jobs there are."""
+
+    def steps(self, operation):
+        """Return how many steps of SQLite's machine an operation takes."""
+        steps = [0]
+
+        def step():
+            steps[0] += 1
+
+        connections = [self.store.writer.connection, *self.store.readers.idle]
+        for connection in connections:
+            connection.set_progress_handler(step, 1)
+        operation()
+        for connection in connections:
+            connection.set_progress_handler(None, 1)
+        self.assertGreater(steps[0], 0)
+        return steps[0]
+
+    def costs(self):
+        """Return the steps of each of the everyday operations."""
+        lent = {"worker": "w", "lease": 60}
+        job = self.store.claim(self.jobix, [0], **lent)[0]
+        update = (self.jobix, job["jobid"], 2)
+        self.store.status(self.jobix)  # so that a reader is open
+        return {
+            "claim": self.steps(
+                lambda: self.store.claim(self.jobix, [0], **lent)),
+            "miss": self.steps(
+                lambda: self.store.claim(self.jobix, [500], **lent)),
+            "update": self.steps(
+                lambda: self.store.update_job(*update, claim=job["claim"])),
+            "status": self.steps(lambda: self.store.status(self.jobix)),
+            "check_stages": self.steps(
+                lambda: self.store.check_stages(self.jobix)),
+            "tick": self.steps(self.store.tick),
+            "heartbeat": self.steps(
+                lambda: self.store.heartbeat(
+                    self.jobix, claims=[(job["jobid"], "x")], lease=60)),
+        }
+
+    def test_100000_jobs_cost_what_100_cost(self):
+        self.ok("/init/100/100/0/0/0/0")
+        self.set_jobs(range(10**6, 10**6 + 100))
+        few = self.costs()
+        entries = [
+            dict(jobman.read_entry({"jobstage": stage}), jobid=jobid)
+            for stage in (0, 2) for jobid in
+            range(2 * 10**6 + 10**5 * stage, 2 * 10**6 + 10**5 * (stage + 1))
+        ]
+        self.store.set(self.jobix, entries)
+        many = self.costs()
+        for name in few:
+            self.assertLess(many[name], few[name] * 1.2 + 50, (few, many))
+
+    def test_jobs_that_cannot_be_claimed_cost_a_claim_nothing(self):
+        self.set_jobs(range(20000), max_attempts=1)
+        few = self.costs()["claim"]
+        self.get(0, n=5000, lease=1000)
+        for job in self.get(0, n=2000):
+            self.store.fail_job(self.jobix, job["jobid"])
+        self.ok("/cancel", {"ids": list(range(8000, 12000))})
+        self.assertLess(self.costs()["claim"], few * 1.2 + 50)
+
+    def test_no_statement_walks_over_all_jobs(self):
+        connection = self.store.writer.connection
+        names = [name for name in vars(jobman.SQL) if name.isupper()]
+        self.assertGreater(len(names), 30)
+        for name in names:
+            sql = getattr(jobman.SQL, name)
+            if name == "MOVABLE":
+                continue
+            values = dict.fromkeys(re.findall(r":(\w+)", sql), 1)
+            plan = connection.execute("explain query plan " + sql, values)
+            for row in plan.fetchall():
+                self.assertNotRegex(
+                    row["detail"], r"(?i)scan (table )?(job|attempt)\b", name
+                )
+
+
+# ----------------------------------------------------------------- house ---
+
+
+class HouseTest(TemporaryFolder):
+    """The files keep to what the project promises of them."""
+
+    def source(self, name):
+        with open(os.path.join(HERE, name), encoding="utf-8") as file:
+            return file.read()
+
+    def test_both_files_have_one_version(self):
+        self.assertEqual(jobman.__version__, worker.__version__)
+
+    def test_the_clients_verbs_are_the_route_tables(self):
+        verbs = {path.split("/")[1] for _, path, _ in jobman.ROUTES}
+        methods = {
+            name for name, method in vars(worker.Client).items()
+            if callable(method) and not name.startswith("_")
+        }
+        machinery = {"locate", "call", "persist", "exchange", "connect",
+                     "close", "abort"}
+        self.assertEqual(verbs - {""}, methods - machinery)
+
+    def test_importing_does_nothing_and_needs_no_packages(self):
+        code = ("import sys; sys.path.insert(0, %r); import jobman, worker;"
+                "import threading; print(threading.active_count())" % HERE)
+        status, out, err = self.command("-SB", "-c", code)
+        self.assertEqual((0, "1\n", ""), (status, out, err))
+        self.assertEqual([], os.listdir(self.folder))
+
+    def test_each_file_works_when_copied_alone(self):
+        for name in ("jobman.py", "worker.py"):
+            shutil.copy(os.path.join(HERE, name), self.folder)
+            status, out, err = self.command(self.path(name), "--help")
+            self.assertEqual((0, ""), (status, err))
+            os.unlink(self.path(name))
+
+    @unittest.skipIf(sys.version_info < (3, 8), "needs Python 3.8's parser")
+    def test_the_sources_parse_as_python_3_6(self):
+        for name in ("jobman.py", "worker.py", "test_jobman.py"):
+            ast.parse(self.source(name), feature_version=(3, 6))
+
+    def test_no_sql_uses_what_sqlite_3_7_17_lacks(self):
+        sql = jobman.SCHEMA + " ".join(
+            text for name, text in vars(jobman.SQL).items() if name.isupper()
+        )
+        for word in ("returning", "on conflict", "over (", "with ", "filter",
+                     "without rowid", "strict", "iif(", "json_"):
+            self.assertNotIn(word, sql)
+        self.assertNotRegex(sql, r"create index[^;]* where ")
 
 
 if __name__ == "__main__":
