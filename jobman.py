@@ -240,8 +240,9 @@ class SQL:
                 where pipeline.jobix = job.jobix)) as final
         from job """
     JOB = MOVABLE + "where jobix = :jobix and jobid = :jobid"
-    # one range of the index job_due
-    DUE = MOVABLE + "where due <= :now order by due limit :limit"
+    # one range of the index job_due; SQLite 3.7.17 walks over the nulls
+    DUE = MOVABLE + """
+        where due > 0 and due <= :now order by due limit :limit"""
     NEXT_DUE = "select min(due) from job where due > 0"
     # one range of job_age
     EXPIRED = MOVABLE + "where jobix = :jobix and stage = :stage " \
