@@ -494,6 +494,12 @@ class ServerLock:
         os.ftruncate(self.file, 0)
         os.pwrite(self.file, name.encode("ascii", "replace"), 0)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
     def close(self):
         """Let the next server have the database."""
         os.close(self.file)
@@ -598,7 +604,7 @@ class Transaction:
 class Turn:
     """One operation on its way through the Writer, and what came of it."""
 
-    __slots__ = ("operation", "ready", "over", "result", "error")
+    __slots__ = ("error", "operation", "over", "ready", "result")
 
     def __init__(self, operation):
         self.operation = operation
@@ -823,19 +829,11 @@ class Bell:
 
 # ----------------------------------------------------------------- store ---
 
-STATES = (
-    "waiting",
-    "delayed",
-    "blocked",
-    "working",
-    "done",
-    "failed",
-    "cancelled",
-    "aborted",
-)
-ENDED = ("done", "failed", "cancelled", "aborted")
-RETRIABLE = ENDED
-CANCELLABLE = ("waiting", "delayed", "blocked", "working", "failed", "aborted")
+UNENDED = ("waiting", "delayed", "blocked", "working")
+PUT_ASIDE = ("failed", "cancelled", "aborted")  # until a retry
+STATES = (*UNENDED, "done", *PUT_ASIDE)
+RETRIABLE = ("done", *PUT_ASIDE)
+CANCELLABLE = (*UNENDED, "failed", "aborted")
 CHUNK = 5000  # jobs that one transaction of a sweeping change moves
 
 
@@ -923,20 +921,19 @@ class Store:
         self.clock = clock
         self.shared = shared
         self.bell = Bell(waiters)
-        self.lock = ServerLock(path, shared=shared)
-        turns = Turns(path) if shared else contextlib.ExitStack()
-        try:
-            with turns:
-                connection = open_writer(path)
-        except BaseException:
-            self.lock.close()
-            raise
         self.ending = threading.Event()
         self.readers = Readers(path)
-        self.writer = Writer(
-            connection, turns, clock, self.renew_all, self.committed
-        )
-        self.jobix = self.own_jobix()
+        with contextlib.ExitStack() as undo:
+            self.lock = undo.enter_context(ServerLock(path, shared=shared))
+            turns = Turns(path) if shared else contextlib.ExitStack()
+            with turns:
+                connection = open_writer(path)
+            undo.callback(connection.close)
+            self.writer = Writer(
+                connection, turns, clock, self.renew_all, self.committed
+            )
+            self.jobix = self.own_jobix()
+            undo.pop_all()
         self.writer.prepare = self.do_due
 
     def close(self):
@@ -1367,7 +1364,7 @@ class Store:
         self.flag_all(tx, jobix)
         key = {"jobix": jobix, "stage": old}
         flagged = tx.execute(SQL.EXPIRED, key).fetchall()
-        moving = [job for job in flagged if job["state"] not in ENDED[1:]]
+        moving = [job for job in flagged if job["state"] not in PUT_ASIDE]
         for job in moving:
             self.cut_off(tx, job, "expired")
             self.move(
@@ -1464,7 +1461,7 @@ class Store:
                 figures["states"][row["state"]] += row["jobs"]
         totals = stages.pop(None, new_figures())
         rate = self.rate(execute, jobix)
-        left = totals["jobs"] - sum(totals["states"][s] for s in ENDED)
+        left = sum(totals["states"][state] for state in UNENDED)
         return {
             "version": __version__,
             "time": self.clock(),
@@ -1574,14 +1571,14 @@ class Request:
         self.headers = headers
         self.body = body
         self.gone = gone
+        self.jobix = None
 
-    @property
-    def jobix(self):
-        """The caller's namespace and secret; raises Error 403."""
+    def identify(self):
+        """Read `jobix`, the caller's namespace and secret; or Error 403."""
         jobix = number(self.headers.get("jobix", "").strip())
         if type(jobix) is not int or not 0 <= jobix <= MAX_JOBIX:
             raise Error(403, "The header jobix must hold your number.")
-        return jobix
+        self.jobix = jobix
 
     def options(self, **kinds):
         """Return the query's values, read by `kinds`; None where missing.
@@ -2077,7 +2074,8 @@ def caller(request):
             _, _, password = base64.b64decode(login).partition(b":")
             request.headers["jobix"] = password.decode("ascii")
     with contextlib.suppress(Error):
-        return request.jobix
+        request.identify()
+    return request.jobix
 
 
 def dashboard(store, request):
@@ -2196,7 +2194,7 @@ def respond(store, request):
     try:
         endpoint, arguments = find_route(request)
         if endpoint not in PUBLIC:
-            request.jobix  # or Error 403 before anything else
+            request.identify()  # or Error 403 before anything else
         return endpoint(store, request, *arguments)
     except Error as error:
         return refusal(error)
@@ -3002,7 +3000,7 @@ def main(arguments=None):
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         return options.act(options)
-    except Trouble as trouble:
+    except (Trouble, Error, sqlite3.Error, OSError) as trouble:
         say("jobman.py: %s" % trouble)
         return 1
 

@@ -497,6 +497,7 @@ class Worker:
         """Claim no more, kill what runs and give it back, then return."""
         self.ending.set()
         self.claimer.abort()
+        self.reporter.patience = self.beater.patience = 0
         with self.mutex:
             commands = list(self.commands.values())
         for command in commands:
@@ -657,7 +658,11 @@ class Worker:
                 while True:
                     outcomes.append(self.outcomes.get_nowait())
             last = None in outcomes
-            self.report([outcome for outcome in outcomes if outcome])
+            outcomes = [outcome for outcome in outcomes if outcome]
+            try:
+                self.report(outcomes)
+            except Unreachable as error:  # only after end()
+                self.say("%d results are lost: %s" % (len(outcomes), error))
 
     def report(self, outcomes):
         """Deliver some outcomes."""
@@ -780,7 +785,7 @@ def end_on_signals(worker):
 
     def end(number, _):
         status[0] = 128 + number
-        worker.end()
+        threading.Thread(target=worker.end).start()  # it may wait for locks
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
