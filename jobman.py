@@ -81,7 +81,9 @@ class Trouble(Exception):
 def unavailable(reason):
     """Return the Error for a server that can't answer now but may soon."""
     message = "The server can't do that now (%s); try again." % reason
-    return Error(503, message, Retry_After="1")
+    error = Error(503, message, Retry_After="1")
+    error.reason = reason
+    return error
 
 
 # ---------------------------------------------------------- JSON and zlib ---
@@ -405,19 +407,43 @@ def connect(path, *, readonly):
     return connection
 
 
+def remove(path):
+    """Remove a file, if it is there."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+@contextlib.contextmanager
+def telling(path):
+    """Turn what goes wrong with the file at `path` into Trouble."""
+    try:
+        yield
+    except (sqlite3.Error, OSError, Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Trouble(
+            "The database %s can't be used: %s."
+            % (path, getattr(error, "reason", reason))
+        ) from None
+
+
 def inspect(path):
     """Return the schema version of the database at `path`, 0 for a new one.
 
-    Changes nothing; raises Trouble for a file that isn't a jobman database
-    or was made by a newer version.
+    Reads only the file's header (https://sqlite.org/fileformat.html, section
+    1.3), which changes nothing. Raises Trouble for a file that isn't a
+    jobman database or was made by a newer version.
     """
-    if not os.path.exists(path) or os.path.getsize(path) == 0:
+    if not os.path.exists(path):
         return 0
-    with contextlib.closing(connect(path, readonly=True)) as connection:
-        made_by = connection.execute("pragma application_id").fetchone()[0]
-        version = connection.execute("pragma user_version").fetchone()[0]
-    if made_by != APPLICATION_ID:
+    with telling(path), open(path, "rb") as file:
+        head = file.read(100)
+    if not head:
+        return 0
+    if head[:16] != b"SQLite format 3\0" or len(head) < 100:
+        raise Trouble("%s is not a database." % path)
+    if int.from_bytes(head[68:72], "big") != APPLICATION_ID:
         raise Trouble("%s is a database of another program." % path)
+    version = int.from_bytes(head[60:64], "big")
     if version > SCHEMA_VERSION:
         raise Trouble(
             "%s was made by a newer jobman (schema %d, this one knows %d);"
@@ -443,8 +469,7 @@ def create_schema(path):
             )
         os.replace(draft, path)
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(draft)
+        remove(draft)
 
 
 def open_writer(path):
@@ -453,7 +478,7 @@ def open_writer(path):
     Makes the database when there is none. Raises Trouble with a sentence
     for the user when it can't be used, and leaves the file untouched then.
     """
-    try:
+    with telling(path):
         if inspect(path) == 0:
             create_schema(path)
         if not os.access(path, os.W_OK):
@@ -461,14 +486,17 @@ def open_writer(path):
         connection = connect(path, readonly=False)
         mode = connection.execute("pragma journal_mode = wal").fetchone()[0]
         connection.execute("pragma synchronous = full")
-    except (sqlite3.Error, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise Trouble(
-            "The database %s can't be used: %s." % (path, reason)
-        ) from None
     if mode != "wal":
         raise Trouble("The file system of %s can't hold a WAL." % path)
     return connection
+
+
+def open_private(path):
+    """Return a file descriptor of the file at `path`, made with mode 0600."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise Trouble("%s: %s." % (path, error.strerror)) from None
 
 
 class ServerLock:
@@ -479,20 +507,30 @@ class ServerLock:
     """
 
     def __init__(self, path, *, shared):
+        self.path = path
         self.file = open_private(path + ".lock")
         try:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            self.take(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            name = "process %d on %s" % (os.getpid(), socket.gethostname())
+            with telling(path):
+                os.ftruncate(self.file, 0)
+                os.pwrite(self.file, name.encode("ascii", "replace"), 0)
+        except BaseException:
+            self.close()
+            raise
+
+    def take(self, kind):
+        """Lock the file, of which the last holder may have removed it."""
+        try:
             fcntl.flock(self.file, kind | fcntl.LOCK_NB)
         except OSError:
             holder = os.pread(self.file, 200, 0).decode("ascii", "replace")
-            os.close(self.file)
             raise Trouble(
-                "Another server has the database %s (%s); end that one, or"
-                " start both with --shared." % (path, holder.strip())
+                "Another server has the database %s (%s); end that one first,"
+                " or serve it twice with --shared." % (self.path, holder)
             ) from None
-        name = "process %d on %s\n" % (os.getpid(), socket.gethostname())
-        os.ftruncate(self.file, 0)
-        os.pwrite(self.file, name.encode("ascii", "replace"), 0)
+        if os.fstat(self.file).st_nlink == 0:
+            raise Trouble("A server on %s just ended; try again." % self.path)
 
     def __enter__(self):
         return self
@@ -501,16 +539,12 @@ class ServerLock:
         self.close()
 
     def close(self):
-        """Let the next server have the database."""
+        """Let the next server have the database; the last one clears up."""
+        with contextlib.suppress(OSError):
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for suffix in (".gate", ".turn", ".lock"):
+                remove(self.path + suffix)
         os.close(self.file)
-
-
-def open_private(path):
-    """Return a file descriptor of the file at `path`, made with mode 0600."""
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise Trouble("%s: %s." % (path, error.strerror)) from None
 
 
 class Turns:
@@ -923,7 +957,8 @@ class Store:
         self.bell = Bell(waiters)
         self.ending = threading.Event()
         self.readers = Readers(path)
-        with contextlib.ExitStack() as undo:
+        inspect(path)  # before a lock file is made beside it
+        with telling(path), contextlib.ExitStack() as undo:
             self.lock = undo.enter_context(ServerLock(path, shared=shared))
             turns = Turns(path) if shared else contextlib.ExitStack()
             with turns:
@@ -2447,8 +2482,7 @@ def write_access(path, url, jobix):
     try:
         folder = os.path.dirname(os.path.abspath(path))
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(draft)
+        remove(draft)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with open(os.open(draft, flags, 0o600), "w") as file:
             file.write(to_json(access) + "\n")
@@ -2459,6 +2493,8 @@ def write_access(path, url, jobix):
         raise Trouble(
             "The access file %s can't be written: %s." % (path, error.strerror)
         ) from None
+    finally:
+        remove(draft)
     return access
 
 
@@ -2514,10 +2550,15 @@ def serving(options, access_file):
 
 
 def until_signal():
-    """Return an Event that SIGINT or SIGTERM sets."""
+    """Return an Event that SIGINT or SIGTERM sets; it keeps the `number`."""
     ending = threading.Event()
+
+    def end(number, _):
+        ending.number = number
+        ending.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ending.set())
+        signal.signal(number, end)
     return ending
 
 
@@ -2539,14 +2580,15 @@ def raise_file_limit():
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
+PROGRAM = """import worker; worker.Client(%s).set(
+      {1: {"jobstage": 0, "jobcmd": "hostname"}})"""
 ANNOUNCEMENT = """\
 jobman %(version)s listens at %(url)s
   database     %(db)s
   access file  %(access)s
   page         %(page)s
 Add a job, then run what waits, here or on any node that sees this home:
-  python3 -c 'import worker; worker.Client(%(argument)s).set(
-      {1: {"jobstage": 0, "jobcmd": "hostname"}})'
+  python3 -c %(program)s
   python3 worker.py --stage 0%(option)s"""
 
 
@@ -2554,18 +2596,29 @@ def announcement(options, access_file, access):
     """Return what serve says when it is ready."""
     page = access["url"] + "/get?plain=1 (its password is the jobix in the"
     usual = access_file == access_path()
+    access_file = os.path.abspath(access_file)
+    program = PROGRAM % ("" if usual else ascii(access_file))
     return ANNOUNCEMENT % {
         "version": __version__,
         "url": access["url"],
         "db": os.path.abspath(options.db),
         "access": access_file,
         "page": page + " access file)",
-        "argument": "" if usual else to_json(access_file),
+        "program": shlex.quote(program),
         "option": "" if usual else " --access " + shlex.quote(access_file),
     }
 
 
 # ------------------------------------------------------------------- run ---
+
+
+QUOTED_ITEM = {"'": "'\"${JOBMAN_ITEM}\"'", '"': "${JOBMAN_ITEM}"}
+SHELL_PIECE = re.compile(
+    r"""(?P<item> \{\} ) | (?P<number> \{\#\} ) | \\. | \$\(
+    | (?<![^\s;&|(`])\#[^\n]*  # a comment
+    | .""",
+    re.DOTALL | re.VERBOSE,
+)
 
 
 def shell_script(command, number):
@@ -2575,21 +2628,17 @@ def shell_script(command, number):
     a variable, so that nothing in an item is ever executed. `{}` becomes
     one word in any quotes that it stands in; `{#}` becomes `number`.
     """
-    forms = {"'": "'\"${JOBMAN_ITEM}\"'", '"': "${JOBMAN_ITEM}"}
     script, quotes, i = ["JOBMAN_ITEM=$1; "], [""], 0
     while i < len(command):
-        piece, inside = command[i], quotes[-1]
-        if command.startswith("{}", i):
-            piece = "{}"
-            script.append(forms.get(inside, '"${JOBMAN_ITEM}"'))
-        elif command.startswith("{#}", i):
-            piece = "{#}"
+        match = SHELL_PIECE.match(command, i)
+        piece, inside = match.group(), quotes[-1]
+        if match.lastgroup == "item":
+            script.append(QUOTED_ITEM.get(inside, '"${JOBMAN_ITEM}"'))
+        elif match.lastgroup == "number":
             script.append(str(number))
         else:
-            if piece == "\\" and inside != "'":
-                piece = command[i : i + 2]
-            elif command.startswith("$(", i) and inside != "'":
-                piece = "$("
+            if inside == "'" or (inside == '"' and piece[0] == "#"):
+                piece = piece[0]  # means nothing special in there
             script.append(piece)
             turn_quotes(quotes, piece)
         i += len(piece)
@@ -2599,12 +2648,12 @@ def shell_script(command, number):
 def turn_quotes(quotes, piece):
     """Follow, on the stack `quotes`, what quotes `piece` opens or closes."""
     inside = quotes[-1]
-    if piece == "$(" or (piece == "(" and inside == "("):
-        quotes.append("(")
-    elif piece == inside or (piece == ")" and inside == "("):
+    if piece == inside or (piece == ")" and inside == "("):
         quotes.pop()
-    elif piece == '"' or (piece == "'" and inside != '"'):
-        if inside != "'":
+    elif inside != "'":
+        if piece == "$(" or (piece == "(" and inside == "("):
+            quotes.append("(")
+        elif piece in ('"', "`") or (piece == "'" and inside != '"'):
             quotes.append(piece)
 
 
@@ -2619,7 +2668,8 @@ def read_items(options):
         yield unicode_bytes(item)
     if options.items is None:
         name = options.arg_file
-        source = sys.stdin.buffer if name in (None, "-") else open(name, "rb")
+        source = 0 if name in (None, "-") else name  # 0 is standard input
+        source = open(source, "rb", closefd=source != 0)
         with source:
             for line in source:
                 item = line[:-1] if line.endswith(b"\n") else line
@@ -2646,14 +2696,19 @@ class Run:
         self.loaded = False
         self.error = None
 
+    def put_others_aside(self):
+        """Cancel what isn't done: it belongs to other runs, or to an
+
+        earlier start of this one, which then brings it back.
+        """
+        self.store.cancel(self.store.jobix)
+
     def load(self, items):
         """Add the jobs of `items`; those that are done stay so.
 
-        All else in the database is put aside first: it belongs to other
-        runs, or to an earlier start of this one.
+        put_others_aside() comes first.
         """
         try:
-            self.store.cancel(self.store.jobix)
             seen = Counter()
             while True:
                 chunk = list(itertools.islice(items, self.CHUNK))
@@ -2736,7 +2791,7 @@ class Progress:
         )
         if self.bar:
             with self.mutex:
-                self.line = "%s %s" % (bar((done + failed) / items), text)
+                self.line = "%s %s" % (bar((done + failed) / max(items, 1)), text)
                 width = shutil.get_terminal_size().columns - 1
                 self.line = self.line[:width]
                 self.stream.write("\r%s\033[K" % self.line)
@@ -2858,6 +2913,7 @@ def run(options):
         tell_page(access)
         command = unicode_bytes(" ".join(options.words))
         this = Run(server.store, command, options.retries)
+        this.put_others_aside()
         worker = WorkerProcess(access_file, options.slots, progress)
         load = threading.Thread(target=this.load, args=(items,), daemon=True)
         load.start()
@@ -2868,7 +2924,7 @@ def run(options):
             progress.end()
         if figures is None:
             say("Interrupted; the same command goes on where it was.")
-            return 130
+            return 128 + ending.number
         return sum_up(this, *figures, progress)
 
 
@@ -2978,8 +3034,10 @@ def check_run(parser, options):
     """End with exit status 2 when a run isn't described well."""
     if not options.words:
         parser.error("run needs a command")
-    if options.retries < 0 or (options.slots or 1) < 1:
-        parser.error("--retries and --slots must be positive")
+    if options.retries < 0:
+        parser.error("--retries can't be negative")
+    if options.slots is not None and options.slots < 1:
+        parser.error("--slots must be at least 1")
     if options.items is not None and options.arg_file is not None:
         parser.error("give items after ::: or in a file, not both")
     if options.items is None and options.arg_file is None:

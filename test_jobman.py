@@ -15,12 +15,15 @@ import http.client
 import io
 import json
 import os
+import pty
 import random
 import re
 import shutil
+import signal
 import socket
 import socketserver
 import sqlite3
+import stat
 import subprocess
 import sys
 import tempfile
@@ -1688,6 +1691,977 @@ class CostTest(StoreCase):
                 )
 
 
+# ------------------------------------------------------------- processes ---
+
+
+def rows(path, query, *values):
+    """Return what a query finds in a database, as a list of dicts."""
+    uri = "file:%s?mode=ro" % path
+    connection = sqlite3.connect(uri, uri=True, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        connection.row_factory = sqlite3.Row
+        return [dict(row) for row in connection.execute(query, values)]
+
+
+def read(path):
+    """Return a file's bytes, none when it isn't there."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def alive(pid):
+    """Return whether a process still runs; a zombie doesn't."""
+    state = re.search(br"\) (\w)", read("/proc/%d/stat" % pid))
+    return bool(state) and state.group(1) not in b"ZX"
+
+
+class WorkerTest(TemporaryFolder):
+    """worker.py as people run it, against a real server."""
+
+    def setUp(self):
+        super().setUp()
+        self.server, _ = self.serve()
+        self.client = worker.Client(self.path(".jobman", "access.json"))
+        self.addCleanup(self.client.close)
+
+    def add(self, *commands, **carried):
+        """Add a job for each command, numbered from 1."""
+        job = dict({"jobstage": 0, "laststage": 2}, **carried)
+        self.client.set(
+            {i: dict(job, jobcmd=cmd) for i, cmd in enumerate(commands, 1)}
+        )
+
+    def start(self, *argv, **options):
+        """Start a worker that ends soon when it has nothing to do."""
+        argv = ("--idle-timeout", "0.05", "--slots", "1", *argv)
+        return self.spawn(WORKER, *argv, **options)
+
+    def work(self, *argv):
+        """Let a worker do all there is; return (stdout, stderr)."""
+        status, out, err = self.finish(self.start(*argv))
+        self.assertEqual(0, status, err)
+        self.assertNotIn("Traceback", err)
+        return out, err
+
+    def job(self, jobid=1):
+        """Return a job as it stands in the database."""
+        query = "select * from job where jobid = ?"
+        return rows(self.path("jobman.db"), query, jobid)[0]
+
+    def states(self):
+        """Return the states of all jobs, by number."""
+        query = "select state from job order by jobid"
+        return [job["state"] for job in rows(self.path("jobman.db"), query)]
+
+    def attempts(self, jobid=1):
+        """Return the attempts of a job as they stand in the database."""
+        query = "select * from attempt where job = ? order by row"
+        job = self.job(jobid)["row"]
+        return rows(self.path("jobman.db"), query, job)
+
+    def outcomes(self, jobid=1):
+        """Return how the attempts of a job ended."""
+        return [attempt["outcome"] for attempt in self.attempts(jobid)]
+
+    def pids(self, n):
+        """Return the `n` process ids that a command writes to `pids`."""
+        path = self.path("pids")
+        wait_for(lambda: read(path).count(b"\n") >= n, "process ids")
+        return [int(pid) for pid in read(path).split()]
+
+    # What a job's command is
+
+    def test_string_is_run_by_the_shell_and_a_list_as_it_is(self):
+        self.add('echo "$0" $((1 + 1))', ["printf", "%s|", "a b", "$HOME"])
+        out, _ = self.work()
+        self.assertEqual("/bin/sh 2\na b|$HOME|", out)
+
+    def test_jobcmd_that_is_no_command_fails_and_says_so(self):
+        self.add(None, {"size": 5}, [], ["ls", 1], max_attempts=1)
+        self.work()
+        self.assertEqual(["failed"] * 4, self.states())
+        for jobid in (1, 2, 3, 4):
+            error = self.attempts(jobid)[0]["error"]
+            self.assertIn("jobcmd is no command", error)
+            self.assertIn("--command", error)
+
+    def test_command_option_reads_the_job_as_json(self):
+        self.add({"size": 5}, filename="a.txt", priority=7)
+        out, _ = self.work("--command", "cat")
+        job = json.loads(out)
+        self.assertEqual({"size": 5}, job["jobcmd"])
+        self.assertEqual((1, 0, 7), (
+            job["jobid"], job["jobstage"], job["priority"]
+        ))
+        self.assertEqual("a.txt", job["filename"])
+        self.assertEqual("done", self.job()["state"])
+
+    def test_command_knows_its_job(self):
+        command = 'echo "$JOBMAN_JOBID $JOBMAN_STAGE $JOBMAN_ATTEMPT' \
+            ' $JOBMAN_FILENAME"'
+        self.client.set({
+            7: {"jobstage": 4, "jobcmd": command, "filename": "a  b.txt"},
+            8: {"jobstage": 4, "jobcmd": command + "."},
+        })
+        out, _ = self.work("--stage", "4")
+        self.assertEqual("7 4 1 a  b.txt\n8 4 1 .\n", out)
+
+    def test_command_sees_the_workers_environment_and_no_input(self):
+        self.environment["COLOUR"] = "blue"
+        self.add('cat; echo "$COLOUR"')
+        self.assertEqual("blue\n", self.work()[0])
+
+    def test_command_runs_in_the_jobs_folder(self):
+        os.mkdir(self.path("there"))
+        self.add("pwd -P")
+        self.client.set({
+            2: {"jobstage": 0, "jobcmd": "pwd -P", "cwd": self.path("there")}
+        })
+        here = os.path.realpath(self.folder)
+        self.assertEqual("%s\n%s/there\n" % (here, here), self.work()[0])
+
+    # What becomes of it
+
+    def test_exit_status_0_moves_a_job_two_stages_up(self):
+        self.client.set({1: {"jobstage": 3, "jobcmd": "true"}})
+        self.work("--stage", "3")
+        job = self.job()
+        self.assertEqual((5, "waiting"), (job["stage"], job["state"]))
+
+    def test_result_is_for_the_next_stage(self):
+        result = json.dumps({
+            "filename": "new.txt", "jobcmd": 'echo "$JOBMAN_FILENAME"'
+        })
+        self.add(["sh", "-c", 'echo "$1" > "$JOBMAN_RESULT"', "sh", result],
+                 laststage=4)
+        out, _ = self.work("--stage", "0,2")
+        self.assertEqual("new.txt\n", out)
+        self.assertEqual("done", self.job()["state"])
+
+    def test_result_of_one_job_is_not_the_next_jobs(self):
+        left = "echo '{\"filename\": \"a\"}' > \"$JOBMAN_RESULT\""
+        self.add(left, "true")
+        self.work()
+        self.assertEqual(['"a"', None], [
+            self.job(jobid)["filename"] for jobid in (1, 2)
+        ])
+
+    def test_names_that_are_not_utf8_pass_byte_for_byte(self):
+        self.add(
+            "case $JOBMAN_STAGE in"
+            " 0) printf '{\"filename\": \"caf\\351\"}' > \"$JOBMAN_RESULT\";;"
+            ' 2) printf %s "$JOBMAN_FILENAME";; esac',
+            ["printf", "<%s>", "\udcff\udcfe"],
+            laststage=4,
+        )
+        out, _ = self.work("--stage", "0,2")
+        expected = b"<\xff\xfe>", b"caf\xe9"
+        for part in expected:
+            self.assertIn(part, out.encode("utf-8", "surrogateescape"))
+
+    def test_failed_attempt_is_told_and_tried_again_later(self):
+        self.add('echo "it broke" >&2; [ "$JOBMAN_ATTEMPT" = 2 ] || exit 3')
+        process = self.start()  # a delayed job keeps it
+        wait_for(lambda: self.job()["state"] == "delayed", "the failure")
+        attempt = self.attempts()[0]
+        self.assertEqual(("failed", 3, "it broke\n"), (
+            attempt["outcome"], attempt["exit_code"], attempt["stderr"]
+        ))
+        self.assertEqual(0, self.finish(process)[0])
+        self.assertEqual(["failed", "done"], self.outcomes())
+        self.assertEqual("done", self.job()["state"])
+
+    def test_end_of_a_long_stderr_is_kept(self):
+        self.add("seq 100000 >&2; exit 1", max_attempts=1)
+        _, err = self.work()
+        kept = self.attempts()[0]["stderr"]
+        self.assertTrue(kept.endswith("\n99999\n100000\n"))
+        self.assertLessEqual(len(kept), 4096)
+        self.assertEqual(588895, len(err))  # printed whole all the same
+
+    def test_what_cannot_be_started_fails_and_the_worker_goes_on(self):
+        self.add(["no-such-program"], ["/etc/passwd"], "a\0b", ["\ud800"],
+                 "echo on", max_attempts=1)
+        self.client.set({
+            9: {"jobstage": 0, "jobcmd": "true", "cwd": "/no/such/folder",
+                "max_attempts": 1, "priority": 1}
+        })
+        out, _ = self.work()
+        self.assertEqual("on\n", out)
+        self.assertEqual(["failed"] * 4 + ["done", "failed"], self.states())
+        for jobid, code, reason in (
+            (1, 127, "no-such-program"),
+            (2, 126, "Permission denied"),
+            (9, 127, "/no/such/folder"),
+        ):
+            attempt = self.attempts(jobid)[0]
+            self.assertEqual(code, attempt["exit_code"])
+            self.assertIn(reason, attempt["error"])
+
+    def test_result_that_is_no_object_fails_the_attempt(self):
+        save = "printf %%s '%s' > \"$JOBMAN_RESULT\""
+        results = "[]", "{", '{"filename": 1}', '{"colour": "blue"}'
+        self.add(*[save % result for result in results], max_attempts=1)
+        self.work()
+        for jobid in range(1, len(results) + 1):
+            self.assertEqual("failed", self.job(jobid)["state"])
+            self.assertIn("JOBMAN_RESULT", self.attempts(jobid)[0]["error"])
+
+    def check_bad_result(self, command):
+        """Check that a result fails its attempt, and nothing but that."""
+        self.add(command, "echo on", max_attempts=1)
+        process = self.start()
+        wait_for(lambda: self.states() == ["failed", "done"] or
+                 process.poll() is not None, "the end of both jobs")
+        status, out, err = self.finish(process)
+        self.assertNotIn("Traceback", err)
+        self.assertEqual((0, "on\n"), (status, out))
+        self.assertEqual(["failed", "done"], self.states())
+
+    def test_result_with_a_number_that_json_lacks_fails_the_attempt(self):
+        self.check_bad_result("echo '{\"jobcmd\": NaN}' > \"$JOBMAN_RESULT\"")
+
+    def test_result_nested_too_deep_fails_the_attempt(self):
+        self.check_bad_result(
+            "head -c 200000 /dev/zero | tr '\\0' '[' > \"$JOBMAN_RESULT\""
+        )
+
+    def test_result_that_is_a_folder_fails_the_attempt(self):
+        self.check_bad_result('mkdir "$JOBMAN_RESULT"')
+
+    # Which jobs, and when it ends
+
+    def test_later_stages_come_first(self):
+        where = 'echo "$JOBMAN_JOBID in $JOBMAN_STAGE"'
+        self.client.set({
+            1: {"jobstage": 0, "jobcmd": where},
+            2: {"jobstage": 2, "jobcmd": where},
+        })
+        out, _ = self.work("--stage", "0,2")
+        self.assertEqual("2 in 2\n1 in 0\n1 in 2\n", out)
+
+    def test_job_that_runs_longer_than_the_idle_timeout_keeps_it(self):
+        self.add("sleep 0.4; echo a", "echo b")
+        self.assertEqual("b\na\n", self.work("--slots", "2")[0])
+
+    def test_until_eof_ends_when_stdin_closes(self):
+        self.add("echo done")
+        process = self.start(
+            "--until-eof", "--idle-timeout", "1000", stdin=subprocess.PIPE
+        )
+        wait_for(lambda: self.job()["state"] == "done", "the job")
+        status, out, _ = self.finish(process)  # closes its stdin
+        self.assertEqual((0, "done\n"), (status, out))
+
+    def test_output_comes_out_whole(self):
+        meet = "for i in 1 2 3; do echo %s$i; echo %s$i >&2;" \
+            " touch %s$i; until [ -e %s$i ]; do sleep 0.01; done; done"
+        self.add(meet % tuple("aaab"), meet % tuple("bbba"))
+        out, err = self.work("--slots", "2")  # they take turns in writing
+        a, b = "a1\na2\na3\n", "b1\nb2\nb3\n"
+        self.assertIn(out, (a + b, b + a))
+        self.assertEqual(out, err)
+
+    def test_job_over_its_timeout_is_killed_with_its_children(self):
+        self.add("sleep 60 & echo $! >> pids; echo $$ >> pids; wait",
+                 timeout=0.5, max_attempts=1)
+        self.work()
+        self.assertEqual(124, self.attempts()[0]["exit_code"])
+        for pid in self.pids(2):
+            wait_for(lambda pid=pid: not alive(pid), "its end")
+
+    def test_heartbeats_keep_a_claim(self):
+        self.add("sleep 2.5; echo once >> log")
+        self.work("--lease", "1.2", "--slots", "2")
+        self.assertEqual(b"once\n", read(self.path("log")))
+        self.assertEqual(["done"], self.outcomes())
+
+    def check_signal(self, number):
+        """Check that a signal to a worker ends all and loses nothing."""
+        self.add("sleep 60 & echo $! >> pids; echo $$ >> pids; wait")
+        process = self.start()
+        pids = self.pids(2)
+        process.send_signal(number)
+        status, _, err = self.finish(process)
+        self.assertEqual((128 + number, ""), (status, err))
+        for pid in pids:
+            wait_for(lambda pid=pid: not alive(pid), "its end")
+        job = self.job()
+        self.assertEqual(("waiting", 0, 0), (
+            job["state"], job["stage"], job["failures"]
+        ))
+        self.assertEqual(["released"], self.outcomes())
+
+    def test_sigterm_gives_back_what_runs(self):
+        self.check_signal(signal.SIGTERM)
+
+    def test_sigint_gives_back_what_runs(self):
+        self.check_signal(signal.SIGINT)
+
+    def test_worker_that_was_told_to_end_ends_at_once(self):
+        self.add("touch started; sleep 60")
+        process = self.start("--stage", "0", "--idle-timeout", "1000")
+        wait_for(lambda: os.path.exists(self.path("started")), "a start")
+        self.client.cancel(all=True)  # it won't come back by itself
+        began = time.monotonic()
+        process.terminate()
+        self.finish(process)
+        self.assertLess(time.monotonic() - began, 15)
+
+    def test_cancelled_job_is_killed(self):
+        self.add("echo $$ >> pids; exec sleep 60")
+        process = self.start("--lease", "1")
+        pid, = self.pids(1)
+        self.client.cancel(ids=[1])
+        self.assertEqual(0, self.finish(process)[0])
+        self.assertFalse(alive(pid))
+        self.assertEqual(["cancelled"], self.outcomes())
+
+    def test_worker_goes_on_with_a_server_started_anew(self):
+        self.add("echo one")
+        process = self.start("--idle-timeout", "1000")
+        wait_for(lambda: self.states() == ["done"], "the first job")
+        self.server.terminate()
+        self.server.wait()
+        self.serve()  # at another port
+        self.client.locate()
+        self.client.set({2: {"jobstage": 0, "jobcmd": "echo two"}})
+        wait_for(lambda: self.job(2)["stage"] == 2, "the second job")
+        process.terminate()
+        self.assertEqual("one\ntwo\n", self.finish(process)[1])
+
+    def test_missing_access_file_is_one_sentence(self):
+        status, out, err = self.command(WORKER, "--access", "nowhere.json")
+        self.assertEqual((1, ""), (status, out))
+        self.assertRegex(err, r"\Aworker\.py: [^\n]*nowhere\.json[^\n]*\.\n\Z")
+
+
+NASTY = [
+    b"it's", b'"', b"a  b", b" ", b"a\nb\n", b"$(touch pwned)",
+    b"`touch pwned`", b"; touch pwned;", b"*", b"-n", b"", b"\\", b"$HOME",
+    b"caf\xe9", "größe".encode(), b"{}", b"{#}", b"#", b"~", b"!x", b"%s",
+]
+
+
+class ScriptTest(TemporaryFolder):
+    """What `run` makes of a command, run by /bin/sh."""
+
+    CONTEXTS = (  # a command and what it prints, @ being the item
+        ("printf '<%s>' {}", "<@>"),
+        ("printf '<%s>' \"{}\"", "<@>"),
+        ("printf '<%s>' 'x{}y' x{}\"y\"", "<x@y><x@y>"),
+        ("printf '<%s>' \"it's {}\" {}", "<it's @><@>"),
+        ('printf \'<%s>\' \\"{}\\" \\\'{}', '<"@"><\'@>'),
+        ("printf '<%s>' \"$(printf '%s.' {})\"", "<@.>"),
+        ("printf '<%s>' \"$(printf '%s.' \"{}\")\" {}", "<@.><@>"),
+        ("printf '<%s>' \"$(printf '%s.' 'x{}')\" '{}'", "<x@.><@>"),
+        ("printf '<%s>' \"`printf '%s.' {}`\"", "<@.>"),
+        ("x=`printf '%s.' {}`; printf '<%s>' \"$x\"", "<@.>"),
+        ("x={}; (printf '<%s>' \"$x\"); printf '<%s>' {}", "<@><@>"),
+        ("printf '<%s>' \"${NOT_SET:-{}}\"", "<@>"),
+        ("# don't\nprintf '<%s>' {}", "<@>"),
+        ("printf '<%s>' {} # don't\nprintf '<%s>' {}", "<@><@>"),
+    )
+
+    def filled(self, script, item):
+        """Return what a script prints for an item."""
+        return subprocess.check_output(
+            ["/bin/sh", "-c", script, "sh", item],
+            stderr=subprocess.STDOUT, cwd=self.folder,
+        )
+
+    def test_item_is_one_word_in_any_quotes_and_never_executed(self):
+        for command, expected in self.CONTEXTS:
+            script = jobman.shell_script(command, 1)
+            for item in NASTY:
+                wanted = expected.encode().replace(b"@", item)
+                found = self.filled(script, item)
+                if wanted != found:
+                    with self.subTest(command=command):
+                        self.assertEqual(wanted, found)
+                    break
+        self.assertEqual([], os.listdir(self.folder))
+
+    def test_number_of_the_item(self):
+        self.assertTrue(
+            jobman.shell_script("echo {#}:'{#}'", 7).endswith("echo 7:'7'")
+        )
+
+
+class RunTest(TemporaryFolder):
+    """jobman.py run as people run it."""
+
+    def start(self, *argv, **options):
+        """Start a run."""
+        return self.spawn(JOBMAN, "run", *argv, **options)
+
+    def over(self, *argv, status=0, given=None):
+        """Do a run to its end; return (stdout, stderr)."""
+        found, out, err = self.command(JOBMAN, "run", *argv, given=given)
+        self.assertEqual(status, found, err)
+        self.assertNotIn("Traceback", err)
+        return out, err
+
+    def log(self):
+        """Return the lines that commands wrote to the file `log`."""
+        return read(self.path("log")).decode().split("\n")[:-1]
+
+    # What is run
+
+    def test_items_come_from_the_command_line(self):
+        out, err = self.over("--slots", "1", "echo", ":::", "a", "b  c")
+        self.assertEqual("a\nb  c\n", out)
+        self.assertIn("2 of 2 done, 0 failed", err)
+
+    def test_items_come_from_stdin_and_from_a_file(self):
+        out, _ = self.over(
+            "--slots", "1", "echo {#}:{}", given=b"a\n\n b\\ \n\xff"
+        )
+        self.assertEqual("1:a\n2:\n3: b\\ \n4:\udcff\n", out)
+        with open(self.path("items"), "w") as file:
+            file.write("c\n")
+        out, _ = self.over("-a", "items", "echo {#}:{}")
+        self.assertEqual("1:c\n", out)
+
+    def test_any_item_is_one_word_byte_for_byte(self):
+        command = "printf '%s\\0' {} \"{}\" 'x{}y' \"$(printf %s. {})\""
+        out, _ = self.over("--slots", "1", command, ":::", *NASTY)
+        expected = b"".join(
+            b"%s\0%s\0x%sy\0%s.\0" % (item, item, item, item)
+            for item in NASTY
+        )
+        self.assertEqual(expected, out.encode("utf-8", "surrogateescape"))
+        self.assertNotIn("pwned", os.listdir(self.folder))
+
+    def test_output_comes_out_whole(self):
+        meet = (
+            "for i in 1 2 3; do echo {}$i; touch {}$i;"
+            " until [ -e a$i ] && [ -e b$i ]; do sleep 0.01; done; done"
+        )
+        out, _ = self.over("--slots", "2", meet, ":::", "a", "b")
+        a, b = "a1\na2\na3\n", "b1\nb2\nb3\n"
+        self.assertIn(out, (a + b, b + a))
+
+    def test_failed_items_are_named(self):
+        command = "echo no {} >&2; [ {} != b ] && [ {} != é ]"
+        self.environment["LC_ALL"] = "C"
+        _, err = self.over(command, ":::", "a", "b", "é".encode(), status=1)
+        self.assertIn("failed: b (exit status 1) no b\n", err)
+        self.assertIn("1 of 3 done, 2 failed", err)
+        self.assertNotIn("failed: a", err)
+
+    def test_failed_items_are_tried_again_if_asked_to(self):
+        command = "echo {} >> log; [ $(wc -l < log) = 2 ]"
+        _, err = self.over("--retries", "1", command, ":::", "a")
+        self.assertEqual(["a", "a"], self.log())
+        self.assertIn("1 of 1 done, 0 failed", err)
+
+    def test_no_item_is_no_fault(self):
+        self.assertIn("0 of 0 done", self.over("echo", given=b"")[1])
+
+    def test_missing_file_of_items_is_one_sentence(self):
+        _, err = self.over("-a", "nowhere", "echo", status=1)
+        self.assertIn("nowhere", err.strip().rpartition("\n")[2])
+
+    def test_wrong_usage_is_exit_status_2(self):
+        self.over(":::", "a", status=2)
+        for words in (
+            ["serve", ":::", "a"],
+            ["run", "-a", "items", "echo", ":::", "a"],
+            ["run", "--retries", "-1", "echo", ":::", "a"],
+            ["run", "--slots", "0", "echo", ":::", "a"],
+            ["run", "--slots", "many", "echo", ":::", "a"],
+            ["walk"],
+            [],
+        ):
+            with self.subTest(words=words), open(os.devnull, "w") as null:
+                with contextlib.redirect_stderr(null):
+                    with self.assertRaises(SystemExit) as ended:
+                        jobman.parse(words)
+                self.assertEqual(2, ended.exception.code)
+
+    # Started again
+
+    def test_same_run_again_does_what_is_not_done(self):
+        once = "echo {} >> log; [ {} != b ] || [ -e mended ]"
+        again = "--slots", "1", once, ":::", "a", "b", "c"
+        self.over(*again, status=1)
+        open(self.path("mended"), "w").close()
+        _, err = self.over(*again)
+        self.assertEqual(["a", "b", "c", "b"], self.log())
+        self.assertIn("3 of 3 done, 0 failed", err)
+        self.over(*again)
+        self.assertEqual(4, len(self.log()))
+
+    def test_more_or_fewer_items_run_only_what_is_new(self):
+        append = "--slots", "1", "echo {} >> log", ":::"
+        self.over(*append, "a", "a", "b")  # each one is a job
+        self.over(*append, "c", "a", "b", "a", "a")
+        self.assertEqual(["a", "a", "b", "c", "a"], self.log())
+        _, err = self.over(*append, "b")
+        self.assertEqual(5, len(self.log()))
+        self.assertIn("1 of 1 done, 0 failed", err)
+
+    def test_another_run_leaves_the_first_ones_jobs_alone(self):
+        first = "echo {} >> log; [ -e go ] || exec sleep 60"
+        first = "--slots", "1", first, ":::", "a", "b", "c"
+        process = self.start(*first)
+        wait_for(lambda: self.log() == ["a"], "its first command")
+        process.send_signal(signal.SIGINT)
+        status, _, err = self.finish(process)
+        self.assertEqual(130, status)
+        self.assertIn("the same command goes on", err)
+        out, err = self.over("echo other {}", ":::", "x")
+        self.assertEqual("other x\n", out)
+        self.assertIn("1 of 1 done, 0 failed", err)
+        open(self.path("go"), "w").close()
+        self.over(*first)
+        self.assertEqual(["a", "a", "b", "c"], self.log())
+
+    def test_many_leftovers_of_another_run_are_not_run(self):
+        store = jobman.Store(self.path("jobman-run.db"))
+        touch = {"jobstage": 0, "jobcmd": "touch leftover", "laststage": 2}
+        jobs = [jobman.read_entry(touch) for _ in range(8000)]
+        store.submit(store.jobix, [("others", jobs)])
+        store.close()
+        _, err = self.over("echo {}", ":::", "x")
+        self.assertIn("1 of 1 done, 0 failed", err)
+        self.assertNotIn("leftover", os.listdir(self.folder))
+
+    def done(self):
+        """Return the items that are done in the database."""
+        query = "select jobcmd from job where state = 'done'"
+        found = rows(self.path("jobman-run.db"), query)
+        return {json.loads(job["jobcmd"])[-1] for job in found}
+
+    def test_killed_run_goes_on_where_it_was(self):
+        items = [str(i) for i in range(40)]
+        command = "echo $PPID > worker; sleep 0.03; echo {} >> log"
+        again = "--slots", "2", command, ":::", *items
+        process = self.start(*again)
+        wait_for(lambda: len(self.log()) > 10, "some commands")
+        self.reap(process)  # kill -9
+        pid = int(read(self.path("worker")))
+        try:
+            wait_for(lambda: not alive(pid), "the end of its worker")
+        finally:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        done = self.done()
+        self.over(*again)
+        log = self.log()
+        self.assertEqual(set(items), set(log))
+        self.assertEqual([], [i for i in done if log.count(i) != 1])
+        self.assertLessEqual(len(log), len(items) + 4)
+
+    # What it shows
+
+    def watch(self, *argv, given=b""):
+        """Do a run on a terminal; return (exit status, what it shows)."""
+        screen, terminal = pty.openpty()
+        self.addCleanup(os.close, screen)
+        process = self.start(
+            *argv, stdin=subprocess.PIPE, stdout=terminal, stderr=terminal
+        )
+        os.close(terminal)
+        feeder = threading.Timer(0.3, self.feed, (process.stdin, given))
+        feeder.start()
+        shown = b""
+        with contextlib.suppress(OSError):  # the last one has closed it
+            for piece in iter(lambda: os.read(screen, 65536), b""):
+                shown += piece
+        feeder.join()
+        return process.wait(PATIENCE), shown.decode().replace("\r\n", "\n")
+
+    def feed(self, stream, given):
+        """Write items to a run, some time after its start."""
+        with contextlib.suppress(BrokenPipeError), stream:
+            stream.write(given)
+
+    def test_bar_on_a_terminal(self):
+        command = "echo in {}; sleep 0.1; echo out {}"
+        status, shown = self.watch(command, ":::", "a", "b", "c")
+        self.assertEqual(0, status, shown)
+        self.assertRegex(shown, r"\r\[#*\.*\] +\d+% \d of 3 done, 0 failed")
+        self.assertIn("100%", shown)
+        self.assertIn("\r\033[Kin a\n", shown)  # the bar makes way
+        self.assertRegex(shown, r"\r\033\[K3 of 3 done, 0 failed, in 0:0\d")
+
+    def test_bar_waits_for_the_first_item(self):
+        status, shown = self.watch("echo", given=b"a\n")
+        self.assertEqual(0, status, shown)
+        self.assertIn("1 of 1 done", shown)
+
+    def test_signal_ends_a_run_that_still_reads_items(self):
+        process = self.start("echo", stdin=subprocess.PIPE)
+        access = self.path("jobman-run.db.access")
+        wait_for(lambda: os.path.exists(access), "its start")
+        process.send_signal(signal.SIGINT)
+        process.wait(PATIENCE)  # its standard input is still open
+        err = process.stderr.read().decode()
+        self.assertEqual(130, process.returncode, err)
+        self.assertIn("the same command goes on", err)
+
+    def test_bar_without_items(self):
+        status, shown = self.watch("echo")
+        self.assertEqual(0, status, shown)
+        self.assertIn("0 of 0 done", shown)
+
+    def test_plain_lines_where_there_is_no_terminal(self):
+        stream = io.StringIO()
+        progress = jobman.Progress(stream)
+        progress.show(9, 0, 0)
+        self.assertEqual("", stream.getvalue())
+        progress.said -= progress.PERIOD
+        progress.show(9, 2, 1)
+        progress.end()
+        self.assertRegex(
+            stream.getvalue(), r"\A2 of 9 done, 1 failed, .* left\n\Z"
+        )
+
+    # What is around it
+
+    def test_running_server_is_not_disturbed(self):
+        _, address = self.serve()
+        access = read(self.path(".jobman", "access.json"))
+        self.over("echo", ":::", "a")
+        self.assertEqual(access, read(self.path(".jobman", "access.json")))
+        self.assertEqual(200, exchange(address, "GET", "/health").status)
+        self.assertNotIn("jobman-run.db.access", os.listdir(self.folder))
+
+    def test_secret_is_shown_to_nobody(self):
+        show = "tr '\\0' ' ' < /proc/$PPID/cmdline; env; : {}"
+        out, err = self.over(show, ":::", "a")
+        query = "select value from setting where name = 'jobix'"
+        jobix = rows(self.path("jobman-run.db"), query)[0]["value"]
+        self.assertIn("worker.py", out)
+        self.assertNotIn(jobix, out + err)
+
+    def test_jobman_without_its_worker_says_so(self):
+        alone = shutil.copy(JOBMAN, self.path("jobman.py"))
+        status, out, err = self.command(alone, "run", "echo", ":::", "a")
+        self.assertEqual((1, ""), (status, out))
+        self.assertNotIn("Traceback", err)
+        self.assertRegex(err, r"jobman\.py: [^\n]*worker\.py[^\n]*\.\n\Z")
+
+
+class StartTest(TemporaryFolder):
+    """How a server starts, how it ends, and when it won't start."""
+
+    def access(self):
+        """Return the content of the default access file."""
+        return json.loads(read(self.path(".jobman", "access.json")).decode())
+
+    def mode(self, name):
+        """Return a file's permissions."""
+        return stat.S_IMODE(os.stat(self.path(name)).st_mode)
+
+    def stop(self, process, number=signal.SIGTERM):
+        """End a server; return (exit status, stdout, stderr)."""
+        process.send_signal(number)
+        return self.finish(process)
+
+    def announced(self, *argv):
+        """Start a server; return (process, all that it says)."""
+        process = self.spawn(JOBMAN, "serve", "--port", "0", *argv)
+        lines = []
+        for line in iter(process.stdout.readline, b""):
+            lines.append(line.decode())
+            if "worker.py --stage" in lines[-1]:
+                break
+        return process, "".join(lines)
+
+    # It starts
+
+    def shell(self, command):
+        """Start a shell command in the folder of worker.py."""
+        bin_folder = self.path("bin")
+        if not os.path.exists(bin_folder):
+            os.mkdir(bin_folder)
+            with open(self.path("bin", "python3"), "w") as file:
+                file.write('#!/bin/sh\nexec %s "$@"\n' % sys.executable)
+            os.chmod(self.path("bin", "python3"), 0o755)
+        path = bin_folder + os.pathsep + os.environ["PATH"]
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", command], cwd=HERE, start_new_session=True,
+            env=dict(self.environment, PATH=path),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        self.addCleanup(self.end_shell, process)
+        return process
+
+    def end_shell(self, process):
+        """Kill a shell command with its children."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def check_announced_commands(self, said):
+        """Check that the two commands that a server names do a job."""
+        first, second = re.search(
+            r"^  (python3 -c .*\n.*)\n  (python3 worker\.py .*)$", said, re.M
+        ).groups()
+        self.assertEqual(0, self.shell(first).wait(PATIENCE))
+        self.shell(second)
+        query = "select stage from job"
+        wait_for(
+            lambda: rows(self.path("jobman.db"), query) == [{"stage": 2}],
+            "the job done",
+        )
+
+    def test_announced_commands_work_as_they_stand(self):
+        _, said = self.announced()
+        self.assertIn(self.access()["url"], said)
+        self.assertIn(self.path("jobman.db"), said)
+        self.assertIn(self.path(".jobman", "access.json"), said)
+        self.check_announced_commands(said)
+
+    def test_announced_commands_work_with_any_access_file(self):
+        folder = self.path("it's a \"b")
+        os.mkdir(folder)
+        _, said = self.announced("--access", os.path.join(folder, "a"))
+        self.check_announced_commands(said)
+
+    def test_announced_commands_work_with_a_relative_access_file(self):
+        _, said = self.announced("--access", "here.json")
+        self.check_announced_commands(said)
+
+    def test_access_file_is_private_and_replaced(self):
+        os.mkdir(self.path(".jobman"))
+        with open(self.path(".jobman", "access.json"), "w") as file:
+            file.write("old" * 1000)
+        process, address = self.serve()
+        access = self.access()
+        self.assertEqual("http://%s:%d" % address, access["url"])
+        self.assertEqual(process.pid, access["pid"])
+        self.assertEqual(socket.gethostname(), access["host"])
+        self.assertEqual(0o600, self.mode(".jobman/access.json"))
+        self.assertEqual(["access.json"], os.listdir(self.path(".jobman")))
+        self.stop(process)
+        self.assertEqual([], os.listdir(self.path(".jobman")))
+
+    def test_files_are_private(self):
+        self.addCleanup(os.umask, os.umask(0))
+        self.serve()
+        files = [n for n in os.listdir(self.folder) if n.startswith("job")]
+        self.assertIn("jobman.db-wal", files)
+        for name in files:
+            self.assertEqual(0o600, self.mode(name), name)
+        self.assertEqual(0o700, self.mode(".jobman"))
+
+    def test_secret_is_not_shown(self):
+        process, said = self.announced()
+        jobix = str(self.access()["jobix"])
+        self.assertNotIn(jobix, said)
+        argv = read("/proc/%d/cmdline" % process.pid).decode()
+        self.assertNotIn(jobix, argv)
+        _, out, err = self.stop(process)
+        self.assertEqual(("", ""), (out, err))
+
+    # It ends
+
+    def test_signal_ends_it_and_a_restart_goes_on(self):
+        jobix = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process, address = self.serve()
+            jobix = jobix or {"jobix": str(self.access()["jobix"])}
+            jobs = {number: {"jobstage": 0}}
+            exchange(address, "POST", "/set", packed(jobs), jobix)
+            self.assertEqual((0, "", ""), self.stop_after_a_line(
+                process, number
+            ))
+            self.assertEqual(
+                {".jobman", "jobman.db", "jobman.db.lock"},
+                set(os.listdir(self.folder)) | {"jobman.db.lock"},
+            )
+            self.assertEqual([], os.listdir(self.path(".jobman")))
+        _, address = self.serve()
+        claims = exchange(address, "GET", "/get/0?n=9", None, jobix).json()
+        self.assertEqual([2, 15], [claim["jobid"] for claim in claims])
+
+    def stop_after_a_line(self, process, number):
+        """End a server whose announcement was not read to its end."""
+        status, out, err = self.stop(process, number)
+        return status, out.partition("worker.py --stage 0\n")[2], err
+
+    def test_long_poll_is_answered_as_it_ends(self):
+        process, address = self.serve()
+        jobix = {"jobix": str(self.access()["jobix"])}
+        connection = http.client.HTTPConnection(*address, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            connection.request("GET", "/get/0?wait=60", headers=jobix)
+            exchange(address, "GET", "/health")  # it has come after that
+            self.stop(process)
+            self.assertIn(Reply(connection.getresponse()).status, (200, 503))
+
+    # Two of them
+
+    def test_shared_servers_and_their_access_file(self):
+        first, one = self.serve("--shared")
+        jobix = {"jobix": str(self.access()["jobix"])}
+        second, two = self.serve("--shared")
+        self.assertEqual(jobix["jobix"], str(self.access()["jobix"]))
+        exchange(one, "POST", "/set", packed({"5": {"jobstage": 0}}), jobix)
+        claim = exchange(two, "GET", "/get/0", None, jobix).json()
+        self.assertEqual(5, claim["jobid"])
+        self.assertIn("--shared", self.refused())
+        self.assertEqual(0, self.stop(first)[0])
+        self.assertEqual(second.pid, self.access()["pid"])
+        self.assertEqual(0, self.stop(second)[0])
+        self.assertEqual([], os.listdir(self.path(".jobman")))
+
+    def test_second_server_is_told_who_has_the_database(self):
+        process, _ = self.serve()
+        access = self.access()
+        sentence = self.refused()
+        self.assertIn(
+            "process %d on %s" % (process.pid, socket.gethostname()), sentence
+        )
+        self.assertEqual(access, self.access())
+
+    # It won't start
+
+    def refused(self, *argv, port=0, **options):
+        """Start a server that can't; return the sentence it ends with."""
+        start = JOBMAN, "serve", "--port", str(port)
+        status, out, err = self.command(*start, *argv, **options)
+        self.assertEqual((1, ""), (status, out), err)
+        self.assertRegex(err, r"\Ajobman\.py: [^\n]+\.\n\Z")
+        return err
+
+    def files(self, folder=None):
+        """Return all files of a folder with a checksum of each."""
+        paths = [
+            os.path.join(where, name)
+            for where, _, names in os.walk(folder or self.folder)
+            for name in names
+        ]
+        return {path: zlib.crc32(read(path)) for path in paths}
+
+    def check_untouched(self, *argv, **options):
+        """Check that a server refuses and leaves every file as it was."""
+        before = self.files()
+        sentence = self.refused(*argv, **options)
+        self.assertEqual(before, self.files())
+        return sentence
+
+    def make(self, name, version=None):
+        """Make a database of jobman, perhaps of another version."""
+        jobman.Store(self.path(name)).close()
+        if version is not None:
+            connection = sqlite3.connect(self.path(name))
+            with contextlib.closing(connection):
+                connection.execute("pragma user_version = %d" % version)
+
+    def test_port_in_use(self):
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 0))
+            other.listen(1)
+            port = other.getsockname()[1]
+            self.assertIn(str(port), self.check_untouched(port=port))
+
+    def test_bad_port_or_host(self):
+        self.check_untouched(port=123456)
+        self.check_untouched("--host", "256.1.1.1")
+
+    def test_file_that_is_no_database(self):
+        for content in (b"some text\n" * 1000, b"x", b"\0" * 4096):
+            with open(self.path("notes.txt"), "wb") as file:
+                file.write(content)
+            sentence = self.check_untouched("--db", "notes.txt")
+            self.assertIn("notes.txt", sentence)
+
+    def test_folder_is_no_database(self):
+        os.mkdir(self.path("folder"))
+        self.assertIn("folder", self.check_untouched("--db", "folder"))
+
+    def test_database_of_another_program(self):
+        for mode in ("delete", "wal"):
+            connection = sqlite3.connect(self.path("other.db"))
+            with contextlib.closing(connection):
+                connection.execute("pragma journal_mode = %s" % mode)
+                connection.execute("create table if not exists mine (a)")
+            sentence = self.check_untouched("--db", "other.db")
+            self.assertIn("another program", sentence)
+
+    def test_database_of_a_newer_version(self):
+        self.make("new.db", version=jobman.SCHEMA_VERSION + 1)
+        self.assertIn("newer", self.check_untouched("--db", "new.db"))
+
+    def test_folder_that_does_not_exist(self):
+        sentence = self.check_untouched("--db", "nowhere/jobman.db")
+        self.assertIn("nowhere", sentence)
+
+    def test_access_file_that_cannot_be_written(self):
+        open(self.path("file"), "w").close()
+        sentence = self.refused("--access", "file/access.json")
+        self.assertIn("file/access.json", sentence)
+        self.assertNotIn("jobman.db-wal", os.listdir(self.folder))
+
+    NOBODY = (
+        "import encodings.idna, os, sys; sys.path.insert(0, %r)\n"
+        "import jobman; os.setuid(65534)\n"
+        "sys.stderr = jobman.tolerate(sys.stderr)\n"
+        "sys.exit(jobman.main())" % HERE
+    )
+
+    def test_database_that_is_not_writable(self):
+        self.make("jobman.db")
+        os.chmod(self.path("jobman.db"), 0o444)
+        os.chmod(self.folder, 0o555)
+        self.addCleanup(os.chmod, self.folder, 0o755)
+        start = ["-c", self.NOBODY] if os.getuid() == 0 else [JOBMAN]
+        for name in ("jobman.db", "new.db"):
+            before = self.files()
+            status, out, err = self.command(
+                *start, "serve", "--port", "0", "--db", name
+            )
+            self.assertEqual((1, ""), (status, out), err)
+            self.assertRegex(err, r"\Ajobman\.py: [^\n]+\.\n\Z")
+            self.assertIn(name, err)
+            self.assertEqual(before, self.files())
+
+    def small_disk(self):
+        """Mount a file system of 256 KiB; return its folder."""
+        folder = self.path("disk")
+        os.mkdir(folder)
+        mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder]
+        try:
+            subprocess.check_output(mount, stderr=subprocess.STDOUT)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.skipTest("no file system of a set size: %s" % error)
+        self.addCleanup(subprocess.call, ["umount", folder])
+        return folder
+
+    def fill(self, folder):
+        """Write a file until its disk is full."""
+        with contextlib.suppress(OSError):
+            with open(os.path.join(folder, "full"), "wb", 0) as file:
+                while True:
+                    file.write(b"x" * 512)
+
+    def test_full_disk(self):
+        folder = self.small_disk()
+        self.make("disk/old.db")
+        self.fill(folder)
+        for name in ("old.db", "new.db"):
+            with self.subTest(name=name):
+                sentence = self.check_untouched("--db", "disk/" + name)
+                self.assertIn(name, sentence)
+                self.assertRegex(sentence, "full|space")
+
+    def test_full_disk_of_the_access_file(self):
+        folder = self.small_disk()
+        self.fill(folder)
+        before = self.files(folder)
+        sentence = self.refused("--access", "disk/access.json")
+        self.assertIn("access.json", sentence)
+        self.assertEqual(before, self.files(folder))
+
+
 # ----------------------------------------------------------------- house ---
 
 
@@ -1714,14 +2688,14 @@ class HouseTest(TemporaryFolder):
     def test_importing_does_nothing_and_needs_no_packages(self):
         code = ("import sys; sys.path.insert(0, %r); import jobman, worker;"
                 "import threading; print(threading.active_count())" % HERE)
-        status, out, err = self.command("-SB", "-c", code)
-        self.assertEqual((0, "1\n", ""), (status, out, err))
+        done = self.command("-SB", "-c", code)
+        self.assertEqual((0, "1\n", ""), done)
         self.assertEqual([], os.listdir(self.folder))
 
     def test_each_file_works_when_copied_alone(self):
         for name in ("jobman.py", "worker.py"):
             shutil.copy(os.path.join(HERE, name), self.folder)
-            status, out, err = self.command(self.path(name), "--help")
+            status, _, err = self.command(self.path(name), "--help")
             self.assertEqual((0, ""), (status, err))
             os.unlink(self.path(name))
 

@@ -102,6 +102,7 @@ class Client:
         self.patience = patience
         self.mutex = threading.Lock()  # guards the connection
         self.connection = None
+        self.sent = False  # whether a call has gone out on it
         self.aborted = False
         self.locate()
 
@@ -274,6 +275,8 @@ class Client:
         if body is not None:
             headers["Content-Encoding"] = "deflate"
             headers["Content-Type"] = "application/json"
+        if self.aborted:
+            raise OSError("broken off")
         self.sent = True
         self.connection.request(method, self.prefix + path, body, headers)
         response = self.connection.getresponse()
@@ -328,6 +331,37 @@ def tail(file):
     return file.read().decode("utf-8", "replace")
 
 
+def remove(path):
+    """Remove what a command left at `path`, if anything."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        shutil.rmtree(path)
+
+
+def refuse_constant(name):
+    """Refuse NaN and Infinity, which Python reads but JSON doesn't have."""
+    raise ValueError("%s is not JSON" % name)
+
+
+def read_result(text):
+    """Return the object in a result file; raise ValueError for a bad one."""
+    try:
+        result = json.loads(
+            text.decode("utf-8", "surrogateescape"),
+            parse_constant=refuse_constant,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(result, dict) or set(result) - {"filename", "jobcmd"}:
+        raise ValueError("it is no object with filename and jobcmd")
+    if not isinstance(result.get("filename"), (str, type(None))):
+        raise ValueError("its filename is no string")
+    return result
+
+
 class Command:
     """Run the command of one job and keep what it prints.
 
@@ -366,8 +400,7 @@ class Command:
     def start(self):
         """Start the process; raise OSError or ValueError if it can't be."""
         cwd = self.job.get("cwd")
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.result)
+        remove(self.result)
         with tempfile.TemporaryFile() as stdin, self.mutex:
             stdin.write(self.given)
             stdin.seek(0)
@@ -417,22 +450,16 @@ class Command:
         Raises ValueError when that is no object with filename and jobcmd.
         """
         try:
-            with open(self.result, "rb") as file:
-                text = file.read(RESULT_LIMIT + 1)
+            flags = os.O_RDONLY | os.O_NONBLOCK  # it may be a pipe
+            with open(os.open(self.result, flags), "rb") as file:
+                text = file.read(RESULT_LIMIT + 1) or b""
         except FileNotFoundError:
             return {}
+        except OSError as error:
+            raise ValueError(error.strerror) from None
         if len(text) > RESULT_LIMIT:
             raise ValueError("it is over %d bytes" % RESULT_LIMIT)
-        if not text.strip():
-            return {}
-        result = json.loads(text.decode("utf-8", "surrogateescape"))
-        if not isinstance(result, dict) or set(result) - {
-            "filename", "jobcmd",
-        }:
-            raise ValueError("it is no object with filename and jobcmd")
-        if not isinstance(result.get("filename"), (str, type(None))):
-            raise ValueError("its filename is no string")
-        return result
+        return read_result(text) if text.strip() else {}
 
     def close(self):
         """Let go of the files."""
@@ -518,20 +545,22 @@ class Worker:
 
     def dispatch(self):
         """Claim jobs for idle slots until there have been none for long."""
-        busy = time.monotonic()
-        while not self.ending.is_set():
+        busy, least = time.monotonic(), 0  # a poll's least wait, in seconds
+        while True:
             slots = self.take_slots()
+            if self.ending.is_set():
+                return
             left = busy + self.idle_timeout - time.monotonic()
-            jobs = self.claim(slots, left)
+            jobs = self.claim(slots, max(left, least))
             for _ in range(slots - len(jobs)):
                 self.free.release()
             now = time.monotonic()
-            if jobs or self.claims:
-                busy = now
-            elif now >= busy + self.idle_timeout:
-                if not self.delayed():
-                    return
-                busy = now
+            idle = not jobs and not self.claims
+            if idle and now < busy + self.idle_timeout:
+                continue
+            if idle and not self.delayed():
+                return
+            busy, least = now, 0.2
 
     def take_slots(self):
         """Wait for an idle slot; return how many there are then."""
@@ -543,7 +572,7 @@ class Worker:
 
     def claim(self, n, left):
         """Claim up to `n` jobs and put them before the slots."""
-        wait = max(0, min(self.LONGEST_WAIT, left))
+        wait = min(self.LONGEST_WAIT, left)
         try:
             jobs = self.claimer.get(
                 self.stages, worker=self.name, lease=self.lease,
@@ -676,13 +705,27 @@ class Worker:
             else:
                 self.deliver(self.reporter.release_job, jobid, claim)
         if updates:
-            for answer in self.reporter.update_jobs(updates):
-                if answer["status"] != 200:
-                    self.say("Job %(jobid)d: refused, %(status)d." % answer)
+            self.deliver_updates(updates)
         with self.mutex:
             for job, _, _ in outcomes:
                 if self.claims.get(job["jobid"]) == job["claim"]:
                     del self.claims[job["jobid"]]
+
+    def deliver_updates(self, updates):
+        """Deliver results together, or each alone if they are refused."""
+        try:
+            for answer in self.reporter.update_jobs(updates):
+                if answer["status"] != 200:
+                    self.say("Job %(jobid)d: refused, %(status)d." % answer)
+        except Refused as refused:
+            if len(updates) > 1:
+                for update in updates:
+                    self.deliver_updates([update])
+            else:
+                self.deliver(
+                    self.reporter.fail_job, updates[0]["jobid"],
+                    updates[0]["claim"], error="Its result: %s" % refused,
+                )
 
     def deliver(self, verb, jobid, claim, **values):
         """Make one call; a refusal is only worth a line."""
