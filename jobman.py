@@ -2783,15 +2783,15 @@ class Progress:
         """Show the figures, if it is time to."""
         now = time.monotonic()
         if self.first is None:
-            self.first = done
-        rate = (done + failed - self.first) / max(now - self.began, 0.001)
-        left = items - done - failed
+            self.first = done + failed
+        over, left = done + failed, items - done - failed
+        rate = (over - self.first) / max(now - self.began, 0.001)
         text = "%d of %d done, %d failed, %.1f/s, %s left" % (
             done, items, failed, rate, span(left / rate) if rate else "?"
         )
         if self.bar:
             with self.mutex:
-                self.line = "%s %s" % (bar((done + failed) / max(items, 1)), text)
+                self.line = "%s %s" % (bar(over / max(items, 1)), text)
                 width = shutil.get_terminal_size().columns - 1
                 self.line = self.line[:width]
                 self.stream.write("\r%s\033[K" % self.line)

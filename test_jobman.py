@@ -2705,6 +2705,24 @@ class HouseTest(TemporaryFolder):
         for name in ("jobman.py", "worker.py", "test_jobman.py"):
             ast.parse(self.source(name), **as_3_6)
 
+    def test_the_readme_names_every_route_and_option(self):
+        readme = self.source("README.md")
+        for method, path, _ in jobman.ROUTES:
+            shown = path.replace("<stages>", "<stage>")
+            shown = shown.replace("<minutes…>", "<m0>/<m1>/…/<mn>")
+            self.assertIn("`%s %s`" % (method, shown), readme)
+        for name in jobman.CARRIES:
+            self.assertIn("| `%s` |" % name, readme)
+        for name in ("jobman.py", "worker.py"):
+            for option in re.findall(r'"(--[a-z-]+)"', self.source(name)):
+                self.assertIn(option, readme)
+            for variable in re.findall(r"JOBMAN_[A-Z]+", self.source(name)):
+                self.assertIn(variable, readme)
+        for status in re.findall(r"Error\(\s*(\d+),", self.source(JOBMAN)):
+            self.assertRegex(readme, r"\| (\d+, )*%s" % status)
+        for state in jobman.STATES:
+            self.assertIn("`%s`" % state, readme)
+
     def test_no_sql_uses_what_sqlite_3_7_17_lacks(self):
         sql = jobman.SCHEMA + " ".join(
             text for name, text in vars(jobman.SQL).items() if name.isupper()
