@@ -1067,7 +1067,8 @@ class Store:
             if job["state"] == "working":
                 self.lapse(tx, job)
             else:
-                self.move(tx, job, state="waiting", since=job["since"])
+                state = stage_state(job["stage"], job["final"])
+                self.move(tx, job, state=state, since=job["since"])
 
     def lapse(self, tx, job):
         """Take a job back from a worker that was not heard of in time.
@@ -1077,13 +1078,11 @@ class Store:
         """
         self.end_attempt(tx, job, "lapsed")
         lapses = job["lapses"] + 1
-        spent = lapses >= MAX_LAPSES
+        state, claim = stage_state(job["origin"], job["final"]), job["claim"]
+        if lapses >= MAX_LAPSES:
+            state, claim = "failed", None
         self.move(
-            tx,
-            job,
-            stage=job["origin"],
-            state="failed" if spent else "waiting",
-            claim=None if spent else job["claim"],
+            tx, job, stage=job["origin"], state=state, claim=claim,
             lapses=lapses,
         )
 
@@ -1149,19 +1148,22 @@ class Store:
 
     @change
     def claim(self, tx, jobix, stages, *, target=None, n=1, **lent):
-        """Claim up to `n` free jobs of the first of `stages` that have any.
+        """Claim up to `n` free jobs, of the first of `stages` first.
 
         A job moves to the stage `target`, else one up. `lent` has `worker`
         (a name or None) and `lease` (seconds or None). Returns the jobs as
         dicts in the columns of the table, as they are in the claim.
         """
-        claimed = []
-        for stage in stages:
-            key = {"jobix": jobix, "stage": stage, "limit": n - len(claimed)}
-            for job in tx.execute(SQL.FREE, key).fetchall():
-                to = stage + 1 if target is None else target
-                claimed.append(self.hand_out(tx, job, to, **lent))
-        return claimed
+        free = []
+        for stage in dict.fromkeys(stages):
+            key = {"jobix": jobix, "stage": stage, "limit": n - len(free)}
+            free += tx.execute(SQL.FREE, key).fetchall()
+        return [
+            self.hand_out(
+                tx, job, job["stage"] + 1 if target is None else target, **lent
+            )
+            for job in free
+        ]
 
     def hand_out(self, tx, job, target, *, worker, lease):
         """Move one free job into a new claim's hands; return it as it is."""
@@ -1278,11 +1280,12 @@ class Store:
             return {"jobid": jobid, "state": job["state"]}
         self.need_claim(job)
         self.end_attempt(tx, job, "released")
+        state = stage_state(job["origin"], job["final"])
         self.move(
-            tx, job, stage=job["origin"], state="waiting",
+            tx, job, stage=job["origin"], state=state,
             attempt=job["attempt"] - 1,
         )
-        return {"jobid": jobid, "state": "waiting"}
+        return {"jobid": jobid, "state": state}
 
     def need_claim(self, job):
         """Raise Error 409 when nobody has claimed `job`."""
@@ -1926,11 +1929,13 @@ def claim_reply(job):
         "attempt": job["attempt"],
         "filename": job["filename"] and from_json(job["filename"]),
     }
-    for name in ("laststage", "priority", "max_attempts", "timeout"):
-        if job[name]:
+    if job["priority"]:
+        reply["priority"] = job["priority"]
+    for name in ("laststage", "max_attempts", "timeout"):
+        if job[name] is not None:
             reply[name] = job[name]
     for name in ("cwd", "outputs"):
-        if job[name]:
+        if job[name] is not None:
             reply[name] = from_json(job[name])
     return reply
 
@@ -2249,6 +2254,28 @@ def refusal(error):
 # ----------------------------------------------------------- front doors ---
 
 
+def body_length(method, text):
+    """Return the bytes of a body, by the header Content-Length, or an Error.
+
+    411 when a POST doesn't say, 400 for no number, 413 for too many.
+    """
+    if not text and method == "POST":
+        raise Error(411, "Send a Content-Length.")
+    length = number(text.strip() or "0")
+    if type(length) is not int or length < 0:
+        raise Error(400, "The Content-Length is no number of bytes.")
+    if length > MAX_BODY:
+        raise Error(413, "The body is over %d bytes." % MAX_BODY)
+    return length
+
+
+def whole(body, length):
+    """Return `body` if it has its length, else raise Error 400."""
+    if len(body) < length:
+        raise Error(400, "The body ended too early.")
+    return body
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Bring requests from a socket to respond, and its answers back."""
 
@@ -2266,6 +2293,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return self.send(refusal(error))
         path, _, query = self.path.partition("?")
+        path = re.sub("^http://[^/]*", "", path, flags=re.I) or "/"
         headers = {}
         for name, value in self.headers.items():
             name = name.lower()
@@ -2282,25 +2310,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_body(self):
         """Return the request's body; raise Error when it can't be had."""
-        lengths = self.headers.get_all("Content-Length", [])
         if "Transfer-Encoding" in self.headers:
             raise Error(411, "Send a Content-Length, not chunks.")
-        if not lengths:
-            if self.command == "POST":
-                raise Error(411, "Send a Content-Length.")
-            return b""
-        length = number(lengths[0].strip())
-        if len(lengths) > 1 or type(length) is not int or length < 0:
-            raise Error(400, "The Content-Length is no number of bytes.")
-        if length > MAX_BODY:
-            raise Error(413, "The body is over %d bytes." % MAX_BODY)
+        lengths = self.headers.get_all("Content-Length", [])
+        length = body_length(self.command, ", ".join(lengths))
         try:
-            body = self.rfile.read(length)
+            return whole(self.rfile.read(length), length)
         except socket.timeout:
             raise Error(408, "The body came too slowly.") from None
-        if len(body) < length:
-            raise Error(400, "The body ended too early.")
-        return body
 
     def gone(self):
         """Return whether the client has hung up."""
@@ -2333,6 +2350,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_error(self, code, message=None, explain=None):
         """Answer what http.server itself refuses in our own form."""
         self.close_connection = True
+        self.request_version = self.protocol_version  # it may be unread yet
         self.send(refusal(Error(code, message or "The request is bad.")))
 
     def log_message(self, *_):
@@ -2423,15 +2441,21 @@ class Application:
         """Return the Store of this process; raise Error 503 without one."""
         with self.mutex:
             if self.store is None:
-                path = os.environ.get("JOBMAN_DB", "jobman.db")
-                waiters = int(os.environ.get("JOBMAN_WAITERS", "2"))
                 try:
-                    self.store = Store(path, shared=True, waiters=waiters)
+                    self.store = self.make()
                 except Trouble as trouble:
                     print(trouble, file=sys.stderr)
-                    raise unavailable("its database can't be used") from None
+                    raise unavailable("it can't start, see its log") from None
                 self.store.keep_ticking()
             return self.store
+
+    def make(self):
+        """Return a Store as the environment describes it, or Trouble."""
+        waiters = number(os.environ.get("JOBMAN_WAITERS", "2"))
+        if type(waiters) is not int:
+            raise Trouble("JOBMAN_WAITERS must be a number of long polls.")
+        path = os.environ.get("JOBMAN_DB", "jobman.db")
+        return Store(path, shared=True, waiters=waiters)
 
     def read(self, environ):
         """Return the Request in a WSGI environment."""
@@ -2440,17 +2464,18 @@ class Application:
             for name, value in environ.items()
             if name.startswith("HTTP_")
         }
-        length = number(environ.get("CONTENT_LENGTH") or "0")
-        if type(length) is not int or length < 0:
-            raise Error(400, "The Content-Length is no number of bytes.")
-        if length > MAX_BODY:
-            raise Error(413, "The body is over %d bytes." % MAX_BODY)
+        method = environ["REQUEST_METHOD"]
+        if "transfer-encoding" in headers:
+            raise Error(411, "Send a Content-Length, not chunks.")
+        length = body_length(method, environ.get("CONTENT_LENGTH", ""))
+        body = whole(environ["wsgi.input"].read(length), length)
+        path = environ.get("PATH_INFO", "").encode("latin-1")
         return Request(
-            environ["REQUEST_METHOD"],
-            environ.get("PATH_INFO", "").encode("latin-1").decode() or "/",
+            method,
+            path.decode("utf-8", "replace") or "/",
             environ.get("QUERY_STRING", ""),
             headers,
-            environ["wsgi.input"].read(length) if length else b"",
+            body,
             lambda: False,
         )
 
@@ -2692,16 +2717,21 @@ class Run:
         self.store = store
         self.command = command
         self.max_attempts = retries + 1
-        self.items = 0
+        self.items = 0  # that have become jobs
         self.loaded = False
         self.error = None
 
     def put_others_aside(self):
-        """Cancel what isn't done: it belongs to other runs, or to an
+        """Cancel what isn't done of other runs and earlier starts.
 
-        earlier start of this one, which then brings it back.
+        What belongs to this one is brought back as it is loaded.
         """
         self.store.cancel(self.store.jobix)
+        self.done_before = self.states()["done"]
+
+    def states(self):
+        """Return how many jobs are in each state."""
+        return self.store.status(self.store.jobix)["totals"]["states"]
 
     def load(self, items):
         """Add the jobs of `items`; those that are done stay so.
@@ -2722,20 +2752,20 @@ class Run:
     def add(self, items, seen):
         """Add the jobs of some items, or bring them back."""
         submissions = []
-        for item in items:
+        for number, item in enumerate(items, self.items + 1):
             seen[item] += 1
             known = to_json([self.command, item, seen[item]]).encode("ascii")
             key = hashlib.sha256(known).hexdigest()[:32]
-            self.items += 1
-            submissions.append((key, [self.job(item)]))
+            submissions.append((key, [self.job(item, number)]))
         given = self.store.submit(self.store.jobix, submissions)
         ids = [ids[0] for ids in given]
         for state in ("cancelled", "failed"):
             self.store.retry(self.store.jobix, ids=ids, state=state)
+        self.items += len(items)
 
-    def job(self, item):
+    def job(self, item, number):
         """Return the job of an item, as columns."""
-        script = shell_script(self.command, self.items)
+        script = shell_script(self.command, number)
         argv = ["/bin/sh", "-c", script, "sh", item]
         return read_entry(
             {
@@ -2747,13 +2777,17 @@ class Run:
         )
 
     def figures(self):
-        """Return whether it is over; how many jobs, done and failed."""
+        """Return whether it is over, and how many jobs there are, are done,
+
+        have failed, and have come to either end since the start.
+        """
         items, loaded = self.items, self.loaded
-        states = self.store.status(self.store.jobix)["totals"]["states"]
-        left = sum(states[s] for s in ("waiting", "delayed", "working"))
+        states = self.states()
+        left = sum(states[state] for state in UNENDED)
         failed = states["failed"]
-        over = loaded and not left
-        return over, items, max(0, items - left - failed), failed
+        done = max(0, items - left - failed)
+        fresh = states["done"] - self.done_before + failed
+        return loaded and not left, items, done, failed, fresh
 
 
     def failures(self):
@@ -2775,17 +2809,14 @@ class Progress:
         self.bar = stream.isatty()
         self.mutex = threading.Lock()  # one writes to the terminal at a time
         self.began = time.monotonic()
-        self.first = None
         self.said = self.began
         self.line = ""
 
-    def show(self, items, done, failed):
-        """Show the figures, if it is time to."""
+    def show(self, items, done, failed, fresh):
+        """Show the figures, if it is time to; `fresh`: ended in this run."""
         now = time.monotonic()
-        if self.first is None:
-            self.first = done + failed
         over, left = done + failed, items - done - failed
-        rate = (over - self.first) / max(now - self.began, 0.001)
+        rate = fresh / max(now - self.began, 0.001)
         text = "%d of %d done, %d failed, %.1f/s, %s left" % (
             done, items, failed, rate, span(left / rate) if rate else "?"
         )
@@ -2925,7 +2956,7 @@ def run(options):
         if figures is None:
             say("Interrupted; the same command goes on where it was.")
             return 128 + ending.number
-        return sum_up(this, *figures, progress)
+        return sum_up(this, *figures[:3], progress)
 
 
 def say(line):

@@ -760,6 +760,8 @@ class ClaimTest(StoreCase):
         }
         self.set_jobs({1: "x"}, **carried)
         self.set_jobs({2: "x"}, **dict.fromkeys(carried))
+        self.set_jobs({3: "x"}, stage=5, laststage=0)
+        self.assertEqual(0, self.get(5)["laststage"])
         bare = self.get(0)
         self.assertEqual(2, bare["jobid"])
         self.assertEqual(set(bare) - set(carried), set(bare) - {"filename"})
@@ -1029,6 +1031,25 @@ class ClaimTest(StoreCase):
         self.assertEqual(2, self.get("2,0")["jobid"])
         self.assertEqual("nada", self.get("2,0"))
         self.assertReply(400, self.call("/get/2,"))
+
+    def test_a_claim_of_several_stages_takes_each_job_once(self):
+        self.set_jobs([1])
+        self.set_jobs([2], stage=1)
+        jobs = self.get("0,1,0", n=5)
+        self.assertEqual([1, 2], [job["jobid"] for job in jobs])
+        for job in jobs:
+            self.assertReply(200, self.update(job, 4))
+
+    def test_a_done_job_that_is_given_back_is_done_again(self):
+        self.set_jobs([1], stage=4, laststage=4)
+        ways = (
+            lambda job: self.release(job),
+            lambda job: self.clock.advance(61),
+            lambda job: (self.fail(job), self.clock.advance(10)),
+        )
+        for way in ways:
+            way(self.get(4, lease=60))
+            self.assertEqual({(4, "done"): 1}, self.states())
 
     def test_update_jobs_reports_each_by_itself(self):
         self.set_jobs([1, 2, 3, 4])
@@ -1359,6 +1380,59 @@ class WaitTest(StoreCase):
         self.assertEqual("nada", answer())
 
 
+class SocketTest(StoreCase):
+    """Requests as bytes, and what comes back."""
+
+    def say(self, *lines):
+        """Send lines on one connection; return all that comes back."""
+        with socket.create_connection(self.address, PATIENCE) as client:
+            client.sendall(b"".join(line + b"\r\n" for line in lines))
+            client.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: client.recv(65536), b""))
+
+    def assertError(self, status, *lines):
+        head, _, body = self.say(*lines).partition(b"\r\n\r\n")
+        self.assertTrue(head.startswith(b"HTTP/1.1 %d " % status), head)
+        self.assertIn(b"Connection: close", head)
+        self.assertEqual(["error"], list(json.loads(body.decode())))
+
+    def test_what_is_not_http_is_answered_in_our_own_form(self):
+        self.assertError(505, b"GET / HTTP/2.0", b"")
+        self.assertError(400, b"nonsense", b"")
+        self.assertError(400, b"GET /x y z HTTP/1.1", b"")
+        self.assertError(501, b"BREW / HTTP/1.1", b"")
+        self.assertError(414, b"GET /" + b"x" * 70000 + b" HTTP/1.1", b"")
+        self.assertError(431, b"GET / HTTP/1.1", b"a: " + b"x" * 70000, b"")
+
+    def test_a_body_needs_its_length(self):
+        post = b"POST /set HTTP/1.1", b"jobix: 1"
+        self.assertError(411, *post, b"Transfer-Encoding: chunked", b"", b"0")
+        self.assertError(411, *post, b"")
+        for length in (b"-1", b"x", b"1, 1", b"1.5"):
+            self.assertError(400, *post, b"Content-Length: " + length, b"")
+        self.assertError(
+            400, *post, b"Content-Length: 1", b"Content-Length: 1", b"")
+        self.assertError(400, *post, b"Content-Length: 99", b"", b"{")
+        self.assertError(413, *post, b"Content-Length: 99999999", b"")
+
+    def test_an_absolute_address_is_understood(self):
+        for path in (b"http://x/health", b"HTTP://127.0.0.1:1/health"):
+            reply = self.say(b"GET " + path + b" HTTP/1.1", b"Host: x", b"")
+            self.assertTrue(reply.startswith(b"HTTP/1.1 200 "), reply)
+
+    def test_requests_in_one_packet_are_answered_in_turn(self):
+        request = b"GET /lifetime/%d HTTP/1.1", b"Host: x", b"jobix: 4711", b""
+        self.ok("/lifetime/1/11"), self.ok("/lifetime/2/22")
+        lines = [line % n if b"%" in line else line
+                 for n in (1, 2) for line in request]
+        found = re.findall(rb"\r\n\r\n(\d+)", self.say(*lines))
+        self.assertEqual([b"11", b"22"], found)
+
+    def test_an_old_client_gets_a_closed_connection(self):
+        reply = self.say(b"GET /health HTTP/1.0", b"")
+        self.assertIn(b"Connection: close", reply)
+
+
 class WsgiClaimTest(ClaimTest):
     """The same through the WSGI door."""
 
@@ -1382,6 +1456,13 @@ class ApplicationTest(TemporaryFolder):
         parts = checked(environ, lambda *args: started.append(args))
         with contextlib.closing(parts):
             return started[0][0], b"".join(parts)
+
+    def plain_call(self, path, application, environ):
+        """Make a call that the validator itself would refuse."""
+        environ.update(PATH_INFO=path, SCRIPT_NAME="", HTTP_JOBIX="7")
+        started = []
+        application(environ, lambda *args: started.append(args))
+        return started[0][0]
 
     def open(self, **variables):
         application = jobman.Application()
@@ -1447,6 +1528,29 @@ class ApplicationTest(TemporaryFolder):
         one.store.set(7, [dict(entry, jobid=1)])
         waiter.join(PATIENCE)
         self.assertIn(b'"jobid": 1,', replies[0][1])
+
+    def test_what_it_cannot_read_it_refuses(self):
+        application, _ = self.open(JOBMAN_DB=self.path("wsgi.db"))
+        post = {"REQUEST_METHOD": "POST"}
+        cases = (
+            (411, {}), (411, {"HTTP_TRANSFER_ENCODING": "chunked"}),
+            (400, {"CONTENT_LENGTH": "9"}), (400, {"CONTENT_LENGTH": "-9"}),
+            (413, {"CONTENT_LENGTH": "99999999"}),
+        )
+        for status, environ in cases:
+            environ = dict(post, **environ)
+            environ["wsgi.input"] = io.BytesIO(b"{}")
+            started = self.plain_call("/set", application, environ)
+            self.assertEqual(str(status), started[:3])
+        self.assertEqual(
+            "404", self.call("/\xff", application)[0][:3]
+        )
+
+    def test_a_bad_number_of_long_polls_is_503(self):
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            _, (status, _) = self.open(JOBMAN_WAITERS="many")
+        self.assertEqual("503", status[:3])
+        self.assertIn("JOBMAN_WAITERS", log.getvalue())
 
     def test_a_database_that_cannot_be_used_is_503(self):
         database = self.path("wsgi.db")
@@ -2313,10 +2417,10 @@ class RunTest(TemporaryFolder):
     def test_plain_lines_where_there_is_no_terminal(self):
         stream = io.StringIO()
         progress = jobman.Progress(stream)
-        progress.show(9, 0, 0)
+        progress.show(9, 0, 0, 0)
         self.assertEqual("", stream.getvalue())
         progress.said -= progress.PERIOD
-        progress.show(9, 2, 1)
+        progress.show(9, 2, 1, 3)
         progress.end()
         self.assertRegex(
             stream.getvalue(), r"\A2 of 9 done, 1 failed, .* left\n\Z"

@@ -30,6 +30,7 @@ from urllib.parse import urlencode, urlsplit
 
 __version__ = "0.1.0"
 
+MAX_STAGE = 1000000
 STDERR_KEPT = 4096  # bytes of a command's stderr that go to the server
 RESULT_LIMIT = 2**24  # bytes that a command may leave in JOBMAN_RESULT
 
@@ -97,7 +98,9 @@ class Client:
         self.access = access or access_path()
         if access is None and url is None:
             url = os.environ.get("JOBMAN_URL")
-            jobix = os.environ.get("JOBMAN_JOBIX", jobix)
+            jobix = os.environ.get("JOBMAN_JOBIX")
+        if url is not None and jobix is None:
+            raise Trouble("JOBMAN_URL needs the server's JOBMAN_JOBIX too.")
         self.fixed = None if url is None else (url, jobix)
         self.patience = patience
         self.mutex = threading.Lock()  # guards the connection
@@ -797,8 +800,11 @@ def parse(arguments):
 
 
 def stage_list(text):
-    """Read --stage."""
-    return [int(stage) for stage in text.split(",")]
+    """Read --stage: stages from which a job can move two up."""
+    stages = [int(stage) for stage in text.split(",")]
+    if not 0 <= min(stages) <= max(stages) <= MAX_STAGE - 2:
+        raise ValueError
+    return stages
 
 
 def main(arguments=None):
