@@ -5,7 +5,7 @@ jobman is a job manager for machines where nothing can be installed: this
 file is the server and the command line, worker.py beside it runs the jobs.
 
     python3 jobman.py serve                       the server
-    python3 jobman.py run 'COMMAND {}' ::: ITEM…  a whole run in one command
+    python3 jobman.py run 'COMMAND {}' ::: ITEM ...  a whole run in one command
 
 It needs Python 3.6 or later and SQLite 3.7.17 or later, nothing else.
 A request goes this way: front door, respond, endpoint, Store, Writer.
@@ -2977,7 +2977,7 @@ def sum_up(this, items, done, failed, progress):
     for failure in this.failures():
         say(failure)
     if failed > this.NAMED:
-        say("… and %d more." % (failed - this.NAMED))
+        say("... and %d more." % (failed - this.NAMED))
     say("%d of %d done, %d failed, in %s." % (
         done, items, failed, span(time.monotonic() - progress.began)
     ))
@@ -3042,7 +3042,7 @@ def add_run(commands):
     """Describe the command run."""
     command = commands.add_parser(
         "run", help=run.__doc__,
-        usage="jobman.py run [options] 'COMMAND {}' [::: ITEM …]",
+        usage="jobman.py run [options] 'COMMAND {}' [::: ITEM ...]",
         epilog="{} is the item as one shell word, {#} its number. Items come "
         "after :::, from FILE, or from standard input, one a line.",
     )

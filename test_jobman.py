@@ -2250,7 +2250,7 @@ class RunTest(TemporaryFolder):
         self.assertIn(out, (a + b, b + a))
 
     def test_failed_items_are_named(self):
-        command = "echo no {} >&2; [ {} != b ] && [ {} != é ]"
+        command = "echo no {} >&2; [ {} != b ] && [ {} != é ]".encode()
         self.environment["LC_ALL"] = "C"
         _, err = self.over(command, ":::", "a", "b", "é".encode(), status=1)
         self.assertIn("failed: b (exit status 1) no b\n", err)

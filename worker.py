@@ -114,7 +114,7 @@ class Client:
         url, self.jobix = self.fixed or read_access(self.access)
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
-            raise Trouble("The server's address %r is not http://…" % url)
+            raise Trouble("The server's address %r is not http://..." % url)
         self.prefix = parts.path.rstrip("/")
         self.address = parts.hostname, parts.port or 80
 
@@ -776,7 +776,7 @@ def parse(arguments):
         epilog="example: python3 worker.py --stage 0,2 --slots 4",
     )
     add = parser.add_argument
-    add("--stage", default=[0], type=stage_list, metavar="S[,S…]",
+    add("--stage", default=[0], type=stage_list, metavar="S[,S...]",
         help="stages to claim from, the later ones first (default 0)")
     add("--slots", type=int, metavar="N",
         help="commands side by side (default: the cores we may use)")
