@@ -22,6 +22,7 @@ import html
 import http.client
 import http.server
 import io
+import ipaddress
 import itertools
 import json
 import os
@@ -954,6 +955,7 @@ class Store:
     def __init__(self, path, *, clock=time.time, shared=False, waiters=20000):
         self.clock = clock
         self.shared = shared
+        self.open_to_all = True
         self.bell = Bell(waiters)
         self.ending = threading.Event()
         self.readers = Readers(path)
@@ -978,6 +980,12 @@ class Store:
         self.readers.close()
         self.writer.close()
         self.lock.close()
+
+    def admits(self, jobix):
+        """Return whether a jobix may come in: any, or the own one alone."""
+        return self.open_to_all or secrets.compare_digest(
+            str(jobix), str(self.jobix)
+        )
 
     def committed(self, counts):
         """Ring for the jobs that a commit has set free."""
@@ -1611,11 +1619,13 @@ class Request:
         self.gone = gone
         self.jobix = None
 
-    def identify(self):
+    def identify(self, store):
         """Read `jobix`, the caller's namespace and secret; or Error 403."""
         jobix = number(self.headers.get("jobix", "").strip())
         if type(jobix) is not int or not 0 <= jobix <= MAX_JOBIX:
             raise Error(403, "The header jobix must hold your number.")
+        if not store.admits(jobix):
+            raise Error(403, "This server doesn't take that jobix.")
         self.jobix = jobix
 
     def options(self, **kinds):
@@ -2103,7 +2113,7 @@ def table(heads, rows):
     return "<table>\n%s\n%s\n</table>" % (line("th", heads), body)
 
 
-def caller(request):
+def caller(store, request):
     """Return a page's jobix, by the header or, without a script, HTTP Basic.
 
     None when there is none, or a bad one: a page is for everybody.
@@ -2114,13 +2124,13 @@ def caller(request):
             _, _, password = base64.b64decode(login).partition(b":")
             request.headers["jobix"] = password.decode("ascii")
     with contextlib.suppress(Error):
-        request.identify()
+        request.identify(store)
     return request.jobix
 
 
 def dashboard(store, request):
     """Show the figures of the caller's jobs, and nothing without a jobix."""
-    jobix = caller(request)
+    jobix = caller(store, request)
     if jobix is None and request.query == "plain=1":
         challenge = ("WWW-Authenticate", 'Basic realm="jobix as password"')
         refused = "<p>The password is your jobix.</p>"
@@ -2146,7 +2156,7 @@ def dashboard(store, request):
 
 def lifetime_page(store, request):
     """Show the lifetimes of the caller's stages in minutes."""
-    jobix = caller(request)
+    jobix = caller(store, request)
     rows = store.lifetimes(jobix).items() if jobix is not None else ()
     return Response.page(table(("stage", "lifetime in minutes"), rows))
 
@@ -2234,7 +2244,7 @@ def respond(store, request):
     try:
         endpoint, arguments = find_route(request)
         if endpoint not in PUBLIC:
-            request.identify()  # or Error 403 before anything else
+            request.identify(store)  # or Error 403 before anything else
         return endpoint(store, request, *arguments)
     except Error as error:
         return refusal(error)
@@ -2555,6 +2565,8 @@ def serving(options, access_file):
     server = listen(options.host, options.port)
     try:
         server.store = Store(options.db, shared=options.shared)
+        address = ipaddress.ip_address(server.server_address[0])
+        server.store.open_to_all = address.is_loopback
     except BaseException:
         server.server_close()
         raise

@@ -143,8 +143,9 @@ class TemporaryFolder(unittest.TestCase):
         """Start `jobman.py serve`; return (process, address) when it's up."""
         process = self.spawn(JOBMAN, "serve", "--port", str(port), *argv)
         line = process.stdout.readline().decode()
-        found = re.search(r"http://([\d.]+):(\d+)", line)
+        found = re.search(r"http://([\w.-]+):(\d+)", line)
         if not found:
+            process.kill()
             self.fail("no server: %r %r" % (line, process.stderr.read()))
         return process, (found.group(1), int(found.group(2)))
 
@@ -2515,6 +2516,22 @@ class StartTest(TemporaryFolder):
             lambda: rows(self.path("jobman.db"), query) == [{"stage": 2}],
             "the job done",
         )
+
+    def test_beyond_loopback_only_the_own_jobix_comes_in(self):
+        process, (_, port) = self.serve("--host", "0.0.0.0")
+        with open(self.path(".jobman", "access.json")) as file:
+            access = json.load(file)
+        here = "127.0.0.1", port
+        self.assertIn(":%d" % port, access["url"])
+        for jobix, status in ((access["jobix"], 200), (7, 403)):
+            headers = {"jobix": str(jobix)}
+            reply = exchange(here, "GET", "/status", headers=headers)
+            self.assertEqual(status, reply.status)
+        reply = exchange(here, "GET", "/get", headers={"jobix": "7"})
+        self.assertNotIn("<td>", reply.text)
+        process, here = self.serve("--db", "other.db")
+        reply = exchange(here, "GET", "/status", headers={"jobix": "7"})
+        self.assertEqual(200, reply.status)
 
     def test_announced_commands_work_as_they_stand(self):
         _, said = self.announced()
