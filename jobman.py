@@ -1560,11 +1560,9 @@ class Store:
         polls that wait for them, and keeps the figures true.
         """
         due, overdue = self.behind()
-        while due:
+        while due or overdue:
             self.catch_up(overdue)
             due, overdue = self.behind()
-        if overdue:
-            self.catch_up(overdue)
         if self.shared:
             self.ring_for_others(self.bell.keys())
 
