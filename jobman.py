@@ -23,7 +23,6 @@ import http.client
 import http.server
 import io
 import ipaddress
-import itertools
 import json
 import os
 import re
@@ -55,6 +54,7 @@ MAX_SECONDS = 10**9
 MAX_WAIT = 60  # seconds that a long poll may last
 MAX_CLAIMS = 10000  # jobs in one claim; more are clipped
 MAX_BODY = 64 * 2**20  # bytes of a request's body, before and after inflating
+MAX_DEPTH = 200  # of nested lists and objects in a jobcmd
 MAX_NAME = 255  # characters of a worker's name or a submission's key
 MAX_REPORT = 4096  # characters kept of an attempt's error and stderr
 MAX_ATTEMPTS = 3  # failures in a stage before a job is failed
@@ -106,10 +106,22 @@ def refuse_constant(name):
     raise ValueError("%s is not JSON" % name)
 
 
+def read_integer(text):
+    """Read an integer of JSON; long ones take quadratic time in old Pythons.
+
+    The bound is the one that Python 3.11 has of its own.
+    """
+    if len(text) > 4300:
+        raise ValueError("an integer is too long")
+    return int(text)
+
+
 def from_json(text):
     """Return the value of JSON `text`; raise Error 400 when it has none."""
     try:
-        return json.loads(text, parse_constant=refuse_constant)
+        return json.loads(
+            text, parse_int=read_integer, parse_constant=refuse_constant
+        )
     except (ValueError, RecursionError):
         raise Error(400, "The body is not JSON.") from None
 
@@ -494,10 +506,7 @@ def open_writer(path):
 
 def open_private(path):
     """Return a file descriptor of the file at `path`, made with mode 0600."""
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise Trouble("%s: %s." % (path, error.strerror)) from None
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
 
 
 class ServerLock:
@@ -513,9 +522,8 @@ class ServerLock:
         try:
             self.take(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
             name = "process %d on %s" % (os.getpid(), socket.gethostname())
-            with telling(path):
-                os.ftruncate(self.file, 0)
-                os.pwrite(self.file, name.encode("ascii", "replace"), 0)
+            os.ftruncate(self.file, 0)
+            os.pwrite(self.file, name.encode("ascii", "replace"), 0)
         except BaseException:
             self.close()
             raise
@@ -527,8 +535,9 @@ class ServerLock:
         except OSError:
             holder = os.pread(self.file, 200, 0).decode("ascii", "replace")
             raise Trouble(
-                "Another server has the database %s (%s); end that one first,"
-                " or serve it twice with --shared." % (self.path, holder)
+                "Another server has the database %s (%s): end that one first,"
+                " or use another --db, or serve it twice with --shared."
+                % (self.path, holder)
             ) from None
         if os.fstat(self.file).st_nlink == 0:
             raise Trouble("A server on %s just ended; try again." % self.path)
@@ -1663,8 +1672,12 @@ class Response:
     @classmethod
     def json(cls, value, status=200, headers=()):
         """Answer with a JSON value."""
-        body = to_json(value).encode("ascii")
-        return cls(status, body, "application/json", headers)
+        return cls.json_text(to_json(value), status, headers)
+
+    @classmethod
+    def json_text(cls, text, status=200, headers=()):
+        """Answer with a JSON value that is a text already."""
+        return cls(status, text.encode("ascii"), "application/json", headers)
 
     @classmethod
     def text(cls, text):
@@ -1728,7 +1741,7 @@ def word(value, name):
     if type(value) is not str or not 0 < len(value) <= MAX_NAME:
         message = "%s must be a text of 1 to %d characters."
         raise Error(400, message % (name, MAX_NAME))
-    return clean(value)
+    return value
 
 
 def clean(text):
@@ -1758,8 +1771,18 @@ def strings(value, name):
 
 
 def anything(value, name):
-    """Read any JSON value; return it as JSON text."""
-    return to_json(value)
+    """Read any JSON value; return it as JSON text.
+
+    Its depth is bounded: what this Python reads every other must read too.
+    """
+    text = to_json(value)
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        depth = 0
+        for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(bracket, 0)
+            if depth > MAX_DEPTH:
+                raise Error(400, "%s is nested too deeply." % name)
+    return text
 
 
 STAGE = integer(0, MAX_STAGE)
@@ -1879,7 +1902,7 @@ def submit(store, request):
     if type(given["jobs"]) is not list:
         raise Error(400, "jobs must be a list.")
     jobs = [read_entry(entry) for entry in given["jobs"]]
-    key = word(given["key"], "key")
+    key = to_json(word(given["key"], "key"))
     ids = store.submit(request.jobix, [(key, jobs)])[0]
     return Response.json({"ids": list(ids)})
 
@@ -1887,7 +1910,7 @@ def submit(store, request):
 def get_job(store, request, stages, nextstage=None):
     """Claim a job, or several; wait for one if asked to."""
     given = request.options(
-        worker=word,
+        worker=lambda text, name: clean(word(text, name)),
         wait=in_text(seconds),
         lease=in_text(period),
         n=in_text(integer(1, 2**31)),
@@ -1900,9 +1923,10 @@ def get_job(store, request, stages, nextstage=None):
         target=nextstage, n=min(n or 1, MAX_CLAIMS), **given
     )
     jobs = claim_in_time(store, request, stages, ready, min(wait, MAX_WAIT))
+    replies = [claim_reply(job) for job in jobs]
     if n is not None:
-        return Response.json([claim_reply(job) for job in jobs])
-    return Response.json(claim_reply(jobs[0]) if jobs else "nada")
+        return Response.json_text("[%s]" % ", ".join(replies))
+    return Response.json_text(replies[0] if replies else '"nada"')
 
 
 def claim_in_time(store, request, stages, claim, wait):
@@ -1927,25 +1951,30 @@ def claim_in_time(store, request, stages, claim, wait):
 
 
 def claim_reply(job):
-    """Return a claimed job as the contract shows it."""
+    """Return a claimed job as the contract shows it, in JSON.
+
+    What is kept as JSON goes in as it is: the claim is made, so nothing may
+    fail any more.
+    """
     reply = {
         "jobid": job["jobid"],
-        "jobcmd": job["jobcmd"] and from_json(job["jobcmd"]),
         "jobstage": job["origin"],
         "jobix": job["jobix"],
         "claim": job["claim"],
         "attempt": job["attempt"],
-        "filename": job["filename"] and from_json(job["filename"]),
     }
     if job["priority"]:
         reply["priority"] = job["priority"]
     for name in ("laststage", "max_attempts", "timeout"):
         if job[name] is not None:
             reply[name] = job[name]
+    texts = {"jobcmd": job["jobcmd"] or "null"}
+    texts["filename"] = job["filename"] or "null"
     for name in ("cwd", "outputs"):
         if job[name] is not None:
-            reply[name] = from_json(job[name])
-    return reply
+            texts[name] = job[name]
+    kept = "".join(', "%s": %s' % pair for pair in texts.items())
+    return to_json(reply)[:-1] + kept + "}"
 
 
 def update_job(store, request, jobid, stage):
@@ -2207,6 +2236,8 @@ def find_route(request):
     Raises Error 404 for an unknown path, 405 for a wrong method, 400 for a
     bad argument.
     """
+    if not request.path.startswith("/"):
+        raise Error(400, "An address begins with a slash.")
     name, *texts = request.path[1:].split("/")
     methods = {}
     for method, path, endpoint in ROUTES:
@@ -2292,14 +2323,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     sys_version = ""
     disable_nagle_algorithm = True
     timeout = 300  # seconds that a kept-open connection may be silent
+    LINGER = 2  # seconds to read on after a refusal
 
     def answer(self):
         """Read one request, answer it."""
         try:
+            self.check_head()
             body = self.read_body()
         except Error as error:
             self.close_connection = True
-            return self.send(refusal(error))
+            self.send(refusal(error))
+            return self.linger()
         path, _, query = self.path.partition("?")
         path = re.sub("^http://[^/]*", "", path, flags=re.I) or "/"
         headers = {}
@@ -2315,6 +2349,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_HEAD = do_PUT = do_DELETE = do_PATCH = answer
     do_OPTIONS = answer
+
+    def check_head(self):
+        """Raise Error for a head that others may read in another way.
+
+        http.client takes what follows a bad header line for no header.
+        """
+        if self.request_version == "HTTP/0.9":
+            self.request_version = self.protocol_version
+            raise Error(505, "Speak HTTP/1.1.")
+        if self.headers.defects or self.headers.get_payload():
+            raise Error(400, "A header line is malformed.")
+
+    def linger(self):
+        """Read on for a while after a refusal, so that it is not lost.
+
+        Closing a socket with unread bytes resets the connection, and the
+        client's kernel may throw away our answer.
+        """
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            end = time.monotonic() + self.LINGER
+            while time.monotonic() < end:
+                self.connection.settimeout(self.LINGER)
+                if not self.connection.recv(65536):
+                    break
 
     def read_body(self):
         """Return the request's body; raise Error when it can't be had."""
@@ -2359,7 +2418,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer what http.server itself refuses in our own form."""
         self.close_connection = True
         self.request_version = self.protocol_version  # it may be unread yet
-        self.send(refusal(Error(code, message or "The request is bad.")))
+        self.send(refusal(Error(code, (message or "Bad request") + ".")))
+        self.linger()
 
     def log_message(self, *_):
         """Log nothing: a log of requests is of no use at this rate."""
@@ -2697,18 +2757,32 @@ def unicode_bytes(text):
     return os.fsencode(text).decode("utf-8", "surrogateescape")
 
 
-def read_items(options):
-    """Yield the items of a run, from the command line, a file or stdin."""
-    for item in options.items or ():
-        yield unicode_bytes(item)
-    if options.items is None:
-        name = options.arg_file
-        source = 0 if name in (None, "-") else name  # 0 is standard input
-        source = open(source, "rb", closefd=source != 0)
-        with source:
-            for line in source:
-                item = line[:-1] if line.endswith(b"\n") else line
-                yield item.decode("utf-8", "surrogateescape")
+def open_items(options):
+    """Return the file that a run's items come from, None for arguments."""
+    if options.items is not None:
+        return None
+    name = options.arg_file
+    source = 0 if name in (None, "-") else name  # 0 is standard input
+    try:
+        return open(source, "rb", buffering=0, closefd=source != 0)
+    except OSError as error:
+        raise Trouble("Can't read %s: %s." % (name, error.strerror)) from None
+
+
+def read_items(options, source):
+    """Yield lists of items, of those that come in time as soon as they do."""
+    if source is None:
+        items = [unicode_bytes(item) for item in options.items]
+        for i in range(0, len(items), Run.CHUNK):
+            yield items[i : i + Run.CHUNK]
+        return
+    rest = b""
+    with source:
+        for block in iter(lambda: source.read(65536), b""):
+            *lines, rest = (rest + block).split(b"\n")
+            yield [line.decode("utf-8", "surrogateescape") for line in lines]
+    if rest:
+        yield [rest.decode("utf-8", "surrogateescape")]
 
 
 class Run:
@@ -2744,17 +2818,14 @@ class Run:
         return self.store.status(self.store.jobix)["totals"]["states"]
 
     def load(self, items):
-        """Add the jobs of `items`; those that are done stay so.
+        """Add the jobs of `items`, lists of them; the done ones stay so.
 
         put_others_aside() comes first.
         """
         try:
             seen = Counter()
-            while True:
-                chunk = list(itertools.islice(items, self.CHUNK))
-                if not chunk:
-                    break
-                self.add(chunk, seen)
+            for some in items:
+                self.add(some, seen)
         except (Error, OSError, sqlite3.Error) as error:
             self.error = error
         self.loaded = True
@@ -2806,7 +2877,8 @@ class Run:
         for job in self.store.failures(jobix, limit=self.NAMED):
             last = (job["stderr"] or "").strip().rpartition("\n")[2]
             item = from_json(job["jobcmd"])[-1]
-            yield "failed: %s (%s) %s" % (item, job["error"], last)
+            line = "failed: %s (%s) %s" % (item, job["error"], last)
+            yield "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 class Progress:
@@ -2821,6 +2893,7 @@ class Progress:
         self.began = time.monotonic()
         self.said = self.began
         self.line = ""
+        self.midway = False  # whether the output stands in mid-line
 
     def show(self, items, done, failed, fresh):
         """Show the figures, if it is time to; `fresh`: ended in this run."""
@@ -2831,33 +2904,42 @@ class Progress:
             done, items, failed, rate, span(left / rate) if rate else "?"
         )
         if self.bar:
+            width = shutil.get_terminal_size().columns - 1
+            line = "%s %s" % (bar(over / max(items, 1)), text)
             with self.mutex:
-                self.line = "%s %s" % (bar(over / max(items, 1)), text)
-                width = shutil.get_terminal_size().columns - 1
-                self.line = self.line[:width]
-                self.stream.write("\r%s\033[K" % self.line)
-                self.stream.flush()
+                self.line = line[:width]
+                self.draw()
         elif now - self.said >= self.PERIOD:
             self.said = now
             print(text, file=self.stream, flush=True)
 
+    def draw(self):
+        """Write the bar on a line of its own; the mutex is held."""
+        if self.midway:
+            self.stream.write("\n")
+            self.midway = False
+        self.stream.write("\r%s\033[K" % self.line)
+        self.stream.flush()
+
     def relay(self, source, target):
         """Copy a command's output to the terminal, the bar kept below it."""
-        for line in iter(lambda: source.readline(65536), b""):
+        for block in iter(lambda: source.read1(65536), b""):
             with self.mutex:
-                self.stream.write("\r\033[K")
-                self.stream.flush()
-                target.write(line)
-                target.flush()
-                if line.endswith(b"\n"):
-                    self.stream.write(self.line)
+                if not self.midway:
+                    self.stream.write("\r\033[K")
                     self.stream.flush()
+                target.write(block)
+                target.flush()
+                self.midway = not block.endswith(b"\n")
+                if not self.midway:
+                    self.draw()
 
     def end(self):
         """Take the bar away."""
         if self.bar:
-            self.stream.write("\r\033[K")
-            self.stream.flush()
+            with self.mutex:
+                self.line = ""
+                self.draw()
 
 
 def bar(part, width=20):
@@ -2911,8 +2993,8 @@ class WorkerProcess:
         self.relays.append(thread)
 
     def ended(self):
-        """Return whether the process is there no more."""
-        return self.process.poll() is not None
+        """Return the exit status, None while it works."""
+        return self.process.poll()
 
     def end(self):
         """Let it give back what it has, and wait for it."""
@@ -2929,24 +3011,31 @@ class WorkerProcess:
 def follow(this, worker, progress, ending):
     """Show progress until a Run is over; return its last figures.
 
-    Returns None when a signal ends it before.
+    Raises Interrupted when a signal, or a closed pipe, ends it before.
     """
     over = False
     while not over:
         if ending.wait(0.05):
-            return None
+            raise Interrupted("Interrupted", ending.number)
         over, *figures = this.figures()
         if this.error:
             raise Trouble("The jobs can't be added: %s" % this.error)
-        if worker.ended() and not over:
+        status = worker.ended()
+        if status == 128 + signal.SIGPIPE:
+            raise Interrupted("Nobody reads the output", signal.SIGPIPE)
+        if status is not None and not over:
             raise Trouble("The worker has ended; start the run once more.")
         progress.show(*figures)
     return figures
 
 
+class Interrupted(Exception):
+    """End a run before it is over: the reason, and a signal's number."""
+
+
 def run(options):
     """Run a command for each item; exit status 1 when a job failed."""
-    items = read_items(options)
+    source = open_items(options)
     ending = until_signal()
     access_file = options.db + ".access"
     progress = Progress(sys.stderr)
@@ -2956,17 +3045,19 @@ def run(options):
         this = Run(server.store, command, options.retries)
         this.put_others_aside()
         worker = WorkerProcess(access_file, options.slots, progress)
-        load = threading.Thread(target=this.load, args=(items,), daemon=True)
-        load.start()
+        items = read_items(options, source)
+        threading.Thread(target=this.load, args=(items,), daemon=True).start()
         try:
             figures = follow(this, worker, progress, ending)
+        except Interrupted as interrupted:
+            reason, number = interrupted.args
+            progress.end()
+            say(reason + "; the same command goes on where it was.")
+            return 128 + number
         finally:
             worker.end()
             progress.end()
-        if figures is None:
-            say("Interrupted; the same command goes on where it was.")
-            return 128 + ending.number
-        return sum_up(this, *figures[:3], progress)
+        return sum_up(this, figures, progress)
 
 
 def say(line):
@@ -2982,12 +3073,19 @@ def tell_page(access):
     say("Watch it at %s/get?plain=1%s" % (access["url"], password))
 
 
-def sum_up(this, items, done, failed, progress):
+def sum_up(this, figures, progress):
     """Say what came of a run; return its exit status."""
+    items, done, failed, fresh = figures
     for failure in this.failures():
         say(failure)
     if failed > this.NAMED:
         say("... and %d more." % (failed - this.NAMED))
+    before = done + failed - fresh
+    if before > 0:
+        say(
+            "%d were done before and not run again; for that use another --db,"
+            " or remove the old one." % before
+        )
     say("%d of %d done, %d failed, in %s." % (
         done, items, failed, span(time.monotonic() - progress.began)
     ))

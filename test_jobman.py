@@ -464,6 +464,22 @@ class ContractTest(StoreCase):
             self.assertEqual(value, self.get(0)["jobcmd"])
         self.assertIsNone(self.get(0)["jobcmd"])
 
+    def test_what_one_python_reads_every_other_can(self):
+        deep = [[]]
+        for _ in range(jobman.MAX_DEPTH - 2):
+            deep = [deep]
+        brackets = "[{" * 1000
+        self.set_jobs({1: deep, 2: brackets, 3: 10**4299})
+        claimed = [job["jobcmd"] for job in self.get(0, n=9)]
+        self.assertEqual([deep, brackets, 10**4299], claimed)
+        for text in ("[" * 201 + "]" * 201, "1" * 4301,
+                     '{"a":' * 201 + "0" + "}" * 201):
+            body = '{"4": {"jobstage": 0, "jobcmd": %s}}' % text
+            self.assertReply(400, self.call("/set", body.encode()))
+            body = '{"jobcmd": %s}' % text
+            reply = self.call("/update_job/1/0", body.encode())
+            self.assertReply(400, reply)
+
     def test_a_claim_moves_the_job_one_stage_up(self):
         self.set_jobs({17: "align"})
         job = self.get(0)
@@ -1404,6 +1420,31 @@ class SocketTest(StoreCase):
         self.assertError(501, b"BREW / HTTP/1.1", b"")
         self.assertError(414, b"GET /" + b"x" * 70000 + b" HTTP/1.1", b"")
         self.assertError(431, b"GET / HTTP/1.1", b"a: " + b"x" * 70000, b"")
+
+    def test_a_head_that_others_may_read_otherwise_is_refused(self):
+        inner = b"GET /lifetime/9/9 HTTP/1.1\r\njobix: 4711\r\n\r\n"
+        length = b"Content-Length%%s: %d" % len(inner)
+        for line in (b"Foo bar", b"Foo: bar\rx", length % b" "):
+            head = b"GET /status HTTP/1.1", b"jobix: 4711", line, length % b""
+            self.assertError(400, *head, b"", inner)
+        self.assertEqual({}, self.ok("/init"))
+
+    def test_http_0_9_claims_nothing(self):
+        self.set_jobs([1])
+        self.assertError(505, b"GET /get/0", b"jobix: 4711", b"")
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+
+    def test_a_refusal_reaches_who_sends_on(self):
+        length = jobman.MAX_BODY + 1
+        head = b"POST /set HTTP/1.1\r\njobix: 1\r\nContent-Length: %d\r\n\r\n"
+        with socket.create_connection(self.address, PATIENCE) as client:
+            client.sendall(head % length)
+            for _ in range(length // 2**20):
+                client.sendall(bytes(2**20))
+            self.assertIn(b" 413 ", client.recv(100))
+
+    def test_an_address_begins_with_a_slash(self):
+        self.assertIn(b" 400 ", self.say(b"GET xhealth HTTP/1.1", b"")[:13])
 
     def test_a_body_needs_its_length(self):
         post = b"POST /set HTTP/1.1", b"jobix: 1"
@@ -2415,6 +2456,56 @@ class RunTest(TemporaryFolder):
         self.assertEqual(0, status, shown)
         self.assertIn("0 of 0 done", shown)
 
+    def test_output_without_a_newline_stays_on_the_terminal(self):
+        status, shown = self.watch("printf %s", ":::", "abc")
+        self.assertEqual(0, status, shown)
+        self.assertRegex(shown, "abc\n")
+
+    def test_items_are_worked_on_as_they_come(self):
+        process = self.start("echo got", stdin=subprocess.PIPE)
+        for item in (b"a", b"b"):
+            process.stdin.write(item + b"\n")
+            process.stdin.flush()
+            self.assertEqual(b"got " + item, process.stdout.readline()[:-1])
+        process.stdin.close()
+        self.assertEqual(0, process.wait(PATIENCE))
+
+    def test_what_nobody_reads_is_not_done(self):
+        command = "echo {} >> ran; seq 20000"
+        items = [str(i) for i in range(50)]
+        process = self.start("--slots", "1", command, ":::", *items)
+        process.stdout.read(10)
+        process.stdout.close()
+        self.assertEqual(141, process.wait(PATIENCE))
+        err = process.stderr.read().decode()
+        self.assertIn("the same command goes on", err)
+        self.assertNotIn("Traceback", err)
+        ran = read(self.path("ran")).split()
+        self.assertLess(len(ran), 50)
+        out, _ = self.over("--slots", "1", command, ":::", *items)
+        again = read(self.path("ran")).split()[len(ran):]
+        self.assertGreaterEqual(len(ran) + len(again), 51)
+        self.assertEqual(len(again) * 20000, out.count("\n"))
+
+    def test_a_run_says_what_was_done_before(self):
+        self.over("echo", ":::", "a", "b")
+        out, err = self.over("echo", ":::", "a", "b", "c")
+        self.assertEqual("c\n", out)
+        self.assertIn("2 were done before", err)
+        self.assertIn("3 of 3 done", err)
+
+    def test_a_failure_cannot_draw_on_the_terminal(self):
+        item = "\x1b[31m\nred"
+        _, err = self.over("false", ":::", item, status=1)
+        self.assertIn("failed: \\x1b[31m\\nred (exit", err)
+
+    def test_items_from_a_file_that_is_not_there(self):
+        _, err = self.over("-a", "nothing", "echo", status=1)
+        self.assertEqual(
+            "jobman.py: Can't read nothing: No such file or directory.\n", err
+        )
+        self.assertEqual([], os.listdir(self.folder))
+
     def test_plain_lines_where_there_is_no_terminal(self):
         stream = io.StringIO()
         progress = jobman.Progress(stream)
@@ -2518,7 +2609,7 @@ class StartTest(TemporaryFolder):
         )
 
     def test_beyond_loopback_only_the_own_jobix_comes_in(self):
-        process, (_, port) = self.serve("--host", "0.0.0.0")
+        _, (_, port) = self.serve("--host", "0.0.0.0")
         with open(self.path(".jobman", "access.json")) as file:
             access = json.load(file)
         here = "127.0.0.1", port
@@ -2529,7 +2620,7 @@ class StartTest(TemporaryFolder):
             self.assertEqual(status, reply.status)
         reply = exchange(here, "GET", "/get", headers={"jobix": "7"})
         self.assertNotIn("<td>", reply.text)
-        process, here = self.serve("--db", "other.db")
+        _, here = self.serve("--db", "other.db")
         reply = exchange(here, "GET", "/status", headers={"jobix": "7"})
         self.assertEqual(200, reply.status)
 

@@ -31,8 +31,9 @@ from urllib.parse import urlencode, urlsplit
 __version__ = "0.1.0"
 
 MAX_STAGE = 1000000
+MAX_BODY = 64 * 2**20  # bytes that a server takes in one call
 STDERR_KEPT = 4096  # bytes of a command's stderr that go to the server
-RESULT_LIMIT = 2**24  # bytes that a command may leave in JOBMAN_RESULT
+RESULT_LIMIT = 2**20  # bytes that a command may leave in JOBMAN_RESULT
 
 
 # ---------------------------------------------------------------- errors ---
@@ -235,6 +236,8 @@ class Client:
         body = None
         if value is not None:
             body = zlib.compress(json.dumps(value).encode("ascii"), 1)
+            if len(body) > MAX_BODY:
+                raise Refused(413, "That is too much for one call.")
         with self.mutex:
             status, kind, text = self.persist(
                 method, path, body, repeat, timeout
@@ -481,6 +484,7 @@ class Worker:
     """
 
     LONGEST_WAIT = 30  # seconds of a long poll
+    MOST_REPORTS = 100  # in one call
 
     def __init__(
         self, access=None, *, stages=(0,), slots=1, command=None,
@@ -502,6 +506,7 @@ class Worker:
         self.claims = {}  # jobid: token, until its outcome is delivered
         self.commands = {}  # jobid: Command, while it runs
         self.printing = threading.Lock()
+        self.status = 0
         self.ending = threading.Event()
         self.over = threading.Event()
 
@@ -523,8 +528,12 @@ class Worker:
         finally:
             self.finish(slots, others)
 
-    def end(self):
-        """Claim no more, kill what runs and give it back, then return."""
+    def end(self, status):
+        """Claim no more, kill what runs and give it back.
+
+        run() returns then; `status` is the worker's exit status.
+        """
+        self.status = self.status or status
         self.ending.set()
         self.claimer.abort()
         self.reporter.patience = self.beater.patience = 0
@@ -625,8 +634,9 @@ class Worker:
         try:
             command.start()
             status = command.wait()
-            self.print(command)
-            return self.judge(command, status)
+            if self.print(command):
+                return self.judge(command, status)
+            return "release", {}
         except (OSError, ValueError) as error:
             status = 127 if isinstance(error, FileNotFoundError) else 126
             return "fail", {"error": str(error), "exit_code": status}
@@ -670,14 +680,23 @@ class Worker:
         return "update", dict(report, jobstage=job["jobstage"] + 2)
 
     def print(self, command):
-        """Print what a command has printed, whole."""
+        """Print what a command has printed, whole; return whether it went.
+
+        When nobody reads any more, the worker ends as by SIGPIPE.
+        """
         pairs = (command.out, sys.stdout), (command.err, sys.stderr)
         with self.printing:
-            for kept, stream in pairs:
-                kept.seek(0)
-                with contextlib.suppress(BrokenPipeError):
+            try:
+                for kept, stream in pairs:
+                    kept.seek(0)
                     shutil.copyfileobj(kept, stream.buffer)
                     stream.flush()
+                return True
+            except BrokenPipeError:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+        self.end(128 + signal.SIGPIPE)
+        return False
 
     # Reporting
 
@@ -687,7 +706,7 @@ class Worker:
         while not last:
             outcomes = [self.outcomes.get()]
             with contextlib.suppress(queue.Empty):
-                while True:
+                while len(outcomes) < self.MOST_REPORTS:
                     outcomes.append(self.outcomes.get_nowait())
             last = None in outcomes
             outcomes = [outcome for outcome in outcomes if outcome]
@@ -816,36 +835,34 @@ def main(arguments=None):
             command=options.command, lease=options.lease,
             idle_timeout=options.idle_timeout, name=options.name,
         )
-        status = end_on_signals(worker)
+        end_on_signals(worker)
         if options.until_eof:
             threading.Thread(
                 target=end_at_eof, args=(worker,), daemon=True
             ).start()
         worker.run()
-        return status[0]
+        return worker.status
     except Trouble as trouble:
         print("worker.py: %s" % trouble, file=sys.stderr)
         return 1
 
 
 def end_on_signals(worker):
-    """End `worker` on SIGINT and SIGTERM; return a list of its status."""
-    status = [0]
+    """End `worker` on SIGINT and SIGTERM."""
 
     def end(number, _):
-        status[0] = 128 + number
-        threading.Thread(target=worker.end).start()  # it may wait for locks
+        status = (128 + number,)  # in a thread, for it may wait for locks
+        threading.Thread(target=worker.end, args=status).start()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-    return status
 
 
 def end_at_eof(worker):
     """End `worker` when whoever started it is gone."""
-    while sys.stdin.buffer.read(4096):
+    while os.read(sys.stdin.fileno(), 4096):
         pass
-    worker.end()
+    worker.end(0)
 
 
 if __name__ == "__main__":
