@@ -13,6 +13,7 @@ The manual is README.md.
 """
 
 import argparse
+import atexit
 import base64
 import contextlib
 import fcntl
@@ -79,12 +80,13 @@ class Trouble(Exception):
     """End a command with one sentence to its user and exit status 1."""
 
 
-def unavailable(reason):
-    """Return the Error for a server that can't answer now but may soon."""
-    message = "The server can't do that now (%s); try again." % reason
-    error = Error(503, message, Retry_After="1")
-    error.reason = reason
-    return error
+class Unavailable(Error):
+    """Say that the server can't answer now but may soon: status 503."""
+
+    def __init__(self, reason):
+        message = "The server can't do that now (%s); try again." % reason
+        super().__init__(503, message, Retry_After="1")
+        self.reason = reason
 
 
 # ---------------------------------------------------------- JSON and zlib ---
@@ -228,8 +230,7 @@ create table tally (
     primary key (jobix, stage, state));
 
 create table pace (
-    jobix integer not null, minute integer not null,
-    updates integer not null, done integer not null,
+    jobix integer not null, minute integer not null, done integer not null,
     primary key (jobix, minute));
 
 create table submission (
@@ -287,6 +288,9 @@ class SQL:
             filename = coalesce(:filename, filename)
         where row = :row and stage = :old_stage and state = :old_state
             and claim is :old_claim"""
+    LIMIT_ATTEMPTS = """
+        update job set max_attempts = :attempts
+        where jobix = :jobix and jobid = :jobid"""
     # the claim is still the one that is being renewed
     RENEW = """
         update job set due = :due, lease = :lease, free = 0
@@ -348,13 +352,12 @@ class SQL:
         select stage, state, jobs, expired from tally
         where jobix = :jobix and jobs > 0 order by stage, state"""
     PACE = """
-        update pace set updates = updates + :updates, done = done + :done
+        update pace set done = done + :done
         where jobix = :jobix and minute = :minute"""
-    PACE_FIRST = """
-        insert into pace values (:jobix, :minute, :updates, :done)"""
-    RECENT_PACE = """
-        select minute, updates, done from pace
-        where jobix = :jobix and minute >= :minute order by minute"""
+    PACE_FIRST = "insert into pace values (:jobix, :minute, :done)"
+    DONE_SINCE = """
+        select coalesce(sum(done), 0) from pace
+        where jobix = :jobix and minute >= :minute"""
 
     LIFETIMES = """
         select stage, minutes from lifetime where jobix = :jobix
@@ -409,7 +412,7 @@ def connect(path, *, readonly):
     """
     mode = "ro" if readonly else "rw"
     connection = sqlite3.connect(
-        "file:%s?mode=%s" % (quote(os.path.abspath(path)), mode),
+        "file:%s?mode=%s" % (quote(os.fsencode(os.path.abspath(path))), mode),
         uri=True,
         timeout=30,
         isolation_level=None,
@@ -431,12 +434,13 @@ def telling(path):
     """Turn what goes wrong with the file at `path` into Trouble."""
     try:
         yield
-    except (sqlite3.Error, OSError, Error) as error:
+    except Unavailable as error:
+        reason = error.reason
+    except (sqlite3.Error, OSError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise Trouble(
-            "The database %s can't be used: %s."
-            % (path, getattr(error, "reason", reason))
-        ) from None
+    else:
+        return
+    raise Trouble("The database %s can't be used: %s." % (path, reason))
 
 
 def inspect(path):
@@ -521,6 +525,10 @@ class ServerLock:
         self.file = open_private(path + ".lock")
         try:
             self.take(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            while os.fstat(self.file).st_nlink == 0:  # its last holder ended
+                os.close(self.file)
+                self.file = open_private(path + ".lock")
+                self.take(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
             name = "process %d on %s" % (os.getpid(), socket.gethostname())
             os.ftruncate(self.file, 0)
             os.pwrite(self.file, name.encode("ascii", "replace"), 0)
@@ -529,7 +537,7 @@ class ServerLock:
             raise
 
     def take(self, kind):
-        """Lock the file, of which the last holder may have removed it."""
+        """Lock the file; raise Trouble when another server has it."""
         try:
             fcntl.flock(self.file, kind | fcntl.LOCK_NB)
         except OSError:
@@ -539,8 +547,6 @@ class ServerLock:
                 " or use another --db, or serve it twice with --shared."
                 % (self.path, holder)
             ) from None
-        if os.fstat(self.file).st_nlink == 0:
-            raise Trouble("A server on %s just ended; try again." % self.path)
 
     def __enter__(self):
         return self
@@ -565,22 +571,24 @@ class Turns:
     finds the gate closed and comes after it.
     """
 
-    def __init__(self, path):
-        self.gate = open_private(path + ".gate")
-        self.turn = open_private(path + ".turn")
+    def __init__(self, path, *, shared):
+        names = (".gate", ".turn") if shared else ()  # alone: always its turn
+        self.files = [open_private(path + name) for name in names]
 
     def __enter__(self):
-        fcntl.flock(self.gate, fcntl.LOCK_EX)
-        fcntl.flock(self.turn, fcntl.LOCK_EX)
-        fcntl.flock(self.gate, fcntl.LOCK_UN)
+        for file in self.files:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        for gate in self.files[:1]:
+            fcntl.flock(gate, fcntl.LOCK_UN)
 
     def __exit__(self, *_):
-        fcntl.flock(self.turn, fcntl.LOCK_UN)
+        for turn in self.files[1:]:
+            fcntl.flock(turn, fcntl.LOCK_UN)
 
     def close(self):
-        """Close both files."""
-        os.close(self.gate)
-        os.close(self.turn)
+        """Close the files."""
+        for file in self.files:
+            os.close(file)
 
 
 # ---------------------------------------------------------------- writer ---
@@ -623,26 +631,24 @@ class Transaction:
 
     def settle(self):
         """Write the sums: one update for each group of jobs that changed."""
-        tallies, paces = {}, {}
-        for (kind, *key), n in self.counts.items():
-            if kind in ("jobs", "expired"):
-                tallies.setdefault(tuple(key), {})[kind] = n
-            elif kind in ("updates", "done"):
-                paces.setdefault(key[0], {})[kind] = n
-        for (jobix, stage, state), sums in tallies.items():
-            key = {"jobix": jobix, "stage": stage, "state": state}
-            self.add(SQL.COUNT, SQL.COUNT_FIRST, "jobs expired", key, sums)
-        for jobix, sums in paces.items():
-            key = {"jobix": jobix, "minute": int(self.now // 60)}
-            self.add(SQL.PACE, SQL.PACE_FIRST, "updates done", key, sums)
+        counts = self.counts
+        groups = {k[1:] for k in counts if k[0] in ("jobs", "expired")}
+        for group in groups:
+            values = dict(zip(("jobix", "stage", "state"), group))
+            values["jobs"] = counts[("jobs", *group)]
+            values["expired"] = counts[("expired", *group)]
+            if values["jobs"] or values["expired"]:
+                self.add(SQL.COUNT, SQL.COUNT_FIRST, values)
+        minute = int(self.now // 60)
+        for (kind, *key), n in counts.items():
+            if kind == "done":
+                values = {"jobix": key[0], "minute": minute, "done": n}
+                self.add(SQL.PACE, SQL.PACE_FIRST, values)
 
-    def add(self, update, insert, columns, key, sums):
-        """Add `sums` to the row of `key`, which may be the first."""
-        values = {name: sums.get(name, 0) for name in columns.split()}
-        if any(values.values()):
-            values.update(key)
-            if self.execute(update, values).rowcount == 0:
-                self.execute(insert, values)
+    def add(self, update, insert, values):
+        """Add `values` to a row of sums, which may be its first."""
+        if self.execute(update, values).rowcount == 0:
+            self.execute(insert, values)
 
 
 class Turn:
@@ -691,6 +697,7 @@ class Writer:
         self.prepare = prepare  # called first in every transaction
         self.committed = committed  # called with the counts of each commit
         self.mutex = threading.Lock()
+        self.rest = threading.Condition(self.mutex)  # nobody leads
         self.queue = []
         self.leading = False
         self.closed = False
@@ -701,7 +708,7 @@ class Writer:
         turn = Turn(operation)
         with self.mutex:
             if self.closed:
-                raise unavailable("it is ending")
+                raise Unavailable("it is ending")
             self.queue.append(turn)
             leads, self.leading = not self.leading, True
         if not leads:
@@ -720,6 +727,7 @@ class Writer:
             with self.mutex:
                 heir = self.queue[0] if self.queue else None
                 self.leading = heir is not None
+                self.rest.notify_all()
             if heir:
                 heir.ready.release()
             for turn in batch:
@@ -729,26 +737,29 @@ class Writer:
     def commit(self, batch):
         """Run the operations of `batch` in one transaction."""
         try:
-            with self.transaction() as transaction:
+            with self.transaction(self.prepare) as transaction:
                 for turn in batch:
                     turn.run(transaction)
         except sqlite3.Error as error:
             for turn in batch:
-                turn.error = unavailable(error)
+                turn.error = Unavailable(error)
         except BaseException as error:
             for turn in batch:
                 turn.error = error
             raise
 
     @contextlib.contextmanager
-    def transaction(self):
-        """Begin, hand out a Transaction, commit; roll back on any error."""
+    def transaction(self, prepare):
+        """Begin, do `prepare`, hand out a Transaction, commit.
+
+        Rolls back on any error.
+        """
         with self.turns:
             execute = self.connection.execute
             execute("begin immediate")
             try:
                 transaction = Transaction(self.connection, self.clock())
-                transaction.attempt(self.prepare)
+                transaction.attempt(prepare)
                 yield transaction
                 transaction.settle()
                 execute("commit")
@@ -772,10 +783,9 @@ class Writer:
 
     def close(self):
         """Let the commits on their way end, refuse all others."""
-        with self.mutex:
+        with self.rest:
             self.closed = True
-        while self.leading:
-            time.sleep(0.01)
+            self.rest.wait_for(lambda: not self.leading)
         with self.turns:
             self.connection.close()
         self.turns.close()
@@ -785,7 +795,10 @@ class Writer:
 
 
 class Ear:
-    """One long poll that listens for free jobs."""
+    """One long poll that listens for free jobs.
+
+    A bare lock is a quarter of the size of a threading.Event.
+    """
 
     __slots__ = ("lock", "rung")
 
@@ -793,6 +806,13 @@ class Ear:
         self.lock = threading.Lock()
         self.lock.acquire()
         self.rung = False
+
+    def ring(self):
+        """Wake who waits; return whether that was news."""
+        news, self.rung = not self.rung, True
+        if news:
+            self.lock.release()
+        return news
 
     def wait(self, seconds):
         """Return when rung, or after `seconds`."""
@@ -850,10 +870,7 @@ class Bell:
             for ear in self.ears.get(key, ()):
                 if n <= 0:
                     break
-                if not ear.rung:
-                    ear.rung = True
-                    ear.lock.release()
-                    n -= 1
+                n -= ear.ring()
 
     def keys(self):
         """Return the keys that somebody listens for."""
@@ -866,9 +883,7 @@ class Bell:
             self.closed = True
             for ears in self.ears.values():
                 for ear in ears:
-                    if not ear.rung:
-                        ear.rung = True
-                        ear.lock.release()
+                    ear.ring()
 
 
 # ----------------------------------------------------------------- store ---
@@ -961,30 +976,36 @@ class Store:
     marked `query` only read. `clock` gives seconds since 1970.
     """
 
-    def __init__(self, path, *, clock=time.time, shared=False, waiters=20000):
+    def __init__(
+        self, path, *, clock=time.time, shared=False, waiters=20000,
+        open_to_all=True
+    ):
         self.clock = clock
         self.shared = shared
-        self.open_to_all = True
+        self.open_to_all = open_to_all
         self.bell = Bell(waiters)
         self.ending = threading.Event()
+        self.ticker = None
         self.readers = Readers(path)
         inspect(path)  # before a lock file is made beside it
         with telling(path), contextlib.ExitStack() as undo:
             self.lock = undo.enter_context(ServerLock(path, shared=shared))
-            turns = Turns(path) if shared else contextlib.ExitStack()
+            turns = Turns(path, shared=shared)
             with turns:
                 connection = open_writer(path)
             undo.callback(connection.close)
             self.writer = Writer(
-                connection, turns, clock, self.renew_all, self.committed
+                connection, turns, clock, self.do_due, self.committed
             )
-            self.jobix = self.own_jobix()
+            with self.writer.transaction(self.renew_all) as tx:
+                self.jobix = self.own_jobix(tx)
             undo.pop_all()
-        self.writer.prepare = self.do_due
 
     def close(self):
         """Answer the long polls, end the last commit, close the database."""
         self.ending.set()
+        if self.ticker:
+            self.ticker.join()
         self.bell.close()
         self.readers.close()
         self.writer.close()
@@ -1006,7 +1027,6 @@ class Store:
         """Give every live lease its full time again, as a server starts."""
         tx.execute(SQL.RENEW_ALL, {"now": tx.now})
 
-    @change
     def own_jobix(self, tx):
         """Return the jobix that belongs to this database; make it at first.
 
@@ -1142,22 +1162,28 @@ class Store:
         first = 1 if last is None else last + 1
         given, new = [], []
         for key, jobs in submissions:
-            ids = self.keep_submission(tx, jobix, key, first, len(jobs))
-            if ids.start == first:
+            ids = self.known_ids(tx, jobix, key)
+            if ids is None:
+                ids = self.new_ids(tx, jobix, key, first, len(jobs))
                 first = ids.stop
                 new += [dict(job, jobid=i) for i, job in zip(ids, jobs)]
             given.append(ids)
         self.add(tx, jobix, new)
         return given
 
-    def keep_submission(self, tx, jobix, key, first, jobs):
-        """Return the range of ids that belong to `key`, from now or before."""
-        values = {"jobix": jobix, "key": key, "first": first, "jobs": jobs}
-        old = tx.execute(SQL.SUBMISSION, values).fetchone()
-        if old:
-            return range(old["first"], old["first"] + old["jobs"])
+    def known_ids(self, tx, jobix, key):
+        """Return the range of ids that `key` had before, None if it's new."""
+        values = {"jobix": jobix, "key": key}
+        known = tx.execute(SQL.SUBMISSION, values).fetchone()
+        if known is None:
+            return None
+        return range(known["first"], known["first"] + known["jobs"])
+
+    def new_ids(self, tx, jobix, key, first, jobs):
+        """Give `key` a range of ids, from `first` on; or Error 409."""
         if first + jobs - 1 > MAX_JOBID:
             raise Error(409, "The numbers of jobs are used up.")
+        values = {"jobix": jobix, "key": key, "first": first, "jobs": jobs}
         tx.execute(SQL.KEEP_SUBMISSION, values)
         return range(first, first + jobs)
 
@@ -1226,14 +1252,13 @@ class Store:
             tx, job, stage=stage, state=state, filename=filename,
             jobcmd=jobcmd, attempt=0, failures=0, lapses=0,
         )
-        tx.count("updates", jobix)
         if state == "done" != job["state"]:
             tx.count("done", jobix)
 
     def settled(self, tx, job, claim, outcome, target=None):
-        """Return whether the attempt of `claim` has ended this way before:
+        """Return whether the attempt of `claim` has ended this way before.
 
-        then the call is a repetition, whose first reply was lost. Raises
+        Then the call is a repetition, whose first reply was lost. Raises
         Error 409 when the claim is no longer the job's. None stands for
         whatever claim is current.
         """
@@ -1273,7 +1298,11 @@ class Store:
         """
         job = self.find(tx, jobix, jobid)
         if self.settled(tx, job, claim, "failed"):
-            return {"jobid": jobid, "state": job["state"]}
+            left = max(0, (job["due"] or tx.now) - tx.now)
+            return {
+                "jobid": jobid, "state": job["state"],
+                "failures": job["failures"], "delay": left,
+            }
         self.need_claim(job)
         self.end_attempt(tx, job, "failed", report=report)
         failures = job["failures"] + 1
@@ -1346,9 +1375,10 @@ class Store:
 
     @change
     def init(self, tx, jobix, minutes):
-        """Set the lifetimes of stages 0 … n, and n as the last stage, if
+        """Set the lifetimes of stages 0 … n, and n as the last stage.
 
-        the jobix has no lifetime yet. Returns {stage: minutes} in force.
+        Only if the jobix has no lifetime yet. Returns {stage: minutes} as
+        they are in force.
         """
         key = {"jobix": jobix}
         if tx.execute(SQL.LIFETIMES, key).fetchone() is None:
@@ -1481,6 +1511,13 @@ class Store:
             if job["state"] in states and stage in (None, job["stage"])
         )
 
+    @change
+    def limit_attempts(self, tx, jobix, ids, attempts):
+        """Give jobs another number of failures that they may have."""
+        for jobid in ids:
+            key = {"jobix": jobix, "jobid": jobid, "attempts": attempts}
+            tx.execute(SQL.LIMIT_ATTEMPTS, key)
+
     def put_back(self, tx, job):
         """Let an ended job run again; return how many did: 1 or 0."""
         stage = job["origin"] if job["state"] == "done" else job["stage"]
@@ -1534,7 +1571,7 @@ class Store:
         now = self.clock()
         minute = int(now // 60) - 1
         key = {"jobix": jobix, "minute": minute}
-        done = sum(row["done"] for row in execute(SQL.RECENT_PACE, key))
+        done = execute(SQL.DONE_SINCE, key).fetchone()[0]
         return done / (now - minute * 60)
 
     @query
@@ -1553,8 +1590,8 @@ class Store:
 
     def keep_ticking(self):
         """Start a thread that does what is due, about once a second."""
-        ticker = threading.Thread(target=self.tick_on, daemon=True)
-        ticker.start()
+        self.ticker = threading.Thread(target=self.tick_on, daemon=True)
+        self.ticker.start()
 
     def tick_on(self):
         """Tick until the Store is closed."""
@@ -1790,7 +1827,7 @@ JOBID = integer(0, MAX_JOBID)
 MINUTES = integer(0, MAX_MINUTES)
 
 
-def stages(text, name):
+def read_stages(text, name):
     """Read one stage or several with commas between."""
     return [STAGE(number(part), name) for part in text.split(",")]
 
@@ -1913,7 +1950,7 @@ def get_job(store, request, stages, nextstage=None):
         worker=lambda text, name: clean(word(text, name)),
         wait=in_text(seconds),
         lease=in_text(period),
-        n=in_text(integer(1, 2**31)),
+        n=in_text(integer(1, 10**25)),
     )
     if nextstage is None:
         STAGE(max(stages) + 1, "the stage that a claim leads to")
@@ -1934,20 +1971,26 @@ def claim_in_time(store, request, stages, claim, wait):
 
     It listens first and looks then, so that no job comes unheard.
     """
+    jobs = claim()
+    if jobs or not wait:
+        return jobs
     keys = [(request.jobix, stage) for stage in stages]
     end = time.monotonic() + wait
-    jobs, rung = claim(), wait > 0
-    while not jobs and rung:
-        with store.bell.listen(keys) as ear:
-            jobs = claim()
-            if jobs or ear is None:
-                break
-            ear.wait(max(0, end - time.monotonic()))
-        rung = ear.rung
-        if rung and request.gone():
+    rung = False
+    try:
+        while True:
+            with store.bell.listen(keys) as ear:
+                jobs = claim()
+                if jobs or ear is None:
+                    return jobs
+                rung = False  # there was nothing to be had
+                ear.wait(max(0, end - time.monotonic()))
+            rung = ear.rung
+            if not rung or request.gone():
+                return []
+    finally:
+        if rung or (ear and ear.rung):  # it may have been for another job
             store.bell.pass_on(keys)
-            break
-    return jobs
 
 
 def claim_reply(job):
@@ -2146,7 +2189,8 @@ def caller(store, request):
     None when there is none, or a bad one: a page is for everybody.
     """
     scheme, _, login = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "basic" and request.query == "plain=1":
+    plain = request.path == "/get" and request.query == "plain=1"
+    if plain and scheme.lower() == "basic":
         with contextlib.suppress(ValueError):
             _, _, password = base64.b64decode(login).partition(b":")
             request.headers["jobix"] = password.decode("ascii")
@@ -2192,7 +2236,7 @@ def lifetime_page(store, request):
 
 PARAMETERS = {
     "stage": in_text(STAGE),
-    "stages": stages,
+    "stages": read_stages,
     "nextstage": in_text(STAGE),
     "old": in_text(STAGE),
     "new": in_text(STAGE),
@@ -2278,7 +2322,7 @@ def respond(store, request):
     except Error as error:
         return refusal(error)
     except sqlite3.Error as error:
-        return refusal(unavailable(error))
+        return refusal(Unavailable(error))
     except Exception:
         traceback.print_exc()
         return refusal(Error(500, "jobman has a fault here; see its log."))
@@ -2409,6 +2453,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
+        elif self.request_version == "HTTP/1.0":
+            self.send_header("Connection", "keep-alive")
         head = b"".join(self._headers_buffer) + b"\r\n"
         self._headers_buffer = []
         body = b"" if self.command == "HEAD" else response.body
@@ -2513,9 +2559,18 @@ class Application:
                     self.store = self.make()
                 except Trouble as trouble:
                     print(trouble, file=sys.stderr)
-                    raise unavailable("it can't start, see its log") from None
+                    raise Unavailable("it can't start, see its log") from None
                 self.store.keep_ticking()
+                atexit.register(self.close)
             return self.store
+
+    def close(self):
+        """Close the Store; the next call makes another."""
+        atexit.unregister(self.close)
+        with self.mutex:
+            store, self.store = self.store, None
+        if store:
+            store.close()
 
     def make(self):
         """Return a Store as the environment describes it, or Trouble."""
@@ -2622,9 +2677,10 @@ def serving(options, access_file):
     """
     server = listen(options.host, options.port)
     try:
-        server.store = Store(options.db, shared=options.shared)
         address = ipaddress.ip_address(server.server_address[0])
-        server.store.open_to_all = address.is_loopback
+        server.store = Store(
+            options.db, shared=options.shared, open_to_all=address.is_loopback
+        )
     except BaseException:
         server.server_close()
         raise
@@ -2645,15 +2701,16 @@ def serving(options, access_file):
 
 
 def until_signal():
-    """Return an Event that SIGINT or SIGTERM sets; it keeps the `number`."""
+    """Return an Event that a signal to end sets; it keeps the `number`."""
     ending = threading.Event()
 
     def end(number, _):
         ending.number = number
         ending.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, end)
     return ending
 
 
@@ -2752,9 +2809,9 @@ def turn_quotes(quotes, piece):
             quotes.append(piece)
 
 
-def unicode_bytes(text):
-    """Return an argument in UTF-8 whatever the locale, bytes preserved."""
-    return os.fsencode(text).decode("utf-8", "surrogateescape")
+def from_utf8(text):
+    """Return bytes as a string, those that aren't UTF-8 preserved."""
+    return text.decode("utf-8", "surrogateescape")
 
 
 def open_items(options):
@@ -2772,17 +2829,23 @@ def open_items(options):
 def read_items(options, source):
     """Yield lists of items, of those that come in time as soon as they do."""
     if source is None:
-        items = [unicode_bytes(item) for item in options.items]
-        for i in range(0, len(items), Run.CHUNK):
-            yield items[i : i + Run.CHUNK]
+        items = [from_utf8(os.fsencode(item)) for item in options.items]
+        for i in range(0, len(items), 1000):
+            yield items[i : i + 1000]
         return
     rest = b""
     with source:
-        for block in iter(lambda: source.read(65536), b""):
+        for block in iter(lambda: source.read(8192), b""):
             *lines, rest = (rest + block).split(b"\n")
-            yield [line.decode("utf-8", "surrogateescape") for line in lines]
+            if lines:
+                yield [from_utf8(line) for line in lines]
     if rest:
-        yield [rest.decode("utf-8", "surrogateescape")]
+        yield [from_utf8(rest)]
+
+
+def printable(text):
+    """Return `text` with what could draw on a terminal as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Run:
@@ -2792,7 +2855,6 @@ class Run:
     before: the same run, started again, finds its jobs.
     """
 
-    CHUNK = 1000
     NAMED = 10  # failures told one by one at the end
 
     def __init__(self, store, command, retries):
@@ -2833,34 +2895,35 @@ class Run:
     def add(self, items, seen):
         """Add the jobs of some items, or bring them back."""
         submissions = []
-        for number, item in enumerate(items, self.items + 1):
+        for place, item in enumerate(items, self.items + 1):
             seen[item] += 1
             known = to_json([self.command, item, seen[item]]).encode("ascii")
             key = hashlib.sha256(known).hexdigest()[:32]
-            submissions.append((key, [self.job(item, number)]))
+            submissions.append((key, [self.job(item, place)]))
         given = self.store.submit(self.store.jobix, submissions)
         ids = [ids[0] for ids in given]
+        self.store.limit_attempts(self.store.jobix, ids, self.max_attempts)
         for state in ("cancelled", "failed"):
             self.store.retry(self.store.jobix, ids=ids, state=state)
         self.items += len(items)
 
-    def job(self, item, number):
+    def job(self, item, place):
         """Return the job of an item, as columns."""
-        script = shell_script(self.command, number)
+        script = shell_script(self.command, place)
         argv = ["/bin/sh", "-c", script, "sh", item]
         return read_entry(
             {
                 "jobstage": 0,
                 "jobcmd": argv,
                 "laststage": 2,
-                "max_attempts": self.max_attempts,
             }
         )
 
     def figures(self):
-        """Return whether it is over, and how many jobs there are, are done,
+        """Return whether it is over, and some numbers of jobs.
 
-        have failed, and have come to either end since the start.
+        How many there are, are done, have failed, and have come to either
+        end since the start.
         """
         items, loaded = self.items, self.loaded
         states = self.states()
@@ -2878,7 +2941,7 @@ class Run:
             last = (job["stderr"] or "").strip().rpartition("\n")[2]
             item = from_json(job["jobcmd"])[-1]
             line = "failed: %s (%s) %s" % (item, job["error"], last)
-            yield "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+            yield printable(line)
 
 
 class Progress:
@@ -2957,6 +3020,15 @@ def span(period):
     return "%d:%02d" % (minutes, rest)
 
 
+def worker_script():
+    """Return the path of worker.py; raise Trouble where it is missing."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    script = os.path.join(folder, "worker.py")
+    if not os.path.exists(script):
+        raise Trouble("run needs %s; copy it there." % script)
+    return script
+
+
 class WorkerProcess:
     """The worker of a run: worker.py in a process of its own.
 
@@ -2967,30 +3039,25 @@ class WorkerProcess:
     PATIENCE = 20  # seconds for its commands to end
 
     def __init__(self, access_file, slots, progress):
-        folder = os.path.dirname(os.path.abspath(__file__))
-        script = os.path.join(folder, "worker.py")
-        if not os.path.exists(script):
-            raise Trouble("run needs %s; copy it there." % script)
-        command = [sys.executable, script, "--access", access_file]
+        command = [sys.executable, worker_script(), "--access", access_file]
         command += ["--until-eof", "--idle-timeout", "1000000000"]
         command += ["--slots", str(slots)] if slots else []
-        relayed = progress.bar and sys.stdout.isatty()
-        pipe = subprocess.PIPE if relayed else None
+        relayed = [
+            stream.buffer if progress.bar and stream.isatty() else None
+            for stream in (sys.stdout, sys.stderr)
+        ]
+        out, err = (target and subprocess.PIPE for target in relayed)
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=pipe, stderr=pipe
+            command, stdin=subprocess.PIPE, stdout=out, stderr=err
         )
-        self.relays = []
-        if relayed:
-            self.relay(progress, self.process.stdout, sys.stdout.buffer)
-            self.relay(progress, self.process.stderr, sys.stderr.buffer)
-
-    def relay(self, progress, source, target):
-        """Start a thread that shows what the worker prints."""
-        thread = threading.Thread(
-            target=progress.relay, args=(source, target), daemon=True
-        )
-        thread.start()
-        self.relays.append(thread)
+        sources = self.process.stdout, self.process.stderr
+        self.relays = [
+            threading.Thread(target=progress.relay, args=pair, daemon=True)
+            for pair in zip(sources, relayed)
+            if pair[0]
+        ]
+        for relay in self.relays:
+            relay.start()
 
     def ended(self):
         """Return the exit status, None while it works."""
@@ -3035,13 +3102,14 @@ class Interrupted(Exception):
 
 def run(options):
     """Run a command for each item; exit status 1 when a job failed."""
+    worker_script()
     source = open_items(options)
     ending = until_signal()
     access_file = options.db + ".access"
     progress = Progress(sys.stderr)
     with serving(options, access_file) as (server, access):
         tell_page(access)
-        command = unicode_bytes(" ".join(options.words))
+        command = from_utf8(os.fsencode(" ".join(options.words)))
         this = Run(server.store, command, options.retries)
         this.put_others_aside()
         worker = WorkerProcess(access_file, options.slots, progress)
@@ -3171,6 +3239,8 @@ def add_run(commands):
 
 def check_run(parser, options):
     """End with exit status 2 when a run isn't described well."""
+    if options.words[:1] == ["--"]:
+        del options.words[0]
     if not options.words:
         parser.error("run needs a command")
     if options.retries < 0:
@@ -3186,6 +3256,8 @@ def check_run(parser, options):
 
 def tolerate(stream):
     """Return `stream` so that what its encoding lacks becomes escapes."""
+    if stream is None:  # closed by who started us
+        return open(os.devnull, "w")
     return io.TextIOWrapper(
         stream.detach(), stream.encoding, "backslashreplace",
         line_buffering=True,

@@ -680,6 +680,9 @@ class ContractTest(StoreCase):
         headers = {"Authorization": "Basic " + login}
         reply = exchange(self.address, "GET", "/get?plain=1", headers=headers)
         self.assertIn("<td>77</td>", reply.text)
+        reply = exchange(self.address, "GET", "/lifetime?plain=1",
+                         headers=headers)
+        self.assertNotIn("<td>", reply.text)
         for path in ("/status", "/get/77", "/check_stages"):
             reply = exchange(self.address, "GET", path, headers=headers)
             self.assertReply(403, reply)
@@ -852,7 +855,10 @@ class ClaimTest(StoreCase):
         self.set_jobs([1, 2])
         first, second = self.get(0), self.get(0)
         for _ in range(4):
-            self.assertEqual("delayed", self.fail(first).json()["state"])
+            self.assertEqual(
+                {"jobid": 1, "state": "delayed", "failures": 1, "delay": 2},
+                self.fail(first).json(),
+            )
             self.assertReply(200, self.release(second))
         self.assertReply(409, self.release(first))
         self.assertEqual(
@@ -1036,7 +1042,7 @@ class ClaimTest(StoreCase):
         self.set_jobs(range(30))
         self.assertEqual(list(range(25)),
                          [job["jobid"] for job in self.get(0, n=25)])
-        rest = self.get(0, n=100000, lease=60)
+        rest = self.get(0, n=10**12, lease=60)
         self.assertEqual(list(range(25, 30)), [j["jobid"] for j in rest])
         self.assertEqual([], self.get(0, n=1))
         self.assertEqual({(1, "working"): 30}, self.states())
@@ -1295,6 +1301,31 @@ class SweepTest(StoreCase):
 class WaitTest(StoreCase):
     """Part 2: long polls."""
 
+    def test_a_ring_that_one_does_not_need_reaches_the_next(self):
+        both = self.ask("/get/2,0?wait=60")
+        self.listening(1)
+        other = self.ask("/get/0?wait=60")
+        self.listening(2)
+        jobs = {1: {"jobstage": 0}, 2: {"jobstage": 2}}
+        self.assertReply(200, self.post("/set", jobs))
+        self.assertEqual({1, 2}, {both()["jobid"], other()["jobid"]})
+
+    def test_a_worker_whose_long_poll_is_cut_short_does_not_hurry(self):
+        self.store.bell.limit = 0
+        claims, claim = [], self.store.claim
+
+        def counted(*args, **options):
+            claims.append(args)
+            return claim(*args, **options)
+
+        self.store.claim = counted
+        self.environment.update(
+            JOBMAN_JOBIX="4711", JOBMAN_URL="http://%s:%d" % self.address)
+        began = time.monotonic()
+        self.assertEqual(
+            0, self.command(WORKER, "--idle-timeout", "1.5")[0])
+        self.assertLess(len(claims) / (time.monotonic() - began), 25)
+
     def ask(self, path):
         """Make a call in the background; return a function for its value."""
         replies = []
@@ -1470,9 +1501,12 @@ class SocketTest(StoreCase):
         found = re.findall(rb"\r\n\r\n(\d+)", self.say(*lines))
         self.assertEqual([b"11", b"22"], found)
 
-    def test_an_old_client_gets_a_closed_connection(self):
+    def test_an_old_client_learns_what_becomes_of_its_connection(self):
         reply = self.say(b"GET /health HTTP/1.0", b"")
         self.assertIn(b"Connection: close", reply)
+        keep = b"GET /health HTTP/1.0", b"Connection: keep-alive", b""
+        reply = self.say(*keep, *keep)
+        self.assertEqual(2, reply.count(b"Connection: keep-alive"), reply)
 
 
 class WsgiClaimTest(ClaimTest):
@@ -1511,8 +1545,7 @@ class ApplicationTest(TemporaryFolder):
         patched = dict(self.environment, **variables)
         with replaced_environment(patched):
             first = self.call("/get/0", application)
-        if application.store:
-            self.addCleanup(application.store.close)
+        self.addCleanup(application.close)
         return application, first
 
     def test_it_is_made_at_its_first_call(self):
@@ -1549,25 +1582,25 @@ class ApplicationTest(TemporaryFolder):
         )
         self.assertEqual(7, application.store.bell.limit)
 
-    def test_two_processes_share_its_database(self):
+    def test_it_shares_its_database_with_another_process(self):
         database = self.path("wsgi.db")
-        one, _ = self.open(JOBMAN_DB=database)
-        two, _ = self.open(JOBMAN_DB=database)
-        entry = jobman.read_entry({"jobstage": 0})
-        one.store.set(7, [dict(entry, jobid=1)])
-        self.assertIn(b'"jobid": 1,', self.call("/get/0", two)[1])
+        _, address = self.serve("--shared", "--db", database)
+        application, _ = self.open(JOBMAN_DB=database)
+        jobs = packed({1: {"jobstage": 0}})
+        exchange(address, "POST", "/set", jobs, {"jobix": "7"})
+        self.assertIn(b'"jobid": 1,', self.call("/get/0", application)[1])
 
     def test_a_job_from_another_process_wakes_a_long_poll(self):
         database = self.path("wsgi.db")
-        one, _ = self.open(JOBMAN_DB=database)
-        two, _ = self.open(JOBMAN_DB=database)
+        _, address = self.serve("--shared", "--db", database)
+        application, _ = self.open(JOBMAN_DB=database)
         replies = []
         waiter = threading.Thread(daemon=True, target=lambda: replies.append(
-            self.call("/get/0", two, QUERY_STRING="wait=60")))
+            self.call("/get/0", application, QUERY_STRING="wait=60")))
         waiter.start()
-        wait_for(lambda: two.store.bell.listening, "a long poll")
-        entry = jobman.read_entry({"jobstage": 0})
-        one.store.set(7, [dict(entry, jobid=1)])
+        wait_for(lambda: application.store.bell.listening, "a long poll")
+        jobs = packed({1: {"jobstage": 0}})
+        exchange(address, "POST", "/set", jobs, {"jobix": "7"})
         waiter.join(PATIENCE)
         self.assertIn(b'"jobid": 1,', replies[0][1])
 
@@ -1624,7 +1657,7 @@ def replaced_environment(environment):
 class Emptier(threading.Thread):
     """A client that claims and updates until nothing is left."""
 
-    def __init__(self, address, batch=False, fresh=False):
+    def __init__(self, address, fresh=False):
         super().__init__(daemon=True)
         self.address = address
         self.fresh = fresh  # a new connection for each request
@@ -1696,14 +1729,12 @@ class LoadTest(StoreCase):
         self.assertCounts()
 
     def test_16_clients_get_every_job_exactly_once(self):
-        for fresh in (False, True):
-            jobs = {i: {"jobstage": 0} for i in range(self.JOBS)}
-            self.post("/cancel", {"all": True})
-            self.assertReply(200, self.post("/set", jobs))
-            self.post("/retry", {"all": True})
-            for i in range(self.JOBS if fresh else 0):
-                self.store.update_job(self.jobix, i, 0)
-            self.assertEachOnce(empty(self.address, fresh=fresh))
+        self.set_jobs(range(self.JOBS))
+        self.assertEachOnce(empty(self.address))
+
+    def test_so_they_do_with_a_new_connection_for_each_request(self):
+        self.set_jobs(range(self.JOBS))
+        self.assertEachOnce(empty(self.address, fresh=True))
 
     def test_two_processes_hand_out_every_job_once_and_take_turns(self):
         self.closing.close()
@@ -1753,8 +1784,18 @@ class LoadTest(StoreCase):
                     self.assertEqual(claim, claims[jobid])
         self.assertCounts()
         later = empty(address)
+        for emptier in later:
+            self.assertFalse(emptier.is_alive())
+            self.assertIsNone(emptier.error)
         handed = [i for e in emptiers + later for i, _ in e.claimed]
         self.assertEqual(len(set(handed)), len(handed))
+        updated = {i for e in emptiers + later for i in e.updated}
+        found = rows(database, "select jobid, stage, state from job")
+        self.assertEqual(self.JOBS, len(found))
+        for job in found:  # each is done, or under a claim of before the kill
+            if job["stage"] != 2:
+                self.assertEqual("working", job["state"])
+                self.assertNotIn(job["jobid"], updated)
 
 
 class CostTest(StoreCase):
@@ -1835,6 +1876,8 @@ class CostTest(StoreCase):
                 self.assertNotRegex(
                     row["detail"], r"(?i)scan (table )?(job|attempt)\b", name
                 )
+                if name in ("FREE", "DUE", "NEXT_DUE", "LAST_ATTEMPT"):
+                    self.assertNotIn("TEMP B-TREE", row["detail"], name)
 
 
 # ------------------------------------------------------------- processes ---
@@ -2118,6 +2161,61 @@ class WorkerTest(TemporaryFolder):
         self.assertEqual(124, self.attempts()[0]["exit_code"])
         for pid in self.pids(2):
             wait_for(lambda pid=pid: not alive(pid), "its end")
+
+    def test_a_lapsed_job_that_comes_back_to_its_worker_runs_on(self):
+        self.add("echo ran >> log; sleep 3")
+        worker = self.start("--slots", "2", "--lease", "1")
+        wait_for(lambda: read(self.path("log")), "the command")
+        worker.send_signal(signal.SIGSTOP)
+        query = "select row from attempt where outcome = 'lapsed'"
+        wait_for(lambda: rows(self.path("jobman.db"), query), "a lapse")
+        worker.send_signal(signal.SIGCONT)
+        status, _, err = self.finish(worker)
+        self.assertEqual((0, ""), (status, err))
+        self.assertEqual(b"ran\n", read(self.path("log")))
+        self.assertEqual((2, "done"), tuple(
+            self.job()[name] for name in ("stage", "state")))
+
+    def test_stubborn_commands_do_not_keep_the_heart_from_beating(self):
+        stubborn = "trap '' TERM; echo >> log; sleep 3.1 & wait; sleep 3"
+        self.add(stubborn, stubborn, "echo >> log; sleep 4")
+        worker = self.start("--slots", "3", "--lease", "2")
+        wait_for(lambda: len(read(self.path("log"))) == 3, "three commands")
+        self.client.cancel(ids=[1, 2])
+        self.assertEqual(0, self.finish(worker)[0])
+        query = "select outcome from attempt where stage = 0"
+        found = rows(self.path("jobman.db"), query)
+        outcomes = sorted(row["outcome"] for row in found)
+        self.assertEqual(["cancelled", "cancelled", "done"], outcomes)
+
+    def test_it_can_end_while_its_standard_input_is_open(self):
+        worker = self.start("--until-eof", stdin=subprocess.PIPE)
+        self.assertEqual(0, worker.wait(PATIENCE), worker.stderr.read())
+
+    def test_a_hangup_ends_it_and_its_commands(self):
+        self.add("echo $$ > pid; sleep 60")
+        worker = self.start()
+        pid = wait_for(lambda: read(self.path("pid")), "the command")
+        worker.send_signal(signal.SIGHUP)
+        self.assertEqual(128 + signal.SIGHUP, worker.wait(PATIENCE))
+        wait_for(lambda: not alive(int(pid)), "the command's end")
+        self.assertEqual("waiting", self.job()["state"])
+
+    def test_it_works_with_no_standard_output(self):
+        self.add("echo x")
+        argv = [sys.executable, WORKER, "--idle-timeout", "0.1"]
+        shell = ["/bin/sh", "-c", 'exec "$@" >&- 2>&-', "sh"] + argv
+        status = subprocess.call(
+            shell, env=self.environment, cwd=self.folder, timeout=PATIENCE)
+        self.assertEqual(0, status)
+        self.assertEqual(2, self.job()["stage"])
+
+    def test_an_address_that_is_none_is_told(self):
+        for url in ("http://h:999999", "http://[::1", "ftp://h", "x"):
+            self.environment.update(JOBMAN_URL=url, JOBMAN_JOBIX="1")
+            status, _, err = self.command(WORKER)
+            self.assertEqual(1, status)
+            self.assertRegex(err, r"\Aworker\.py: The server's address .*\n\Z")
 
     def test_heartbeats_keep_a_claim(self):
         self.add("sleep 2.5; echo once >> log")
@@ -2487,6 +2585,23 @@ class RunTest(TemporaryFolder):
         self.assertGreaterEqual(len(ran) + len(again), 51)
         self.assertEqual(len(again) * 20000, out.count("\n"))
 
+    def test_a_run_with_other_retries_is_the_same_run(self):
+        command = "echo x >> log; false"
+        self.over(command, ":::", "a", status=1)
+        self.over("--retries", "1", command, ":::", "a", status=1)
+        self.assertEqual(3, len(self.log()))
+
+    def test_two_dashes_may_stand_before_the_command(self):
+        out, _ = self.over("--", "echo {}", ":::", "a")
+        self.assertEqual("a\n", out)
+
+    def test_a_hangup_ends_a_run_and_its_commands(self):
+        process = self.start("echo $$ > {}; sleep 60", ":::", "pid")
+        pid = wait_for(lambda: read(self.path("pid")), "the command")
+        process.send_signal(signal.SIGHUP)
+        self.assertEqual(129, process.wait(PATIENCE))
+        self.assertFalse(alive(int(pid)))
+
     def test_a_run_says_what_was_done_before(self):
         self.over("echo", ":::", "a", "b")
         out, err = self.over("echo", ":::", "a", "b", "c")
@@ -2774,6 +2889,11 @@ class StartTest(TemporaryFolder):
             other.listen(1)
             port = other.getsockname()[1]
             self.assertIn(str(port), self.check_untouched(port=port))
+
+    def test_a_database_whose_name_is_not_utf8(self):
+        name = b"\xff?#%.db"
+        self.serve("--db", name)
+        self.assertIn(name, os.listdir(self.folder.encode()))
 
     def test_bad_port_or_host(self):
         self.check_untouched(port=123456)

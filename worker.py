@@ -92,6 +92,7 @@ class Client:
     Unreachable when it can't be reached.
     """
 
+    CONNECT_TIMEOUT = 10  # seconds
     TIMEOUT = 60  # seconds without a byte before a connection is given up
     LONGEST_PAUSE = 10
 
@@ -101,7 +102,7 @@ class Client:
             url = os.environ.get("JOBMAN_URL")
             jobix = os.environ.get("JOBMAN_JOBIX")
         if url is not None and jobix is None:
-            raise Trouble("JOBMAN_URL needs the server's JOBMAN_JOBIX too.")
+            raise Trouble("A url needs a jobix too ($JOBMAN_JOBIX).")
         self.fixed = None if url is None else (url, jobix)
         self.patience = patience
         self.mutex = threading.Lock()  # guards the connection
@@ -112,12 +113,16 @@ class Client:
 
     def locate(self):
         """Find out where the server is, and with what jobix to come."""
-        url, self.jobix = self.fixed or read_access(self.access)
-        parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname:
+        url, jobix = self.fixed or read_access(self.access)
+        try:
+            parts = urlsplit(url)
+            address = parts.hostname, parts.port or 80
+        except ValueError:
+            parts = None
+        if parts is None or parts.scheme != "http" or not parts.hostname:
             raise Trouble("The server's address %r is not http://..." % url)
+        self.jobix, self.address = jobix, address
         self.prefix = parts.path.rstrip("/")
-        self.address = parts.hostname, parts.port or 80
 
     # The calls, in the order of the server's route table
 
@@ -300,8 +305,9 @@ class Client:
                 self.close()
         self.sent = False
         if self.connection is None:
-            self.connection = http.client.HTTPConnection(*self.address)
-            self.connection.timeout = timeout
+            self.connection = http.client.HTTPConnection(
+                *self.address, timeout=self.CONNECT_TIMEOUT
+            )
             self.connection.connect()
         self.connection.sock.settimeout(timeout)
 
@@ -503,7 +509,7 @@ class Worker:
         self.jobs = queue.Queue()
         self.outcomes = queue.Queue()
         self.mutex = threading.Lock()  # guards claims and commands
-        self.claims = {}  # jobid: token, until its outcome is delivered
+        self.claims = {}  # jobid: newest token, until its outcome is told
         self.commands = {}  # jobid: Command, while it runs
         self.printing = threading.Lock()
         self.status = 0
@@ -518,8 +524,8 @@ class Worker:
             for i in range(self.slots)
         ]
         others = [
-            threading.Thread(target=self.report_on, daemon=True),
-            threading.Thread(target=self.beat_on, daemon=True),
+            threading.Thread(target=self.guard, args=(work,), daemon=True)
+            for work in (self.report_on, self.beat_on)
         ]
         for thread in slots + others:
             thread.start()
@@ -538,9 +544,20 @@ class Worker:
         self.claimer.abort()
         self.reporter.patience = self.beater.patience = 0
         with self.mutex:
-            commands = list(self.commands.values())
+            self.kill(self.commands.values())
+
+    def kill(self, commands):
+        """Kill some commands, without waiting until they are dead."""
         for command in commands:
             threading.Thread(target=command.kill, daemon=True).start()
+
+    def guard(self, work):
+        """Do the work of a thread; without it the worker can't go on."""
+        try:
+            work()
+        except Exception as error:
+            self.say("%s: %s" % (type(error).__name__, error))
+            self.end(1)
 
     def finish(self, slots, others):
         """Wait for what runs and for its reports."""
@@ -583,21 +600,34 @@ class Worker:
         return slots
 
     def claim(self, n, left):
-        """Claim up to `n` jobs and put them before the slots."""
-        wait = min(self.LONGEST_WAIT, left)
+        """Claim up to `n` jobs and put them before the slots; return those."""
+        wait = round(min(self.LONGEST_WAIT, left), 3)
+        began = time.monotonic()
         try:
-            jobs = self.claimer.get(
-                self.stages, worker=self.name, lease=self.lease,
-                n=n, wait=round(wait, 3),
+            claimed = self.claimer.get(
+                self.stages, worker=self.name, lease=self.lease, n=n, wait=wait
             )
         except Unreachable:
             return []  # only after end()
-        with self.mutex:
-            for job in jobs:
-                self.claims[job["jobid"]] = job["claim"]
+        if not claimed and time.monotonic() < began + wait:
+            self.ending.wait(random.uniform(0.1, 1))  # too many wait there
+        jobs = [job for job in claimed if not self.adopt(job)]
         for job in jobs:
             self.jobs.put(job)
         return jobs
+
+    def adopt(self, job):
+        """Keep a new claim; return whether its job is running here already.
+
+        A lease that lapsed has brought our own job back to us: its command
+        goes on, under the new claim.
+        """
+        with self.mutex:
+            self.claims[job["jobid"]] = job["claim"]
+            command = self.commands.get(job["jobid"])
+            if command is not None:
+                command.job = job
+            return command is not None
 
     def delayed(self):
         """Return whether a job of our stages waits for its time."""
@@ -616,34 +646,55 @@ class Worker:
         """Run one job after another in a slot."""
         result = os.path.join(self.folder, "result-%d" % slot)
         for job in iter(self.jobs.get, None):
-            if self.ending.is_set():
-                self.outcomes.put((job, "release", {}))
-            else:
-                self.outcomes.put((job, *self.perform(job, result)))
-            self.free.release()
+            try:
+                self.outcomes.put(self.perform(job, result))
+            except Exception as error:
+                report = {"error": "worker.py has a fault: %r" % error}
+                self.outcomes.put((job, "fail", report))
+            finally:
+                self.free.release()
 
     def perform(self, job, result):
-        """Run a job's command; return what to report: a verb and values."""
+        """Run a job's command; return what to report.
+
+        That is the job in its newest claim, a verb and the verb's values.
+        """
         try:
             argv, given = self.prepare(job)
             command = Command(job, argv, given, result)
         except (ValueError, OSError) as error:
-            return "fail", {"error": str(error)}
-        with self.mutex:
-            self.commands[job["jobid"]] = command
+            return job, "fail", {"error": str(error)}
+        with contextlib.closing(command):
+            if not self.register(command):
+                return job, "release", {}
+            try:
+                verb, values = self.carry_out(command)
+            finally:
+                with self.mutex:
+                    del self.commands[job["jobid"]]
+            return command.job, verb, values
+
+    def carry_out(self, command):
+        """Run a command and print its output; return a verb and values."""
         try:
             command.start()
             status = command.wait()
-            if self.print(command):
-                return self.judge(command, status)
-            return "release", {}
+            if not self.print(command):
+                return "release", {}
+            return self.judge(command, status)
         except (OSError, ValueError) as error:
             status = 127 if isinstance(error, FileNotFoundError) else 126
             return "fail", {"error": str(error), "exit_code": status}
-        finally:
-            with self.mutex:
-                del self.commands[job["jobid"]]
-            command.close()
+
+    def register(self, command):
+        """Note that a command runs; return whether it still should."""
+        jobid, claim = command.job["jobid"], command.job["claim"]
+        with self.mutex:
+            current = self.claims.get(jobid) == claim
+            if self.ending.is_set() or not current:
+                return False
+            self.commands[jobid] = command
+            return True
 
     def prepare(self, job):
         """Return a job's command as argv, and what it reads, as bytes.
@@ -773,19 +824,38 @@ class Worker:
 
     def beat(self, claims):
         """Renew `claims`; kill the commands of those that are lost."""
-        answer = self.beater.heartbeat(self.name, self.lease, claims)
+        try:
+            answer = self.beater.heartbeat(self.name, self.lease, claims)
+        except Trouble as trouble:
+            return self.say("No heartbeat: %s" % trouble)
         with self.mutex:
             lost = [
                 self.commands[jobid]
-                for jobid in answer["lost"]
-                if jobid in self.commands
+                for jobid, claim in claims
+                if jobid in answer["lost"] and jobid in self.commands
+                and self.claims.get(jobid) == claim
             ]
         for command in lost:
             self.say("Job %d: its claim is lost." % command.job["jobid"])
-            command.kill()
+        self.kill(lost)
 
 
 # ------------------------------------------------------------------ main ---
+
+
+def stage_list(text):
+    """Read --stage: stages from which a job can move two up."""
+    stages = [int(stage) for stage in text.split(",")]
+    if not 0 <= min(stages) <= max(stages) <= MAX_STAGE - 2:
+        raise ValueError
+    return stages
+
+
+def seconds(text):
+    """Read a number of seconds."""
+    if not 0 <= float(text) <= 10**9:  # nor NaN
+        raise ValueError
+    return float(text)
 
 
 def parse(arguments):
@@ -801,9 +871,9 @@ def parse(arguments):
         help="commands side by side (default: the cores we may use)")
     add("--command", metavar="CMD",
         help="run CMD for each job, the job as JSON on its standard input")
-    add("--idle-timeout", type=float, default=60, metavar="SECONDS",
+    add("--idle-timeout", type=seconds, default=60, metavar="SECONDS",
         help="end after so long with nothing to do (default 60)")
-    add("--lease", type=float, default=120, metavar="SECONDS",
+    add("--lease", type=seconds, default=120, metavar="SECONDS",
         help="a job goes to others when its worker is silent so long")
     add("--access", metavar="FILE",
         help="the server's access file (default ~/.jobman/access.json)")
@@ -813,22 +883,37 @@ def parse(arguments):
     options = parser.parse_args(arguments)
     if options.slots is None:
         options.slots = len(os.sched_getaffinity(0))
-    if options.slots < 1 or options.lease <= 0 or options.idle_timeout < 0:
+    if options.slots < 1 or options.lease == 0:
         parser.error("--slots and --lease must be more than 0")
     return options
 
 
-def stage_list(text):
-    """Read --stage: stages from which a job can move two up."""
-    stages = [int(stage) for stage in text.split(",")]
-    if not 0 <= min(stages) <= max(stages) <= MAX_STAGE - 2:
-        raise ValueError
-    return stages
+def end_on_signals(worker):
+    """End `worker` on SIGINT, SIGTERM, and SIGHUP unless under nohup."""
+
+    def end(number, _):
+        status = (128 + number,)  # in a thread, for it may wait for locks
+        threading.Thread(target=worker.end, args=status).start()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, end)
+
+
+def end_at_eof(worker):
+    """End `worker` when whoever started it is gone."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    worker.end(0)
 
 
 def main(arguments=None):
     """Run the command line; return its exit status."""
     options = parse(arguments)
+    if sys.stdout is None or sys.stderr is None:  # closed by who started us
+        nowhere = open(os.devnull, "w")
+        sys.stdout = sys.stdout or nowhere
+        sys.stderr = sys.stderr or nowhere
     try:
         worker = Worker(
             options.access, stages=options.stage, slots=options.slots,
@@ -842,27 +927,9 @@ def main(arguments=None):
             ).start()
         worker.run()
         return worker.status
-    except Trouble as trouble:
+    except (Trouble, OSError) as trouble:
         print("worker.py: %s" % trouble, file=sys.stderr)
         return 1
-
-
-def end_on_signals(worker):
-    """End `worker` on SIGINT and SIGTERM."""
-
-    def end(number, _):
-        status = (128 + number,)  # in a thread, for it may wait for locks
-        threading.Thread(target=worker.end, args=status).start()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
-
-
-def end_at_eof(worker):
-    """End `worker` when whoever started it is gone."""
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    worker.end(0)
 
 
 if __name__ == "__main__":
