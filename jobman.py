@@ -128,6 +128,20 @@ def from_json(text):
         raise Error(400, "The body is not JSON.") from None
 
 
+def inflate(body):
+    """Return `body` inflated; raise Error 413 before it grows too large."""
+    inflater = zlib.decompressobj(wbits=47)  # zlib or gzip, by its header
+    try:
+        plain = inflater.decompress(body, MAX_BODY)
+    except zlib.error:
+        raise Error(400, "The body is not intact zlib data.") from None
+    if inflater.unconsumed_tail:
+        raise Error(413, "The body inflates to over %d bytes." % MAX_BODY)
+    if not inflater.eof or inflater.unused_data.strip(b"\0"):
+        raise Error(400, "The body is not intact zlib data.")
+    return plain
+
+
 def unpack(body):
     """Return the JSON value in `body`: zlib data, gzip data or plain text.
 
@@ -145,20 +159,6 @@ def unpack(body):
         return from_json(body.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise Error(400, "The body is not UTF-8.") from None
-
-
-def inflate(body):
-    """Return `body` inflated; raise Error 413 before it grows too large."""
-    inflater = zlib.decompressobj(wbits=47)  # zlib or gzip, by its header
-    try:
-        plain = inflater.decompress(body, MAX_BODY)
-    except zlib.error:
-        raise Error(400, "The body is not intact zlib data.") from None
-    if inflater.unconsumed_tail:
-        raise Error(413, "The body inflates to over %d bytes." % MAX_BODY)
-    if not inflater.eof or inflater.unused_data.strip(b"\0"):
-        raise Error(400, "The body is not intact zlib data.")
-    return plain
 
 
 # ------------------------------------------------------- schema and SQL ---
@@ -968,6 +968,11 @@ class Readers:
             self.idle.pop().close()
 
 
+def new_figures():
+    """Return the figures of a stage without jobs."""
+    return {"jobs": 0, "expired": 0, "states": dict.fromkeys(STATES, 0)}
+
+
 class Store:
     """The jobs and everything that can happen to them.
 
@@ -1639,12 +1644,14 @@ class Store:
             self.bell.ring((jobix, stage), len(free))
 
 
-def new_figures():
-    """Return the figures of a stage without jobs."""
-    return {"jobs": 0, "expired": 0, "states": dict.fromkeys(STATES, 0)}
-
-
 # -------------------------------------------------------------- requests ---
+
+
+def number(text):
+    """Return the integer or decimal number that `text` is, else `text`."""
+    if re.match(r"-?[0-9]{1,25}\Z", text):
+        return int(text)
+    return float(text) if re.match(r"[0-9]{1,10}\.[0-9]+\Z", text) else text
 
 
 class Request:
@@ -1693,6 +1700,17 @@ class Request:
         return unpack(self.body)
 
 
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>jobman</title>
+<meta name="viewport" content="width=device-width">
+<style>body{font-family:sans-serif;margin:2em}td,th{text-align:right;
+padding:.2em .8em}</style>
+<h1>jobman %(version)s</h1>
+%(content)s
+</html>
+"""
+
+
 class Response:
     """The answer to a Request: status, bytes, content type, headers."""
 
@@ -1732,13 +1750,6 @@ class Response:
             "text/html; charset=utf-8",
             [("Content-Security-Policy", policy), *headers],
         )
-
-
-def number(text):
-    """Return the integer or decimal number that `text` is, else `text`."""
-    if re.match(r"-?[0-9]{1,25}\Z", text):
-        return int(text)
-    return float(text) if re.match(r"[0-9]{1,10}\.[0-9]+\Z", text) else text
 
 
 def in_text(reader):
@@ -1900,6 +1911,72 @@ def read_result(given):
     }
 
 
+# ----------------------------------------------------------------- pages ---
+
+
+def table(heads, rows):
+    """Return the markup of a table of numbers and texts."""
+
+    def line(cell, values):
+        cells = "".join(
+            "<%s>%s</%s>" % (cell, html.escape(str(value)), cell)
+            for value in values
+        )
+        return "<tr>%s</tr>" % cells
+
+    body = "\n".join(line("td", row) for row in rows)
+    return "<table>\n%s\n%s\n</table>" % (line("th", heads), body)
+
+
+def caller(store, request):
+    """Return a page's jobix, by the header or, without a script, HTTP Basic.
+
+    None when there is none, or a bad one: a page is for everybody.
+    """
+    scheme, _, login = request.headers.get("authorization", "").partition(" ")
+    plain = request.path == "/get" and request.query == "plain=1"
+    if plain and scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            _, _, password = base64.b64decode(login).partition(b":")
+            request.headers["jobix"] = password.decode("ascii")
+    with contextlib.suppress(Error):
+        request.identify(store)
+    return request.jobix
+
+
+def dashboard(store, request):
+    """Show the figures of the caller's jobs, and nothing without a jobix."""
+    jobix = caller(store, request)
+    if jobix is None and request.query == "plain=1":
+        challenge = ("WWW-Authenticate", 'Basic realm="jobix as password"')
+        refused = "<p>The password is your jobix.</p>"
+        return Response.page(refused, 401, [challenge])
+    if jobix is None:
+        link = '<p><a href="/get?plain=1">Show my jobs</a> (the password is'
+        return Response.page(link + " your jobix, the user name any).</p>")
+    figures = store.status(jobix)
+    rows = [
+        (stage["stage"], stage["jobs"], stage["expired"])
+        + tuple(stage["states"][state] for state in STATES)
+        for stage in figures["stages"]
+    ]
+    totals = figures["totals"]
+    rows.append(
+        ("all", totals["jobs"], totals["expired"])
+        + tuple(totals["states"][state] for state in STATES)
+    )
+    renew = '<meta http-equiv="refresh" content="10">'
+    heads = ("stage", "jobs", "expired", *STATES)
+    return Response.page(renew + table(heads, rows))
+
+
+def lifetime_page(store, request):
+    """Show the lifetimes of the caller's stages in minutes."""
+    jobix = caller(store, request)
+    rows = store.lifetimes(jobix).items() if jobix is not None else ()
+    return Response.page(table(("stage", "lifetime in minutes"), rows))
+
+
 # ------------------------------------------------------------- endpoints ---
 
 
@@ -1942,28 +2019,6 @@ def submit(store, request):
     key = to_json(word(given["key"], "key"))
     ids = store.submit(request.jobix, [(key, jobs)])[0]
     return Response.json({"ids": list(ids)})
-
-
-def get_job(store, request, stages, nextstage=None):
-    """Claim a job, or several; wait for one if asked to."""
-    given = request.options(
-        worker=lambda text, name: clean(word(text, name)),
-        wait=in_text(seconds),
-        lease=in_text(period),
-        n=in_text(integer(1, 10**25)),
-    )
-    if nextstage is None:
-        STAGE(max(stages) + 1, "the stage that a claim leads to")
-    n, wait = given.pop("n"), given.pop("wait") or 0
-    ready = functools.partial(
-        store.claim, request.jobix, stages,
-        target=nextstage, n=min(n or 1, MAX_CLAIMS), **given
-    )
-    jobs = claim_in_time(store, request, stages, ready, min(wait, MAX_WAIT))
-    replies = [claim_reply(job) for job in jobs]
-    if n is not None:
-        return Response.json_text("[%s]" % ", ".join(replies))
-    return Response.json_text(replies[0] if replies else '"nada"')
 
 
 def claim_in_time(store, request, stages, claim, wait):
@@ -2020,6 +2075,28 @@ def claim_reply(job):
     return to_json(reply)[:-1] + kept + "}"
 
 
+def get_job(store, request, stages, nextstage=None):
+    """Claim a job, or several; wait for one if asked to."""
+    given = request.options(
+        worker=lambda text, name: clean(word(text, name)),
+        wait=in_text(seconds),
+        lease=in_text(period),
+        n=in_text(integer(1, 10**25)),
+    )
+    if nextstage is None:
+        STAGE(max(stages) + 1, "the stage that a claim leads to")
+    n, wait = given.pop("n"), given.pop("wait") or 0
+    ready = functools.partial(
+        store.claim, request.jobix, stages,
+        target=nextstage, n=min(n or 1, MAX_CLAIMS), **given
+    )
+    jobs = claim_in_time(store, request, stages, ready, min(wait, MAX_WAIT))
+    replies = [claim_reply(job) for job in jobs]
+    if n is not None:
+        return Response.json_text("[%s]" % ", ".join(replies))
+    return Response.json_text(replies[0] if replies else '"nada"')
+
+
 def update_job(store, request, jobid, stage):
     """Put a job into a stage."""
     given = request.options(claim=token)
@@ -2028,6 +2105,18 @@ def update_job(store, request, jobid, stage):
     store.update_job(request.jobix, jobid, stage, **given)
     message = "Success, job %d was updated to stage %d!"
     return Response.text(message % (jobid, stage))
+
+
+def read_update(entry):
+    """Return an entry of /update_jobs, read."""
+    if type(entry) is not dict:
+        raise Error(400, "An update must be an object.")
+    return dict(
+        read_result(entry),
+        jobid=JOBID(entry.get("jobid"), "jobid"),
+        jobstage=STAGE(entry.get("jobstage"), "jobstage"),
+        claim=read_optional(entry, "claim", token),
+    )
 
 
 def update_jobs(store, request):
@@ -2040,18 +2129,6 @@ def update_jobs(store, request):
     statuses = store.update_jobs(request.jobix, updates)
     return Response.json(
         [{"jobid": i, "status": status} for i, status in zip(ids, statuses)]
-    )
-
-
-def read_update(entry):
-    """Return an entry of /update_jobs, read."""
-    if type(entry) is not dict:
-        raise Error(400, "An update must be an object.")
-    return dict(
-        read_result(entry),
-        jobid=JOBID(entry.get("jobid"), "jobid"),
-        jobstage=STAGE(entry.get("jobstage"), "jobstage"),
-        claim=read_optional(entry, "claim", token),
     )
 
 
@@ -2156,82 +2233,6 @@ def health(store, request):
     return Response.json({"status": "ok", "version": __version__})
 
 
-# ----------------------------------------------------------------- pages ---
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>jobman</title>
-<meta name="viewport" content="width=device-width">
-<style>body{font-family:sans-serif;margin:2em}td,th{text-align:right;
-padding:.2em .8em}</style>
-<h1>jobman %(version)s</h1>
-%(content)s
-</html>
-"""
-
-
-def table(heads, rows):
-    """Return the markup of a table of numbers and texts."""
-
-    def line(cell, values):
-        cells = "".join(
-            "<%s>%s</%s>" % (cell, html.escape(str(value)), cell)
-            for value in values
-        )
-        return "<tr>%s</tr>" % cells
-
-    body = "\n".join(line("td", row) for row in rows)
-    return "<table>\n%s\n%s\n</table>" % (line("th", heads), body)
-
-
-def caller(store, request):
-    """Return a page's jobix, by the header or, without a script, HTTP Basic.
-
-    None when there is none, or a bad one: a page is for everybody.
-    """
-    scheme, _, login = request.headers.get("authorization", "").partition(" ")
-    plain = request.path == "/get" and request.query == "plain=1"
-    if plain and scheme.lower() == "basic":
-        with contextlib.suppress(ValueError):
-            _, _, password = base64.b64decode(login).partition(b":")
-            request.headers["jobix"] = password.decode("ascii")
-    with contextlib.suppress(Error):
-        request.identify(store)
-    return request.jobix
-
-
-def dashboard(store, request):
-    """Show the figures of the caller's jobs, and nothing without a jobix."""
-    jobix = caller(store, request)
-    if jobix is None and request.query == "plain=1":
-        challenge = ("WWW-Authenticate", 'Basic realm="jobix as password"')
-        refused = "<p>The password is your jobix.</p>"
-        return Response.page(refused, 401, [challenge])
-    if jobix is None:
-        link = '<p><a href="/get?plain=1">Show my jobs</a> (the password is'
-        return Response.page(link + " your jobix, the user name any).</p>")
-    figures = store.status(jobix)
-    rows = [
-        (stage["stage"], stage["jobs"], stage["expired"])
-        + tuple(stage["states"][state] for state in STATES)
-        for stage in figures["stages"]
-    ]
-    totals = figures["totals"]
-    rows.append(
-        ("all", totals["jobs"], totals["expired"])
-        + tuple(totals["states"][state] for state in STATES)
-    )
-    renew = '<meta http-equiv="refresh" content="10">'
-    heads = ("stage", "jobs", "expired", *STATES)
-    return Response.page(renew + table(heads, rows))
-
-
-def lifetime_page(store, request):
-    """Show the lifetimes of the caller's stages in minutes."""
-    jobix = caller(store, request)
-    rows = store.lifetimes(jobix).items() if jobix is not None else ()
-    return Response.page(table(("stage", "lifetime in minutes"), rows))
-
-
 # ---------------------------------------------------------------- routes ---
 
 PARAMETERS = {
@@ -2274,6 +2275,21 @@ ROUTES = (
 PUBLIC = frozenset((greet, health, dashboard, lifetime_page))
 
 
+def fits(names, texts):
+    """Return whether a path's parameters are as many as its texts."""
+    many = bool(names) and names[-1].endswith("…>")
+    return len(texts) == len(names) or (many and len(texts) > len(names))
+
+
+def read_arguments(names, texts):
+    """Return the parameters of a path, read."""
+    arguments = []
+    for i, text in enumerate(texts):
+        name = names[min(i, len(names) - 1)].strip("<…>")
+        arguments.append(PARAMETERS[name](text, name))
+    return arguments
+
+
 def find_route(request):
     """Return the endpoint of a request and its arguments.
 
@@ -2297,19 +2313,10 @@ def find_route(request):
     return endpoint, read_arguments(names, texts)
 
 
-def fits(names, texts):
-    """Return whether a path's parameters are as many as its texts."""
-    many = bool(names) and names[-1].endswith("…>")
-    return len(texts) == len(names) or (many and len(texts) > len(names))
-
-
-def read_arguments(names, texts):
-    """Return the parameters of a path, read."""
-    arguments = []
-    for i, text in enumerate(texts):
-        name = names[min(i, len(names) - 1)].strip("<…>")
-        arguments.append(PARAMETERS[name](text, name))
-    return arguments
+def refusal(error):
+    """Return the Response that an Error is."""
+    headers = list(error.headers.items())
+    return Response.json({"error": str(error)}, error.status, headers)
 
 
 def respond(store, request):
@@ -2326,12 +2333,6 @@ def respond(store, request):
     except Exception:
         traceback.print_exc()
         return refusal(Error(500, "jobman has a fault here; see its log."))
-
-
-def refusal(error):
-    """Return the Response that an Error is."""
-    headers = list(error.headers.items())
-    return Response.json({"error": str(error)}, error.status, headers)
 
 
 # ----------------------------------------------------------- front doors ---
@@ -2714,17 +2715,6 @@ def until_signal():
     return ending
 
 
-def serve(options):
-    """Serve a database until SIGINT or SIGTERM."""
-    raise_file_limit()
-    ending = until_signal()
-    access_file = options.access or access_path()
-    with serving(options, access_file) as (_, access):
-        print(announcement(options, access_file, access), flush=True)
-        ending.wait()
-    return 0
-
-
 def raise_file_limit():
     """Let the process open as many files, so connections, as it may."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -2734,6 +2724,8 @@ def raise_file_limit():
 
 PROGRAM = """import worker; worker.Client(%s).set(
       {1: {"jobstage": 0, "jobcmd": "hostname"}})"""
+
+
 ANNOUNCEMENT = """\
 jobman %(version)s listens at %(url)s
   database     %(db)s
@@ -2761,6 +2753,17 @@ def announcement(options, access_file, access):
     }
 
 
+def serve(options):
+    """Serve a database until SIGINT or SIGTERM."""
+    raise_file_limit()
+    ending = until_signal()
+    access_file = options.access or access_path()
+    with serving(options, access_file) as (_, access):
+        print(announcement(options, access_file, access), flush=True)
+        ending.wait()
+    return 0
+
+
 # ------------------------------------------------------------------- run ---
 
 
@@ -2771,6 +2774,18 @@ SHELL_PIECE = re.compile(
     | .""",
     re.DOTALL | re.VERBOSE,
 )
+
+
+def turn_quotes(quotes, piece):
+    """Follow, on the stack `quotes`, what quotes `piece` opens or closes."""
+    inside = quotes[-1]
+    if piece == inside or (piece == ")" and inside == "("):
+        quotes.pop()
+    elif inside != "'":
+        if piece == "$(" or (piece == "(" and inside == "("):
+            quotes.append("(")
+        elif piece in ('"', "`") or (piece == "'" and inside != '"'):
+            quotes.append(piece)
 
 
 def shell_script(command, number):
@@ -2795,18 +2810,6 @@ def shell_script(command, number):
             turn_quotes(quotes, piece)
         i += len(piece)
     return "".join(script)
-
-
-def turn_quotes(quotes, piece):
-    """Follow, on the stack `quotes`, what quotes `piece` opens or closes."""
-    inside = quotes[-1]
-    if piece == inside or (piece == ")" and inside == "("):
-        quotes.pop()
-    elif inside != "'":
-        if piece == "$(" or (piece == "(" and inside == "("):
-            quotes.append("(")
-        elif piece in ('"', "`") or (piece == "'" and inside != '"'):
-            quotes.append(piece)
 
 
 def from_utf8(text):
@@ -2944,6 +2947,21 @@ class Run:
             yield printable(line)
 
 
+def bar(part, width=20):
+    """Return a bar of which `part` (0 to 1) is full, and its percentage."""
+    full = int(part * width)
+    return "[%s%s] %3d%%" % ("#" * full, "." * (width - full), part * 100)
+
+
+def span(period):
+    """Return a number of seconds as a person says it: 4:05, 1:00:00."""
+    minutes, rest = divmod(int(period + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return "%d:%02d:%02d" % (hours, minutes, rest)
+    return "%d:%02d" % (minutes, rest)
+
+
 class Progress:
     """Show how far a run is: a bar on a terminal, else a line at times."""
 
@@ -3005,21 +3023,6 @@ class Progress:
                 self.draw()
 
 
-def bar(part, width=20):
-    """Return a bar of which `part` (0 to 1) is full, and its percentage."""
-    full = int(part * width)
-    return "[%s%s] %3d%%" % ("#" * full, "." * (width - full), part * 100)
-
-
-def span(period):
-    """Return a number of seconds as a person says it: 4:05, 1:00:00."""
-    minutes, rest = divmod(int(period + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return "%d:%02d:%02d" % (hours, minutes, rest)
-    return "%d:%02d" % (minutes, rest)
-
-
 def worker_script():
     """Return the path of worker.py; raise Trouble where it is missing."""
     folder = os.path.dirname(os.path.abspath(__file__))
@@ -3075,6 +3078,10 @@ class WorkerProcess:
             thread.join()
 
 
+class Interrupted(Exception):
+    """End a run before it is over: the reason, and a signal's number."""
+
+
 def follow(this, worker, progress, ending):
     """Show progress until a Run is over; return its last figures.
 
@@ -3094,38 +3101,6 @@ def follow(this, worker, progress, ending):
             raise Trouble("The worker has ended; start the run once more.")
         progress.show(*figures)
     return figures
-
-
-class Interrupted(Exception):
-    """End a run before it is over: the reason, and a signal's number."""
-
-
-def run(options):
-    """Run a command for each item; exit status 1 when a job failed."""
-    worker_script()
-    source = open_items(options)
-    ending = until_signal()
-    access_file = options.db + ".access"
-    progress = Progress(sys.stderr)
-    with serving(options, access_file) as (server, access):
-        tell_page(access)
-        command = from_utf8(os.fsencode(" ".join(options.words)))
-        this = Run(server.store, command, options.retries)
-        this.put_others_aside()
-        worker = WorkerProcess(access_file, options.slots, progress)
-        items = read_items(options, source)
-        threading.Thread(target=this.load, args=(items,), daemon=True).start()
-        try:
-            figures = follow(this, worker, progress, ending)
-        except Interrupted as interrupted:
-            reason, number = interrupted.args
-            progress.end()
-            say(reason + "; the same command goes on where it was.")
-            return 128 + number
-        finally:
-            worker.end()
-            progress.end()
-        return sum_up(this, figures, progress)
 
 
 def say(line):
@@ -3160,6 +3135,34 @@ def sum_up(this, figures, progress):
     return 1 if failed else 0
 
 
+def run(options):
+    """Run a command for each item; exit status 1 when a job failed."""
+    worker_script()
+    source = open_items(options)
+    ending = until_signal()
+    access_file = options.db + ".access"
+    progress = Progress(sys.stderr)
+    with serving(options, access_file) as (server, access):
+        tell_page(access)
+        command = from_utf8(os.fsencode(" ".join(options.words)))
+        this = Run(server.store, command, options.retries)
+        this.put_others_aside()
+        worker = WorkerProcess(access_file, options.slots, progress)
+        items = read_items(options, source)
+        threading.Thread(target=this.load, args=(items,), daemon=True).start()
+        try:
+            figures = follow(this, worker, progress, ending)
+        except Interrupted as interrupted:
+            reason, number = interrupted.args
+            progress.end()
+            say(reason + "; the same command goes on where it was.")
+            return 128 + number
+        finally:
+            worker.end()
+            progress.end()
+        return sum_up(this, figures, progress)
+
+
 # ------------------------------------------------------------------ main ---
 
 EXAMPLES = """examples:
@@ -3167,34 +3170,6 @@ EXAMPLES = """examples:
   python3 jobman.py run 'gzip -k {}' ::: *.txt
   find . -name '*.png' | python3 jobman.py run 'optipng {}'
 """
-
-
-def parse(arguments):
-    """Return the command line's options."""
-    parser = argparse.ArgumentParser(
-        prog="jobman.py",
-        description="Hand out jobs to any number of workers.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    version = "jobman %s" % __version__
-    parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    add_serve(commands)
-    add_run(commands)
-    words, items = arguments, None
-    if ":::" in arguments:
-        at = arguments.index(":::")
-        words, items = arguments[:at], arguments[at + 1 :]
-    options = parser.parse_args(words)
-    if options.command is None:
-        parser.error("name a command: serve or run")
-    if items is not None and options.command != "run":
-        parser.error("::: belongs to run")
-    options.items = items
-    if options.command == "run":
-        check_run(parser, options)
-    return options
 
 
 def add_serve(commands):
@@ -3252,6 +3227,34 @@ def check_run(parser, options):
     if options.items is None and options.arg_file is None:
         if sys.stdin is None or sys.stdin.isatty():
             parser.error("give items after :::, in a file, or on stdin")
+
+
+def parse(arguments):
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(
+        prog="jobman.py",
+        description="Hand out jobs to any number of workers.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = "jobman %s" % __version__
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    add_serve(commands)
+    add_run(commands)
+    words, items = arguments, None
+    if ":::" in arguments:
+        at = arguments.index(":::")
+        words, items = arguments[:at], arguments[at + 1 :]
+    options = parser.parse_args(words)
+    if options.command is None:
+        parser.error("name a command: serve or run")
+    if items is not None and options.command != "run":
+        parser.error("::: belongs to run")
+    options.items = items
+    if options.command == "run":
+        check_run(parser, options)
+    return options
 
 
 def tolerate(stream):

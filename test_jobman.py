@@ -3031,6 +3031,32 @@ class HouseTest(TemporaryFolder):
             self.assertEqual((0, ""), (status, err))
             os.unlink(self.path(name))
 
+    def test_code_calls_upward_only(self):
+        for name in ("jobman.py", "worker.py"):
+            tree = ast.parse(self.source(name))
+            defined = {
+                node.name: node.lineno for node in tree.body
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            }
+            functions = [
+                node for node in ast.walk(tree)
+                if isinstance(node, ast.FunctionDef)
+            ]
+            for function in functions:
+                names = [
+                    node for node in ast.walk(function)
+                    if isinstance(node, ast.Name)
+                ]
+                own = {arg.arg for arg in function.args.args}
+                own |= {arg.arg for arg in function.args.kwonlyargs}
+                own |= {node.id for node in names
+                        if isinstance(node.ctx, ast.Store)}
+                own |= {node.name for node in ast.walk(function)
+                        if isinstance(node, ast.FunctionDef)}
+                down = {node.id for node in names if node.id not in own
+                        and defined.get(node.id, 0) > function.lineno}
+                self.assertEqual(set(), down, (name, function.name))
+
     def test_the_sources_parse_as_python_3_6(self):
         newer = sys.version_info >= (3, 8)
         as_3_6 = {"feature_version": (3, 6)} if newer else {}
