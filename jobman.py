@@ -2493,7 +2493,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def handle_error(self, request, client_address):
-        """Say nothing of connections that break, one line of the rest."""
+        """Say nothing of connections that break: clients may hang up."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             traceback.print_exc()
