@@ -1876,7 +1876,7 @@ class CostTest(StoreCase):
                 self.assertNotRegex(
                     row["detail"], r"(?i)scan (table )?(job|attempt)\b", name
                 )
-                if name in ("FREE", "DUE", "NEXT_DUE", "LAST_ATTEMPT"):
+                if name in ("FREE", "DUE", "NEXT_DUE"):
                     self.assertNotIn("TEMP B-TREE", row["detail"], name)
 
 
