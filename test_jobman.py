@@ -96,12 +96,18 @@ class TemporaryFolder(unittest.TestCase):
     """A test with a folder of its own and processes that end with it."""
 
     def setUp(self):
-        self.folder = tempfile.mkdtemp(prefix="jobman-test-")
-        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
-        self.environment = dict(os.environ, HOME=self.folder)
+        self.folder = self.make_folder()
+        self.environment = dict(
+            os.environ, HOME=self.folder, TMPDIR=self.make_folder()
+        )
         for name in list(self.environment):
             if name.startswith("JOBMAN_"):
                 del self.environment[name]
+
+    def make_folder(self):
+        folder = tempfile.mkdtemp(prefix="jobman-test-")
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
     def path(self, *names):
         return os.path.join(self.folder, *names)
