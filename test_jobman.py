@@ -10,6 +10,7 @@ Only the clock is passed in, so that leases and lifetimes need no sleep.
 import ast
 import base64
 import contextlib
+import fcntl
 import gzip
 import http.client
 import io
@@ -768,6 +769,32 @@ class ContractTest(StoreCase):
                     self.assertEqual(name, job["filename"])
         self.assertEqual({(4, "done"): 20}, self.states())
 
+    def test_a_lifetime_is_nothing_to_another_jobix(self):
+        for self.jobix in (2, 1):
+            self.set_jobs([1])
+        self.ok("/lifetime/0/1", jobix=1)
+        self.ok("/lifetime/0/100", jobix=2)
+        self.clock.advance(61)
+        question = "Are all simulations within time frame?"
+        self.assertEqual(0, self.ok("/check_stages", jobix=1)[question])
+        self.assertEqual(1, self.ok("/check_stages", jobix=2)[question])
+        answer = self.ok("/check_stages/0/5", jobix=2)
+        self.assertEqual({"n_bad_jobs were degraded:": 0, question: 1}, answer)
+        for jobix in (1, 2):
+            self.assertEqual({(0, "waiting"): 1}, self.states(jobix))
+
+    def test_a_longer_lifetime_leaves_the_flags_that_it_does_not_cover(self):
+        self.ok("/lifetime/0/1")
+        self.set_jobs([1])
+        self.clock.advance(60)
+        self.set_jobs([2])
+        self.clock.advance(70)
+        self.store.tick()
+        self.assertEqual(2, self.ok("/status")["totals"]["expired"])
+        self.ok("/lifetime/0/2")
+        self.assertEqual(1, self.ok("/status")["totals"]["expired"])
+        self.assertCounts()
+
 
 class WsgiContractTest(ContractTest):
     """The same through the WSGI door, its conduct validated."""
@@ -1165,6 +1192,57 @@ class ClaimTest(StoreCase):
         self.assertReply(409, self.post("/submit", jobs))
         self.assertEqual({(0, "waiting"): 1}, self.states())
 
+    def test_a_delay_outlasts_a_restart(self):
+        self.set_jobs([1])
+        self.fail(self.get(0))
+        self.restart()
+        self.clock.advance(1)
+        self.assertEqual({(0, "delayed"): 1}, self.states())
+        self.clock.advance(2)
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+
+    def test_a_repetition_is_known_by_its_own_attempt(self):
+        self.set_jobs([1])
+        for stage in (0, 2, 4):
+            job = self.get(stage, lease=60)
+            for _ in range(3):
+                self.assertReply(200, self.update(job, stage + 2))
+            stranger = dict(job, claim="another")
+            self.assertReply(409, self.update(stranger, stage + 2))
+        self.assertEqual(3, len(self.attempts("row")))
+
+    def test_a_jobix_has_ids_keys_and_a_last_stage_of_its_own(self):
+        jobs = {"key": "k", "jobs": [{"jobstage": 2}, {"jobstage": 0}]}
+        for jobix in (1, 2):
+            ids = self.ok("/submit", jobs, jobix=jobix)
+            self.assertEqual({"ids": [1, 2]}, ids)
+        self.ok("/init/0/0/0", jobix=1)
+        more = {3: {"jobstage": 2}}
+        self.assertReply(200, self.post("/set", more, jobix=2))
+        self.assertReply(200, self.call("/update_job/2/2", jobix=2))
+        self.assertEqual({(2, "waiting"): 3}, self.states(jobix=2))
+        self.assertEqual(
+            {(2, "done"): 1, (0, "waiting"): 1}, self.states(jobix=1)
+        )
+
+    def test_init_leaves_what_is_put_aside_or_worked_on(self):
+        self.set_jobs([1, 2, 3], stage=2, max_attempts=1)
+        self.fail(self.get(2))
+        job = self.get(2, lease=60)
+        self.ok("/cancel", {"ids": [3]})
+        before = self.states()
+        self.ok("/init/0/0")
+        self.assertEqual(before, self.states())
+        self.assertReply(200, self.update(job, 4))
+
+    def test_a_limit_of_attempts_is_one_jobs_alone(self):
+        self.set_jobs([1, 2])
+        self.assertReply(
+            200, self.post("/set", {1: {"jobstage": 0}}, jobix=1))
+        self.store.limit_attempts(1, [1], 1)
+        for job in self.get(0, n=2):
+            self.assertEqual("delayed", self.fail(job).json()["state"])
+
 
 class SweepTest(StoreCase):
     """Part 2: retry, cancel, status, health."""
@@ -1302,6 +1380,30 @@ class SweepTest(StoreCase):
         os.rename(self.path("jobs.db"), self.path("gone.db"))
         reply = self.assertReply(503, exchange(self.address, "GET", "/health"))
         self.assertIn("retry-after", reply.headers)
+
+    def test_the_rate_is_that_of_one_jobix(self):
+        self.clock.now = 1.6e9 // 60 * 60
+        for jobix, n in ((1, 9), (2, 3)):
+            jobs = {i: {"jobstage": 0, "laststage": 2} for i in range(n)}
+            self.assertReply(200, self.post("/set", jobs, jobix=jobix))
+            for i in jobs:
+                self.call("/update_job/%d/2" % i, jobix=jobix)
+        for jobix, n in ((1, 9), (2, 3), (3, 0)):
+            self.assertEqual(n / 60, self.ok("/status", jobix=jobix)["rate"])
+
+    def test_only_what_failed_is_told_and_how_it_ended(self):
+        self.set_jobs({1: "a"}, max_attempts=2)
+        self.set_jobs({2: "b", 3: "c"})
+        for error in ("first", "last"):
+            self.fail(self.get(0, lease=60), error=error)
+            self.clock.advance(9)
+        self.fail(self.get(0))  # delayed
+        self.ok("/cancel", {"ids": [3]})
+        found = self.store.failures(self.jobix, limit=10)
+        self.assertEqual(
+            [(1, '"a"', "last")],
+            [(job["jobid"], job["jobcmd"], job["error"]) for job in found],
+        )
 
 
 class WaitTest(StoreCase):
@@ -1802,6 +1904,123 @@ class LoadTest(StoreCase):
             if job["stage"] != 2:
                 self.assertEqual("working", job["state"])
                 self.assertNotIn(job["jobid"], updated)
+
+    def commit(self, *operations):
+        """Run operations in one commit; return them as Turns."""
+        turns = [jobman.Turn(operation) for operation in operations]
+        with contextlib.suppress(sqlite3.Error):
+            self.store.writer.commit(turns)
+        return turns
+
+    def test_an_operation_that_is_refused_leaves_nothing(self):
+        self.set_jobs([1, 2])
+
+        def refused(tx):
+            self.store.update(tx, self.jobix, 1, 9)
+            raise jobman.Error(409, "No.")
+
+        no, yes = self.commit(
+            refused, lambda tx: self.store.update(tx, self.jobix, 2, 5)
+        )
+        self.assertRaises(jobman.Error, no.outcome)
+        yes.outcome()
+        self.assertEqual({(0, "waiting"): 1, (5, "waiting"): 1}, self.states())
+
+    def test_a_full_disk_costs_its_commit_and_no_other(self):
+        self.set_jobs([1, 2])
+        execute = self.store.writer.connection.execute
+        pages = execute("pragma page_count").fetchone()[0]
+        execute("pragma max_page_count = %d" % pages)
+        large = {"jobstage": 0, "jobcmd": "x" * 1000}
+        jobs = [dict(jobman.read_entry(large), jobid=i) for i in range(9, 500)]
+        turns = self.commit(
+            lambda tx: self.store.update(tx, self.jobix, 1, 2),
+            lambda tx: self.store.add(tx, self.jobix, jobs),
+            lambda tx: self.store.update(tx, self.jobix, 2, 2),
+        )
+        for turn in turns:
+            self.assertRaises(jobman.Unavailable, turn.outcome)
+        self.assertEqual({(0, "waiting"): 2}, self.states())
+        entries = dict.fromkeys(range(9, 500), large)
+        reply = self.assertReply(503, self.post("/set", entries))
+        self.assertEqual("1", reply.headers["retry-after"])
+        self.assertEqual({(0, "waiting"): 2}, self.states())
+        execute("pragma max_page_count = 1000000")
+        self.assertReply(200, self.post("/set", entries))
+        self.assertEqual({(0, "waiting"): 493}, self.states())
+
+    def test_a_commit_is_on_disk_before_it_is_answered(self):
+        execute = self.store.writer.connection.execute
+        self.assertEqual(2, execute("pragma synchronous").fetchone()[0])
+        self.assertEqual("wal", execute("pragma journal_mode").fetchone()[0])
+
+    def test_only_what_many_commits_have_written_is_checkpointed(self):
+        self.store.writer.CHECKPOINT_AFTER = 400
+        path = self.path("jobs.db")
+        size = os.path.getsize(path)
+        self.set_jobs(dict.fromkeys(range(200), "x" * 50000))  # 10 MB
+        self.ok("/status")
+        self.assertEqual(size, os.path.getsize(path))
+        self.set_jobs(range(200, 600))
+        self.assertGreater(os.path.getsize(path), 10**7)
+
+    def locked(self, name):
+        """Return whether somebody has a lock on a file."""
+        with open(self.path(name)) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def shared(self, **options):
+        """Return a Store of a database that may have others."""
+        store = jobman.Store(self.path("shared.db"), shared=True)
+        self.addCleanup(self.end, store)
+        return store
+
+    def end(self, store):
+        """Close a Store that a test may have closed."""
+        if not store.writer.closed:
+            store.close()
+
+    def test_a_shared_database_is_written_in_turn(self):
+        store, seen = self.shared(), []
+
+        def note(sql):
+            word = re.match(r"begin|commit|pragma wal_checkpoint", sql, re.I)
+            if word:
+                turn, gate = map(self.locked, ("shared.db.turn",
+                                               "shared.db.gate"))
+                seen.append((word.group().lower(), turn, gate))
+
+        store.writer.CHECKPOINT_AFTER = 1
+        store.writer.connection.set_trace_callback(note)
+        store.set(1, [dict(jobman.read_entry({"jobstage": 0}), jobid=1)])
+        store.writer.connection.set_trace_callback(None)
+        self.assertEqual(
+            [(word, True, False)
+             for word in ("begin", "commit", "pragma wal_checkpoint")], seen
+        )
+        self.assertFalse(self.locked("shared.db.turn"))
+
+    def test_who_waits_for_the_turn_keeps_the_gate(self):
+        store = self.shared()
+        for act in (lambda: store.init(1, [0]), store.close):
+            with open(self.path("shared.db.turn")) as turn:
+                fcntl.flock(turn, fcntl.LOCK_EX)
+                thread = threading.Thread(target=act, daemon=True)
+                thread.start()
+                wait_for(lambda: self.locked("shared.db.gate"), "who waits")
+                self.assertTrue(thread.is_alive())
+            thread.join(PATIENCE)
+            self.assertFalse(thread.is_alive())
+
+    def test_a_closed_store_takes_no_change(self):
+        store = self.shared()
+        store.close()
+        with self.assertRaises(jobman.Unavailable):
+            store.set(1, [])
 
 
 class CostTest(StoreCase):
@@ -2998,6 +3217,43 @@ class StartTest(TemporaryFolder):
         sentence = self.refused("--access", "disk/access.json")
         self.assertIn("access.json", sentence)
         self.assertEqual(before, self.files(folder))
+
+    def test_the_last_of_two_servers_clears_up(self):
+        path = self.path("jobs.db")
+        first, second = (jobman.Store(path, shared=True) for _ in range(2))
+        first.close()
+        self.assertRaises(jobman.Trouble, jobman.Store, path)
+        second.close()
+        self.assertEqual(["jobs.db"], os.listdir(self.folder))
+
+    def test_a_lock_that_was_given_up_as_it_was_taken_is_taken_anew(self):
+        path = self.path("jobs.db")
+        first = jobman.ServerLock(path, shared=False)
+
+        class Late(jobman.ServerLock):
+            def take(self, kind):
+                if os.path.exists(path + ".lock"):
+                    first_ends()
+                super().take(kind)
+
+        def first_ends():
+            if not ended:
+                ended.append(True)
+                first.close()
+
+        ended = []
+        with Late(path, shared=False):
+            with self.assertRaises(jobman.Trouble):
+                jobman.ServerLock(path, shared=False)
+        self.assertEqual([], os.listdir(self.folder))
+
+    def test_a_disk_that_is_full_before_the_tables_are_made(self):
+        folder = self.small_disk()
+        self.fill(folder)
+        full = os.path.join(folder, "full")
+        os.truncate(full, os.path.getsize(full) - 2**14)
+        sentence = self.check_untouched("--db", "disk/new.db")
+        self.assertRegex(sentence, "new.db.* (full|space)")
 
 
 # ----------------------------------------------------------------- house ---
