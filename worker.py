@@ -544,12 +544,8 @@ class Worker:
         self.claimer.abort()
         self.reporter.patience = self.beater.patience = 0
         with self.mutex:
-            self.kill(self.commands.values())
-
-    def kill(self, commands):
-        """Kill some commands, without waiting until they are dead."""
-        for command in commands:
-            threading.Thread(target=command.kill, daemon=True).start()
+            for command in self.commands.values():
+                threading.Thread(target=command.kill, daemon=True).start()
 
     def guard(self, work):
         """Do the work of a thread; without it the worker can't go on."""
@@ -828,16 +824,24 @@ class Worker:
             answer = self.beater.heartbeat(self.name, self.lease, claims)
         except Trouble as trouble:
             return self.say("No heartbeat: %s" % trouble)
+        for jobid, claim in claims:
+            if jobid in answer["lost"]:
+                threading.Thread(
+                    target=self.give_up, args=(jobid, claim), daemon=True
+                ).start()
+
+    def give_up(self, jobid, claim):
+        """Kill the command of a claim that is lost.
+
+        Not if the job has come back to us, which we may be about to hear.
+        """
+        self.over.wait(1)
         with self.mutex:
-            lost = [
-                self.commands[jobid]
-                for jobid, claim in claims
-                if jobid in answer["lost"] and jobid in self.commands
-                and self.claims.get(jobid) == claim
-            ]
-        for command in lost:
-            self.say("Job %d: its claim is lost." % command.job["jobid"])
-        self.kill(lost)
+            lost = self.claims.get(jobid) == claim
+            command = self.commands.get(jobid) if lost else None
+        if command is not None:
+            self.say("Job %d: its claim is lost." % jobid)
+            command.kill()
 
 
 # ------------------------------------------------------------------ main ---
