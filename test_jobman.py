@@ -19,6 +19,7 @@ import os
 import pty
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -795,6 +796,29 @@ class ContractTest(StoreCase):
         self.assertEqual(1, self.ok("/status")["totals"]["expired"])
         self.assertCounts()
 
+    def test_neither_a_delays_end_nor_init_gives_a_job_more_time(self):
+        self.set_jobs([1])
+        self.set_jobs([2], stage=1)
+        self.clock.advance(60)
+        self.fail(self.get(0))
+        self.ok("/init/1/1")
+        self.clock.advance(3)
+        self.assertEqual({(0, "waiting"): 1, (1, "done"): 1}, self.states())
+        self.assertEqual(1, self.ok("/status")["totals"]["expired"])
+        self.clock.advance(58)
+        self.store.tick()
+        self.assertEqual(2, self.ok("/status")["totals"]["expired"])
+
+    def test_without_a_lifetime_nothing_stays_flagged(self):
+        self.ok("/lifetime/0/1")
+        self.set_jobs([1])
+        self.clock.advance(61)
+        self.store.tick()
+        self.assertEqual(1, self.ok("/status")["totals"]["expired"])
+        self.ok("/lifetime/0/0")
+        self.assertEqual(0, self.ok("/status")["totals"]["expired"])
+        self.assertCounts()
+
 
 class WsgiContractTest(ContractTest):
     """The same through the WSGI door, its conduct validated."""
@@ -1243,6 +1267,70 @@ class ClaimTest(StoreCase):
         for job in self.get(0, n=2):
             self.assertEqual("delayed", self.fail(job).json()["state"])
 
+    def lapse(self, stage, times=1):
+        """Let a job's lease end, several times."""
+        for _ in range(times):
+            self.get(stage, lease=1)
+            self.clock.advance(2)
+
+    def test_a_success_forgets_the_lapses(self):
+        self.set_jobs([1])
+        for stage in (0, 2):
+            self.lapse(stage, 4)
+            job = self.get(stage, lease=60)
+            self.assertEqual(5, job["attempt"])
+            self.assertReply(200, self.update(job, stage + 2))
+        self.lapse(4)
+        self.assertEqual({(4, "waiting"): 1}, self.states())
+
+    def test_a_claim_from_a_claim_without_lease_is_a_fresh_one(self):
+        self.set_jobs([1], max_attempts=2)
+        self.fail(self.get(0))
+        self.clock.advance(3)
+        self.lapse(0, 4)
+        self.get(0)
+        self.assertEqual(1, self.get(1, lease=60)["attempt"])
+        self.assertEqual(("superseded",), self.attempts("outcome")[-1])
+        self.clock.advance(61)
+        self.assertEqual({(1, "waiting"): 1}, self.states())
+        reply = self.fail(self.get(1)).json()
+        self.assertEqual(("delayed", 1), (reply["state"], reply["failures"]))
+
+    def test_a_failure_told_again_after_its_delay(self):
+        self.set_jobs([1])
+        job = self.get(0)
+        self.fail(job)
+        self.clock.advance(1.5)
+        self.assertEqual(0.5, self.fail(job).json()["delay"])
+        self.clock.advance(1)
+        self.assertEqual(
+            {"jobid": 1, "state": "waiting", "failures": 1, "delay": 0},
+            self.fail(job).json(),
+        )
+
+    def test_a_delay_is_never_longer_than_ten_minutes(self):
+        self.set_jobs([1], max_attempts=2000)
+        delays = []
+        for _ in range(12):
+            delays.append(self.fail(self.get(0)).json()["delay"])
+            self.clock.advance(delays[-1] + 1)
+        self.assertEqual([2, 8, 32, 128, 512] + [600] * 7, delays)
+
+    def test_a_report_is_cut_to_what_is_kept(self):
+        self.set_jobs([1])
+        self.fail(self.get(0), exit_code=2**70, error="e" * 5000,
+                  stderr="s" * 5000)
+        self.assertEqual(
+            [(2**31, 4096, 4096)],
+            self.attempts("exit_code", "length(error)", "length(stderr)"),
+        )
+
+    def test_a_claim_takes_10000_jobs_at_most(self):
+        self.addCleanup(setattr, jobman, "MAX_CLAIMS", jobman.MAX_CLAIMS)
+        jobman.MAX_CLAIMS = 3
+        self.set_jobs(range(5))
+        self.assertEqual(3, len(self.get(0, n=5)))
+
 
 class SweepTest(StoreCase):
     """Part 2: retry, cancel, status, health."""
@@ -1405,6 +1493,44 @@ class SweepTest(StoreCase):
             [(job["jobid"], job["jobcmd"], job["error"]) for job in found],
         )
 
+    def test_retry_forgets_the_lapses(self):
+        self.set_jobs([1])
+        for expected in ("failed", "waiting"):
+            for _ in range(5 if expected == "failed" else 1):
+                self.get(0, lease=1)
+                self.clock.advance(2)
+            self.assertEqual({(0, expected): 1}, self.states())
+            self.ok("/retry", {"all": True})
+
+    def test_a_job_is_done_once_in_the_rate(self):
+        self.set_jobs([1], laststage=2)
+        self.clock.now = 1.6e9 // 60 * 60
+        for _ in range(3):
+            self.call("/update_job/1/2")
+        self.assertEqual(1 / 60, self.ok("/status")["rate"])
+
+    def test_a_job_named_twice_moves_once(self):
+        self.set_jobs([1])
+        self.assertEqual({"cancelled": 1}, self.ok("/cancel", {"ids": [1, 1]}))
+        self.ok("/retry", {"ids": [1]})
+        with self.assertRaises(jobman.Error):
+            self.store.cancel(self.jobix, ids=[1, 1])
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+
+    def test_what_is_due_is_tried_again_when_it_failed(self):
+        self.set_jobs([1])
+        self.fail(self.get(0))
+        connection, begun = self.store.writer.connection, []
+        connection.set_trace_callback(
+            lambda sql: begun.append(sql) if sql.startswith("begin") else None)
+        connection.execute("pragma query_only = 1")
+        self.clock.advance(3)
+        wait_for(lambda: len(begun) > 1, "a second try")
+        connection.execute("pragma query_only = 0")
+        query = "select state from job"
+        wait_for(lambda: rows(self.path("jobs.db"), query)
+                 == [{"state": "waiting"}], "the delay's end")
+
 
 class WaitTest(StoreCase):
     """Part 2: long polls."""
@@ -1535,6 +1661,22 @@ class WaitTest(StoreCase):
         self.closing.close()
         self.assertEqual("nada", answer())
 
+    def test_a_ring_wakes_as_many_as_there_are_jobs(self):
+        bell, key = jobman.Bell(9), (1, 0)
+        with bell.listen([key]) as one, bell.listen([key, (1, 2)]) as two:
+            bell.ring(key, 1)
+            self.assertEqual((True, False), (one.rung, two.rung))
+            bell.ring(key, 1)
+            self.assertEqual((True, True), (one.rung, two.rung))
+        self.assertEqual(([], 0), (bell.keys(), bell.listening))
+
+    def test_a_long_poll_is_cut_to_what_the_server_allows(self):
+        self.addCleanup(setattr, jobman, "MAX_WAIT", jobman.MAX_WAIT)
+        jobman.MAX_WAIT = 0.1
+        began = time.monotonic()
+        self.assertEqual("nada", self.get(0, wait=PATIENCE))
+        self.assertLess(time.monotonic() - began, PATIENCE)
+
 
 class SocketTest(StoreCase):
     """Requests as bytes, and what comes back."""
@@ -1615,6 +1757,24 @@ class SocketTest(StoreCase):
         keep = b"GET /health HTTP/1.0", b"Connection: keep-alive", b""
         reply = self.say(*keep, *keep)
         self.assertEqual(2, reply.count(b"Connection: keep-alive"), reply)
+
+    def test_head_has_no_body(self):
+        reply = self.say(b"HEAD /health HTTP/1.1", b"Host: x", b"")
+        self.assertTrue(reply.startswith(b"HTTP/1.1 405 "), reply)
+        self.assertTrue(reply.endswith(b"\r\n\r\n"), reply)
+
+    def test_a_header_that_stands_twice_is_not_the_last_one(self):
+        jobix = b"jobix: 1", b"jobix: 4711"
+        reply = self.say(b"GET /status HTTP/1.1", *jobix, b"")
+        self.assertTrue(reply.startswith(b"HTTP/1.1 403 "), reply)
+
+    def test_a_body_that_comes_too_slowly_is_408(self):
+        self.addCleanup(setattr, jobman.Handler, "timeout",
+                        jobman.Handler.timeout)
+        jobman.Handler.timeout = 0.1
+        with socket.create_connection(self.address, PATIENCE) as client:
+            client.sendall(b"POST /set HTTP/1.1\r\nContent-Length: 9\r\n\r\n{")
+            self.assertIn(b" 408 ", client.recv(100))
 
 
 class WsgiClaimTest(ClaimTest):
@@ -1744,6 +1904,31 @@ class ApplicationTest(TemporaryFolder):
         self.assertEqual("503 Service Unavailable", status)
         self.assertIn("wsgi.db", log.getvalue())
         self.assertNotIn(b"wsgi.db", body)
+
+    def test_head_has_no_body(self):
+        application, _ = self.open(JOBMAN_DB=self.path("wsgi.db"))
+        environ = {"REQUEST_METHOD": "HEAD", "PATH_INFO": "/health"}
+        wsgiref.util.setup_testing_defaults(environ)
+        self.assertEqual([b""], application(environ, lambda *_: None))
+
+    def test_chunks_with_a_length_are_refused(self):
+        application, _ = self.open(JOBMAN_DB=self.path("wsgi.db"))
+        environ = {
+            "REQUEST_METHOD": "POST", "CONTENT_LENGTH": "2",
+            "HTTP_TRANSFER_ENCODING": "chunked",
+            "wsgi.input": io.BytesIO(b"{}"),
+        }
+        started = self.plain_call("/set", application, environ)
+        self.assertEqual("411", started[:3])
+
+    def test_it_opens_anew_after_its_end(self):
+        application, _ = self.open(JOBMAN_DB=self.path("wsgi.db"))
+        application.close()
+        with replaced_environment(
+            dict(self.environment, JOBMAN_DB=self.path("wsgi.db"))
+        ):
+            self.assertEqual(
+                ("200 OK", b'"nada"'), self.call("/get/0", application))
 
 
 @contextlib.contextmanager
@@ -2021,6 +2206,37 @@ class LoadTest(StoreCase):
         store.close()
         with self.assertRaises(jobman.Unavailable):
             store.set(1, [])
+
+    def test_an_end_waits_for_the_commit_on_its_way(self):
+        store, begun, go = self.shared(), threading.Event(), threading.Event()
+        replies = []
+
+        def slow(tx):
+            store.add(tx, 1, [dict(jobman.read_entry({"jobstage": 0}),
+                                   jobid=1)])
+            begun.set()
+            go.wait(PATIENCE)
+
+        def write():
+            try:
+                replies.append(store.writer.run(slow))
+            except jobman.Error as error:
+                replies.append(error)
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        begun.wait(PATIENCE)
+        closer = threading.Thread(target=store.close, daemon=True)
+        closer.start()
+        wait_for(lambda: store.writer.closed, "the end")
+        closer.join(0.1)
+        self.assertTrue(closer.is_alive())
+        go.set()
+        closer.join(PATIENCE)
+        writer.join(PATIENCE)
+        self.assertEqual([None], replies)
+        found = rows(self.path("shared.db"), "select jobid from job")
+        self.assertEqual([{"jobid": 1}], found)
 
 
 class CostTest(StoreCase):
@@ -2506,6 +2722,91 @@ class WorkerTest(TemporaryFolder):
         status, out, err = self.command(WORKER, "--access", "nowhere.json")
         self.assertEqual((1, ""), (status, out))
         self.assertRegex(err, r"\Aworker\.py: [^\n]*nowhere\.json[^\n]*\.\n\Z")
+
+    def inside(self):
+        """Return a Worker that we drive by hand."""
+        return worker.Worker(self.path(".jobman", "access.json"))
+
+    def test_a_job_runs_under_its_newest_claim_and_no_other(self):
+        self.add("true")
+        inside, old = self.inside(), self.client.get(0, lease=60)
+        self.assertFalse(inside.adopt(old))
+        command = worker.Command(old, ["true"], b"", self.path("result"))
+        with contextlib.closing(command):
+            self.assertTrue(inside.register(command))
+            new = dict(old, claim="new")
+            self.assertTrue(inside.adopt(new))
+            self.assertEqual("new", command.job["claim"])
+            command.job = old
+            self.assertFalse(inside.register(command))
+            inside.report([(old, "release", {})])
+            self.assertEqual({1: "new"}, inside.claims)
+            command.job = new
+            inside.ending.set()
+            self.assertFalse(inside.register(command))
+
+    def test_a_result_that_is_refused_costs_no_other(self):
+        self.add("true", "true", max_attempts=1)
+        deep = []
+        for _ in range(300):
+            deep = [deep]
+        updates = [
+            {"jobid": job["jobid"], "claim": job["claim"], "jobstage": 2}
+            for job in self.client.get(0, lease=60, n=2)
+        ]
+        updates[0]["jobcmd"] = deep
+        self.inside().deliver_updates(updates)
+        self.assertEqual(["failed", "done"], self.states())
+        self.assertIn("nested", self.attempts(1)[0]["error"])
+
+    def test_what_outlives_a_term_is_killed(self):
+        job = {"jobid": 1, "jobstage": 0, "attempt": 1, "filename": None}
+        for trap, kept in (("exit 7", 7), ("", 128 + signal.SIGKILL)):
+            script = "trap '%s' TERM; echo > up; while :; do sleep 0.01; done"
+            argv = ["/bin/sh", "-c", "cd %s; " % self.folder + script % trap]
+            command = worker.Command(job, argv, b"", self.path("result"))
+            command.GRACE = PATIENCE if kept == 7 else 0.2
+            with contextlib.closing(command):
+                command.start()
+                self.addCleanup(command.signal, signal.SIGKILL)
+                wait_for(lambda: os.path.exists(self.path("up")), "its start")
+                command.kill()
+                command.process.wait(PATIENCE)
+                self.assertEqual(kept, command.wait())
+            os.unlink(self.path("up"))
+
+    def test_only_what_is_safe_is_asked_again(self):
+        asked = []
+
+        def listen():
+            with contextlib.suppress(OSError):
+                while True:
+                    client = server.accept()[0]
+                    with client:
+                        asked.append(client.recv(65536))
+                        if len(asked) == 3:
+                            client.sendall(b"HTTP/1.1 503 Later\r\n"
+                                           b"Content-Length: 0\r\n\r\n")
+                        elif len(asked) > 3:
+                            client.sendall(
+                                b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n"
+                                b"Content-Type: application/json\r\n\r\n"
+                                b'"nada"')
+
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            server.listen(9)
+            threading.Thread(target=listen, daemon=True).start()
+            client = worker.Client(
+                url="http://127.0.0.1:%d" % server.getsockname()[1], jobix=1,
+                patience=PATIENCE)
+            self.addCleanup(client.close)
+            with self.assertRaises(worker.Unreachable):
+                client.get(0)
+            self.assertEqual(1, len(asked))
+            self.assertIsNone(client.get(0, lease=60))
+            self.assertEqual(4, len(asked))
+            server.shutdown(socket.SHUT_RDWR)
 
 
 NASTY = [
@@ -3254,6 +3555,41 @@ class StartTest(TemporaryFolder):
         os.truncate(full, os.path.getsize(full) - 2**14)
         sentence = self.check_untouched("--db", "disk/new.db")
         self.assertRegex(sentence, "new.db.* (full|space)")
+
+    def status_line(self, process, name):
+        """Return what /proc says of a process under a name."""
+        found = re.search(
+            r"^%s:?\s+(.*)$" % name,
+            b"\n".join(read("/proc/%d/%s" % (process.pid, file))
+                       for file in ("status", "limits")).decode(), re.M)
+        return found.group(1).split()
+
+    def test_what_nohup_ignores_stays_ignored(self):
+        def prepare():
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+        process = self.spawn(
+            JOBMAN, "serve", "--port", "0", preexec_fn=prepare)
+        process.stdout.readline()
+        worker = self.spawn(WORKER, preexec_fn=prepare)
+        hup = 1 << signal.SIGHUP - 1
+        term = 1 << signal.SIGTERM - 1
+        for started in (process, worker):
+            wait_for(lambda started=started: int(self.status_line(
+                started, "SigCgt")[0], 16) & term, "its handlers")
+            ignored = int(self.status_line(started, "SigIgn")[0], 16)
+            self.assertTrue(ignored & hup)
+
+    def test_a_server_takes_as_many_connections_as_it_may(self):
+        def prepare():
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (100, most))
+
+        process = self.spawn(
+            JOBMAN, "serve", "--port", "0", preexec_fn=prepare)
+        process.stdout.readline()
+        soft, hard, _ = self.status_line(process, "Max open files")
+        self.assertEqual(hard, soft)
 
 
 # ----------------------------------------------------------------- house ---
