@@ -269,10 +269,8 @@ class SQL:
         and free between :least and :most and state = :state"""
     # one look-up in job_queue at any number of jobs
     FREE = """
-        select job.*, coalesce(laststage, (
-                select laststage from pipeline
-                where pipeline.jobix = job.jobix)) as final
-        from job where jobix = :jobix and stage = :stage and free = 1
+        select * from job
+        where jobix = :jobix and stage = :stage and free = 1
         order by priority desc, jobid limit :limit"""
     ANY_FREE = """
         select 1 from job where jobix = :jobix and stage = :stage
@@ -2906,8 +2904,7 @@ class Run:
         given = self.store.submit(self.store.jobix, submissions)
         ids = [ids[0] for ids in given]
         self.store.limit_attempts(self.store.jobix, ids, self.max_attempts)
-        for state in ("cancelled", "failed"):
-            self.store.retry(self.store.jobix, ids=ids, state=state)
+        self.store.retry(self.store.jobix, ids=ids, state="cancelled")
         self.items += len(items)
 
     def job(self, item, place):
