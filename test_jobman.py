@@ -1523,10 +1523,13 @@ class SweepTest(StoreCase):
         connection, begun = self.store.writer.connection, []
         connection.set_trace_callback(
             lambda sql: begun.append(sql) if sql.startswith("begin") else None)
-        connection.execute("pragma query_only = 1")
-        self.clock.advance(3)
-        wait_for(lambda: len(begun) > 1, "a second try")
-        connection.execute("pragma query_only = 0")
+        connection.execute("pragma busy_timeout = 1")
+        path = self.path("jobs.db")
+        other = sqlite3.connect(path, isolation_level=None)
+        with contextlib.closing(other):
+            other.execute("begin immediate")  # somebody else's lock
+            self.clock.advance(3)
+            wait_for(lambda: len(begun) > 1, "a second try")
         query = "select state from job"
         wait_for(lambda: rows(self.path("jobs.db"), query)
                  == [{"state": "waiting"}], "the delay's end")
