@@ -2752,7 +2752,7 @@ def announcement(options, access_file, access):
 
 
 def serve(options):
-    """Serve a database until SIGINT or SIGTERM."""
+    """Serve a database until a signal ends it."""
     raise_file_limit()
     ending = until_signal()
     access_file = options.access or access_path()
