@@ -164,10 +164,26 @@ def unpack(body):
 # ------------------------------------------------------- schema and SQL ---
 
 APPLICATION_ID = 0x6A6F626D  # "jobm", in the database's header
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-# All text that came as JSON and isn't computed with (jobcmd, filename, cwd,
-# outputs) is kept as JSON text: so every string survives as it came.
+# What schema 2 has and schema 1 hadn't, beside the columns in UPGRADES.
+NEW_TABLES = """
+create table runtime (                 -- of attempts that ended as done
+    jobix integer not null, stage integer not null, bucket integer not null,
+    attempts integer not null,
+    primary key (jobix, stage, bucket));
+
+create table worker (
+    jobix integer not null, name text not null, host text,
+    slots integer, busy integer, done integer, failed integer,
+    heard real not null,               -- when its last heartbeat came
+    quarantine text,                   -- why it takes no more work
+    primary key (jobix, name));
+create index worker_heard on worker (jobix, heard);
+"""
+
+# All text that came as JSON and isn't computed with (jobcmd, filename, files,
+# cwd, outputs) is kept as JSON text: so every string survives as it came.
 SCHEMA = """
 create table setting (name text primary key, value);
 
@@ -196,8 +212,11 @@ create table job (
     attempt integer not null default 0,   -- these three since the job came
     failures integer not null default 0,  -- into the stage that it is
     lapses integer not null default 0,    -- claimed from
+    rejects integer not null default 0,   -- since it was added or retried
+    made integer,                      -- stage whose claim made its files
     jobcmd text,
     filename text,
+    files text,
     laststage integer,
     max_attempts integer,
     timeout real,
@@ -221,7 +240,11 @@ create table attempt (
     outcome text not null,
     exit_code integer,
     error text,
-    stderr text);
+    stderr text,
+    jobcmd text,                       -- these four: what the job had,
+    filename text,                     -- where the attempt's update
+    files text,                        -- replaced it; null: it didn't
+    made integer);
 create index attempt_job on attempt (job);
 
 create table tally (
@@ -237,7 +260,20 @@ create table submission (
     jobix integer not null, key text not null,
     first integer not null, jobs integer not null,
     primary key (jobix, key));
-"""
+""" + NEW_TABLES
+
+# What brings a database of each older version to the next one.
+UPGRADES = {
+    1: """
+alter table job add column rejects integer not null default 0;
+alter table job add column made integer;
+alter table job add column files text;
+alter table attempt add column jobcmd text;
+alter table attempt add column filename text;
+alter table attempt add column files text;
+alter table attempt add column made integer;
+""" + NEW_TABLES,
+}
 
 
 class SQL:
@@ -487,22 +523,43 @@ def create_schema(path):
         remove(draft)
 
 
+def upgrade(connection):
+    """Bring a database of an older version up to date, all or nothing.
+
+    The caller keeps others off. The version is read through SQLite, for the
+    file's header may be older than the WAL; the checkpoint brings it there,
+    where an older jobman looks.
+    """
+    version = connection.execute("pragma user_version").fetchone()[0]
+    steps = [UPGRADES[old] for old in range(version, SCHEMA_VERSION)]
+    if steps:
+        connection.executescript(
+            "begin immediate; %s pragma user_version = %d; commit;"
+            % ("".join(steps), SCHEMA_VERSION)
+        )
+        connection.execute("pragma wal_checkpoint(passive)")
+
+
 def open_writer(path):
     """Return the connection that changes the database at `path`.
 
-    Makes the database when there is none. Raises Trouble with a sentence
-    for the user when it can't be used, and leaves the file untouched then.
+    Makes the database when there is none, brings an older one up to date.
+    Raises Trouble with a sentence for the user when it can't be used, and
+    leaves the file untouched then.
     """
-    with telling(path):
+    with telling(path), contextlib.ExitStack() as undo:
         if inspect(path) == 0:
             create_schema(path)
         if not os.access(path, os.W_OK):
             raise Trouble("The database %s is not writable." % path)
         connection = connect(path, readonly=False)
+        undo.callback(connection.close)
         mode = connection.execute("pragma journal_mode = wal").fetchone()[0]
+        if mode != "wal":
+            raise Trouble("The file system of %s can't hold a WAL." % path)
         connection.execute("pragma synchronous = full")
-    if mode != "wal":
-        raise Trouble("The file system of %s can't hold a WAL." % path)
+        upgrade(connection)
+        undo.pop_all()
     return connection
 
 

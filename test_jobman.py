@@ -2242,6 +2242,150 @@ class LoadTest(StoreCase):
         self.assertEqual([{"jobid": 1}], found)
 
 
+SCHEMA_1 = """
+create table setting (name text primary key, value);
+
+create table pipeline (jobix integer primary key, laststage integer not null);
+
+create table lifetime (
+    jobix integer not null, stage integer not null, minutes integer not null,
+    primary key (jobix, stage));
+
+create table job (
+    row integer primary key,
+    jobix integer not null,
+    jobid integer not null,
+    stage integer not null,
+    state text not null,
+    free integer not null,
+    priority integer not null,
+    expired integer not null default 0,
+    since real not null,
+    due real,
+    lease real,
+    origin integer,
+    held integer,
+    claim text,
+    worker text,
+    attempt integer not null default 0,
+    failures integer not null default 0,
+    lapses integer not null default 0,
+    jobcmd text,
+    filename text,
+    laststage integer,
+    max_attempts integer,
+    timeout real,
+    cwd text,
+    outputs text,
+    unique (jobix, jobid));
+create index job_queue on job (jobix, stage, free, priority desc, jobid);
+create index job_age on job (jobix, stage, expired, since);
+create index job_due on job (due);
+
+create table attempt (
+    row integer primary key,
+    job integer not null,
+    claim text not null,
+    attempt integer not null,
+    stage integer not null,
+    target integer,
+    worker text,
+    started real not null,
+    ended real not null,
+    outcome text not null,
+    exit_code integer,
+    error text,
+    stderr text);
+create index attempt_job on attempt (job);
+
+create table tally (
+    jobix integer not null, stage integer not null, state text not null,
+    jobs integer not null, expired integer not null,
+    primary key (jobix, stage, state));
+
+create table pace (
+    jobix integer not null, minute integer not null, done integer not null,
+    primary key (jobix, minute));
+
+create table submission (
+    jobix integer not null, key text not null,
+    first integer not null, jobs integer not null,
+    primary key (jobix, key));
+
+pragma application_id = 1785684589;
+pragma user_version = 1;
+
+insert into setting values ('jobix', '4711');
+insert into job (jobix, jobid, stage, state, free, priority, since, jobcmd)
+    values (4711, 1, 0, 'waiting', 1, 0, 1.5e9, '"old"');
+insert into job (jobix, jobid, stage, state, free, priority, since, due,
+        lease, origin, held, claim, worker, attempt)
+    values (4711, 2, 3, 'working', 0, 0, 1.5e9, 1.5e9, 60, 2, 3, 'token',
+        'w', 1);
+insert into attempt (job, claim, attempt, stage, started, ended, outcome)
+    values (1, 'earlier', 1, 0, 1.4e9, 1.5e9, 'failed');
+insert into tally values (4711, 0, 'waiting', 1, 0);
+insert into tally values (4711, 3, 'working', 1, 0);
+"""
+
+
+class UpgradeTest(StoreCase):
+    """A database of schema 1 is brought up to date and goes on."""
+
+    def open(self):
+        path = self.path("jobs.db")
+        if not os.path.exists(path):
+            with contextlib.closing(sqlite3.connect(path)) as old:
+                old.executescript(SCHEMA_1)
+        super().open()
+
+    def columns(self, path):
+        """Return {table: its columns, with type, default, and key}."""
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            names = db.execute(
+                "select name, type from sqlite_master order by name")
+            return {
+                pair: sorted(
+                    column[1:] for column in
+                    db.execute("pragma table_info(%s)" % pair[0])
+                ) for pair in names.fetchall()
+            }
+
+    def test_its_jobs_go_on(self):
+        self.assertEqual(
+            {(0, "waiting"): 1, (3, "working"): 1}, self.states()
+        )
+        self.assertReply(200, self.call("/update_job/2/4?claim=token"))
+        self.assertEqual("old", self.get(0)["jobcmd"])
+        self.assertEqual(
+            [(1, "failed"), (2, "done")], self.attempts("job", "outcome")
+        )
+        self.restart()
+        self.assertEqual(
+            {(1, "working"): 1, (4, "waiting"): 1}, self.states()
+        )
+
+    def test_it_is_then_as_a_new_one(self):
+        jobman.Store(self.path("new.db")).close()
+        self.closing.close()
+        new, old = self.path("new.db"), self.path("jobs.db")
+        self.assertEqual(self.columns(new), self.columns(old))
+        self.assertEqual(jobman.SCHEMA_VERSION, jobman.inspect(old))
+
+    def test_an_older_jobman_sees_at_once_that_it_is_newer(self):
+        self.assertEqual(2, jobman.inspect(self.path("jobs.db")))
+
+    def test_it_changes_as_a_whole_or_not_at_all(self):
+        path = self.path("odd.db")
+        with contextlib.closing(sqlite3.connect(path)) as odd:
+            odd.executescript(SCHEMA_1 + "create table worker (a);")
+        before = self.columns(path)
+        with self.assertRaises(jobman.Trouble):
+            jobman.Store(path)
+        self.assertEqual(before, self.columns(path))
+        self.assertEqual(1, jobman.inspect(path))
+
+
 class CostTest(StoreCase):
     """What an operation costs doesn't depend on how many jobs there are."""
 
@@ -3683,7 +3827,8 @@ class HouseTest(TemporaryFolder):
             self.assertIn("`%s`" % state, readme)
 
     def test_no_sql_uses_what_sqlite_3_7_17_lacks(self):
-        sql = jobman.SCHEMA + " ".join(
+        upgrades = jobman.UPGRADES.values()
+        sql = jobman.SCHEMA + " ".join(upgrades) + " ".join(
             text for name, text in vars(jobman.SQL).items() if name.isupper()
         )
         for word in ("returning", "on conflict", "over (", "with ", "filter",
