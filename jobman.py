@@ -318,8 +318,11 @@ class SQL:
             expired = 0, since = :since, due = :due, lease = :lease,
             origin = :origin, held = :held, claim = :claim,
             worker = :worker, attempt = :attempt, failures = :failures,
-            lapses = :lapses, jobcmd = coalesce(:jobcmd, jobcmd),
-            filename = coalesce(:filename, filename)
+            lapses = :lapses, rejects = coalesce(:rejects, rejects),
+            jobcmd = coalesce(:jobcmd, jobcmd),
+            filename = coalesce(:filename, filename),
+            made = case when :files is null then made else :origin end,
+            files = coalesce(:files, files)
         where row = :row and stage = :old_stage and state = :old_state
             and claim is :old_claim"""
     LIMIT_ATTEMPTS = """
@@ -354,17 +357,35 @@ class SQL:
     KEEP_SUBMISSION = """
         insert into submission values (:jobix, :key, :first, :jobs)"""
 
-    # written once, when an attempt ends …
+    # written once, when an attempt ends and before its job moves: what is
+    # about to be replaced is kept, an empty one as text, for null says that
+    # it stays …
     END_ATTEMPT = """
         insert into attempt (job, claim, attempt, stage, target, worker,
-            started, ended, outcome, exit_code, error, stderr)
-        values (:row, :claim, :attempt, :origin, :target, :worker, :since,
-            :now, :outcome, :exit_code, :error, :stderr)"""
+            started, ended, outcome, exit_code, error, stderr, jobcmd,
+            filename, files, made)
+        select :row, :claim, :attempt, :origin, :target, :worker, :since,
+            :now, :outcome, :exit_code, :error, :stderr,
+            case when :new_jobcmd then coalesce(jobcmd, 'null') end,
+            case when :new_filename then coalesce(filename, 'null') end,
+            case when :new_files then coalesce(files, '[]') end,
+            case when :new_files then made end
+        from job where row = :row"""
     # … and once more when it had lapsed and ended after all
     MEND_ATTEMPT = """
         update attempt set target = :target, ended = :now,
             outcome = :outcome, exit_code = :exit_code, error = :error,
-            stderr = :stderr
+            stderr = :stderr,
+            jobcmd = case when :new_jobcmd then (
+                select coalesce(jobcmd, 'null') from job
+                where row = :row) end,
+            filename = case when :new_filename then (
+                select coalesce(filename, 'null') from job
+                where row = :row) end,
+            files = case when :new_files then (
+                select coalesce(files, '[]') from job where row = :row) end,
+            made = case when :new_files then (
+                select made from job where row = :row) end
         where job = :row and claim = :claim"""
     ATTEMPT = """
         select outcome, target from attempt
@@ -372,7 +393,7 @@ class SQL:
 
     # a job with its last attempt
     LAST_ATTEMPT = """
-        select jobid, jobcmd, error, stderr
+        select jobid, job.jobcmd, error, stderr
         from job left join attempt on attempt.job = job.row
         where jobix = :jobix and jobid = :jobid
         order by attempt.row desc limit 1"""
@@ -1107,7 +1128,7 @@ class Store:
         """
         values = dict(
             job, since=tx.now, due=None, lease=None, claim=None,
-            jobcmd=None, filename=None,
+            jobcmd=None, filename=None, files=None, rejects=None,
         )
         values.update(
             after,
@@ -1132,13 +1153,20 @@ class Store:
         if before["expired"]:
             tx.count("expired", *left, n=-1)
 
-    def end_attempt(self, tx, job, outcome, target=None, report=None):
-        """Write down how the attempt ended that `job`'s claim stands for."""
+    def end_attempt(
+        self, tx, job, outcome, *, target=None, report=None, given=()
+    ):
+        """Write down how the attempt ended that `job`'s claim stands for.
+
+        `given` are the columns that its update is about to replace.
+        """
         if job["claim"] is None:
             return
         values = dict(job, now=tx.now, outcome=outcome, target=target)
         values.update(dict.fromkeys(("exit_code", "error", "stderr")))
         values.update(report or {})
+        for name in ("jobcmd", "filename", "files"):
+            values["new_" + name] = name in given
         if job["lapses"] and tx.execute(SQL.MEND_ATTEMPT, values).rowcount:
             return
         tx.execute(SQL.END_ATTEMPT, values)
@@ -1293,24 +1321,27 @@ class Store:
         """Put a job into `stage`: its attempt, if any, is done.
 
         `given` may have `claim` (then Error 409 and no change when it isn't
-        the job's any more), `filename`, `jobcmd` and `report`. Raises Error
-        404 when there is no such job.
+        the job's any more), `report`, and `filename`, `jobcmd` and `files`,
+        which replace the job's where they aren't None. Raises Error 404 when
+        there is no such job.
         """
         self.update(tx, jobix, jobid, stage, **given)
 
     def update(
-        self, tx, jobix, jobid, stage, *,
-        claim=None, filename=None, jobcmd=None, report=None
+        self, tx, jobix, jobid, stage, *, claim=None, report=None, **given
     ):
         """Do what update_job says, as a part of an operation."""
         job = self.find(tx, jobix, jobid)
         if self.settled(tx, job, claim, "done", stage):
             return
-        self.end_attempt(tx, job, "done", stage, report)
+        given = {k: text for k, text in given.items() if text is not None}
+        self.end_attempt(
+            tx, job, "done", target=stage, report=report, given=given
+        )
         state = stage_state(stage, job["final"])
         self.move(
-            tx, job, stage=stage, state=state, filename=filename,
-            jobcmd=jobcmd, attempt=0, failures=0, lapses=0,
+            tx, job, stage=stage, state=state, attempt=0, failures=0,
+            lapses=0, **given
         )
         if state == "done" != job["state"]:
             tx.count("done", jobix)
@@ -1888,6 +1919,7 @@ def anything(value, name):
     return text
 
 
+SIZE = integer(0, 2**63 - 1)
 STAGE = integer(0, MAX_STAGE)
 JOBID = integer(0, MAX_JOBID)
 MINUTES = integer(0, MAX_MINUTES)
@@ -1896,6 +1928,23 @@ MINUTES = integer(0, MAX_MINUTES)
 def read_stages(text, name):
     """Read one stage or several with commas between."""
     return [STAGE(number(part), name) for part in text.split(",")]
+
+
+def read_files(value, name):
+    """Read a list of files as they were made; return it as JSON text."""
+    keys = "path", "size", "sha256"
+    if type(value) is not list or any(
+        type(file) is not dict or set(file) != set(keys) for file in value
+    ):
+        message = "%s must be a list of objects with path, size and sha256."
+        raise Error(400, message % name)
+    for file in value:
+        string(file["path"], "path")
+        SIZE(file["size"], "size")
+        digest = file["sha256"]
+        if type(digest) is not str or not re.match("[0-9a-f]{64}\\Z", digest):
+            raise Error(400, "sha256 must be 64 of 0-9 and a-f.")
+    return to_json([{key: file[key] for key in keys} for file in value])
 
 
 # What a job may carry in /set: each key with its reader.
@@ -1962,6 +2011,7 @@ def read_result(given):
     return {
         "filename": read_optional(given, "filename", string),
         "jobcmd": read_optional(given, "jobcmd", anything),
+        "files": read_optional(given, "files", read_files),
         "report": read_report(given),
     }
 
@@ -2118,7 +2168,7 @@ def claim_reply(job):
     }
     if job["priority"]:
         reply["priority"] = job["priority"]
-    for name in ("laststage", "max_attempts", "timeout"):
+    for name in ("laststage", "max_attempts", "timeout", "made"):
         if job[name] is not None:
             reply[name] = job[name]
     texts = {"jobcmd": job["jobcmd"] or "null"}
@@ -2126,6 +2176,8 @@ def claim_reply(job):
     for name in ("cwd", "outputs"):
         if job[name] is not None:
             texts[name] = job[name]
+    if job["files"] not in (None, "[]"):
+        texts["files"] = job["files"]
     kept = "".join(', "%s": %s' % pair for pair in texts.items())
     return to_json(reply)[:-1] + kept + "}"
 

@@ -1154,6 +1154,110 @@ class ClaimTest(StoreCase):
         job = self.get(2)
         self.assertEqual(("one", ["new"]), (job["filename"], job["jobcmd"]))
 
+    def made(self, *names):
+        """Return what an update says of files that a command made."""
+        return [
+            {"path": name, "size": 5, "sha256": "0123456789abcdef" * 4}
+            for name in names
+        ]
+
+    def carried(self, job):
+        """Return what a claimed job carries of files, None what it doesn't."""
+        return job.get("files"), job.get("made")
+
+    def test_an_update_says_what_files_were_made(self):
+        self.set_jobs([1])
+        files = self.made("a", "b/\udcff\ud800 \0")
+        job = self.get(0)
+        self.assertEqual((None, None), self.carried(job))
+        self.assertReply(200, self.update(
+            job, 2, body=packed({"files": files})))
+        for stage in (2, 4):  # without a word of files they stay
+            job = self.get(stage)
+            self.assertEqual((files, 0), self.carried(job))
+            body = packed({"files": None} if stage == 2 else {})
+            self.assertReply(200, self.update(job, stage + 2, body=body))
+        self.ok("/update_jobs", [
+            {"jobid": 1, "jobstage": 8, "claim": self.get(6)["claim"],
+             "files": files[:1]}])
+        job = self.get(8)
+        self.assertEqual((files[:1], 6), self.carried(job))
+        self.assertReply(200, self.update(
+            job, 10, body=packed({"files": []})))
+        job = self.get(10)
+        self.assertEqual((None, 8), self.carried(job))
+        self.assertNotIn("files", job)
+
+    def test_files_of_a_job_that_nobody_claimed_were_made_nowhere(self):
+        self.set_jobs([1])
+        files = self.made("a")
+        self.assertReply(
+            200, self.post("/update_job/1/2", {"files": files}))
+        self.assertEqual((files, None), self.carried(self.get(2)))
+
+    def test_bad_files_change_nothing(self):
+        self.set_jobs([1])
+        good, = self.made("a")
+        for wrong in (
+            {"path": 1}, {"path": None}, {"size": -1}, {"size": 1.5},
+            {"size": True}, {"size": 2**63}, {"sha256": "0" * 63},
+            {"sha256": "0" * 65}, {"sha256": "A" * 64}, {"sha256": 7},
+            {"sha256": "0" * 64 + "\n"}, {"more": 1},
+        ):
+            given = {"files": [good, dict(good, **wrong)]}
+            self.assertReply(400, self.post("/update_job/1/2", given))
+            update = dict(given, jobid=1, jobstage=2)
+            self.assertReply(400, self.post("/update_jobs", [update]))
+        for files in ({}, "a", 7, ["a"], [{}], [{"path": "a", "size": 1}]):
+            given = {"files": files}
+            self.assertReply(400, self.post("/update_job/1/2", given))
+        job = {"jobstage": 0, "files": []}
+        self.assertReply(400, self.post("/set", {2: job}))
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+
+    GIVEN = "jobcmd", "filename", "files", "made"
+
+    def test_an_attempt_keeps_what_its_update_replaced(self):
+        self.set_jobs({1: ["old"]})
+        files = self.made("a")
+        steps = (
+            (0, {"files": files}),
+            (2, {"jobcmd": 0, "filename": "f"}),
+            (4, {}),
+            (6, {"jobcmd": 1, "filename": "g", "files": []}),
+            (8, {"files": files}),
+        )
+        for stage, given in steps:
+            job = self.get(stage, lease=60)
+            self.assertReply(
+                200, self.update(job, stage + 2, body=packed(given)))
+        self.fail(self.get(10))
+        self.assertEqual([
+            (None, None, "[]", None),
+            ('["old"]', "null", None, None),
+            (None, None, None, None),
+            ("0", '"f"', json.dumps(files), 0),
+            (None, None, "[]", 6),
+            (None, None, None, None),
+        ], self.attempts(*self.GIVEN))
+
+    def test_a_late_result_too_keeps_what_it_replaced(self):
+        self.set_jobs({1: "old", 2: "old"})
+        files = self.made("a")
+        for job in self.get(0, n=2, lease=60):
+            self.assertReply(200, self.update(
+                job, 2, body=packed({"files": files})))
+        given = {"jobcmd": 1, "filename": "g", "files": files}
+        jobs = self.get(2, n=2, lease=60)
+        self.clock.advance(61)
+        self.assertEqual({(2, "waiting"): 2}, self.states())
+        for job, body in zip(jobs, (given, {})):
+            self.assertReply(200, self.update(job, 4, body=packed(body)))
+        self.assertEqual(
+            [('"old"', "null", json.dumps(files), 0), (None,) * 4],
+            self.attempts(*self.GIVEN)[2:],
+        )
+
     def test_a_malformed_entry_refuses_all_of_update_jobs(self):
         self.set_jobs([1])
         fine = {"jobid": 1, "jobstage": 2}
