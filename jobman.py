@@ -25,6 +25,7 @@ import http.server
 import io
 import ipaddress
 import json
+import math
 import os
 import re
 import resource
@@ -410,6 +411,15 @@ class SQL:
         update pace set done = done + :done
         where jobix = :jobix and minute = :minute"""
     PACE_FIRST = "insert into pace values (:jobix, :minute, :done)"
+    TIMED = """
+        update runtime set attempts = attempts + :attempts
+        where jobix = :jobix and stage = :stage and bucket = :bucket"""
+    TIMED_FIRST = """
+        insert into runtime values (:jobix, :stage, :bucket, :attempts)"""
+    # one range of the primary key, at most 161 rows for each stage
+    RUN_TIMES = """
+        select stage, bucket, attempts from runtime where jobix = :jobix
+        order by stage, bucket"""
     DONE_SINCE = """
         select coalesce(sum(done), 0) from pace
         where jobix = :jobix and minute >= :minute"""
@@ -720,6 +730,10 @@ class Transaction:
             if kind == "done":
                 values = {"jobix": key[0], "minute": minute, "done": n}
                 self.add(SQL.PACE, SQL.PACE_FIRST, values)
+            elif kind == "timed":
+                values = dict(zip(("jobix", "stage", "bucket"), key))
+                values["attempts"] = n
+                self.add(SQL.TIMED, SQL.TIMED_FIRST, values)
 
     def add(self, update, insert, values):
         """Add `values` to a row of sums, which may be its first."""
@@ -969,6 +983,8 @@ PUT_ASIDE = ("failed", "cancelled", "aborted")  # until a retry
 STATES = (*UNENDED, "done", *PUT_ASIDE)
 RETRIABLE = ("done", *PUT_ASIDE)
 CANCELLABLE = (*UNENDED, "failed", "aborted")
+# What the end of an attempt may say of itself.
+BLANK_REPORT = dict.fromkeys(("exit_code", "error", "stderr", "seconds"))
 CHUNK = 5000  # jobs that one transaction of a sweeping change moves
 
 
@@ -1047,6 +1063,27 @@ class Readers:
 def new_figures():
     """Return the figures of a stage without jobs."""
     return {"jobs": 0, "expired": 0, "states": dict.fromkeys(STATES, 0)}
+
+
+def run_bucket(seconds):
+    """Return the number of the bucket that a run time is counted in.
+
+    There are four to a doubling, and bucket 0 ends at a millisecond.
+    """
+    return max(0, math.ceil(4 * math.log2(max(seconds, 0.001) * 1000)))
+
+
+def percentile(buckets, part):
+    """Return the seconds within which a `part` (0 to 1) of attempts ran.
+
+    `buckets` is a list of (bucket, attempts), in order. The answer is the
+    upper end of a bucket, so up to a fifth too high.
+    """
+    left = part * sum(attempts for _, attempts in buckets)
+    for bucket, attempts in buckets:
+        left -= attempts
+        if left <= 0:
+            return 0.001 * 2 ** (bucket / 4)
 
 
 class Store:
@@ -1163,13 +1200,18 @@ class Store:
         if job["claim"] is None:
             return
         values = dict(job, now=tx.now, outcome=outcome, target=target)
-        values.update(dict.fromkeys(("exit_code", "error", "stderr")))
+        values.update(BLANK_REPORT)
         values.update(report or {})
         for name in ("jobcmd", "filename", "files"):
             values["new_" + name] = name in given
-        if job["lapses"] and tx.execute(SQL.MEND_ATTEMPT, values).rowcount:
-            return
-        tx.execute(SQL.END_ATTEMPT, values)
+        took = values["seconds"]
+        lapsed = job["lapses"] > 0
+        if not (lapsed and tx.execute(SQL.MEND_ATTEMPT, values).rowcount):
+            tx.execute(SQL.END_ATTEMPT, values)
+            took = tx.now - job["since"] if took is None else took
+        if outcome == "done" and took is not None:
+            key = job["jobix"], job["origin"], run_bucket(took)
+            tx.count("timed", *key)
 
     def cut_off(self, tx, job, outcome):
         """Write down that `job`, if somebody works on it, is taken away."""
@@ -1643,18 +1685,38 @@ class Store:
                 figures["expired"] += row["expired"]
                 figures["states"][row["state"]] += row["jobs"]
         totals = stages.pop(None, new_figures())
+        runtimes = self.runtimes(execute, jobix)
+        for stage in runtimes:
+            stages.setdefault(stage, new_figures())
         rate = self.rate(execute, jobix)
         left = sum(totals["states"][state] for state in UNENDED)
         return {
             "version": __version__,
             "time": self.clock(),
             "stages": [
-                dict(figures, stage=stage, lifetime=lifetimes.get(stage, 0))
-                for stage, figures in stages.items()
+                dict(
+                    figures, stage=stage, lifetime=lifetimes.get(stage, 0),
+                    runtime=runtimes.get(stage),
+                )
+                for stage, figures in sorted(stages.items())
             ],
             "totals": totals,
             "rate": rate,
             "seconds_left": left / rate if rate else None,
+        }
+
+    def runtimes(self, execute, jobix):
+        """Return {stage: how long the commands of its attempts ran}."""
+        stages = {}
+        for stage, *bucket in execute(SQL.RUN_TIMES, {"jobix": jobix}):
+            stages.setdefault(stage, []).append(bucket)
+        return {
+            stage: {
+                "attempts": sum(attempts for _, attempts in buckets),
+                "median": percentile(buckets, 0.5),
+                "p90": percentile(buckets, 0.9),
+            }
+            for stage, buckets in stages.items()
         }
 
     def rate(self, execute, jobix):
@@ -2003,6 +2065,8 @@ def read_report(given):
             report[name] = clean(text[-MAX_REPORT:])
     if type(given.get("exit_code")) is int:
         report["exit_code"] = max(-(2**31), min(given["exit_code"], 2**31))
+    with contextlib.suppress(Error):
+        report["seconds"] = seconds(given.get("seconds"), "seconds")
     return report
 
 

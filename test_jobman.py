@@ -1560,6 +1560,64 @@ class SweepTest(StoreCase):
         figures = self.ok("/status")
         self.assertEqual((0, None), (figures["rate"], figures["seconds_left"]))
 
+    def runtimes(self, jobix=None):
+        """Return {stage: (attempts, median, p90)} where there are any."""
+        stages = self.ok("/status", jobix=jobix)["stages"]
+        return {
+            stage["stage"]: tuple(stage["runtime"][key] for key in
+                                  ("attempts", "median", "p90"))
+            for stage in stages if stage["runtime"]
+        }
+
+    def test_status_knows_how_long_the_commands_of_a_stage_ran(self):
+        self.set_jobs(range(10))
+        self.assertEqual([None], [
+            stage["runtime"] for stage in self.ok("/status")["stages"]])
+        updates = [
+            {"jobid": job["jobid"], "jobstage": 2, "claim": job["claim"],
+             "seconds": 0.004 if job["jobid"] < 5 else 2.048}
+            for job in self.get(0, n=10, lease=60)
+        ]
+        updates[9]["seconds"] = 10**9
+        self.ok("/update_jobs", updates)
+        self.assertEqual({0: (10, 0.004, 2.048)}, self.runtimes())
+        for job, given in zip(
+            self.get(2, n=3, lease=60), ({"seconds": 0}, {"seconds": "7"}, {})
+        ):
+            self.clock.advance(8.192)
+            self.assertReply(200, self.update(job, 4, body=packed(given)))
+        runtimes = self.runtimes()
+        self.assertEqual((3, 16.384), runtimes[2][:2])
+        self.assertEqual(3, self.ok("/status")["stages"][-1]["jobs"])
+        self.assertEqual({}, self.runtimes(jobix=1))
+
+    def test_only_what_was_done_and_known_counts_as_a_run_time(self):
+        self.set_jobs([1, 2, 3])
+        failed, late, told = self.get(0, n=3, lease=60)
+        self.assertReply(200, self.fail(failed, seconds=5))
+        self.clock.advance(61)
+        self.store.tick()
+        self.assertReply(200, self.update(late, 2))
+        self.assertEqual({}, self.runtimes())  # when it ended nobody knows
+        body = packed({"seconds": 0.001})
+        self.assertReply(200, self.update(told, 2, body=body))
+        self.assertReply(200, self.update(told, 2, body=body))
+        self.assertReply(200, self.call("/update_job/3/4"))
+        self.assertEqual({0: (1, 0.001, 0.001)}, self.runtimes())
+
+    def test_a_clock_set_back_makes_no_run_time_negative(self):
+        self.set_jobs([1])
+        job = self.get(0, lease=60)
+        self.clock.advance(-30)
+        self.assertReply(200, self.update(job, 2))
+        self.assertEqual({0: (1, 0.001, 0.001)}, self.runtimes())
+
+    def test_a_run_time_is_at_most_a_fifth_too_long(self):
+        for seconds in (0.001, 0.0013, 0.5, 1, 59.9, 86400, 10**9):
+            told = jobman.percentile([(jobman.run_bucket(seconds), 1)], 0.5)
+            self.assertGreaterEqual(told * (1 + 1e-9), seconds)
+            self.assertLess(told, seconds * 1.2)
+
     def test_status_of_nothing(self):
         figures = self.ok("/status", jobix=5)
         self.assertEqual([], figures["stages"])
