@@ -1582,12 +1582,12 @@ class SweepTest(StoreCase):
         self.ok("/update_jobs", updates)
         self.assertEqual({0: (10, 0.004, 2.048)}, self.runtimes())
         for job, given in zip(
-            self.get(2, n=3, lease=60), ({"seconds": 0}, {"seconds": "7"}, {})
+            self.get(2, n=3, lease=60), ({"seconds": "7"}, {}, {"seconds": 0})
         ):
             self.clock.advance(8.192)
             self.assertReply(200, self.update(job, 4, body=packed(given)))
         runtimes = self.runtimes()
-        self.assertEqual((3, 16.384), runtimes[2][:2])
+        self.assertEqual((3, 8.192), runtimes[2][:2])
         self.assertEqual(3, self.ok("/status")["stages"][-1]["jobs"])
         self.assertEqual({}, self.runtimes(jobix=1))
 
