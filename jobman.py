@@ -392,6 +392,32 @@ class SQL:
         select outcome, target from attempt
         where job = :row and claim = :claim"""
 
+    # what a job that goes back has of an earlier stage
+    FILES = "select files, made, rejects from job where row = :row"
+    # the newest attempt in which that stage was done
+    DONE_ATTEMPT = """
+        select max(row) from attempt
+        where job = :row and stage = :stage and outcome = 'done'"""
+    # what it was given is what it, or the next one that did, replaced; files
+    # that were made in its stage were not given to it
+    RESTORE = """
+        update job set
+            jobcmd = nullif(coalesce((
+                select jobcmd from attempt where job = :row
+                and row >= :first and jobcmd is not null
+                order by row limit 1), jobcmd), 'null'),
+            filename = nullif(coalesce((
+                select filename from attempt where job = :row
+                and row >= :first and filename is not null
+                order by row limit 1), filename), 'null'),
+            files = nullif(coalesce(
+                (select files from attempt where row = :first),
+                case when made = :stage then null else files end), '[]'),
+            made = coalesce(
+                (select made from attempt where row = :first),
+                case when made = :stage then null else made end)
+        where row = :row"""
+
     # a job with its last attempt
     LAST_ATTEMPT = """
         select jobid, job.jobcmd, error, stderr
@@ -983,6 +1009,7 @@ PUT_ASIDE = ("failed", "cancelled", "aborted")  # until a retry
 STATES = (*UNENDED, "done", *PUT_ASIDE)
 RETRIABLE = ("done", *PUT_ASIDE)
 CANCELLABLE = (*UNENDED, "failed", "aborted")
+REJECTABLE = ("waiting", "delayed", "done", "failed")  # without a token
 # What the end of an attempt may say of itself.
 BLANK_REPORT = dict.fromkeys(("exit_code", "error", "stderr", "seconds"))
 CHUNK = 5000  # jobs that one transaction of a sweeping change moves
@@ -991,6 +1018,11 @@ CHUNK = 5000  # jobs that one transaction of a sweeping change moves
 def delay_after(failures):
     """Return the seconds that a job waits after so many failures."""
     return min(600, 2 * 4 ** (min(failures, 10) - 1))
+
+
+def delay_left(job, now):
+    """Return the seconds until a job is due, 0 when it is not delayed."""
+    return max(0, job["due"] - now) if job["state"] == "delayed" else 0
 
 
 def is_free(state, lease):
@@ -1096,9 +1128,11 @@ class Store:
 
     def __init__(
         self, path, *, clock=time.time, shared=False, waiters=20000,
-        open_to_all=True
+        open_to_all=True, max_attempts=MAX_ATTEMPTS, max_lapses=MAX_LAPSES
     ):
         self.clock = clock
+        self.max_attempts = max_attempts
+        self.max_lapses = max_lapses
         self.shared = shared
         self.open_to_all = open_to_all
         self.bell = Bell(waiters)
@@ -1426,30 +1460,93 @@ class Store:
     def fail_job(self, tx, jobix, jobid, *, claim=None, report=None):
         """Put a job back where it was claimed: delayed, at last failed.
 
-        Returns the job's state, failures and delay in seconds. Errors as
-        update_job's; 409 too when nobody has claimed the job.
+        Exit status 75 says that it should be tried later: that isn't counted
+        as a failure. Returns the job's state, failures and delay in seconds.
+        Errors as update_job's; 409 too when nobody has claimed the job.
         """
         job = self.find(tx, jobix, jobid)
-        if self.settled(tx, job, claim, "failed"):
-            left = max(0, (job["due"] or tx.now) - tx.now)
+        later = (report or {}).get("exit_code") == os.EX_TEMPFAIL
+        outcome = "deferred" if later else "failed"
+        if self.settled(tx, job, claim, outcome):
             return {
                 "jobid": jobid, "state": job["state"],
-                "failures": job["failures"], "delay": left,
+                "failures": job["failures"], "delay": delay_left(job, tx.now),
             }
         self.need_claim(job)
-        self.end_attempt(tx, job, "failed", report=report)
-        failures = job["failures"] + 1
-        spent = failures >= (job["max_attempts"] or MAX_ATTEMPTS)
-        state = "failed" if spent else "delayed"
-        delay = 0 if spent else delay_after(failures)
-        self.move(
-            tx, job, stage=job["origin"], state=state, failures=failures,
-            due=None if spent else tx.now + delay,
+        self.end_attempt(tx, job, outcome, report=report)
+        failures = job["failures"] + (not later)
+        limit = job["max_attempts"] or self.max_attempts
+        state, delay = self.put_off(
+            tx, job, stage=job["origin"], failures=failures,
+            tries=job["attempt"] if later else failures,
+            spent=not later and failures >= limit,
         )
         return {
             "jobid": jobid, "state": state, "failures": failures,
             "delay": delay,
         }
+
+    def put_off(self, tx, job, *, tries, spent, **after):
+        """Let a job wait, longer after more `tries`, or fail it when spent.
+
+        Returns its state and the delay in seconds.
+        """
+        state, delay, due = "failed", 0, None
+        if not spent:
+            state, delay = "delayed", delay_after(tries)
+            due = tx.now + delay
+        self.move(tx, job, state=state, due=due, **after)
+        return state, delay
+
+    @change
+    def reject_job(
+        self, tx, jobix, jobid, *, claim=None, files=None, report=None
+    ):
+        """Send a job back to the stage that made its files: they are gone.
+
+        Without `claim` it is for jobs that nobody works on; `files`, as JSON
+        text, are those that the caller looked for. Returns the job's state,
+        stage, rejections and delay in seconds. Errors as fail_job's; 409 too
+        when the job has no files, or others.
+        """
+        job = self.find(tx, jobix, jobid)
+        had = tx.execute(SQL.FILES, {"row": job["row"]}).fetchone()
+        if self.settled(tx, job, claim, "rejected"):
+            return {
+                "jobid": jobid, "state": job["state"], "stage": job["stage"],
+                "rejects": had["rejects"], "delay": delay_left(job, tx.now),
+            }
+        self.need_files(job, had, claim, files)
+        if claim is not None:
+            self.end_attempt(tx, job, "rejected", report=report)
+        self.restore(tx, job, had["made"])
+        rejects = had["rejects"] + 1
+        state, delay = self.put_off(
+            tx, job, stage=had["made"], rejects=rejects, tries=rejects,
+            spent=rejects >= (job["max_attempts"] or self.max_attempts),
+            attempt=0, failures=0, lapses=0,
+        )
+        return {
+            "jobid": jobid, "state": state, "stage": had["made"],
+            "rejects": rejects, "delay": delay,
+        }
+
+    def need_files(self, job, had, claim, files):
+        """Raise Error 409 when `job` can't be sent back for its files."""
+        if claim is None and job["state"] not in REJECTABLE:
+            message = "Job %d is %s; only its worker can reject its files."
+            raise Error(409, message % (job["jobid"], job["state"]))
+        if had["files"] in (None, "[]") or had["made"] is None:
+            message = "Job %d has no files that a stage could make again."
+            raise Error(409, message % job["jobid"])
+        if files not in (None, had["files"]):
+            raise Error(409, "Job %d has other files now." % job["jobid"])
+
+    def restore(self, tx, job, stage):
+        """Give a job back what `stage` was given, as it returns there."""
+        values = {"row": job["row"], "stage": stage}
+        first = tx.execute(SQL.DONE_ATTEMPT, values).fetchone()[0]
+        tx.execute(SQL.RESTORE, dict(values, first=first))
 
     @change
     def release_job(self, tx, jobix, jobid, *, claim=None):
@@ -1656,9 +1753,11 @@ class Store:
         stage = job["origin"] if job["state"] == "done" else job["stage"]
         if stage is None:  # nobody ever claimed it
             return 0
+        if job["state"] == "done":
+            self.restore(tx, job, stage)
         self.move(
             tx, job, stage=stage, state=stage_state(stage, job["final"]),
-            attempt=0, failures=0, lapses=0,
+            attempt=0, failures=0, lapses=0, rejects=0,
         )
         return 1
 
@@ -2312,6 +2411,15 @@ def fail_job(store, request, jobid):
     )
 
 
+def reject_job(store, request, jobid):
+    """Send a job back for files that aren't there as they were made."""
+    given = request.options(claim=token)
+    body = read_object(request)
+    given["files"] = read_optional(body, "files", read_files)
+    given["report"] = read_report(body)
+    return Response.json(store.reject_job(request.jobix, jobid, **given))
+
+
 def release_job(store, request, jobid):
     """Take a claim back unharmed."""
     given = request.options(claim=token)
@@ -2435,6 +2543,7 @@ ROUTES = (
     ("POST", "/update_job/<jobid>/<stage>", update_job),
     ("POST", "/update_jobs", update_jobs),
     ("POST", "/fail_job/<jobid>", fail_job),
+    ("POST", "/reject_job/<jobid>", reject_job),
     ("POST", "/release_job/<jobid>", release_job),
     ("POST", "/heartbeat", heartbeat),
     ("GET", "/check_stages", check_stages),

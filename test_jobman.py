@@ -225,6 +225,14 @@ class WsgiFront:
         self.store.close()
 
 
+def made(*names):
+    """Return what an update says of files that a command made."""
+    return [
+        {"path": name, "size": 5, "sha256": "0123456789abcdef" * 4}
+        for name in names
+    ]
+
+
 class StoreCase(TemporaryFolder):
     """A Store behind a front door, on a clock moved by hand."""
 
@@ -932,6 +940,32 @@ class ClaimTest(StoreCase):
         self.assertEqual({(0, "waiting"): 1}, self.states())
         self.assertEqual(2, self.get(0)["attempt"])
 
+    def test_an_attempt_to_be_made_later_is_not_counted_as_a_failure(self):
+        self.set_jobs([1], max_attempts=2)
+        for delay in (2, 8, 32):
+            job = self.get(0, lease=60)
+            answer = {"jobid": 1, "state": "delayed", "failures": 0,
+                      "delay": delay}
+            for _ in range(2):  # the second is a repetition
+                reply = self.fail(job, exit_code=75, error="no licence")
+                self.assertEqual(answer, reply.json())
+            self.assertReply(409, self.fail(job, exit_code=1))
+            self.clock.advance(delay + 0.1)
+        self.assertEqual(1, self.fail(self.get(0)).json()["failures"])
+        self.assertEqual(
+            [("deferred", 75, "no licence")] * 3 + [("failed", None, None)],
+            self.attempts("outcome", "exit_code", "error"),
+        )
+        self.clock.advance(3)
+        later = self.fail(self.get(0, lease=60), exit_code=75).json()
+        self.assertEqual((1, 512), (later["failures"], later["delay"]))
+        self.clock.advance(513)
+        self.store.limit_attempts(self.jobix, [1], 1)
+        later = self.fail(self.get(0, lease=60), exit_code=75).json()
+        self.assertEqual("delayed", later["state"])
+        self.clock.advance(601)
+        self.assertEqual("failed", self.fail(self.get(0)).json()["state"])
+
     def test_five_lapses_fail_the_job(self):
         self.set_jobs([1])
         for _ in range(5):
@@ -1154,20 +1188,13 @@ class ClaimTest(StoreCase):
         job = self.get(2)
         self.assertEqual(("one", ["new"]), (job["filename"], job["jobcmd"]))
 
-    def made(self, *names):
-        """Return what an update says of files that a command made."""
-        return [
-            {"path": name, "size": 5, "sha256": "0123456789abcdef" * 4}
-            for name in names
-        ]
-
     def carried(self, job):
         """Return what a claimed job carries of files, None what it doesn't."""
         return job.get("files"), job.get("made")
 
     def test_an_update_says_what_files_were_made(self):
         self.set_jobs([1])
-        files = self.made("a", "b/\udcff\ud800 \0")
+        files = made("a", "b/\udcff\ud800 \0")
         job = self.get(0)
         self.assertEqual((None, None), self.carried(job))
         self.assertReply(200, self.update(
@@ -1190,14 +1217,14 @@ class ClaimTest(StoreCase):
 
     def test_files_of_a_job_that_nobody_claimed_were_made_nowhere(self):
         self.set_jobs([1])
-        files = self.made("a")
+        files = made("a")
         self.assertReply(
             200, self.post("/update_job/1/2", {"files": files}))
         self.assertEqual((files, None), self.carried(self.get(2)))
 
     def test_bad_files_change_nothing(self):
         self.set_jobs([1])
-        good, = self.made("a")
+        good, = made("a")
         for wrong in (
             {"path": 1}, {"path": None}, {"size": -1}, {"size": 1.5},
             {"size": True}, {"size": 2**63}, {"sha256": "0" * 63},
@@ -1219,7 +1246,7 @@ class ClaimTest(StoreCase):
 
     def test_an_attempt_keeps_what_its_update_replaced(self):
         self.set_jobs({1: ["old"]})
-        files = self.made("a")
+        files = made("a")
         steps = (
             (0, {"files": files}),
             (2, {"jobcmd": 0, "filename": "f"}),
@@ -1243,7 +1270,7 @@ class ClaimTest(StoreCase):
 
     def test_a_late_result_too_keeps_what_it_replaced(self):
         self.set_jobs({1: "old", 2: "old"})
-        files = self.made("a")
+        files = made("a")
         for job in self.get(0, n=2, lease=60):
             self.assertReply(200, self.update(
                 job, 2, body=packed({"files": files})))
@@ -1402,13 +1429,18 @@ class ClaimTest(StoreCase):
 
     def test_a_failure_told_again_after_its_delay(self):
         self.set_jobs([1])
-        job = self.get(0)
+        job = self.get(0, lease=60)
         self.fail(job)
         self.clock.advance(1.5)
         self.assertEqual(0.5, self.fail(job).json()["delay"])
         self.clock.advance(1)
         self.assertEqual(
             {"jobid": 1, "state": "waiting", "failures": 1, "delay": 0},
+            self.fail(job).json(),
+        )
+        self.get(0, lease=60)
+        self.assertEqual(
+            {"jobid": 1, "state": "working", "failures": 1, "delay": 0},
             self.fail(job).json(),
         )
 
@@ -1434,6 +1466,256 @@ class ClaimTest(StoreCase):
         jobman.MAX_CLAIMS = 3
         self.set_jobs(range(5))
         self.assertEqual(3, len(self.get(0, n=5)))
+
+
+class RejectTest(StoreCase):
+    """Part 2: files that a job was given and that are gone."""
+
+    def work(self, stage, to=None, **given):
+        """Claim a job and update it, two stages up if not said."""
+        job = self.get(stage, lease=60)
+        to = stage + 2 if to is None else to
+        self.assertReply(200, self.update(job, to, body=packed(given)))
+
+    def reject(self, job, **report):
+        path = "/reject_job/%(jobid)d?claim=%(claim)s" % job
+        return self.post(path, report)
+
+    def content(self, stage):
+        """Return what a claimed job is given to work with."""
+        job = self.get(stage, lease=60)
+        names = "jobcmd", "filename", "files", "made"
+        return job, tuple(job.get(name) for name in names)
+
+    def test_a_job_goes_back_as_the_stages_that_made_its_files_had_it(self):
+        a, b = made("a"), made("b", "\udcff")
+        self.set_jobs({1: "zero"})
+        self.work(0, files=a, jobcmd="two", filename="f2")
+        self.work(2, files=b, jobcmd="four")
+        job, content = self.content(4)
+        self.assertEqual(("four", "f2", b, 2), content)
+        answer = {"jobid": 1, "state": "delayed", "stage": 2, "rejects": 1,
+                  "delay": 2}
+        for _ in range(2):  # the second is a repetition
+            reply = self.reject(job, error="b is gone", stderr="s")
+            self.assertEqual(answer, self.assertReply(200, reply).json())
+        self.assertEqual({(2, "delayed"): 1}, self.states())
+        self.assertReply(409, self.update(job, 6))
+        self.clock.advance(2.1)
+        job, content = self.content(2)
+        self.assertEqual(("two", "f2", a, 0), content)
+        self.assertEqual(1, job["attempt"])
+        answer.update(stage=0, rejects=2, delay=8)
+        self.assertEqual(answer, self.reject(job).json())
+        self.clock.advance(8.1)
+        _, content = self.content(0)
+        self.assertEqual(("zero", None, None, None), content)
+        self.assertEqual(
+            [("done", None), ("done", None), ("rejected", "b is gone"),
+             ("rejected", None)], self.attempts("outcome", "error"),
+        )
+
+    def test_what_a_stage_left_as_it_was_a_later_one_may_have_replaced(self):
+        self.set_jobs({1: "zero"}, filename="in")
+        a = made("a")
+        self.work(0, files=a)
+        self.work(2, jobcmd="four")
+        self.work(4, jobcmd="six", filename="f6")
+        job, content = self.content(6)
+        self.assertEqual(("six", "f6", a, 0), content)
+        self.assertEqual(0, self.reject(job).json()["stage"])
+        self.clock.advance(3)
+        self.assertEqual(("zero", "in", None, None), self.content(0)[1])
+
+    def test_a_job_gets_back_nothing_of_another(self):
+        self.set_jobs({1: "one"}, filename="in")
+        self.set_jobs({2: "two"}, filename="other")
+        for given in ({}, {"jobcmd": "new", "filename": "out"}):
+            self.work(0, files=made("a"), **given)
+        self.assertReply(200, self.reject(self.get(2)))
+        self.clock.advance(3)
+        self.assertEqual(("one", "in", None, None), self.content(0)[1])
+
+    def test_only_an_attempt_that_was_done_is_undone(self):
+        self.set_jobs({1: "zero"})
+        self.work(0, files=made("a"), jobcmd="two")
+        self.call("/update_job/1/0")
+        self.fail(self.get(0))
+        self.call("/update_job/1/2")
+        self.assertReply(200, self.post("/reject_job/1", {}))
+        self.clock.advance(3)
+        self.assertEqual(("zero", None, None, None), self.content(0)[1])
+
+    def test_nothing_is_restored_as_nothing(self):
+        self.set_jobs([1])
+        self.work(0, jobcmd=["new"], filename="f", files=made("a"))
+        self.reject(self.get(2))
+        self.clock.advance(3)
+        self.assertEqual((None,) * 4, self.content(0)[1])
+
+    def test_a_stage_done_twice_is_restored_as_it_was_done_last(self):
+        self.set_jobs({1: "first", 2: "other"})
+        files = made("a")
+        self.work(0, files=files, jobcmd="two")
+        self.work(0, files=files, jobcmd="two")
+        self.assertReply(200, self.post(
+            "/update_job/1/0", {"jobcmd": "again", "files": []}))
+        self.work(0, files=files, jobcmd="two")
+        self.assertReply(200, self.post("/reject_job/1", {}))
+        self.clock.advance(3)
+        self.assertEqual("again", self.content(0)[1][0])
+
+    def test_files_of_no_attempt_are_taken_away(self):
+        self.set_jobs({1: "zero"})
+        self.release(self.get(0))
+        given = {"files": made("a"), "jobcmd": "two"}
+        self.assertReply(200, self.post("/update_job/1/2", given))
+        self.assertReply(200, self.post("/reject_job/1", {}))
+        self.clock.advance(3)
+        self.assertEqual(("two", None, None, None), self.content(0)[1])
+
+    def test_rejections_fail_a_job_in_the_stage_that_made_its_files(self):
+        self.set_jobs([1])
+        self.set_jobs([2], max_attempts=1)
+        for rejects in (1, 2, 3):
+            self.work(0, files=made("a"))
+            reply = self.reject(self.get(2)).json()
+            self.assertEqual(rejects, reply["rejects"])
+            self.clock.advance(100)
+        self.assertEqual(
+            {"jobid": 1, "state": "failed", "stage": 0, "rejects": 3,
+             "delay": 0}, reply)
+        self.assertEqual(
+            {(0, "failed"): 1, (0, "waiting"): 1}, self.states())
+        self.ok("/retry", {"all": True})
+        self.work(0, files=made("a"))
+        reply = self.reject(self.get(2)).json()
+        self.assertEqual(("delayed", 1), (reply["state"], reply["rejects"]))
+        self.work(0, files=made("a"))
+        reply = self.reject(self.get(2)).json()
+        self.assertEqual(("failed", 1), (reply["state"], reply["rejects"]))
+
+    def test_a_rejection_starts_the_stage_with_fresh_budgets(self):
+        self.set_jobs([1], max_attempts=2)
+        self.work(0, files=made("a"))
+        self.fail(self.get(2))
+        self.clock.advance(3)
+        for _ in range(4):
+            self.get(2, lease=1)
+            self.clock.advance(2)
+        self.assertReply(200, self.reject(self.get(2)))
+        self.clock.advance(3)
+        self.get(0, lease=1)
+        self.clock.advance(2)
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+        self.assertEqual("delayed", self.fail(self.get(0)).json()["state"])
+
+    def test_without_a_token_only_what_nobody_works_on_is_rejected(self):
+        files = made("a")
+        self.set_jobs(range(7), laststage=6, max_attempts=2)
+        for _ in range(7):
+            self.work(0, files=files)
+        for jobid, to in ((0, 6), (1, 4), (2, 4)):
+            self.call("/update_job/%d/%d" % (jobid, to))
+        self.post("/fail_job/%d" % self.get(4)["jobid"], {})  # 1: delayed
+        failed = self.get(4)  # 2
+        self.assertReply(200, self.fail(failed))
+        self.ok("/cancel", {"ids": [3]})
+        self.get(2), self.get(2, lease=60)  # 4 and 5
+        self.clock.advance(1)
+        self.assertEqual({
+            (6, "done"): 1, (4, "delayed"): 2, (2, "cancelled"): 1,
+            (3, "working"): 2, (2, "waiting"): 1}, self.states())
+        self.clock.advance(2)
+        self.assertReply(200, self.fail(self.get("4")))
+        for jobid in (0, 1, 2, 6):
+            self.assertReply(200, self.post("/reject_job/%d" % jobid, {}))
+        for jobid in (3, 4, 5):
+            self.assertReply(409, self.post("/reject_job/%d" % jobid, {}))
+        self.assertReply(404, self.post("/reject_job/7", {}))
+        self.assertEqual({
+            (0, "delayed"): 4, (2, "cancelled"): 1, (3, "working"): 2},
+            self.states())
+        self.assertEqual(0, self.ok("/status")["totals"]["states"]["done"])
+        self.assertNotIn(("rejected",), self.attempts("outcome"))
+
+    def test_a_job_without_files_cannot_be_rejected(self):
+        self.set_jobs([1, 2])
+        job = self.get(0, lease=60)
+        self.assertReply(409, self.reject(job))
+        self.assertReply(409, self.post("/reject_job/2", {}))
+        self.assertReply(200, self.update(
+            job, 2, body=packed({"files": []})))
+        self.assertReply(409, self.reject(self.get(2)))
+        given = {"files": made("a")}  # of a job that nobody claimed
+        self.assertReply(200, self.post("/update_job/2/2", given))
+        self.assertReply(409, self.reject(self.get(2)))
+        self.assertReply(409, self.reject(dict(job, claim="another")))
+        self.assertEqual({(3, "working"): 2}, self.states())
+
+    def test_files_that_the_job_has_no_more_are_no_cause(self):
+        self.set_jobs([1])
+        self.work(0, files=made("a"))
+        other = {"files": made("b")}
+        self.assertReply(409, self.post("/reject_job/1", other))
+        self.assertReply(400, self.post("/reject_job/1", {"files": "a"}))
+        self.assertReply(400, self.post("/reject_job/1?files=a", {}))
+        self.assertEqual({(2, "waiting"): 1}, self.states())
+        file, = made("a")
+        turned = {key: file[key] for key in sorted(file)}
+        self.assertReply(
+            200, self.post("/reject_job/1", {"files": [turned]}))
+
+    def test_a_late_rejection_is_taken_while_nobody_else_has_the_job(self):
+        self.set_jobs([1])
+        self.work(0, files=made("a"))
+        job = self.get(2, lease=60)
+        self.clock.advance(61)
+        self.assertEqual({(2, "waiting"): 1}, self.states())
+        self.assertReply(200, self.reject(job))
+        self.assertReply(200, self.reject(job))
+        self.assertEqual({(0, "delayed"): 1}, self.states())
+        self.assertEqual(
+            [("done",), ("rejected",)], self.attempts("outcome"))
+
+    def test_a_lapsed_attempt_is_not_rejected_by_others(self):
+        self.set_jobs([1])
+        self.work(0, files=made("a"))
+        job = self.get(2, lease=60)
+        self.clock.advance(61)
+        self.assertReply(200, self.post("/reject_job/1", {}))
+        self.assertReply(409, self.reject(job))
+        self.assertEqual([("done",), ("lapsed",)], self.attempts("outcome"))
+
+    def test_retry_of_a_done_job_gives_its_stage_what_it_had(self):
+        self.set_jobs({1: "zero"}, laststage=4)
+        a = made("a")
+        self.work(0, files=a, jobcmd="two")
+        self.work(2, jobcmd="four", filename="f4")
+        self.ok("/retry", {"ids": [1]})
+        self.assertEqual({(2, "waiting"): 1}, self.states())
+        job, content = self.content(2)
+        self.assertEqual(("two", None, a, 0), content)
+        given = {"files": made("b"), "jobcmd": "four"}
+        self.assertReply(200, self.update(job, 4, body=packed(given)))
+        self.ok("/retry", {"ids": [1]})
+        self.assertEqual(("two", None, a, 0), self.content(2)[1])
+
+    def test_retry_of_a_failed_job_leaves_it_what_it_has(self):
+        self.set_jobs({1: "zero"}, max_attempts=1)
+        self.work(0, files=made("a"), jobcmd="two")
+        self.fail(self.get(2))
+        self.ok("/retry", {"ids": [1]})
+        self.assertEqual(("two", None, made("a"), 0), self.content(2)[1])
+
+    def test_retry_of_a_failed_job_undoes_no_earlier_attempt(self):
+        self.set_jobs({1: "zero"}, max_attempts=1)
+        self.work(0, jobcmd="two")
+        self.assertReply(
+            200, self.post("/update_job/1/0", {"jobcmd": "again"}))
+        self.fail(self.get(0))
+        self.ok("/retry", {"ids": [1]})
+        self.assertEqual("again", self.content(0)[1][0])
 
 
 class SweepTest(StoreCase):

@@ -191,6 +191,16 @@ class Client:
             options={"claim": claim}, repeat=claim is not None,
         )
 
+    def reject_job(self, jobid, claim=None, **report):
+        """Say that the files that a job was given aren't there as made.
+
+        `report`: `error`, `stderr`, and `files` that the job must have still.
+        """
+        return self.call(
+            "POST", "/reject_job/%d" % jobid, report,
+            options={"claim": claim}, repeat=claim is not None,
+        )
+
     def release_job(self, jobid, claim=None):
         """Give a claim back unharmed."""
         return self.call(
