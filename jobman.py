@@ -1012,6 +1012,9 @@ CANCELLABLE = (*UNENDED, "failed", "aborted")
 REJECTABLE = ("waiting", "delayed", "done", "failed")  # without a token
 # What the end of an attempt may say of itself.
 BLANK_REPORT = dict.fromkeys(("exit_code", "error", "stderr", "seconds"))
+LAPSES_SPENT = (
+    "%d leases lapsed in this stage: its workers were not heard of in time."
+)
 CHUNK = 5000  # jobs that one transaction of a sweeping change moves
 
 
@@ -1123,7 +1126,8 @@ class Store:
 
     Methods speak the contract's words. Those marked `change` go through the
     Writer, are on disk when they return, and raise Error when refused; those
-    marked `query` only read. `clock` gives seconds since 1970.
+    marked `query` only read. `clock` gives seconds since 1970. A job fails at
+    its `max_attempts`, where it says nothing else, or at `max_lapses`.
     """
 
     def __init__(
@@ -1277,11 +1281,13 @@ class Store:
         The claim stays: until somebody else has the job its late result is
         taken.
         """
-        self.end_attempt(tx, job, "lapsed")
         lapses = job["lapses"] + 1
         state, claim = stage_state(job["origin"], job["final"]), job["claim"]
-        if lapses >= MAX_LAPSES:
+        report = {}
+        if lapses >= self.max_lapses:
             state, claim = "failed", None
+            report["error"] = LAPSES_SPENT % lapses
+        self.end_attempt(tx, job, "lapsed", report=report)
         self.move(
             tx, job, stage=job["origin"], state=state, claim=claim,
             lapses=lapses,
@@ -2960,7 +2966,9 @@ def serving(options, access_file):
     try:
         address = ipaddress.ip_address(server.server_address[0])
         server.store = Store(
-            options.db, shared=options.shared, open_to_all=address.is_loopback
+            options.db, shared=options.shared,
+            open_to_all=address.is_loopback,
+            max_attempts=options.retries + 1, max_lapses=options.lapses,
         )
     except BaseException:
         server.server_close()
@@ -3466,6 +3474,20 @@ def add_serve(commands):
     add("--url", help="the address for the access file, if not our guess")
     add("--shared", action="store_true",
         help="other servers of this host may serve the same database")
+    add("--retries", type=int, default=MAX_ATTEMPTS - 1, metavar="N",
+        help="how often a job that fails is tried again in a stage, if it"
+        " doesn't say itself (default %d)" % (MAX_ATTEMPTS - 1))
+    add("--lapses", type=int, default=MAX_LAPSES, metavar="N",
+        help="lapsed leases in a stage until a job is failed (default %d)"
+        % MAX_LAPSES)
+
+
+def check_serve(parser, options):
+    """End with exit status 2 when a server isn't described well."""
+    if options.retries < 0:
+        parser.error("--retries can't be negative")
+    if options.lapses < 1:
+        parser.error("--lapses must be at least 1")
 
 
 def add_run(commands):
@@ -3477,7 +3499,8 @@ def add_run(commands):
         "after :::, from FILE, or from standard input, one a line.",
     )
     command.set_defaults(
-        act=run, host="127.0.0.1", port=0, url=None, shared=False
+        act=run, host="127.0.0.1", port=0, url=None, shared=False,
+        lapses=MAX_LAPSES,
     )
     add = command.add_argument
     add("words", nargs=argparse.REMAINDER, metavar="COMMAND",
@@ -3533,6 +3556,8 @@ def parse(arguments):
     options.items = items
     if options.command == "run":
         check_run(parser, options)
+    else:
+        check_serve(parser, options)
     return options
 
 

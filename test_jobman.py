@@ -974,7 +974,10 @@ class ClaimTest(StoreCase):
         self.assertEqual({(0, "failed"): 1}, self.states())
         self.assertEqual("nada", self.get(0))
         self.assertReply(409, self.update(job, 2))
-        self.assertEqual([("lapsed",)] * 5, self.attempts("outcome"))
+        spent = ("lapsed", "5 leases lapsed in this stage: its workers were"
+                 " not heard of in time.")
+        self.assertEqual([("lapsed", None)] * 4 + [spent],
+                         self.attempts("outcome", "error"))
 
     def test_failures_and_lapses_are_counted_apart(self):
         self.set_jobs([1], max_attempts=2)
@@ -3999,6 +4002,25 @@ class StartTest(TemporaryFolder):
             connection = sqlite3.connect(self.path(name))
             with contextlib.closing(connection):
                 connection.execute("pragma user_version = %d" % version)
+
+    def test_budgets_can_be_set(self):
+        self.serve("--retries", "0", "--lapses", "1")
+        client = worker.Client(self.path(".jobman", "access.json"))
+        self.addCleanup(client.close)
+        client.set({1: {"jobstage": 0}, 2: {"jobstage": 2},
+                    3: {"jobstage": 4, "max_attempts": 2}})
+        for jobid, state in ((1, "failed"), (3, "delayed")):
+            claim = client.get([0, 4])["claim"]
+            self.assertEqual(state, client.fail_job(jobid, claim)["state"])
+        client.get(2, lease=0.01)
+        wait_for(lambda: client.status()["totals"]["states"]["failed"] == 2,
+                 "a lapse")
+
+    def test_bad_budgets_are_wrong_usage(self):
+        for option in (("--retries", "-1"), ("--lapses", "0")):
+            status, _, err = self.command(JOBMAN, "serve", *option)
+            self.assertEqual(2, status)
+            self.assertIn(option[0], err)
 
     def test_port_in_use(self):
         with socket.socket() as other:
