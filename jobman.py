@@ -418,6 +418,22 @@ class SQL:
                 case when made = :stage then null else made end)
         where row = :row"""
 
+    # one row for each name, the newest it said
+    HEARD = """
+        insert or replace into worker (jobix, name, host, slots, busy, done,
+            failed, heard, quarantine)
+        values (:jobix, :name, :host, :slots, :busy, :done, :failed, :heard,
+            :quarantine)"""
+    # one that takes no more work stays, for somebody to look at it
+    ENDED = """
+        delete from worker where jobix = :jobix and name = :name
+        and quarantine is null"""
+    # one range of worker_heard
+    WORKERS = """
+        select name, host, slots, busy, done, failed, heard, quarantine
+        from worker where jobix = :jobix and heard >= :since
+        order by heard desc, name"""
+
     # a job with its last attempt
     LAST_ATTEMPT = """
         select jobid, job.jobcmd, error, stderr
@@ -1575,11 +1591,18 @@ class Store:
             raise Error(409, "Nobody has claimed job %d." % job["jobid"])
 
     @change
-    def heartbeat(self, tx, jobix, *, claims, lease):
+    def heartbeat(self, tx, jobix, *, claims, lease, worker):
         """Renew `claims`, a list of (jobid, token), for `lease` seconds.
 
-        Returns a list of the jobids whose claim is lost.
+        `worker` is what it says of itself: the columns of its table, and
+        whether it has `ended`. Returns a list of the jobids whose claim is
+        lost.
         """
+        over = worker["ended"] and worker["quarantine"] is None
+        tx.execute(
+            SQL.ENDED if over else SQL.HEARD,
+            dict(worker, jobix=jobix, heard=tx.now),
+        )
         lost = []
         for jobid, claim in claims:
             key = {"jobix": jobix, "jobid": jobid}
@@ -1833,6 +1856,16 @@ class Store:
         return done / (now - minute * 60)
 
     @query
+    def workers(self, execute, jobix, *, within):
+        """Return the time, and the workers heard `within` so many seconds.
+
+        They are dicts in the columns of the table, the latest first.
+        """
+        now = self.clock()
+        key = {"jobix": jobix, "since": now - within}
+        return now, [dict(row) for row in execute(SQL.WORKERS, key)]
+
+    @query
     def failures(self, execute, jobix, *, limit):
         """Return some failed jobs: jobid, jobcmd, and how they ended."""
         ids = self.ids_in(jobix, states=("failed",), stage=None)
@@ -2050,6 +2083,25 @@ def clean(text):
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def label(value, name):
+    """Read a short name as SQLite can hold it."""
+    return clean(word(value, name))
+
+
+def remark(value, name):
+    """Read a text of any length as SQLite can hold it, None when empty."""
+    if type(value) is not str:
+        raise Error(400, "%s must be a string." % name)
+    return clean(value[:MAX_REPORT]) or None
+
+
+def truth(value, name):
+    """Read true or false."""
+    if type(value) is not bool:
+        raise Error(400, "%s must be true or false." % name)
+    return value
+
+
 def token(value, name):
     """Read a claim token."""
     if type(value) is not str or not re.match(r"[\w-]{1,64}\Z", value, re.A):
@@ -2127,6 +2179,19 @@ CARRIES = {
     "outputs": strings,
 }
 BLANK = dict(dict.fromkeys(CARRIES), priority=0)
+
+
+COUNT = integer(0, 2**53)
+# What a worker may say of itself, each key with its reader.
+ABOUT_WORKER = {
+    "host": label,
+    "slots": COUNT,
+    "busy": COUNT,
+    "done": COUNT,
+    "failed": COUNT,
+    "quarantine": remark,
+    "ended": truth,
+}
 
 
 def read_entry(entry):
@@ -2218,6 +2283,23 @@ def caller(store, request):
     return request.jobix
 
 
+def workers_table(store, jobix):
+    """Return the markup of the workers there are, or that are quarantined.
+
+    Nothing when there are none.
+    """
+    now, heard = store.workers(jobix, within=86400)
+    columns = "name", "host", "slots", "busy", "done", "failed", "quarantine"
+    rows = [
+        ["" if worker[name] is None else worker[name] for name in columns]
+        + ["%d s ago" % (now - worker["heard"])]
+        for worker in heard
+        if worker["quarantine"] or now - worker["heard"] <= 600
+    ]
+    heads = "worker", *columns[1:], "heard"
+    return table(heads, rows) if rows else ""
+
+
 def dashboard(store, request):
     """Show the figures of the caller's jobs, and nothing without a jobix."""
     jobix = caller(store, request)
@@ -2241,7 +2323,8 @@ def dashboard(store, request):
     )
     renew = '<meta http-equiv="refresh" content="10">'
     heads = ("stage", "jobs", "expired", *STATES)
-    return Response.page(renew + table(heads, rows))
+    shown = renew + table(heads, rows) + workers_table(store, jobix)
+    return Response.page(shown)
 
 
 def lifetime_page(store, request):
@@ -2354,7 +2437,7 @@ def claim_reply(job):
 def get_job(store, request, stages, nextstage=None):
     """Claim a job, or several; wait for one if asked to."""
     given = request.options(
-        worker=lambda text, name: clean(word(text, name)),
+        worker=label,
         wait=in_text(seconds),
         lease=in_text(period),
         n=in_text(integer(1, 10**25)),
@@ -2432,10 +2515,17 @@ def release_job(store, request, jobid):
     return Response.json(store.release_job(request.jobix, jobid, **given))
 
 
+def read_worker(given):
+    """Return what a worker says of itself, as columns, and if it `ended`."""
+    worker = {"name": label(given["worker"], "worker")}
+    for name, reader in ABOUT_WORKER.items():
+        worker[name] = read_optional(given, name, reader)
+    return worker
+
+
 def heartbeat(store, request):
     """Renew the leases of a worker."""
     given = read_object(request, "worker", "lease", "claims")
-    word(given["worker"], "worker")
     claims = given["claims"]
     pairs = type(claims) is list and all(
         type(pair) is list and len(pair) == 2 for pair in claims
@@ -2446,6 +2536,7 @@ def heartbeat(store, request):
         request.jobix,
         claims=[(JOBID(i, "jobid"), token(t, "claim")) for i, t in claims],
         lease=period(given["lease"], "lease"),
+        worker=read_worker(given),
     )
     return Response.json({"lost": lost, "drain": False})
 
@@ -2507,6 +2598,12 @@ def cancel(store, request):
     return Response.json({"cancelled": cancelled})
 
 
+def workers(store, request):
+    """Show the workers that were heard of in the last day."""
+    now, heard = store.workers(request.jobix, within=86400)
+    return Response.json({"time": now, "workers": heard})
+
+
 def status(store, request):
     """Show the figures."""
     return Response.json(store.status(request.jobix))
@@ -2557,6 +2654,7 @@ ROUTES = (
     ("POST", "/retry", retry),
     ("POST", "/cancel", cancel),
     ("GET", "/status", status),
+    ("GET", "/workers", workers),
 )
 PUBLIC = frozenset((greet, health, dashboard, lifetime_page))
 

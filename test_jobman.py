@@ -703,6 +703,29 @@ class ContractTest(StoreCase):
             reply = exchange(self.address, "GET", path, headers=headers)
             self.assertReply(403, reply)
 
+    def test_the_page_shows_the_workers_there_are(self):
+        def beat(name, **about):
+            beat = dict(about, worker=name, lease=60, claims=[])
+            self.assertReply(200, self.post("/heartbeat", beat))
+
+        beat("hurt", quarantine="<b>no disk</b>", slots=0)
+        beat("silent")
+        self.assertIn("<td>silent</td>", self.call("/get").text)
+        self.clock.advance(601)
+        beat("<i>busy", host="node7", slots=16, busy=3)
+        self.clock.advance(2)
+        page = self.call("/get").text
+        self.assertNotIn("silent", page)
+        self.assertNotIn("None", page)
+        for cells in (
+            ("&lt;i&gt;busy", "node7", 16, 3, "", "", "", "2 s ago"),
+            ("hurt", "", 0, "", "", "", "&lt;b&gt;no disk&lt;/b&gt;",
+             "603 s ago"),
+        ):
+            row = "<tr>%s</tr>" % "".join("<td>%s</td>" % c for c in cells)
+            self.assertIn(row, page)
+        self.assertNotIn("hurt", self.call("/get", jobix=1).text)
+
     def test_lifetimes_are_numbers_and_a_page(self):
         self.assertEqual(0, self.ok("/lifetime/3"))
         self.assertEqual(15, self.ok("/lifetime/3/15"))
@@ -1041,6 +1064,82 @@ class ClaimTest(StoreCase):
         for missing in good:
             less = {k: v for k, v in good.items() if k != missing}
             self.assertReply(400, self.post("/heartbeat", less))
+
+    def beat(self, name, **about):
+        """Say that a worker is there, without claims."""
+        beat = dict(about, worker=name, lease=60, claims=[])
+        reply = self.post("/heartbeat", beat)
+        return self.assertReply(200, reply).json()
+
+    def workers(self, *columns):
+        """Return columns of the workers, as /workers lists them."""
+        answer = self.ok("/workers")
+        self.assertEqual(self.clock(), answer["time"])
+        return [
+            tuple(worker[name] for name in columns)
+            for worker in answer["workers"]
+        ]
+
+    ABOUT = {"host": "n\u00e41", "slots": 8, "busy": 0, "done": 2**53,
+             "failed": 1, "quarantine": "too hot"}
+
+    def test_workers_are_those_heard_of_in_the_last_day(self):
+        self.assertEqual([], self.workers())
+        self.beat("first", **self.ABOUT)
+        self.clock.advance(9)
+        self.beat("second")
+        heard = dict(self.ABOUT, name="first", heard=self.clock() - 9)
+        blank = dict.fromkeys(self.ABOUT)
+        blank.update(name="second", heard=self.clock())
+        self.assertEqual([blank, heard], self.ok("/workers")["workers"])
+        self.assertEqual([], self.ok("/workers", jobix=1)["workers"])
+        self.clock.advance(86400 - 8)
+        self.assertEqual([("second",)], self.workers("name"))
+        self.beat("third")
+        self.beat("first", busy=3)
+        self.assertEqual(
+            [("first", 3, None), ("third", None, None),
+             ("second", None, None)],
+            self.workers("name", "busy", "host"),
+        )
+
+    def test_a_worker_that_ended_well_is_gone(self):
+        for name in ("a", "b", "c", "d", "e"):
+            self.beat(name)
+        self.beat("b", quarantine="no disk")
+        self.beat("c", quarantine="no disk")
+        self.beat("a", ended=True)
+        self.beat("b", ended=True)
+        self.beat("c", ended=True, quarantine="still")
+        self.beat("d", ended=False)
+        self.assertEqual(
+            [("b", "no disk"), ("c", "still"), ("d", None), ("e", None)],
+            sorted(self.workers("name", "quarantine")),
+        )
+        self.beat("b")
+        self.assertIn(("b", None), self.workers("name", "quarantine"))
+
+    def test_a_worker_of_another_jobix_is_another(self):
+        other = {"worker": "w", "lease": 60, "claims": [], "ended": True}
+        self.beat("w", host="here")
+        self.assertReply(200, self.post("/heartbeat", other, jobix=1))
+        self.assertEqual([("here",)], self.workers("host"))
+
+    def test_what_a_worker_says_of_itself_is_read_with_care(self):
+        for about in (
+            {"host": 7}, {"host": ""}, {"host": "h" * 256}, {"slots": -1},
+            {"slots": "8"}, {"busy": 1.5}, {"done": True},
+            {"failed": 2**53 + 1}, {"quarantine": 1}, {"ended": 1},
+        ):
+            beat = dict(about, worker="w", lease=60, claims=[])
+            self.assertReply(400, self.post("/heartbeat", beat))
+        self.assertEqual([], self.workers())
+        self.beat("\udcff", host="\ud800", quarantine="q" * 5000)
+        self.beat("empty", quarantine="")
+        self.assertEqual(
+            [("\\udcff", "\\ud800", "q" * 4096), ("empty", None, None)],
+            self.workers("name", "host", "quarantine"),
+        )
 
     def test_a_server_that_starts_gives_every_lease_its_full_time(self):
         self.set_jobs([1, 2])
@@ -2871,7 +2970,8 @@ class CostTest(StoreCase):
             "tick": self.steps(self.store.tick),
             "heartbeat": self.steps(
                 lambda: self.store.heartbeat(
-                    self.jobix, claims=[(job["jobid"], "x")], lease=60)),
+                    self.jobix, claims=[(job["jobid"], "x")], lease=60,
+                    worker=jobman.read_worker({"worker": "w"}))),
         }
 
     def test_100000_jobs_cost_what_100_cost(self):
@@ -4281,6 +4381,8 @@ class HouseTest(TemporaryFolder):
             shown = shown.replace("<minutes…>", "<m0>/<m1>/…/<mn>")
             self.assertIn("`%s %s`" % (method, shown), readme)
         for name in jobman.CARRIES:
+            self.assertIn("| `%s` |" % name, readme)
+        for name in jobman.ABOUT_WORKER:
             self.assertIn("| `%s` |" % name, readme)
         for name in ("jobman.py", "worker.py"):
             for option in re.findall(r'"(--[a-z-]+)"', self.source(name)):

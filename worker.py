@@ -208,12 +208,14 @@ class Client:
             options={"claim": claim}, repeat=claim is not None,
         )
 
-    def heartbeat(self, worker, lease, claims):
+    def heartbeat(self, worker, lease, claims, **about):
         """Renew `claims`, [[jobid, token], …], for `lease` seconds.
 
+        `about` the worker: `host`, `slots`, `busy`, `done`, `failed`,
+        `quarantine` (why it takes no more work), `ended` (True).
         Returns {"lost": [jobid, …], "drain": bool}.
         """
-        beat = {"worker": worker, "lease": lease, "claims": claims}
+        beat = dict(about, worker=worker, lease=lease, claims=claims)
         return self.call("POST", "/heartbeat", beat)
 
     def check_stages(self, old=None, new=None):
@@ -237,6 +239,13 @@ class Client:
     def status(self):
         """Return the figures: jobs per stage and state, totals, rate."""
         return self.call("GET", "/status")
+
+    def workers(self):
+        """Return the workers heard of in the last day, the latest first.
+
+        {"time": now, "workers": [{"name", "host", "slots", "heard", …}, …]}
+        """
+        return self.call("GET", "/workers")
 
     # How a call is made
 
