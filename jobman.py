@@ -55,6 +55,7 @@ MAX_MINUTES = 10**9
 MAX_SECONDS = 10**9
 MAX_WAIT = 60  # seconds that a long poll may last
 MAX_CLAIMS = 10000  # jobs in one claim; more are clipped
+MAX_PAGE = 1000  # jobs in one answer of /jobs; more are clipped
 MAX_BODY = 64 * 2**20  # bytes of a request's body, before and after inflating
 MAX_DEPTH = 200  # of nested lists and objects in a jobcmd
 MAX_NAME = 255  # characters of a worker's name or a submission's key
@@ -433,6 +434,25 @@ class SQL:
         select name, host, slots, busy, done, failed, heard, quarantine
         from worker where jobix = :jobix and heard >= :since
         order by heard desc, name"""
+
+    # what is shown of a job; of a page of them a bounded range is looked at
+    SHOWN = """
+        select row, jobid, stage, state, expired, since, due, worker, attempt,
+            failures, lapses, rejects, jobcmd, filename, files, made,
+            laststage, priority, max_attempts, timeout, cwd, outputs
+        from job """
+    SHOWN_JOB = SHOWN + "where jobix = :jobix and jobid = :jobid"
+    PAGE_END = """
+        select jobid from job where jobix = :jobix and jobid > :after
+        order by jobid limit 1 offset :others"""
+    PAGE = SHOWN + """
+        where jobix = :jobix and jobid > :after and jobid <= :last
+        and state = coalesce(:state, state)
+        and stage = coalesce(:stage, stage) order by jobid limit :limit"""
+    ATTEMPTS = """
+        select attempt, stage, target, worker, started, ended, outcome,
+            exit_code, error, stderr
+        from attempt where job = :row order by row desc limit :limit"""
 
     # a job with its last attempt
     LAST_ATTEMPT = """
@@ -1031,6 +1051,10 @@ BLANK_REPORT = dict.fromkeys(("exit_code", "error", "stderr", "seconds"))
 LAPSES_SPENT = (
     "%d leases lapsed in this stage: its workers were not heard of in time."
 )
+PAGE_ROWS = 10000  # jobs that are looked at for a page of them
+PAGE_TEXT = 8 * 2**20  # characters of text after which a page ends
+ATTEMPTS_SHOWN = 100  # of one job, the last
+JSON_COLUMNS = "jobcmd", "filename", "files", "cwd", "outputs"
 CHUNK = 5000  # jobs that one transaction of a sweeping change moves
 
 
@@ -1856,6 +1880,41 @@ class Store:
         return done / (now - minute * 60)
 
     @query
+    def job(self, execute, jobix, jobid):
+        """Return a job and a list of its last attempts, the oldest first.
+
+        All are dicts in the columns of their tables. None where there is no
+        such job.
+        """
+        key = {"jobix": jobix, "jobid": jobid}
+        job = execute(SQL.SHOWN_JOB, key).fetchone()
+        if job is None:
+            return None
+        key = {"row": job["row"], "limit": ATTEMPTS_SHOWN}
+        attempts = [dict(row) for row in execute(SQL.ATTEMPTS, key)]
+        return dict(job), attempts[::-1]
+
+    @query
+    def jobs(self, execute, jobix, *, after, limit, **only):
+        """Return up to `limit` jobs whose ids follow `after`, by id.
+
+        `only` has `stage` and `state`, None for any. A page ends early when
+        enough was looked at or is on it. Returns a list of dicts and the id
+        to go on from, None at the end.
+        """
+        key = dict(only, jobix=jobix, after=after, limit=limit)
+        key["others"] = PAGE_ROWS - 1
+        end = execute(SQL.PAGE_END, key).fetchone()
+        key["last"] = MAX_JOBID if end is None else end["jobid"]
+        jobs, size = [], 0
+        for job in execute(SQL.PAGE, key):
+            jobs.append(dict(job))
+            size += sum(len(job[name] or "") for name in JSON_COLUMNS)
+            if len(jobs) == limit or size > PAGE_TEXT:
+                return jobs, job["jobid"]
+        return jobs, end and end["jobid"]
+
+    @query
     def workers(self, execute, jobix, *, within):
         """Return the time, and the workers heard `within` so many seconds.
 
@@ -2144,6 +2203,13 @@ JOBID = integer(0, MAX_JOBID)
 MINUTES = integer(0, MAX_MINUTES)
 
 
+def read_state(value, name):
+    """Read the name of a state."""
+    if value not in STATES:
+        raise Error(400, "%s must be one of %s." % (name, ", ".join(STATES)))
+    return value
+
+
 def read_stages(text, name):
     """Read one stage or several with commas between."""
     return [STAGE(number(part), name) for part in text.split(",")]
@@ -2405,6 +2471,12 @@ def claim_in_time(store, request, stages, claim, wait):
             store.bell.pass_on(keys)
 
 
+def splice(values, texts):
+    """Return, in JSON, an object of `values` and of `texts`, JSON already."""
+    kept = "".join(', "%s": %s' % pair for pair in texts.items())
+    return to_json(values)[:-1] + kept + "}"
+
+
 def claim_reply(job):
     """Return a claimed job as the contract shows it, in JSON.
 
@@ -2430,8 +2502,7 @@ def claim_reply(job):
             texts[name] = job[name]
     if job["files"] not in (None, "[]"):
         texts["files"] = job["files"]
-    kept = "".join(', "%s": %s' % pair for pair in texts.items())
-    return to_json(reply)[:-1] + kept + "}"
+    return splice(reply, texts)
 
 
 def get_job(store, request, stages, nextstage=None):
@@ -2569,9 +2640,7 @@ def read_selector(request):
     if unknown:
         raise Error(400, "Jobs can't be named by %.80r." % min(unknown))
     selector = {"stage": read_optional(given, "stage", STAGE)}
-    selector["state"] = given.get("state")
-    if selector["state"] not in (None, *STATES):
-        raise Error(400, "state must be one of %s." % ", ".join(STATES))
+    selector["state"] = read_optional(given, "state", read_state)
     ids = given.get("ids")
     if ids is not None:
         if type(ids) is not list:
@@ -2596,6 +2665,40 @@ def cancel(store, request):
     selector = read_selector(request)
     cancelled = store.cancel(request.jobix, **selector)
     return Response.json({"cancelled": cancelled})
+
+
+def shown(job, **more):
+    """Return, in JSON, a job but its token, and `more`, JSON already."""
+    job["expired"] = bool(job["expired"])
+    del job["row"]
+    texts = {name: job.pop(name) or "null" for name in JSON_COLUMNS}
+    return splice(job, dict(texts, **more))
+
+
+def job(store, request, jobid):
+    """Show a job and its attempts."""
+    found = store.job(request.jobix, jobid)
+    if found is None:
+        raise Error(404, "There is no job %d." % jobid)
+    job, attempts = found
+    return Response.json_text(shown(job, attempts=to_json(attempts)))
+
+
+def jobs(store, request):
+    """Show a page of jobs."""
+    given = request.options(
+        stage=in_text(STAGE),
+        state=read_state,
+        after=in_text(JOBID),
+        limit=in_text(integer(1, 10**25)),
+    )
+    given["limit"] = min(given["limit"] or 100, MAX_PAGE)
+    if given["after"] is None:
+        given["after"] = -1  # before all
+    page, after = store.jobs(request.jobix, **given)
+    text = '{"jobs": [%s], "after": %s}'
+    listed = ", ".join(shown(job) for job in page)
+    return Response.json_text(text % (listed, to_json(after)))
 
 
 def workers(store, request):
@@ -2655,6 +2758,8 @@ ROUTES = (
     ("POST", "/cancel", cancel),
     ("GET", "/status", status),
     ("GET", "/workers", workers),
+    ("GET", "/jobs", jobs),
+    ("GET", "/job/<jobid>", job),
 )
 PUBLIC = frozenset((greet, health, dashboard, lifetime_page))
 

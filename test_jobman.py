@@ -1820,6 +1820,138 @@ class RejectTest(StoreCase):
         self.assertEqual("again", self.content(0)[1][0])
 
 
+class ShowTest(StoreCase):
+    """Part 2: what there is to know of jobs."""
+
+    def test_a_job_is_shown_with_all_but_its_token(self):
+        carried = {
+            "filename": "f\udcff", "laststage": 9, "priority": -3,
+            "max_attempts": 7, "timeout": 1.5, "cwd": "/tmp",
+            "outputs": ["a", "b\ud800"],
+        }
+        self.set_jobs({1: ["cmd", 2]}, **carried)
+        self.assertReply(200, self.fail(
+            self.get(0, worker="w1"), error="no", stderr="s", exit_code=9))
+        self.clock.advance(3)
+        job = self.get(0, lease=60, worker="w2")
+        body = packed({"files": made("a")})
+        self.assertReply(200, self.update(job, 2, body=body))
+        job = self.get(2, lease=60, worker="w3")
+        now = self.clock()
+        shown = self.ok("/job/1")
+        attempts = shown.pop("attempts")
+        self.assertEqual(dict(
+            carried, jobid=1, stage=3, state="working", expired=False,
+            since=now, due=now + 60, worker="w3", attempt=1, failures=0,
+            lapses=0, rejects=0, jobcmd=["cmd", 2], files=made("a"), made=0,
+        ), shown)
+        self.assertNotIn(job["claim"], json.dumps(shown))
+        self.assertEqual([
+            {"attempt": 1, "stage": 0, "target": None, "worker": "w1",
+             "started": now - 3, "ended": now - 3, "outcome": "failed",
+             "exit_code": 9, "error": "no", "stderr": "s"},
+            {"attempt": 2, "stage": 0, "target": 2, "worker": "w2",
+             "started": now, "ended": now, "outcome": "done",
+             "exit_code": None, "error": None, "stderr": None},
+        ], attempts)
+
+    def test_a_bare_job_is_shown_too(self):
+        self.ok("/init/1")
+        self.set_jobs([0])
+        self.clock.advance(61)
+        self.store.tick()
+        shown = self.ok("/job/0")
+        self.assertEqual([], shown["attempts"])
+        for name in ("jobcmd", "filename", "files", "made", "laststage",
+                     "max_attempts", "timeout", "cwd", "outputs", "due",
+                     "worker"):
+            self.assertIsNone(shown[name], name)
+        self.assertTrue(shown["expired"])
+
+    def test_the_last_attempts_of_a_job_are_shown(self):
+        self.set_jobs([1, 2])
+        self.assertReply(200, self.release(self.get(0)))
+        self.ok("/cancel", {"ids": [2]})
+        for n in range(101):
+            self.assertReply(200, self.update(self.get(0), 0, body=packed(
+                {"error": str(n)})))
+        attempts = self.ok("/job/1")["attempts"]
+        self.assertEqual(
+            [str(n) for n in range(1, 101)],
+            [attempt["error"] for attempt in attempts],
+        )
+        self.assertEqual([], self.ok("/job/2")["attempts"])
+
+    def test_a_job_that_does_not_exist_is_404(self):
+        self.set_jobs([1])
+        self.assertReply(404, self.call("/job/2"))
+        self.assertReply(404, self.call("/job/1", jobix=1))
+        self.assertReply(400, self.call("/job/x"))
+
+    def page(self, query=""):
+        """Return the ids on a page of jobs, and where to go on."""
+        answer = self.ok("/jobs?" + query)
+        return [job["jobid"] for job in answer["jobs"]], answer["after"]
+
+    def test_jobs_come_in_pages_by_id(self):
+        self.assertEqual(([], None), self.page())
+        self.set_jobs(range(0, 240, 2))
+        ids = list(range(0, 240, 2))
+        self.assertEqual((ids[:100], 198), self.page())
+        self.assertEqual((ids[100:], None), self.page("after=198"))
+        self.assertEqual((ids[1:4], 6), self.page("after=1&limit=3"))
+        self.assertEqual((ids, None), self.page("limit=10000000000000"))
+        self.assertEqual(([], None), self.page("after=238"))
+        self.assertEqual([], self.ok("/jobs", jobix=1)["jobs"])
+
+    def test_jobs_are_shown_as_one_job_is(self):
+        self.set_jobs({1: "a", 2: {"b": "\udcff"}}, filename="f")
+        self.get(0, lease=60)
+        for shown in self.ok("/jobs")["jobs"]:
+            job = self.ok("/job/%d" % shown["jobid"])
+            del job["attempts"]
+            self.assertEqual(job, shown)
+
+    def test_jobs_are_chosen_by_stage_and_state(self):
+        self.set_jobs([1, 2, 3])
+        self.set_jobs([4, 5, 6], stage=2)
+        self.get(0), self.get(2)
+        for query, ids in (
+            ("stage=0", [2, 3]), ("stage=2", [5, 6]), ("stage=5", []),
+            ("state=working", [1, 4]), ("state=waiting&stage=2", [5, 6]),
+            ("state=working&stage=3", [4]), ("state=failed", []),
+        ):
+            self.assertEqual((ids, None), self.page(query), query)
+        for query in ("state=lost", "stage=x", "stage=-1", "limit=0",
+                      "limit=x", "after=-1", "after=x", "order=id"):
+            self.assertReply(400, self.call("/jobs?" + query))
+
+    def replace(self, name, value):
+        """Give a constant another value for this test."""
+        self.addCleanup(setattr, jobman, name, getattr(jobman, name))
+        setattr(jobman, name, value)
+
+    def test_a_page_looks_at_a_bounded_number_of_jobs(self):
+        self.replace("PAGE_ROWS", 10)
+        self.set_jobs(range(25))
+        self.set_jobs([25], stage=2)
+        self.assertEqual(([], 9), self.page("stage=2"))
+        self.assertEqual(([], 19), self.page("stage=2&after=9"))
+        self.assertEqual(([25], None), self.page("stage=2&after=19"))
+        self.assertEqual((list(range(10)), 9), self.page())
+        self.assertEqual((list(range(7)), 6), self.page("limit=7"))
+
+    def test_a_page_has_a_bounded_number_of_jobs_and_letters(self):
+        self.replace("MAX_PAGE", 5)
+        self.set_jobs(dict.fromkeys(range(8), "x" * 100))
+        self.assertEqual((list(range(5)), 4), self.page("limit=8"))
+        self.replace("PAGE_TEXT", 250)
+        self.assertEqual((list(range(3)), 2), self.page())
+        self.replace("PAGE_TEXT", 10)
+        self.assertEqual(([7], 7), self.page("after=6"))
+        self.assertEqual(([], None), self.page("after=7"))
+
+
 class SweepTest(StoreCase):
     """Part 2: retry, cancel, status, health."""
 
@@ -2972,9 +3104,16 @@ class CostTest(StoreCase):
                 lambda: self.store.heartbeat(
                     self.jobix, claims=[(job["jobid"], "x")], lease=60,
                     worker=jobman.read_worker({"worker": "w"}))),
+            "job": self.steps(
+                lambda: self.store.job(self.jobix, job["jobid"])),
+            "jobs": self.steps(
+                lambda: self.store.jobs(
+                    self.jobix, after=-1, limit=10, stage=900, state=None)),
         }
 
     def test_100000_jobs_cost_what_100_cost(self):
+        self.addCleanup(setattr, jobman, "PAGE_ROWS", jobman.PAGE_ROWS)
+        jobman.PAGE_ROWS = 50
         self.ok("/init/100/100/0/0/0/0")
         self.set_jobs(range(10**6, 10**6 + 100))
         few = self.costs()
@@ -3003,7 +3142,7 @@ class CostTest(StoreCase):
         self.assertGreater(len(names), 30)
         for name in names:
             sql = getattr(jobman.SQL, name)
-            if name == "MOVABLE":
+            if name in ("MOVABLE", "SHOWN"):
                 continue
             values = dict.fromkeys(re.findall(r":(\w+)", sql), 1)
             plan = connection.execute("explain query plan " + sql, values)
@@ -3011,7 +3150,7 @@ class CostTest(StoreCase):
                 self.assertNotRegex(
                     row["detail"], r"(?i)scan (table )?(job|attempt)\b", name
                 )
-                if name in ("FREE", "DUE", "NEXT_DUE"):
+                if name in ("FREE", "DUE", "NEXT_DUE", "PAGE", "PAGE_END"):
                     self.assertNotIn("TEMP B-TREE", row["detail"], name)
 
 

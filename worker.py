@@ -247,6 +247,18 @@ class Client:
         """
         return self.call("GET", "/workers")
 
+    def jobs(self, **options):
+        """Return a page of jobs: {"jobs": [job, …], "after": jobid or None}.
+
+        Options: `stage`, `state`, `after` (from the page before), `limit`.
+        A page may be short, or empty, and not the last.
+        """
+        return self.call("GET", "/jobs", options=options)
+
+    def job(self, jobid):
+        """Return all that the server knows of a job, and its attempts."""
+        return self.call("GET", "/job/%d" % jobid)
+
     # How a call is made
 
     def call(
