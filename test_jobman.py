@@ -1870,17 +1870,19 @@ class ShowTest(StoreCase):
 
     def test_the_last_attempts_of_a_job_are_shown(self):
         self.set_jobs([1, 2])
-        self.assertReply(200, self.release(self.get(0)))
-        self.ok("/cancel", {"ids": [2]})
+        first, _ = self.get(0, n=2)
+        self.assertReply(200, self.release(first))
         for n in range(101):
             self.assertReply(200, self.update(self.get(0), 0, body=packed(
                 {"error": str(n)})))
+        self.ok("/cancel", {"ids": [2]})
         attempts = self.ok("/job/1")["attempts"]
         self.assertEqual(
             [str(n) for n in range(1, 101)],
             [attempt["error"] for attempt in attempts],
         )
-        self.assertEqual([], self.ok("/job/2")["attempts"])
+        attempt, = self.ok("/job/2")["attempts"]
+        self.assertEqual("cancelled", attempt["outcome"])
 
     def test_a_job_that_does_not_exist_is_404(self):
         self.set_jobs([1])

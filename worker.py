@@ -173,7 +173,11 @@ class Client:
         return None if found == "nada" else found
 
     def update_job(self, jobid, stage, claim=None, **result):
-        """Put a job into `stage`; `result` may have filename and jobcmd."""
+        """Put a job into `stage`.
+
+        `result` may have `filename`, `jobcmd`, `files`, `error`, `stderr`,
+        `exit_code` and `seconds`.
+        """
         path = "/update_job/%d/%d" % (jobid, stage)
         return self.call("POST", path, result, options={"claim": claim})
 
