@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 
 sys.dont_write_bytecode = True  # leave nothing beside the sources
@@ -46,6 +47,18 @@ class Failed(Exception):
     """Say what kept a contender from running its commands."""
 
 
+def stop(process):
+    """End a process, if there is one, and wait for it."""
+    if process is None:
+        return
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 class Place:
     """Hold what all measurements share: Pythons, folder, environment."""
 
@@ -54,6 +67,8 @@ class Place:
         self.python = python  # runs jobman
         self.hyperqueue = hyperqueue  # a Python that has it
         self.log = os.path.join(folder, "log")
+        self.busy = False  # starting or stopping a process
+        self.signal = None  # that came
         self.environment = {
             name: value for name, value in os.environ.items()
             if not name.startswith(("JOBMAN_", "PARALLEL", "PYTHON"))
@@ -73,23 +88,42 @@ class Place:
             end = file.read()[-2000:]
         return Failed("%s: %s\n%s" % (" ".join(argv), cause, end))
 
+    def end(self, number, _):
+        """End the program by a signal, at once or when it may be."""
+        self.signal = number
+        if not self.busy:
+            sys.exit(128 + number)
+
     @contextlib.contextmanager
-    def running(self, *argv, stdin=os.devnull, stdout=subprocess.DEVNULL):
-        """Run a process no longer than a `with` lasts; yield it."""
+    def undisturbed(self):
+        """Let signals wait, so that no process is lost from sight."""
+        self.busy = True
+        try:
+            yield
+        finally:
+            self.busy = False
+        if self.signal:
+            sys.exit(128 + self.signal)
+
+    def start(self, argv, stdin, stdout):
+        """Start a process; its standard error goes to the log."""
         with open(stdin) as source, open(self.log, "a") as log:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 argv, env=self.environment, stdin=source, stdout=stdout,
                 stderr=log, universal_newlines=True,
             )
+
+    @contextlib.contextmanager
+    def running(self, *argv, stdin=os.devnull, stdout=subprocess.DEVNULL):
+        """Run a process no longer than a `with` lasts; yield it."""
+        process = None
         try:
+            with self.undisturbed():
+                process = self.start(argv, stdin, stdout)
             yield process
         finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with self.undisturbed():
+                stop(process)
 
     def output(self, *argv, stdin=os.devnull, stdout=subprocess.PIPE):
         """Run a process to its end; return what it printed.
@@ -328,7 +362,7 @@ def jobman_worker(place, jobs):
             "start", [{"jobstage": 0, "jobcmd": [TRUE], "laststage": 2}] * jobs
         )
         whole, claimed = time_worker(place, client, access, jobs)
-    return {"jobman worker": whole, "the same, from first claim": claimed}
+    return {"jobman worker": whole, "jobman from 1st claim": claimed}
 
 
 def jobman_run(place, jobs):
@@ -406,10 +440,10 @@ def ratio(rates, row, base):
 
 
 def table(rates):
-    """Return the lines of a table in Markdown."""
-    line = "| %-26s | %8s | %8s | %13s | %10s | %8s |"
+    """Return the lines of a table in Markdown, each 79 characters."""
+    line = "| %-21s | %5s | %8s | %11s | %10s | %5s |"
     lines = [
-        line % ("row", "commands", "a second", "from ... to",
+        line % ("row", "runs", "a second", "range",
                 "HyperQueue", "xargs"),
         line % ("---", "--:", "--:", "--:", "--:", "--:"),
     ]
@@ -417,7 +451,7 @@ def table(rates):
         found = [rate for _, rate in measured]
         lines.append(line % (
             row, measured[0][0], "%.0f" % statistics.median(found),
-            "%.0f ... %.0f" % (min(found), max(found)),
+            "%.0f - %.0f" % (min(found), max(found)),
             ratio(rates, row, "HyperQueue"),
             ratio(rates, row, "xargs -P2 -n1"),
         ))
@@ -457,7 +491,7 @@ def report(place, rates, missing, load):
     print("\n".join(table(rates)))
     print()
     print(machine(place, load))
-    print("; ".join(versions(place, missing)))
+    print(textwrap.fill("; ".join(versions(place, missing)), 79))
     if missing:
         print("left out, not installed: " + ", ".join(missing))
 
@@ -510,6 +544,8 @@ def compare(options, folder):
         venv = os.path.abspath(options.hyperqueue)
         venv_python = os.path.join(venv, "bin", "python")
     place = Place(folder, real_python(options.python), venv_python)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, place.end)
     load = os.getloadavg()[0]
     counts, missing = warm_up(place, options.jobs)
     rates = measure(place, counts, options.rounds)
@@ -519,8 +555,6 @@ def compare(options, folder):
 def main(arguments=None):
     """Run the command line; return its exit status."""
     options = parse(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="jobman-bench-") as folder:
         try:
             compare(options, folder)
