@@ -33,8 +33,8 @@ WORKER = os.path.join(TOP, "worker.py")
 TRUE = shutil.which("true")  # by its path, or a shell takes its own
 
 SLOTS = 2  # commands side by side, also in the names of rows
-SECONDS = 3  # that a contender should take for one measurement
-WARM_UP = 200  # commands, by which that is estimated
+SECONDS = 5  # that a contender should take for one measurement
+WARM_UP = 500  # commands, by which that is estimated
 PATIENCE = 60  # seconds without a command that ends
 LIMIT = 1800  # seconds for one measurement
 
@@ -170,7 +170,8 @@ def items(folder, jobs):
 def watch(figure, jobs):
     """Wait until `figure()` is `jobs`: how many commands have ended.
 
-    To ask costs time, so it asks seldom until the end is near.
+    To ask costs time, so it asks seldom until the end is near; but the end
+    is seen at most a twentieth too late, should the start mislead it.
     """
     began = moved = time.monotonic()
     ended = figure()
@@ -179,7 +180,7 @@ def watch(figure, jobs):
         if now > moved + PATIENCE:
             raise Failed("%d of %d commands ended" % (ended, jobs))
         left = (now - began) * (jobs - ended) / ended if ended else 0
-        time.sleep(min(max(left / 2, 0.01), 0.5))
+        time.sleep(max(0.01, min(left / 2, (now - began) / 20)))
         last, ended = ended, figure()
         if ended > last:
             moved = time.monotonic()
