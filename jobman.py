@@ -176,7 +176,7 @@ create table runtime (                 -- of attempts that ended as done
     primary key (jobix, stage, bucket));
 
 create table worker (
-    jobix integer not null, name text not null, host text,
+    jobix integer not null, name text not null, host text, stages text,
     slots integer, busy integer, done integer, failed integer,
     heard real not null,               -- when its last heartbeat came
     quarantine text,                   -- why it takes no more work
@@ -421,17 +421,18 @@ class SQL:
 
     # one row for each name, the newest it said
     HEARD = """
-        insert or replace into worker (jobix, name, host, slots, busy, done,
-            failed, heard, quarantine)
-        values (:jobix, :name, :host, :slots, :busy, :done, :failed, :heard,
-            :quarantine)"""
+        insert or replace into worker (jobix, name, host, stages, slots, busy,
+            done, failed, heard, quarantine)
+        values (:jobix, :name, :host, :stages, :slots, :busy, :done, :failed,
+            :heard, :quarantine)"""
     # one that takes no more work stays, for somebody to look at it
     ENDED = """
         delete from worker where jobix = :jobix and name = :name
         and quarantine is null"""
     # one range of worker_heard
     WORKERS = """
-        select name, host, slots, busy, done, failed, heard, quarantine
+        select name, host, stages, slots, busy, done, failed, heard,
+            quarantine
         from worker where jobix = :jobix and heard >= :since
         order by heard desc, name"""
 
@@ -1922,7 +1923,10 @@ class Store:
         """
         now = self.clock()
         key = {"jobix": jobix, "since": now - within}
-        return now, [dict(row) for row in execute(SQL.WORKERS, key)]
+        return now, [
+            dict(row, stages=from_json(row["stages"] or "null"))
+            for row in execute(SQL.WORKERS, key)
+        ]
 
     @query
     def failures(self, execute, jobix, *, limit):
@@ -2215,6 +2219,13 @@ def read_stages(text, name):
     return [STAGE(number(part), name) for part in text.split(",")]
 
 
+def stages_served(value, name):
+    """Read a list of stages; return it as JSON text."""
+    if type(value) is not list:
+        raise Error(400, "%s must be a list of stages." % name)
+    return to_json([STAGE(stage, name) for stage in value])
+
+
 def read_files(value, name):
     """Read a list of files as they were made; return it as JSON text."""
     keys = "path", "size", "sha256"
@@ -2251,6 +2262,7 @@ COUNT = integer(0, 2**53)
 # What a worker may say of itself, each key with its reader.
 ABOUT_WORKER = {
     "host": label,
+    "stages": stages_served,
     "slots": COUNT,
     "busy": COUNT,
     "done": COUNT,
@@ -2355,7 +2367,10 @@ def workers_table(store, jobix):
     Nothing when there are none.
     """
     now, heard = store.workers(jobix, within=86400)
-    columns = "name", "host", "slots", "busy", "done", "failed", "quarantine"
+    columns = (
+        "name", "host", "stages", "slots", "busy", "done", "failed",
+        "quarantine",
+    )
     rows = [
         ["" if worker[name] is None else worker[name] for name in columns]
         + ["%d s ago" % (now - worker["heard"])]
@@ -3533,6 +3548,7 @@ class WorkerProcess:
 
     def __init__(self, access_file, slots, progress):
         command = [sys.executable, worker_script(), "--access", access_file]
+        command += ["--print", "--spool", access_file + ".spool"]
         command += ["--until-eof", "--idle-timeout", "1000000000"]
         command += ["--slots", str(slots)] if slots else []
         relayed = [

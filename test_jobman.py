@@ -1080,7 +1080,7 @@ class ClaimTest(StoreCase):
             for worker in answer["workers"]
         ]
 
-    ABOUT = {"host": "n\u00e41", "slots": 8, "busy": 0, "done": 2**53,
+    ABOUT = {"host": "n\u00e41", "stages": [2, 0], "slots": 8, "busy": 0, "done": 2**53,
              "failed": 1, "quarantine": "too hot"}
 
     def test_workers_are_those_heard_of_in_the_last_day(self):
@@ -1130,6 +1130,7 @@ class ClaimTest(StoreCase):
             {"host": 7}, {"host": ""}, {"host": "h" * 256}, {"slots": -1},
             {"slots": "8"}, {"busy": 1.5}, {"done": True},
             {"failed": 2**53 + 1}, {"quarantine": 1}, {"ended": 1},
+            {"stages": 2}, {"stages": ["0"]}, {"stages": [1000001]},
         ):
             beat = dict(about, worker="w", lease=60, claims=[])
             self.assertReply(400, self.post("/heartbeat", beat))
@@ -3201,7 +3202,7 @@ class WorkerTest(TemporaryFolder):
 
     def start(self, *argv, **options):
         """Start a worker that ends soon when it has nothing to do."""
-        argv = ("--idle-timeout", "0.05", "--slots", "1", *argv)
+        argv = ("--idle-timeout", "0.05", "--slots", "1", "--print", *argv)
         return self.spawn(WORKER, *argv, **options)
 
     def work(self, *argv):
@@ -3560,55 +3561,8 @@ class WorkerTest(TemporaryFolder):
 
     def inside(self):
         """Return a Worker that we drive by hand."""
-        return worker.Worker(self.path(".jobman", "access.json"))
-
-    def test_a_job_runs_under_its_newest_claim_and_no_other(self):
-        self.add("true")
-        inside, old = self.inside(), self.client.get(0, lease=60)
-        self.assertFalse(inside.adopt(old))
-        command = worker.Command(old, ["true"], b"", self.path("result"))
-        with contextlib.closing(command):
-            self.assertTrue(inside.register(command))
-            new = dict(old, claim="new")
-            self.assertTrue(inside.adopt(new))
-            self.assertEqual("new", command.job["claim"])
-            command.job = old
-            self.assertFalse(inside.register(command))
-            inside.report([(old, "release", {})])
-            self.assertEqual({1: "new"}, inside.claims)
-            command.job = new
-            inside.ending.set()
-            self.assertFalse(inside.register(command))
-
-    def test_a_result_that_is_refused_costs_no_other(self):
-        self.add("true", "true", max_attempts=1)
-        deep = []
-        for _ in range(300):
-            deep = [deep]
-        updates = [
-            {"jobid": job["jobid"], "claim": job["claim"], "jobstage": 2}
-            for job in self.client.get(0, lease=60, n=2)
-        ]
-        updates[0]["jobcmd"] = deep
-        self.inside().deliver_updates(updates)
-        self.assertEqual(["failed", "done"], self.states())
-        self.assertIn("nested", self.attempts(1)[0]["error"])
-
-    def test_what_outlives_a_term_is_killed(self):
-        job = {"jobid": 1, "jobstage": 0, "attempt": 1, "filename": None}
-        for trap, kept in (("exit 7", 7), ("", 128 + signal.SIGKILL)):
-            script = "trap '%s' TERM; echo > up; while :; do sleep 0.01; done"
-            argv = ["/bin/sh", "-c", "cd %s; " % self.folder + script % trap]
-            command = worker.Command(job, argv, b"", self.path("result"))
-            command.GRACE = PATIENCE if kept == 7 else 0.2
-            with contextlib.closing(command):
-                command.start()
-                self.addCleanup(command.signal, signal.SIGKILL)
-                wait_for(lambda: os.path.exists(self.path("up")), "its start")
-                command.kill()
-                command.process.wait(PATIENCE)
-                self.assertEqual(kept, command.wait())
-            os.unlink(self.path("up"))
+        access = self.path(".jobman", "access.json")
+        return worker.Worker(worker.parse(["--access", access]))
 
     def test_only_what_is_safe_is_asked_again(self):
         asked = []

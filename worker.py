@@ -4,27 +4,38 @@
     python3 worker.py --stage 0      run the jobs that wait in stage 0
 
 claims jobs, runs each one's command and tells the server what came of it.
-As a library this file gives `Client`, with a method for every call that the
-server answers. It needs Python 3.6 or later and nothing else, and works when
-copied alone. The manual is jobman's README.md.
+As a library this file gives `claim_jobs` and `run`, for programs that do the
+work themselves, and `Client`, with a method for every call that the server
+answers. It needs Python 3.6 or later and nothing else, and works when copied
+alone. The manual is jobman's README.md.
 """
 
 import argparse
+import collections
 import contextlib
+import errno
+import fcntl
+import hashlib
 import http.client
+import itertools
 import json
 import os
 import queue
 import random
+import re
+import sched
+import secrets
 import select
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 import zlib
 from urllib.parse import urlencode, urlsplit
 
@@ -34,6 +45,10 @@ MAX_STAGE = 1000000
 MAX_BODY = 64 * 2**20  # bytes that a server takes in one call
 STDERR_KEPT = 4096  # bytes of a command's stderr that go to the server
 RESULT_LIMIT = 2**20  # bytes that a command may leave in JOBMAN_RESULT
+TEMPFAIL = 75  # EX_TEMPFAIL of sysexits.h: try again, without counting
+TIMED_OUT = 124  # the exit status of timeout(1)
+QUARANTINED = 3  # exit status of a worker whose node is in doubt
+MARGIN = 5  # seconds kept free before the end of an allocation
 
 
 # ---------------------------------------------------------------- errors ---
@@ -79,6 +94,17 @@ def read_access(path):
         raise Trouble("Can't read %s: %s." % (path, error)) from None
 
 
+def backoff():
+    """Yield random pauses that grow, up to 10 seconds ("full jitter").
+
+    So a thousand workers don't come back to a server all at once.
+    """
+    longest = 0.1
+    while True:
+        yield random.uniform(0, longest)
+        longest = min(10, longest * 2)
+
+
 class Client:
     """Speak to a server: one method for each of its calls.
 
@@ -94,7 +120,6 @@ class Client:
 
     CONNECT_TIMEOUT = 10  # seconds
     TIMEOUT = 60  # seconds without a byte before a connection is given up
-    LONGEST_PAUSE = 10
 
     def __init__(self, access=None, *, url=None, jobix=None, patience=60):
         self.access = access or access_path()
@@ -215,9 +240,9 @@ class Client:
     def heartbeat(self, worker, lease, claims, **about):
         """Renew `claims`, [[jobid, token], …], for `lease` seconds.
 
-        `about` the worker: `host`, `slots`, `busy`, `done`, `failed`,
-        `quarantine` (why it takes no more work), `ended` (True).
-        Returns {"lost": [jobid, …], "drain": bool}.
+        `about` the worker: `host`, `stages` (a list), `slots`, `busy`,
+        `done`, `failed`, `quarantine` (why it takes no more work), `ended`
+        (True). Returns {"lost": [jobid, …], "drain": bool}.
         """
         beat = dict(about, worker=worker, lease=lease, claims=claims)
         return self.call("POST", "/heartbeat", beat)
@@ -292,8 +317,7 @@ class Client:
     def persist(self, method, path, body, repeat, timeout):
         """Make a call, again and again while that is safe and may help."""
         end = time.monotonic() + (self.patience or 0)
-        pause = 0.1
-        while True:
+        for pause in backoff():
             try:
                 answer = self.exchange(method, path, body, timeout)
                 if answer[0] != 503:
@@ -304,15 +328,14 @@ class Client:
                 error = "The server at %s:%d can't be reached (%s)." % (
                     *self.address, lost or type(lost).__name__
                 )
+                with contextlib.suppress(Trouble):  # it may be in the writing
+                    self.locate()
                 if sent and not repeat:
                     raise Unreachable(error) from None
-            late = self.patience is not None and time.monotonic() > end
+            late = self.patience is not None and time.monotonic() >= end
             if late or self.aborted:
                 raise Unreachable(error)
-            time.sleep(random.uniform(0, pause))
-            pause = min(self.LONGEST_PAUSE, pause * 2)
-            with contextlib.suppress(Trouble):  # it may be in the writing
-                self.locate()
+            time.sleep(pause)
 
     def exchange(self, method, path, body, timeout):
         """Make a call once; return (status, content type, text)."""
@@ -353,14 +376,18 @@ class Client:
             self.connection = None
         return self.sent
 
-    def abort(self):
-        """Break off the call on its way, from another thread; no more."""
+    def abort(self, how=socket.SHUT_WR):
+        """Break off the call on its way, from another thread; no more.
+
+        What the server is answering still arrives, and it sees that it
+        shouldn't hand out jobs any more; SHUT_RDWR ends that too.
+        """
         self.aborted = True
         with contextlib.suppress(OSError, AttributeError):
-            self.connection.sock.shutdown(socket.SHUT_RDWR)
+            self.connection.sock.shutdown(how)
 
 
-# --------------------------------------------------------------- command ---
+# ----------------------------------------------------------------- files ---
 
 
 def to_bytes(text):
@@ -371,21 +398,678 @@ def to_bytes(text):
     return text.encode("utf-8", "surrogateescape")
 
 
-def tail(file):
-    """Return the end of a command's stderr as text."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - STDERR_KEPT))
-    return file.read().decode("utf-8", "replace")
+def describe(path):
+    """Return a file as it is now: {"path", "size" (bytes), "sha256" (hex)}.
+
+    Raises OSError when it can't be read, ValueError when it is no file.
+    """
+    digest, size = hashlib.sha256(), 0
+    if not stat.S_ISREG(os.stat(to_bytes(path)).st_mode):
+        raise ValueError("%s is no file" % path)
+    with open(to_bytes(path), "rb", buffering=0) as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            digest.update(block)
+            size += len(block)
+    return {"path": path, "size": size, "sha256": digest.hexdigest()}
 
 
-def remove(path):
-    """Remove what a command left at `path`, if anything."""
+def intact(file):
+    """Return whether a file is still as describe() saw it."""
     try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
+        size = os.stat(to_bytes(file["path"])).st_size
+        return size == file["size"] and describe(file["path"]) == file
+    except (OSError, ValueError):
+        return False
+
+
+def await_files(files, lag, ending):
+    """Return those of `files` that aren't intact `lag` seconds from now.
+
+    A shared file system may show late what another node has written. Breaks
+    off when the Event `ending` is set.
+    """
+    end = time.monotonic() + lag
+    while True:
+        files = [file for file in files if not intact(file)]
+        if not files or time.monotonic() >= end or ending.wait(0.2):
+            return files
+
+
+def touched(path):
+    """Return what changes when a file is written, None when it is gone."""
+    try:
+        found = os.stat(to_bytes(path))
     except OSError:
-        shutil.rmtree(path)
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def output_paths(job, brought):
+    """Return the paths, absolute, of the files that an attempt has made.
+
+    Those that its result names, else those that the job says; and the file
+    that it hands on, if that is there.
+    """
+    here = os.getcwdb().decode("utf-8", "surrogateescape")
+    folder = os.path.join(here, job.get("cwd") or "")
+    names = brought.get("outputs")
+    if names is None:
+        names = job.get("outputs") or ()
+    paths = [os.path.join(folder, name) for name in names]
+    if brought.get("filename"):
+        path = os.path.join(folder, brought["filename"])
+        if os.path.isfile(to_bytes(path)):
+            paths.append(path)
+    return list(dict.fromkeys(paths))
+
+
+def results(job, brought, paths, inputs):
+    """Return what an update says of an attempt's results.
+
+    Files that it was given and left alone stand for themselves: only others
+    are read. Raises OSError or ValueError when one of `paths` is missing.
+    """
+    values = {k: v for k, v in brought.items() if k != "outputs"}
+    if paths:
+        values["files"] = [describe(path) for path in paths]
+    elif job.get("files"):
+        seen = {file["path"]: touched(file["path"]) for file in job["files"]}
+        if seen != inputs:
+            values["files"] = []
+    return values
+
+
+def disk_full(*folders):
+    """Return the first of `folders` that has no room left, None if none."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            found = os.statvfs(folder)
+            if found.f_blocks and found.f_bavail * found.f_frsize < 2**16:
+                return folder
+    return None
+
+
+# -------------------------------------------------------------- log, spool ---
+
+
+def namespace(jobix):
+    """Return a name for a jobix in files, from which nobody learns it."""
+    return hashlib.sha256(b"jobman %d" % int(jobix)).hexdigest()[:12]
+
+
+def append_to(path):
+    """Return a descriptor that writes at the end of a file, for us alone."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def write(fd, data):
+    """Write all of `data`."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+class OutputLog:
+    """Keep what the commands of a worker print: all in one file, PATH.out.
+
+    PATH.index says where what is, a line for each piece: `jobid stage
+    attempt began stream offset length`, `began` in milliseconds since 1970,
+    stream 1 or 2, offset and length in bytes.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.fds = None
+        self.size = 0
+        self.pieces = []  # not written yet: [key, stream, data]
+
+    def add(self, key, stream, data):
+        """Keep a piece of output; `key` has the index line's first four."""
+        if self.pieces and self.pieces[-1][:2] == [key, stream]:
+            self.pieces[-1][2] += data
+        else:
+            self.pieces.append([key, stream, data])
+
+    def flush(self):
+        """Write what has come; raise OSError, and drop it, if that fails."""
+        if not self.pieces:
+            return
+        pieces, self.pieces = self.pieces, []
+        if self.fds is None:
+            self.fds = [append_to(self.path + ".out")]
+            self.fds.append(append_to(self.path + ".index"))
+        lines, at = [], self.size
+        for key, stream, data in pieces:
+            lines.append(b"%s %d %d %d\n" % (key, stream, at, len(data)))
+            at += len(data)
+        for fd, parts in zip(self.fds, ([p[2] for p in pieces], lines)):
+            write(fd, b"".join(parts))
+        self.size = at
+
+
+class LoggedOutput:
+    """What one command prints, on its way to the log: up to a limit."""
+
+    def __init__(self, log, key, limit):
+        self.log = log
+        self.key = key
+        self.room = limit
+        self.cut = 0
+        self.tail = b""
+
+    def take(self, stream, data):
+        """Keep `data`, which has come from stream 1 or 2."""
+        if stream == 2:
+            self.tail = (self.tail + data)[-STDERR_KEPT:]
+        kept = data[: self.room]
+        self.room -= len(kept)
+        self.cut += len(data) - len(kept)
+        if kept:
+            self.log.add(self.key, stream, kept)
+
+    def end(self):
+        """Say what was cut."""
+        if self.cut:
+            note = "\n[worker.py cut %d bytes here: --log-limit]\n" % self.cut
+            self.log.add(self.key, 2, note.encode("ascii"))
+
+
+class PrintedOutput:
+    """What one command prints, held until it can be printed as a whole."""
+
+    def __init__(self):
+        self.files = [tempfile.SpooledTemporaryFile(2**20) for _ in "12"]
+        self.tail = b""
+
+    def take(self, stream, data):
+        """Keep `data`, which has come from stream 1 or 2."""
+        if stream == 2:
+            self.tail = (self.tail + data)[-STDERR_KEPT:]
+        self.files[stream - 1].write(data)
+
+    def end(self):
+        """Nothing is ever cut."""
+
+    def print(self):
+        """Print it; raise BrokenPipeError when nobody reads any more."""
+        for kept, stream in zip(self.files, (sys.stdout, sys.stderr)):
+            with kept:
+                kept.seek(0)
+                shutil.copyfileobj(kept, stream.buffer)
+            stream.flush()
+
+
+# A claim's attempt has ended: `verb` is update, fail, release or reject, and
+# `values` go with it.
+Outcome = collections.namedtuple("Outcome", "space jobid claim verb values")
+
+
+class Spool:
+    """Keep on disk what can't be delivered: PATH, a line for each outcome.
+
+    Its owner has a `flock` on it. Where locks don't work two may deliver the
+    same: the server takes each outcome once.
+    """
+
+    SUFFIX = ".spool"
+
+    def __init__(self, folder, name):
+        self.folder = folder
+        self.path = os.path.join(folder, name + self.SUFFIX)
+        self.fd = None
+        self.adopted = []  # (path, descriptor, whether all of it is ours)
+
+    def add(self, outcomes):
+        """Write outcomes to disk; raise OSError if that fails."""
+        if not outcomes:
+            return
+        lines = [json.dumps(outcome._asdict()) + "\n" for outcome in outcomes]
+        if self.fd is None:
+            self.fd = append_to(self.path)
+            self.lock(self.fd)
+        write(self.fd, "".join(lines).encode("ascii"))
+        os.fsync(self.fd)
+
+    def lock(self, fd):
+        """Lock a spool file; return whether it has an owner that lives."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # no locks here
+        return True
+
+    def adopt(self, space):
+        """Return the outcomes that workers which have ended left behind."""
+        found = []
+        with contextlib.suppress(OSError):
+            for name in sorted(os.listdir(self.folder)):
+                path = os.path.join(self.folder, name)
+                if name.endswith(self.SUFFIX) and path != self.path:
+                    found += self.take_over(path, space)
+        return found
+
+    def take_over(self, path, space):
+        """Return the outcomes in a spool file that has no owner."""
+        fd = os.open(path, os.O_RDWR)
+        if not self.lock(fd) or os.fstat(fd).st_nlink == 0:
+            os.close(fd)
+            return []
+        with open(fd, "rb", closefd=False) as file:
+            outcomes = list(read_outcomes(file))
+        ours = [each for each in outcomes if each.space == space]
+        self.adopted.append((path, fd, len(ours) == len(outcomes)))
+        return ours
+
+    def leave(self):
+        """Leave the file to others; what comes goes into a new one."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+            self.path = self.path[: -len(self.SUFFIX)] + "+" + self.SUFFIX
+
+    def clear(self):
+        """Remove what has been delivered."""
+        if self.fd is not None:
+            self.adopted.append((self.path, self.fd, True))
+            self.fd = None
+        for path, fd, remove in self.adopted:
+            if remove:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+            os.close(fd)
+        self.adopted = []
+        with contextlib.suppress(OSError):
+            os.rmdir(self.folder)  # if it is empty
+
+
+def read_outcomes(file):
+    """Yield the outcomes in a spool file; the last line may be torn."""
+    for line in file:
+        with contextlib.suppress(ValueError, TypeError):
+            yield Outcome(**json.loads(line.decode("ascii")))
+
+
+# ---------------------------------------------------------------- claims ---
+
+
+def is_update(outcome):
+    """Return whether an outcome can be told together with others."""
+    return outcome.verb == "update"
+
+
+def deliver(client, outcomes, say):
+    """Deliver a list of outcomes, in order; yield each batch when it is told.
+
+    What is told is taken from the list. What the server refuses is worth a
+    line. Raises Unreachable.
+    """
+    while outcomes:
+        batch = list(itertools.takewhile(is_update, outcomes[:100]))
+        if batch:
+            deliver_updates(client, batch, say)
+        else:
+            batch = outcomes[:1]
+            deliver_one(client, batch[0], say)
+        del outcomes[: len(batch)]
+        yield batch
+
+
+def deliver_updates(client, updates, say):
+    """Deliver updates in one call, or each alone if it is refused."""
+    try:
+        answers = client.update_jobs(
+            [dict(u.values, jobid=u.jobid, claim=u.claim) for u in updates]
+        )
+    except Refused as refused:
+        check_access(refused)
+        if len(updates) > 1:
+            for update in updates:
+                deliver_updates(client, [update], say)
+        else:
+            values = {"error": "Its result: %s" % refused}
+            failed = updates[0]._replace(verb="fail", values=values)
+            deliver_one(client, failed, say)
+        return
+    for answer in answers:
+        if answer["status"] != 200:
+            say("Job %(jobid)d: its result came too late and is dropped"
+                " (%(status)d)." % answer)
+
+
+def deliver_one(client, outcome, say):
+    """Deliver an outcome by a call of its own."""
+    verb = getattr(client, outcome.verb + "_job")
+    try:
+        verb(outcome.jobid, claim=outcome.claim, **outcome.values)
+    except Refused as refused:
+        check_access(refused)
+        say("Job %d: %s Dropped." % (outcome.jobid, refused))
+
+
+def check_access(refused):
+    """Raise Unreachable when it was us who was refused: what we have waits."""
+    if refused.status == 403:
+        raise Unreachable(str(refused))
+
+
+class Claims:
+    """The claims of a worker: renewed while they last, told how they ended.
+
+    One thread renews all leases, one delivers outcomes; both take turns on
+    the connection of `client`, which has no patience. What can't be
+    delivered waits on disk, in `spool`. `about()` gives what a heartbeat
+    says of the worker; `lost(jobid, claim)` is called for a lost claim.
+    """
+
+    LINGER = 0.02  # seconds in which outcomes gather for one call
+    LAST = 5  # seconds that the end may take when the server is away
+
+    def __init__(self, client, spool, name, lease, *, about, lost, say):
+        self.client = client
+        self.spool = spool
+        self.name = name
+        self.lease = lease
+        self.about = about
+        self.lost = lost
+        self.say = say
+        self.news = threading.Condition()  # guards the next four
+        self.held = {}  # jobid: newest token, until its outcome is told
+        self.fresh = []  # outcomes that have just come
+        self.unsafe = 0  # outcomes that are neither told nor on disk
+        self.closing = None  # when to give up, in monotonic seconds
+        self.waiting = []  # outcomes, in order; the reporting thread's own
+        self.spooled = 0  # how many of these are on disk
+        self.away = False  # the server
+        self.retry = 0  # when to try it again
+        self.pauses = backoff()
+        self.over = False
+        self.due = threading.Event()
+        self.threads = [
+            threading.Thread(target=work, daemon=True)
+            for work in (self.report_on, self.beat_on)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def hold(self, job):
+        """Renew the lease of a claimed job from now on."""
+        with self.news:
+            self.held[job["jobid"]] = job["claim"]
+
+    def holds(self, jobid, claim):
+        """Return whether a claim is held, and is the newest of its job."""
+        with self.news:
+            return self.held.get(jobid) == claim
+
+    def forget(self, jobid, claim):
+        """Renew a claim no more."""
+        with self.news:
+            if self.held.get(jobid) == claim:
+                del self.held[jobid]
+
+    def settle(self, job, verb, **values):
+        """Tell the server, soon, how the attempt at a job has ended."""
+        space = namespace(job["jobix"])
+        outcome = Outcome(space, job["jobid"], job["claim"], verb, values)
+        with self.news:
+            self.fresh.append(outcome)
+            self.unsafe += 1
+            self.news.notify_all()
+
+    def wait(self):
+        """Return when all outcomes are told, or at least on disk."""
+        with self.news:
+            self.news.wait_for(lambda: not self.unsafe)
+
+    def close(self, **about):
+        """Deliver what there is, or leave it on disk; beat a last time."""
+        with self.news:
+            self.closing = time.monotonic() + self.LAST
+            self.retry = 0
+            self.news.notify_all()
+        self.threads[0].join()
+        self.over = True
+        self.beat_soon()
+        self.threads[1].join()
+        self.beat(**about)
+        self.client.close()
+
+    # Reports
+
+    def report_on(self):
+        """Deliver outcomes until close(), first what other workers left."""
+        self.adopt()
+        while not self.finished():
+            self.gather()
+            if time.monotonic() >= self.retry:
+                self.try_server()
+            if len(self.waiting) > self.spooled:
+                self.keep()
+
+    def adopt(self):
+        """Take over the spool of workers that have ended."""
+        self.waiting = self.spool.adopt(namespace(self.client.jobix))
+        self.spooled = len(self.waiting)
+
+    def finished(self):
+        """Return whether all is told, or there is no more time for it."""
+        with self.news:
+            if self.closing is None or self.fresh:
+                return False
+        return not self.waiting or time.monotonic() >= self.closing
+
+    def gather(self):
+        """Wait for outcomes, for the time to try again, or for close()."""
+        with self.news:
+            if self.away:
+                end = min(self.retry, self.closing or self.retry)
+                self.news.wait_for(
+                    lambda: self.fresh or not self.retry,
+                    max(0, end - time.monotonic()),
+                )
+            elif not self.waiting:
+                self.news.wait_for(lambda: self.fresh or self.closing)
+        if self.closing is None:
+            time.sleep(self.LINGER)
+        with self.news:
+            self.waiting += self.fresh
+            self.fresh = []
+
+    def try_server(self):
+        """Deliver what waits; say when the server goes and when it is back."""
+        try:
+            self.set_strangers_aside()
+            for batch in deliver(self.client, self.waiting, self.say):
+                self.told(batch)
+        except Unreachable as error:
+            if not self.away:
+                self.say("%s Results wait on disk." % error)
+            self.away = True
+            self.retry = time.monotonic() + next(self.pauses)
+            return
+        self.spool.clear()
+        if self.away:
+            self.say("The server is back.")
+            self.away, self.retry, self.pauses = False, 0, backoff()
+            self.adopt()
+
+    def set_strangers_aside(self):
+        """Leave on disk what belongs to another jobix than the server's."""
+        space = namespace(self.client.jobix)
+        ours = [each for each in self.waiting if each.space == space]
+        if len(ours) < len(self.waiting):
+            self.keep()
+            self.spool.leave()
+            self.waiting, self.spooled = ours, len(ours)
+
+    def told(self, batch):
+        """Forget the claims of outcomes that have been delivered."""
+        for each in batch:
+            self.forget(each.jobid, each.claim)
+        self.safe(max(0, len(batch) - self.spooled))
+        self.spooled = max(0, self.spooled - len(batch))
+
+    def keep(self):
+        """Put on disk what waits and isn't there yet."""
+        fresh = self.waiting[self.spooled :]
+        try:
+            self.spool.add(fresh)
+        except OSError as error:
+            return self.say("%s can't be written: %s" % (
+                self.spool.path, error.strerror))
+        self.spooled = len(self.waiting)
+        self.safe(len(fresh))
+
+    def safe(self, n):
+        """Note that `n` more outcomes are told or on disk."""
+        with self.news:
+            self.unsafe -= n
+            self.news.notify_all()
+
+    # Heartbeats
+
+    def beat_on(self):
+        """Renew all leases four times in a lease's time."""
+        while not self.over:
+            self.beat()
+            self.due.wait(self.lease / 4)
+            self.due.clear()
+
+    def beat_soon(self):
+        """Beat at once: there is news of the worker."""
+        self.due.set()
+
+    def beat(self, **about):
+        """Renew all leases; tell which claims are lost."""
+        with self.news:
+            claims = sorted(self.held.items())
+        about = dict(self.about(), **about)
+        try:
+            answer = self.client.heartbeat(
+                self.name, self.lease, claims, **about
+            )
+        except Unreachable:
+            return
+        except Refused as refused:
+            return self.say("No heartbeat: %s" % refused)
+        for jobid, claim in claims:
+            if jobid in answer["lost"]:
+                self.lost(jobid, claim)
+
+
+# ----------------------------------------------------------------- guard ---
+
+ENDING_SIGNALS = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1,
+)
+
+
+def marked(mark):
+    """Yield the processes of ours that have `mark` in their environment."""
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            with contextlib.suppress(OSError):
+                with open("/proc/%s/environ" % name, "rb") as file:
+                    if mark in file.read():
+                        yield int(name)
+
+
+def kill_group(group, number=signal.SIGKILL):
+    """Send a signal to a process group; return whether there was any."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it has changed its user
+    return True
+
+
+def watch_over(pipe, folder):
+    """Kill what a worker leaves running, and remove its `folder`.
+
+    The worker writes `+GROUP` and `-GROUP` lines into the pipe as commands
+    begin and end; its end of file is the worker's end. A command that began
+    as the worker was killed is found by the folder in its environment.
+    """
+    groups, rest = set(), b""
+    for block in iter(lambda: os.read(pipe, 65536), b""):
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            if line == b".":  # farewell: nothing is left
+                return
+            change = groups.add if line[:1] == b"+" else groups.discard
+            change(int(line[1:]))
+    for group in groups:
+        kill_group(group)
+    for _ in range(10):
+        for process in marked(os.fsencode(folder)):
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.05)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class Guard:
+    """A small process that kills what is left when its worker is gone.
+
+    Made before any thread, by a fork: it shares the worker's memory.
+    """
+
+    def __init__(self, folder):
+        reader, self.pipe = os.pipe()
+        self.ended = b""  # groups to be told with the next that begins
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                self.detach(reader)
+                watch_over(reader, folder)
+            finally:
+                os._exit(0)
+        os.close(reader)
+
+    def detach(self, reader):
+        """Let go, in the guard, of the worker's session, signals and files."""
+        os.setsid()
+        for number in ENDING_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) not in (0, 1, 2, reader):
+                with contextlib.suppress(OSError):
+                    os.close(int(name))
+
+    def begun(self, group):
+        """Note that a process group runs."""
+        self.tell(b"+%d\n" % group)
+
+    def over(self, group):
+        """Note that a process group is gone."""
+        self.ended += b"-%d\n" % group
+
+    def tell(self, line=b""):
+        """Tell the guard what it must know; without it go on all the same."""
+        line, self.ended = self.ended + line, b""
+        if line:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self.pipe, line)
+
+    def close(self):
+        """Let the guard end: nothing is left for it to do."""
+        self.tell(b".\n")
+        os.close(self.pipe)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+
+# --------------------------------------------------------------- command ---
 
 
 def refuse_constant(name):
@@ -402,103 +1086,154 @@ def read_result(text):
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if not isinstance(result, dict) or set(result) - {"filename", "jobcmd"}:
-        raise ValueError("it is no object with filename and jobcmd")
+    keys = {"filename", "jobcmd", "outputs"}
+    if not isinstance(result, dict) or set(result) - keys:
+        raise ValueError("it is no object with filename, jobcmd and outputs")
     if not isinstance(result.get("filename"), (str, type(None))):
         raise ValueError("its filename is no string")
+    outputs = result.get("outputs") or []
+    if not isinstance(outputs, list) or {type(o) for o in outputs} - {str}:
+        raise ValueError("its outputs are no list of strings")
     return result
 
 
-class Command:
-    """Run the command of one job and keep what it prints.
+def remove(path):
+    """Remove what a command left at `path`, if anything."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        shutil.rmtree(path)
 
-    `argv` is a list of strings, `given` the bytes for its standard input.
-    Its process group is its own, so that it can be killed as a whole.
+
+def start_process(argv, environment, cwd, files):
+    """Start a process in a session, so a group, of its own; return its pid.
+
+    `files` are the descriptors of its standard input, output and error.
+    Raises OSError when it can't be started. Where the C library can't do it
+    by posix_spawn, subprocess does it, by a fork: dear in a large process.
+    """
+    if cwd is None and hasattr(os, "posix_spawnp"):
+        with contextlib.suppress(NotImplementedError):
+            return os.posix_spawnp(
+                argv[0], argv, environment,
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, fd, n) for n, fd in enumerate(files)
+                ],
+                setsid=True,
+                setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+            )
+    process = subprocess.Popen(
+        argv, env=environment, cwd=cwd, stdin=files[0], stdout=files[1],
+        stderr=files[2], start_new_session=True, close_fds=False,
+    )
+    process.returncode = 0  # the worker waits for all its children itself
+    return process.pid
+
+
+class Slot:
+    """A place for one command at a time; its pipes serve one after another.
+
+    The write ends stay open here, so nothing ends when a command does: what
+    it has printed is in the pipe by then.
     """
 
-    GRACE = 5  # seconds between TERM and KILL
+    def __init__(self, folder, number):
+        self.result = os.path.join(folder, "result-%d" % number)
+        pipes = [os.pipe() for _ in "12"]
+        self.readers = [reader for reader, _ in pipes]
+        self.writers = [writer for _, writer in pipes]
+        for reader in self.readers:
+            os.set_blocking(reader, False)
+        self.attempt = None
 
-    def __init__(self, job, argv, given, result):
+    def read(self, stream):
+        """Give the attempt what is in a pipe; return whether there was any."""
+        try:
+            data = os.read(self.readers[stream - 1], 65536)
+        except BlockingIOError:
+            return False
+        if self.attempt is not None:  # else a stray of an earlier one wrote it
+            self.attempt.output.take(stream, data)
+        return True
+
+    def drain(self):
+        """Read all that the command has printed: a pipe holds 1 MiB at most.
+
+        A stray that has left its group may go on writing for ever.
+        """
+        for stream in (1, 2):
+            for _ in range(16):
+                if not self.read(stream):
+                    break
+
+
+class Attempt:
+    """One attempt at a job, from its claim until its outcome is told."""
+
+    def __init__(self, job):
         self.job = job
-        self.argv = [to_bytes(word) for word in argv]
-        self.given = given
-        self.result = result  # the file that JOBMAN_RESULT names
-        self.out = tempfile.TemporaryFile()
-        self.err = tempfile.TemporaryFile()
-        self.mutex = threading.Lock()  # guards process and killed
-        self.process = None
-        self.killed = False
+        self.claimed = time.monotonic()
+        self.placed = None  # when it got its slot
+        self.slot = None
+        self.output = None
+        self.pid = None  # of its command, also its process group
+        self.status = None  # of its command, as a shell gives it
+        self.began = self.seconds = None
+        self.reason = None  # why it is cut off: timeout, lost or end
+        self.last = None  # when what is left of it is killed
+        self.over = False
+        self.inputs = {}  # path: touched(path), of files that were checked
+        self.events = []  # of the scheduler
 
-    def environment(self):
-        """Return the worker's environment with what the job adds."""
+    def key(self):
+        """Return the first columns of its lines in the index of the log."""
+        job = self.job
+        numbers = job["jobid"], job["jobstage"], job["attempt"]
+        return b"%d %d %d %d" % (*numbers, time.time() * 1000)
+
+    def environment(self, base):
+        """Return the environment of its command, on top of `base`."""
         job = self.job
         added = {
             "JOBMAN_JOBID": str(job["jobid"]),
             "JOBMAN_STAGE": str(job["jobstage"]),
             "JOBMAN_ATTEMPT": str(job["attempt"]),
             "JOBMAN_FILENAME": job["filename"] or "",
-            "JOBMAN_RESULT": self.result,
+            "JOBMAN_RESULT": self.slot.result,
         }
-        environment = dict(os.environb)
+        environment = dict(base)
         for name, text in added.items():
             environment[name.encode("ascii")] = to_bytes(text)
         return environment
 
-    def start(self):
-        """Start the process; raise OSError or ValueError if it can't be."""
-        cwd = self.job.get("cwd")
-        remove(self.result)
-        with tempfile.TemporaryFile() as stdin, self.mutex:
-            stdin.write(self.given)
-            stdin.seek(0)
-            if not self.killed:
-                self.process = subprocess.Popen(
-                    self.argv,
-                    stdin=stdin,
-                    stdout=self.out,
-                    stderr=self.err,
-                    cwd=None if cwd is None else to_bytes(cwd),
-                    env=self.environment(),
-                    start_new_session=True,
-                    close_fds=False,
-                )
+    def start(self, argv, given, base):
+        """Start the command; `given` are the bytes for its standard input.
 
-    def wait(self):
-        """Return the exit status, as a shell gives it: 124 after a timeout."""
-        if self.process is None:
-            return 128 + signal.SIGTERM
-        try:
-            status = self.process.wait(self.job.get("timeout"))
-        except subprocess.TimeoutExpired:
-            self.kill()
-            self.process.wait()
-            return 124
-        return status if status >= 0 else 128 - status
-
-    def kill(self):
-        """End the process group: TERM, and KILL for what outlives it."""
-        with self.mutex:
-            self.killed = True
-            if self.process is None or self.process.poll() is not None:
-                return
-        self.signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(self.GRACE)
-        self.signal(signal.SIGKILL)
-
-    def signal(self, number):
-        """Send a signal to the process group."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+        Raises OSError, or ValueError for words that no command can have.
+        """
+        argv, cwd = [to_bytes(word) for word in argv], self.job.get("cwd")
+        remove(self.slot.result)
+        with open(os.devnull, "rb") if not given else tempfile.TemporaryFile(
+        ) as stdin:
+            if given:
+                stdin.write(given)
+                stdin.seek(0)
+            self.began = time.monotonic()
+            self.pid = start_process(
+                argv, self.environment(base), cwd and to_bytes(cwd),
+                (stdin.fileno(), *self.slot.writers),
+            )
 
     def brought(self):
         """Return what the command left in JOBMAN_RESULT, a dict.
 
-        Raises ValueError when that is no object with filename and jobcmd.
+        Raises ValueError when that is no object with the known keys.
         """
         try:
             flags = os.O_RDONLY | os.O_NONBLOCK  # it may be a pipe
-            with open(os.open(self.result, flags), "rb") as file:
+            with open(os.open(self.slot.result, flags), "rb") as file:
                 text = file.read(RESULT_LIMIT + 1) or b""
         except FileNotFoundError:
             return {}
@@ -508,232 +1243,670 @@ class Command:
             raise ValueError("it is over %d bytes" % RESULT_LIMIT)
         return read_result(text) if text.strip() else {}
 
-    def close(self):
-        """Let go of the files."""
-        self.out.close()
-        self.err.close()
+
+# ------------------------------------------------------------ allocation ---
+
+
+def read_span(text):
+    """Return the seconds that a time stands for: 1:00:00, 90s, 2h30m.
+
+    With colons as Slurm has it: [days-]hours:minutes:seconds, or
+    minutes:seconds. Raises ValueError.
+    """
+    colons = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\Z", text)
+    units = re.match(r"(?=.)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?\Z",
+                     text)
+    found = colons or units
+    if not found:
+        raise ValueError("%r is no time such as 1:00:00 or 90s" % text)
+    days, hours, minutes, rest = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def told_by(*command):
+    """Return what a command of the batch system prints, "" if it fails."""
+    try:
+        return subprocess.check_output(
+            command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            universal_newlines=True, timeout=30,
+        )
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return ""
+
+
+def slurm_left(environment):
+    """Return the seconds left in a Slurm allocation, None if unknown."""
+    end = environment.get("SLURM_JOB_END_TIME", "")
+    if end.isdigit():
+        return int(end) - time.time()
+    told = told_by("scontrol", "show", "job", environment["SLURM_JOB_ID"])
+    found = re.search(r"\bEndTime=(\d+-\d+-\d+T\d+:\d+:\d+)", told)
+    if not found:
+        return None
+    end = time.strptime(found.group(1), "%Y-%m-%dT%H:%M:%S")
+    return time.mktime(end) - time.time()
+
+
+def pbs_left(environment):
+    """Return the seconds left in a PBS allocation, None if unknown.
+
+    Torque says `Walltime.Remaining`; PBS Pro says what was asked for, and
+    when the job started.
+    """
+    told = told_by("qstat", "-f", environment["PBS_JOBID"])
+    found = re.search(r"Walltime\.Remaining = (\d+)", told)
+    if found:
+        return int(found.group(1))
+    limit = re.search(r"Resource_List\.walltime = ([\d:]+)", told)
+    start = re.search(r"\bstime = \w+ (\w+ +\d+ [\d:]+ \d+)", told)
+    if not (limit and start):
+        return None
+    began = time.strptime(start.group(1), "%b %d %H:%M:%S %Y")
+    return time.mktime(began) + read_span(limit.group(1)) - time.time()
+
+
+def allocation_left(environment):
+    """Return the seconds left in the batch job we are in, None if unknown."""
+    if "SLURM_JOB_ID" in environment:
+        return slurm_left(environment)
+    if "PBS_JOBID" in environment:
+        return pbs_left(environment)
+    return None
+
+
+# --------------------------------------------------------------- claimer ---
+
+
+class Doubt:
+    """Find out whether it is the node's fault that jobs fail.
+
+    Several different jobs that fail fast here, one after another, raise a
+    doubt. The server knows what became of them elsewhere: if others get them
+    done the node is bad, if others fail too the jobs are.
+    """
+
+    ENOUGH = 3  # jobs that fail here in a row and are done elsewhere
+    KEPT = 10  # jobs that are looked at
+    FAST = 10  # seconds
+    HEARD = 120  # seconds for which a silent worker counts as there
+
+    def __init__(self, client, name, stages):
+        self.client = client
+        self.name = name
+        self.stages = stages
+        self.mutex = threading.Lock()  # guards failed
+        self.failed = collections.OrderedDict()  # jobid: stage
+
+    def note(self, job, failed, seconds):
+        """Note how an attempt ended here, and how long it took."""
+        with self.mutex:
+            if not failed:
+                self.failed.clear()
+            elif seconds < self.FAST:
+                self.failed[job["jobid"]] = job["jobstage"]
+                while len(self.failed) > self.KEPT:
+                    self.failed.popitem(last=False)
+
+    def stands(self):
+        """Return whether there is a doubt."""
+        with self.mutex:
+            return len(self.failed) >= self.ENOUGH
+
+    def clear(self):
+        """Blame the jobs."""
+        with self.mutex:
+            self.failed.clear()
+
+    def look(self):
+        """Ask the server; return how many of the jobs are done elsewhere."""
+        done = 0
+        if self.alone():  # nobody can tell
+            self.clear()
+        with self.mutex:
+            failed = list(self.failed.items())
+        for jobid, stage in failed:
+            outcomes = self.elsewhere(jobid, stage)
+            if "done" in outcomes:
+                done += 1
+            elif "failed" in outcomes:
+                with self.mutex:
+                    self.failed.pop(jobid, None)
+        return done
+
+    def alone(self):
+        """Return whether no other worker claims from our stages."""
+        told = self.client.workers()
+        return not any(
+            other["name"] != self.name
+            and told["time"] - other["heard"] < self.HEARD
+            and set(other["stages"] or ()) & set(self.stages)
+            for other in told["workers"]
+        )
+
+    def elsewhere(self, jobid, stage):
+        """Return how attempts of other workers at a job have ended."""
+        attempts = self.client.job(jobid)["attempts"]
+        return {
+            attempt["outcome"] for attempt in attempts
+            if attempt["stage"] == stage and attempt["worker"] != self.name
+        }
+
+
+class Claimer:
+    """Claim jobs for a worker, in a thread of its own.
+
+    Each call of want() is answered by a `receive(jobs)`: at once, or when
+    there are jobs; None means that there will be none.
+    """
+
+    LONGEST_WAIT = 30  # seconds of a long poll
+    DOUBTING = 60  # seconds to wait for what becomes of jobs elsewhere
+    FRESH = 15  # seconds for which known run times are good
+
+    def __init__(
+        self, options, client, name, *, say, busy,
+        receive=None, suspect=None, fault=None
+    ):
+        self.options = options
+        self.client = client
+        self.name = name
+        self.receive = receive
+        self.busy = busy
+        self.suspect = suspect
+        self.fault = fault
+        self.say = say
+        self.stages = sorted(options.stage, reverse=True)
+        self.doubt = Doubt(client, name, self.stages)
+        self.trip = 0.01  # seconds that a claim takes
+        self.usual = {}  # stage: seconds that most of its commands need
+        self.looked = None  # when these were fresh
+        self.ending = threading.Event()
+        self.wanted = queue.Queue()
+        self.thread = threading.Thread(target=self.claim_on, daemon=True)
+
+    def start(self):
+        """Start the thread."""
+        self.thread.start()
+
+    def want(self, n, *, wait):
+        """Ask for up to `n` jobs; with `wait` only an end comes empty."""
+        self.wanted.put((n, wait))
+
+    def end(self):
+        """Claim no more."""
+        if not self.ending.is_set():
+            self.ending.set()
+            self.wanted.put((0, False))
+            self.client.abort()
+
+    def claim_on(self):
+        """Claim what is wanted until the end."""
+        jobs = ()
+        while jobs is not None:
+            n, wait = self.wanted.get()
+            try:
+                jobs = self.claim(n, wait)
+            except Unreachable:  # only after end()
+                jobs = None
+            except Exception as error:
+                self.say(str(error) or repr(error))
+                self.fault()
+                jobs = None
+            self.receive(jobs)
+
+    def claim(self, n, wait):
+        """Return up to `n` jobs; [] if there are none, None to end."""
+        busy, least = time.monotonic(), 0  # a poll's least wait, in seconds
+        while not self.ending.is_set():
+            self.hold_back()
+            stages = self.stages_in_time()
+            if not stages or self.ending.is_set():
+                return None
+            left = busy + self.options.idle_timeout - time.monotonic()
+            longest = min(self.LONGEST_WAIT, max(left, least)) if wait else 0
+            jobs = self.ask(stages, n, round(longest, 3))
+            if jobs or not wait:
+                return jobs
+            now, idle = time.monotonic(), not self.busy()
+            if idle and now >= busy + self.options.idle_timeout:
+                if not self.delayed():
+                    return None
+                idle = False
+            if not idle:
+                busy, least = now, 0.2
+        return None
+
+    def ask(self, stages, n, wait):
+        """Make one call; return its jobs."""
+        began = time.monotonic()
+        jobs = self.client.get(
+            stages, worker=self.name, lease=self.options.lease, n=n, wait=wait
+        )
+        took = time.monotonic() - began
+        if jobs and took < 1:
+            self.trip += (took - self.trip) / 4
+        if not jobs and took < wait:
+            self.ending.wait(random.uniform(0.1, 1))  # too many wait there
+        return jobs
+
+    def delayed(self):
+        """Return whether a job of our stages waits for its time."""
+        return any(
+            stage["stage"] in self.stages and stage["states"]["delayed"]
+            for stage in self.client.status()["stages"]
+        )
+
+    def stages_in_time(self):
+        """Return the stages whose commands mostly end before our time does."""
+        if self.options.until is None:
+            return self.stages
+        now = time.monotonic()
+        if self.looked is None or now > self.looked + self.FRESH:
+            self.looked = now
+            self.usual = {
+                stage["stage"]: stage["runtime"]["p90"]
+                for stage in self.client.status()["stages"]
+                if stage.get("runtime")
+            }
+        left = self.options.until - now
+        stages = [s for s in self.stages if self.usual.get(s, 0) <= left]
+        if not stages:
+            self.say("No job here is known to end in the %s seconds that are"
+                     " left." % int(max(0, left)))
+        return stages
+
+    def hold_back(self):
+        """Wait while it is in doubt whether the node is good."""
+        end = time.monotonic() + self.DOUBTING
+        while self.doubt.stands() and not self.ending.is_set():
+            done = self.doubt.look()
+            if done >= self.doubt.ENOUGH:
+                self.ending.set()
+                self.suspect(
+                    "%d jobs in a row failed here and were done elsewhere"
+                    % done
+                )
+            elif time.monotonic() > end:
+                self.doubt.clear()
+            elif self.doubt.stands():
+                self.ending.wait(1)
 
 
 # ---------------------------------------------------------------- worker ---
 
+def own_name():
+    """Return what a worker is called that isn't given a name."""
+    return "%s-%d" % (socket.gethostname(), os.getpid())
 
-class Worker:
-    """Claim jobs, run them side by side in slots, report what came of them.
 
-    One thread claims (`dispatch`, the caller's own), each slot runs one
-    command at a time, one thread reports and one renews the leases.
+def beside(access, folder):
+    """Return the path of a folder next to the access file."""
+    return os.path.join(os.path.dirname(os.path.abspath(access)), folder)
+
+
+def file_name(name, jobix):
+    """Return a name for a worker's files that no other has had."""
+    plain = re.sub(r"[^\w.-]", "_", name, flags=re.A)[:100]
+    return "%s.%s.%s" % (plain, namespace(jobix), secrets.token_hex(4))
+
+
+class Printer:
+    """Print what commands have printed, in a thread: the reader may be slow.
+
+    `lost()` is called when nobody reads any more.
     """
 
-    LONGEST_WAIT = 30  # seconds of a long poll
-    MOST_REPORTS = 100  # in one call
+    def __init__(self, lost):
+        self.lost = lost
+        self.queue = queue.Queue()
+        self.thread = threading.Thread(target=self.print_on, daemon=True)
 
-    def __init__(
-        self, access=None, *, stages=(0,), slots=1, command=None,
-        lease=120, idle_timeout=60, name=None
-    ):
-        self.claimer = Client(access, patience=None)
-        self.reporter = Client(access, patience=None)
-        self.beater = Client(access, patience=None)
-        self.stages = sorted(stages, reverse=True)
-        self.slots = slots
-        self.command = command
-        self.lease = lease
-        self.idle_timeout = idle_timeout
-        self.name = name or "%s-%d" % (socket.gethostname(), os.getpid())
-        self.free = threading.Semaphore(slots)
-        self.jobs = queue.Queue()
-        self.outcomes = queue.Queue()
-        self.mutex = threading.Lock()  # guards claims and commands
-        self.claims = {}  # jobid: newest token, until its outcome is told
-        self.commands = {}  # jobid: Command, while it runs
-        self.printing = threading.Lock()
-        self.status = 0
-        self.ending = threading.Event()
-        self.over = threading.Event()
+    def start(self):
+        """Start the thread."""
+        self.thread.start()
+
+    def put(self, output, then):
+        """Print an output, then call `then(whether it went)`."""
+        self.queue.put((output, then))
+
+    def print_on(self):
+        """Print for ever."""
+        while True:
+            output, then = self.queue.get()
+            then(self.print(output))
+
+    def print(self, output):
+        """Print one output; return whether it went."""
+        try:
+            output.print()
+            return True
+        except BrokenPipeError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(null, stream.fileno())
+            self.lost()
+        except OSError as error:
+            self.lost(error)
+        return False
+
+
+class Worker:
+    """Run the commands of jobs side by side, in slots.
+
+    All that happens to an attempt happens in one loop, in the thread that
+    calls run(), which must be the main one. Other threads claim, report,
+    read files and print; they tell the loop by call(). `options` are those
+    of the command line, see parse().
+    """
+
+    MOST_AHEAD = 200  # jobs claimed for slots that aren't idle yet
+    HOARD = 5  # seconds after which these are given back
+    GRACE = 5  # seconds between TERM and KILL for a command that is cut off
+
+    def __init__(self, options):
+        self.options = options
+        self.name = options.name or own_name()
+        self.mutex = threading.Lock()  # one writes to our output at a time
+        client = Client(options.access, patience=None)
+        self.claimer = Claimer(
+            options, client, self.name, say=self.say,
+            receive=lambda jobs: self.call(self.receive, jobs),
+            suspect=lambda reason: self.call(self.put_in_quarantine, reason),
+            fault=lambda: self.call(self.drain, signal.SIGTERM, 1),
+            busy=lambda: bool(self.attempts),
+        )
+        self.files = file_name(self.name, client.jobix)
+        self.log = self.printer = None
+        if options.print:
+            self.printer = Printer(self.nobody_reads)
+        else:
+            logs = options.logs or beside(client.access, "logs")
+            self.log = OutputLog(os.path.join(logs, self.files))
+        self.environment = dict(os.environb)
+        self.idle = []  # slots
+        self.slots = {}  # descriptor: (slot, stream)
+        self.ready = collections.deque()  # attempts that wait for a slot
+        self.attempts = {}  # jobid: Attempt, from its claim to its outcome
+        self.running = {}  # process id: Attempt
+        self.over = []  # (attempt, verb, values), to be told
+        self.inbox = collections.deque()  # what other threads call
+        self.schedule = sched.scheduler(time.monotonic, time.sleep)
+        self.status = 0  # exit status
+        self.draining = False
+        self.quarantine = None  # why, if the node is in doubt
+        self.done = self.failed = 0
+        self.claiming, self.asking, self.dry = True, False, False
+        self.pace = None  # seconds for which a command has its slot, of late
 
     def run(self):
-        """Work until there is nothing left to do, or end() is called."""
-        self.folder = tempfile.mkdtemp(prefix="jobman-")
-        slots = [
-            threading.Thread(target=self.work_on, args=(i,), daemon=True)
-            for i in range(self.slots)
-        ]
-        others = [
-            threading.Thread(target=self.guard, args=(work,), daemon=True)
-            for work in (self.report_on, self.beat_on)
-        ]
-        for thread in slots + others:
-            thread.start()
-        try:
-            self.dispatch()
-        finally:
-            self.finish(slots, others)
+        """Work until there is nothing left to do, or a signal ends it.
 
-    def end(self, status):
-        """Claim no more, kill what runs and give it back.
-
-        run() returns then; `status` is the worker's exit status.
+        Returns the exit status.
         """
-        self.status = self.status or status
-        self.ending.set()
-        self.claimer.abort()
-        self.reporter.patience = self.beater.patience = 0
-        with self.mutex:
-            for command in self.commands.values():
-                threading.Thread(target=command.kill, daemon=True).start()
-
-    def guard(self, work):
-        """Do the work of a thread; without it the worker can't go on."""
+        self.folder = tempfile.mkdtemp(prefix="jobman-")
+        self.guard = Guard(self.folder)  # forks, so before any thread
+        self.prepare()
         try:
-            work()
-        except Exception as error:
-            self.say("%s: %s" % (type(error).__name__, error))
-            self.end(1)
+            while self.turn():
+                self.wait()
+        finally:
+            self.finish()
+        return self.status
 
-    def finish(self, slots, others):
-        """Wait for what runs and for its reports."""
-        for _ in slots:
-            self.jobs.put(None)
-        for thread in slots:
-            thread.join()
-        self.outcomes.put(None)
-        others[0].join()
-        self.over.set()
+    def prepare(self):
+        """Make the slots, heed the signals, start the other threads."""
+        self.wake, self.waker = os.pipe()
+        for fd in (self.wake, self.waker):
+            os.set_blocking(fd, False)
+        self.poll = select.poll()
+        self.poll.register(self.wake, select.POLLIN)
+        for number in range(self.options.slots):
+            slot = Slot(self.folder, number)
+            self.idle.append(slot)
+            for stream, fd in enumerate(slot.readers, 1):
+                self.slots[fd] = slot, stream
+                self.poll.register(fd, select.POLLIN)
+        self.heed_signals()
+        client = Client(self.options.access, patience=0)
+        spool = self.options.spool or beside(client.access, "spool")
+        self.claims = Claims(
+            client, Spool(spool, self.files),
+            self.name, self.options.lease, about=self.about, say=self.say,
+            lost=lambda *claim: self.call(self.lost, *claim),
+        )
+        self.claimer.start()
+        if self.printer:
+            self.printer.start()
+        if self.options.until_eof:
+            threading.Thread(target=self.end_at_eof, daemon=True).start()
+        if self.options.until is not None:
+            left = max(0, self.options.until - time.monotonic())
+            self.schedule.enter(left, 0, self.drain, (signal.SIGTERM, 0))
+
+    def heed_signals(self):
+        """Let signals wake the loop; those to end drain the worker."""
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self.waker)
+        for number in ENDING_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self.signalled)
+
+    def signalled(self, number, _):
+        """Drain, in the loop. SIGUSR1 only asks us to end; it is no failure.
+
+        https://slurm.schedmd.com/sbatch.html, --signal
+        """
+        status = 0 if number == signal.SIGUSR1 else 128 + number
+        self.call(self.drain, number, status)
+
+    def end_at_eof(self):
+        """Drain when whoever started us is gone."""
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        self.call(self.drain, signal.SIGTERM, 0)
+
+    def call(self, function, *args):
+        """Let the loop call a function, from any thread or signal."""
+        self.inbox.append((function, args))
+        with contextlib.suppress(BlockingIOError):  # it is awake then
+            os.write(self.waker, b".")
+
+    def about(self):
+        """Return what a heartbeat says of the worker."""
+        return {
+            "host": socket.gethostname(), "stages": self.claimer.stages,
+            "slots": self.options.slots, "busy": len(self.running),
+            "done": self.done, "failed": self.failed,
+            "quarantine": self.quarantine,
+        }
+
+    def say(self, line):
+        """Write a line to the worker's own log, its standard error."""
+        with self.mutex, contextlib.suppress(OSError):
+            print("worker.py: %s" % line, file=sys.stderr, flush=True)
+
+    def turn(self):
+        """Do what is to be done now; return whether there will be more."""
+        while self.inbox:
+            function, args = self.inbox.popleft()
+            function(*args)
+        self.schedule.run(blocking=False)
+        self.reap()
+        self.fill_slots()
+        self.ask()
+        self.put_down()
+        self.guard.tell()
+        return self.claiming or bool(self.attempts)
+
+    def wait(self):
+        """Wait for an event, or a time; read what commands have printed."""
+        delay = self.schedule.run(blocking=False)
+        if self.inbox or self.over:
+            delay = 0
+        for fd, _ in self.poll.poll(None if delay is None else delay * 1000):
+            if fd == self.wake:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(fd, 65536)
+            else:
+                slot, stream = self.slots[fd]
+                slot.read(stream)
+
+    def finish(self):
+        """Tell the last outcomes, and let all go."""
+        for attempt in self.running.values():  # only after a fault
+            kill_group(attempt.pid)
+        self.put_down()
+        self.claims.close(ended=True)
+        self.guard.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    # Claiming
+    # Claims come
 
-    def dispatch(self):
-        """Claim jobs for idle slots until there have been none for long."""
-        busy, least = time.monotonic(), 0  # a poll's least wait, in seconds
-        while True:
-            slots = self.take_slots()
-            if self.ending.is_set():
-                return
-            left = busy + self.idle_timeout - time.monotonic()
-            jobs = self.claim(slots, max(left, least))
-            for _ in range(slots - len(jobs)):
-                self.free.release()
-            now = time.monotonic()
-            idle = not jobs and not self.claims
-            if idle and now < busy + self.idle_timeout:
-                continue
-            if idle and not self.delayed():
-                return
-            busy, least = now, 0.2
+    def ask(self):
+        """Ask for jobs: for the idle slots, and a few ahead."""
+        if self.asking or not self.claiming or self.claimer.ending.is_set():
+            return
+        idle, ahead = len(self.idle), self.ahead()
+        if idle:
+            self.asking = True
+            self.claimer.want(idle + ahead, wait=True)
+        elif len(self.ready) * 2 < ahead and not self.dry:
+            self.asking = True
+            self.claimer.want(ahead - len(self.ready), wait=False)
 
-    def take_slots(self):
-        """Wait for an idle slot; return how many there are then."""
-        self.free.acquire()
-        slots = 1
-        while self.free.acquire(blocking=False):
-            slots += 1
-        return slots
+    def ahead(self):
+        """Return how many jobs to have ready: some, if commands are short.
 
-    def claim(self, n, left):
-        """Claim up to `n` jobs and put them before the slots; return those."""
-        wait = round(min(self.LONGEST_WAIT, left), 3)
-        began = time.monotonic()
-        try:
-            claimed = self.claimer.get(
-                self.stages, worker=self.name, lease=self.lease, n=n, wait=wait
-            )
-        except Unreachable:
-            return []  # only after end()
-        if not claimed and time.monotonic() < began + wait:
-            self.ending.wait(random.uniform(0.1, 1))  # too many wait there
-        jobs = [job for job in claimed if not self.adopt(job)]
-        for job in jobs:
-            self.jobs.put(job)
-        return jobs
-
-    def adopt(self, job):
-        """Keep a new claim; return whether its job is running here already.
-
-        A lease that lapsed has brought our own job back to us: its command
-        goes on, under the new claim.
+        As many as end in the time of a few claims: none where commands take
+        longer than that.
         """
-        with self.mutex:
-            self.claims[job["jobid"]] = job["claim"]
-            command = self.commands.get(job["jobid"])
-            if command is not None:
-                command.job = job
-            return command is not None
+        if self.pace is None:
+            return 0
+        ended = self.options.slots * 4 * self.claimer.trip / self.pace
+        return min(self.MOST_AHEAD, int(ended))
 
-    def delayed(self):
-        """Return whether a job of our stages waits for its time."""
-        try:
-            figures = self.claimer.status()
-        except Unreachable:
-            return False
-        return any(
-            stage["stage"] in self.stages and stage["states"]["delayed"]
-            for stage in figures["stages"]
-        )
+    def receive(self, jobs):
+        """Take what the claimer brings; None: it will bring no more."""
+        self.asking = False
+        if jobs is None:
+            self.claiming = False
+        self.dry = not jobs
+        for job in jobs or ():
+            self.claims.hold(job)
+            attempt = self.attempts.get(job["jobid"])
+            if attempt:  # a lapse has brought our own job back to us
+                attempt.job = job
+            else:
+                attempt = self.attempts[job["jobid"]] = Attempt(job)
+                self.ready.append(attempt)
+        if self.claimer.ending.is_set():
+            self.give_back()
+        elif self.ready:
+            self.schedule.enter(self.HOARD, 0, self.unhoard)
 
-    # Running
+    def unhoard(self):
+        """Give back what has waited for a slot too long."""
+        late = time.monotonic() - self.HOARD
+        if self.ready and self.ready[0].claimed <= late:
+            self.pace = max(self.pace or 0, self.HOARD)
+            self.give_back()
 
-    def work_on(self, slot):
-        """Run one job after another in a slot."""
-        result = os.path.join(self.folder, "result-%d" % slot)
-        for job in iter(self.jobs.get, None):
+    def give_back(self):
+        """Release all claims that wait for a slot."""
+        while self.ready:
+            self.tell(self.ready.popleft(), "release")
+
+    def stop_claiming(self):
+        """Claim no more, and give back what hasn't begun."""
+        self.claimer.end()
+        self.schedule.enter(1, 0, self.claimer.client.abort,
+                            (socket.SHUT_RDWR,))
+        self.give_back()
+
+    # Commands begin
+
+    def fill_slots(self):
+        """Begin attempts in idle slots."""
+        while self.ready and self.idle:
+            attempt, slot = self.ready.popleft(), self.idle.pop()
+            attempt.slot, slot.attempt = slot, attempt
+            attempt.placed = time.monotonic()
+            self.dry = False
+            files = attempt.job.get("files")
+            if files and attempt.job.get("made") != attempt.job["jobstage"]:
+                self.aside(
+                    self.checked, attempt, await_files, files,
+                    self.options.lag, self.claimer.ending,
+                )
+            else:
+                self.launch(attempt)
+
+    def aside(self, then, attempt, work, *args):
+        """Do `work(*args)` in a thread, then `then(attempt, what it gave)`.
+
+        It gives an exception that it raised. An attempt that has ended
+        meanwhile is forgotten.
+        """
+
+        def go_on(found):
+            if self.attempts.get(attempt.job["jobid"]) is attempt:
+                then(attempt, found)
+
+        def do():
             try:
-                self.outcomes.put(self.perform(job, result))
+                found = work(*args)
             except Exception as error:
-                report = {"error": "worker.py has a fault: %r" % error}
-                self.outcomes.put((job, "fail", report))
-            finally:
-                self.free.release()
+                found = error
+            self.call(go_on, found)
 
-    def perform(self, job, result):
-        """Run a job's command; return what to report.
+        threading.Thread(target=do, daemon=True).start()
 
-        That is the job in its newest claim, a verb and the verb's values.
-        """
+    def checked(self, attempt, bad):
+        """Begin a command, unless the files it is given are `bad`."""
+        if attempt.reason or self.draining:
+            self.conclude(attempt)
+        elif isinstance(bad, Exception):
+            self.end(attempt, "fail", error="worker.py has a fault: %r" % bad)
+        elif bad:
+            names = ", ".join(file["path"] for file in bad)
+            self.say("Job %d: not as it was made: %s" % (
+                attempt.job["jobid"], names))
+            self.end(attempt, "reject", error="not as it was made: " + names)
+        else:
+            paths = [file["path"] for file in attempt.job["files"]]
+            attempt.inputs = {path: touched(path) for path in paths}
+            self.launch(attempt)
+
+    def launch(self, attempt):
+        """Start the command of an attempt."""
         try:
-            argv, given = self.prepare(job)
-            command = Command(job, argv, given, result)
-        except (ValueError, OSError) as error:
-            return job, "fail", {"error": str(error)}
-        with contextlib.closing(command):
-            if not self.register(command):
-                return job, "release", {}
-            try:
-                verb, values = self.carry_out(command)
-            finally:
-                with self.mutex:
-                    del self.commands[job["jobid"]]
-            return command.job, verb, values
-
-    def carry_out(self, command):
-        """Run a command and print its output; return a verb and values."""
+            argv, given = self.command(attempt.job)
+        except ValueError as error:
+            return self.end(attempt, "fail", error=str(error))
+        attempt.output = (
+            PrintedOutput() if self.printer else
+            LoggedOutput(self.log, attempt.key(), self.options.log_limit)
+        )
         try:
-            command.start()
-            status = command.wait()
-            if not self.print(command):
-                return "release", {}
-            return self.judge(command, status)
+            attempt.start(argv, given, self.environment)
         except (OSError, ValueError) as error:
-            status = 127 if isinstance(error, FileNotFoundError) else 126
-            return "fail", {"error": str(error), "exit_code": status}
+            return self.not_started(attempt, error)
+        self.guard.begun(attempt.pid)
+        self.running[attempt.pid] = attempt
+        if attempt.job.get("timeout"):
+            attempt.events.append(self.schedule.enter(
+                attempt.job["timeout"], 0, self.cut_off,
+                (attempt, "timeout", signal.SIGTERM, self.GRACE),
+            ))
 
-    def register(self, command):
-        """Note that a command runs; return whether it still should."""
-        jobid, claim = command.job["jobid"], command.job["claim"]
-        with self.mutex:
-            current = self.claims.get(jobid) == claim
-            if self.ending.is_set() or not current:
-                return False
-            self.commands[jobid] = command
-            return True
-
-    def prepare(self, job):
+    def command(self, job):
         """Return a job's command as argv, and what it reads, as bytes.
 
         Raises ValueError when it has none.
         """
-        if self.command is not None:
-            return ["/bin/sh", "-c", self.command], json.dumps(job).encode()
+        if self.options.command is not None:
+            given = json.dumps(job).encode("ascii")
+            return ["/bin/sh", "-c", self.options.command], given
         jobcmd = job["jobcmd"]
         if isinstance(jobcmd, str):
             return ["/bin/sh", "-c", jobcmd], b""
@@ -745,141 +1918,422 @@ class Worker:
             " to say what is to be done with it."
         )
 
-    def judge(self, command, status):
-        """Return what to report of a command that has ended."""
-        job = command.job
-        if command.killed and status != 124:
-            return "release", {}
-        report = {"exit_code": status, "stderr": tail(command.err)}
-        if status:
-            report["error"] = "exit status %d" % status
-            return "fail", report
-        try:
-            report.update(command.brought())
-        except ValueError as error:
-            report["error"] = "JOBMAN_RESULT can't be used: %s" % error
-            return "fail", report
-        return "update", dict(report, jobstage=job["jobstage"] + 2)
+    def not_started(self, attempt, error):
+        """End an attempt whose command can't be started."""
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            self.put_in_quarantine(str(error))
+        scarce = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE
+        status = 127 if number == errno.ENOENT else 126
+        if number in scarce:
+            status = TEMPFAIL
+        self.end(attempt, "fail", error=str(error), exit_code=status)
 
-    def print(self, command):
-        """Print what a command has printed, whole; return whether it went.
+    # Commands end
 
-        When nobody reads any more, the worker ends as by SIGPIPE.
+    def cut_off(self, attempt, reason, number, grace):
+        """End a command: by a signal to its group, and KILL after `grace`."""
+        if attempt.reason is None:
+            attempt.reason = reason
+            attempt.last = time.monotonic() + grace
+            kill_group(attempt.pid, number)
+            attempt.events.append(self.schedule.enter(
+                grace, 0, kill_group, (attempt.pid,)))
+
+    def reap(self):
+        """Take note of the commands that have ended.
+
+        What such a command has left running in its group is killed while
+        the group's number can't be another's.
         """
-        pairs = (command.out, sys.stdout), (command.err, sys.stderr)
-        with self.printing:
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while True:
             try:
-                for kept, stream in pairs:
-                    kept.seek(0)
-                    shutil.copyfileobj(kept, stream.buffer)
-                    stream.flush()
-                return True
-            except BrokenPipeError:
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-        self.end(128 + signal.SIGPIPE)
-        return False
-
-    # Reporting
-
-    def report_on(self):
-        """Deliver outcomes, all that have come together in one call."""
-        last = False
-        while not last:
-            outcomes = [self.outcomes.get()]
-            with contextlib.suppress(queue.Empty):
-                while len(outcomes) < self.MOST_REPORTS:
-                    outcomes.append(self.outcomes.get_nowait())
-            last = None in outcomes
-            outcomes = [outcome for outcome in outcomes if outcome]
-            try:
-                self.report(outcomes)
-            except Unreachable as error:  # only after end()
-                self.say("%d results are lost: %s" % (len(outcomes), error))
-
-    def report(self, outcomes):
-        """Deliver some outcomes."""
-        updates = []
-        for job, verb, values in outcomes:
-            jobid, claim = job["jobid"], job["claim"]
-            if verb == "update":
-                updates.append(dict(values, jobid=jobid, claim=claim))
-            elif verb == "fail":
-                self.deliver(self.reporter.fail_job, jobid, claim, **values)
-            else:
-                self.deliver(self.reporter.release_job, jobid, claim)
-        if updates:
-            self.deliver_updates(updates)
-        with self.mutex:
-            for job, _, _ in outcomes:
-                if self.claims.get(job["jobid"]) == job["claim"]:
-                    del self.claims[job["jobid"]]
-
-    def deliver_updates(self, updates):
-        """Deliver results together, or each alone if they are refused."""
-        try:
-            for answer in self.reporter.update_jobs(updates):
-                if answer["status"] != 200:
-                    self.say("Job %(jobid)d: refused, %(status)d." % answer)
-        except Refused as refused:
-            if len(updates) > 1:
-                for update in updates:
-                    self.deliver_updates([update])
-            else:
-                self.deliver(
-                    self.reporter.fail_job, updates[0]["jobid"],
-                    updates[0]["claim"], error="Its result: %s" % refused,
+                found = os.waitid(os.P_ALL, 0, options)
+            except ChildProcessError:
+                return
+            if found is None:
+                return
+            attempt = self.running.get(found.si_pid)
+            if attempt and attempt.reason is None:
+                kill_group(attempt.pid)
+            _, status = os.waitpid(found.si_pid, 0)
+            if attempt:
+                killed = os.WIFSIGNALED(status)
+                attempt.status = (
+                    128 + os.WTERMSIG(status) if killed
+                    else os.WEXITSTATUS(status)
                 )
+                self.gone(attempt)
 
-    def deliver(self, verb, jobid, claim, **values):
-        """Make one call; a refusal is only worth a line."""
+    def gone(self, attempt):
+        """Go on with an attempt whose command has ended.
+
+        What is left of the group of a command that was cut off has its time
+        too.
+        """
+        cut = attempt.reason and time.monotonic() < attempt.last
+        if cut and kill_group(attempt.pid, 0):
+            attempt.events.append(
+                self.schedule.enter(0.05, 0, self.gone, (attempt,)))
+            return
+        if attempt.reason:
+            kill_group(attempt.pid)
+        del self.running[attempt.pid]
+        self.guard.over(attempt.pid)
+        attempt.slot.drain()
+        attempt.seconds = time.monotonic() - attempt.began
+        if attempt.reason or attempt.status:
+            self.conclude(attempt)
+        else:
+            self.collect(attempt)
+
+    def collect(self, attempt):
+        """Find out what a command that ended well has brought."""
         try:
-            verb(jobid, claim, **values)
-        except Refused as refused:
-            self.say("Job %d: %s" % (jobid, refused))
+            brought = attempt.brought()
+        except ValueError as error:
+            self.end(attempt, "fail",
+                     error="JOBMAN_RESULT can't be used: %s" % error)
+            return
+        paths = output_paths(attempt.job, brought)
+        found = attempt.job, brought, paths, attempt.inputs
+        if paths:
+            self.aside(self.collected, attempt, results, *found)
+        else:
+            self.collected(attempt, results(*found))
 
-    def say(self, line):
-        """Write a line to the worker's log, its standard error."""
-        with self.printing:
-            print(line, file=sys.stderr, flush=True)
+    def collected(self, attempt, brought):
+        """End an attempt that has done its work."""
+        if isinstance(brought, Exception):
+            self.end(attempt, "fail", error="An output is missing: %s"
+                     % brought)
+        else:
+            self.end(attempt, "update", exit_code=0,
+                     jobstage=attempt.job["jobstage"] + 2, **brought)
 
-    # Heartbeats
+    def conclude(self, attempt):
+        """End an attempt that failed or was cut off."""
+        if attempt.reason == "lost":
+            self.end(attempt, None)
+        elif attempt.reason == "timeout":
+            self.end(attempt, "fail", exit_code=TIMED_OUT, error="not done"
+                     " after %g seconds" % attempt.job["timeout"])
+        elif attempt.reason or self.draining:
+            self.end(attempt, "release")
+        else:
+            self.end(attempt, "fail", exit_code=attempt.status,
+                     error="exit status %d" % attempt.status)
 
-    def beat_on(self):
-        """Renew all leases four times in a lease's time."""
-        while not self.over.wait(self.lease / 4):
-            with self.mutex:
-                claims = sorted(self.claims.items())
-            if claims:
-                self.beat(claims)
+    def end(self, attempt, verb, **values):
+        """End an attempt: keep its output, then tell its outcome."""
+        if attempt.over:  # its output is being printed
+            return
+        attempt.over = True
+        for event in attempt.events:
+            with contextlib.suppress(ValueError):
+                self.schedule.cancel(event)
+        if verb == "fail":
+            verb = self.blame(attempt, values)
+        if verb in ("fail", "update"):
+            if attempt.output:
+                values["stderr"] = attempt.output.tail.decode(
+                    "utf-8", "replace")
+            if attempt.seconds is not None:
+                values["seconds"] = round(attempt.seconds, 3)
+        elif verb == "release":
+            values = {}
+        if attempt.output:
+            attempt.output.end()
+        if attempt.output and self.printer:
+            self.printer.put(attempt.output, lambda went: self.call(
+                self.printed, attempt, went, verb, values))
+        else:
+            self.tell(attempt, verb, **values)
 
-    def beat(self, claims):
-        """Renew `claims`; kill the commands of those that are lost."""
-        try:
-            answer = self.beater.heartbeat(self.name, self.lease, claims)
-        except Trouble as trouble:
-            return self.say("No heartbeat: %s" % trouble)
-        for jobid, claim in claims:
-            if jobid in answer["lost"]:
-                threading.Thread(
-                    target=self.give_up, args=(jobid, claim), daemon=True
-                ).start()
+    def printed(self, attempt, went, verb, values):
+        """Tell an outcome; what wasn't printed isn't done."""
+        if went:
+            self.tell(attempt, verb, **values)
+        else:
+            self.tell(attempt, "release")
 
-    def give_up(self, jobid, claim):
-        """Kill the command of a claim that is lost.
+    def blame(self, attempt, values):
+        """Return fail, or release where it is the node's fault."""
+        if values.get("exit_code") == TEMPFAIL:
+            return "fail"
+        folder = disk_full(self.folder, attempt.job.get("cwd") or ".")
+        if folder and not self.quarantine:
+            self.put_in_quarantine("no room is left in %s" % folder)
+        if self.quarantine:
+            return "release"
+        self.claimer.doubt.note(
+            attempt.job, failed=True, seconds=attempt.seconds or 0)
+        return "fail"
+
+    def tell(self, attempt, verb, **values):
+        """Let the next have the slot; the outcome is told with others."""
+        self.over.append((attempt, verb, values))
+        del self.attempts[attempt.job["jobid"]]
+        if attempt.slot is not None:
+            took = time.monotonic() - attempt.placed
+            self.pace = took if self.pace is None else (
+                self.pace + (took - self.pace) / 4)
+            attempt.slot.attempt = None
+            self.idle.append(attempt.slot)
+        if verb == "update":
+            self.claimer.doubt.note(attempt.job, failed=False, seconds=0)
+            self.done += 1
+        elif verb == "fail":
+            self.failed += 1
+
+    def put_down(self):
+        """Write the log, then pass on what has ended since."""
+        if self.log is not None:
+            try:
+                self.log.flush()
+            except OSError as error:
+                self.put_in_quarantine("the log can't be written: %s" % error)
+        for attempt, verb, values in self.over:
+            if verb is None:
+                job = attempt.job
+                self.claims.forget(job["jobid"], job["claim"])
+            else:
+                self.claims.settle(attempt.job, verb, **values)
+        self.over = []
+
+    # The worker ends
+
+    def lost(self, jobid, claim):
+        """Give up a claim that is lost, a second later.
 
         Not if the job has come back to us, which we may be about to hear.
         """
-        self.over.wait(1)
-        with self.mutex:
-            lost = self.claims.get(jobid) == claim
-            command = self.commands.get(jobid) if lost else None
-        if command is not None:
+        self.schedule.enter(1, 0, self.give_up, (jobid, claim))
+
+    def give_up(self, jobid, claim):
+        """Kill the command of a claim that is lost."""
+        attempt = self.attempts.get(jobid)
+        if attempt is None or not self.claims.holds(jobid, claim):
+            return
+        if attempt.reason is None:
             self.say("Job %d: its claim is lost." % jobid)
-            command.kill()
+        if attempt.pid in self.running:
+            self.cut_off(attempt, "lost", signal.SIGTERM, self.GRACE)
+        elif attempt in self.ready:
+            self.ready.remove(attempt)
+            self.tell(attempt, None)
+        else:
+            attempt.reason = "lost"
+
+    def drain(self, number, status):
+        """Claim no more, end what runs by a signal, and give it back.
+
+        A second SIGINT leaves no time for that.
+        """
+        if self.draining:
+            if number == signal.SIGINT:
+                self.end_now()
+            return
+        self.draining = True
+        self.status = self.status or status
+        self.stop_claiming()
+        for attempt in list(self.running.values()):
+            self.cut_off(attempt, "end", number, self.options.grace)
+        self.schedule.enter(self.options.grace, 0, self.let_go)
+
+    def let_go(self):
+        """Give back what isn't running: its files are being read."""
+        for attempt in list(self.attempts.values()):
+            if attempt.pid not in self.running:
+                self.end(attempt, "release")
+
+    def end_now(self):
+        """Kill what runs, give it back if the server answers, and end."""
+        self.claims.LAST = 1
+        for attempt in self.running.values():
+            attempt.last = 0
+            kill_group(attempt.pid)
+        self.let_go()
+
+    def nobody_reads(self, error=None):
+        """End as by SIGPIPE, or with a word on why we can't print."""
+        if error:
+            self.say("The output can't be written: %s" % error)
+        status = 1 if error else 128 + signal.SIGPIPE
+        self.call(self.drain, signal.SIGTERM, status)
+
+    def put_in_quarantine(self, reason):
+        """Claim no more: this node does harm. What runs may end."""
+        if self.quarantine is None:
+            self.quarantine = reason
+            self.status = self.status or QUARANTINED
+            self.say("In quarantine: %s." % reason)
+            self.stop_claiming()
+            self.claims.beat_soon()
+
+
+# --------------------------------------------------------------- library ---
+
+
+class Job:
+    """A claimed job, for a program that does the work itself.
+
+    `jobid`, `stage`, `jobcmd`, `filename`, `attempt` are what it carries;
+    `lost` tells whether somebody else has it by now. In a `with` statement
+    an exception fails the attempt, and a good end is done().
+    """
+
+    def __init__(self, claims, job):
+        self.claims = claims
+        self.job = job
+        self.jobid, self.stage = job["jobid"], job["jobstage"]
+        self.jobcmd, self.filename = job["jobcmd"], job["filename"]
+        self.attempt = job["attempt"]
+        self.began = time.monotonic()
+        self.inputs = {}
+        self.ended = False
+
+    @property
+    def lost(self):
+        """Return whether the claim is lost, as far as heartbeats know."""
+        return not self.claims.holds(self.jobid, self.job["claim"])
+
+    def done(self, filename=None, jobcmd=None, outputs=None):
+        """Put the job two stages up, with what the next stage should know.
+
+        `outputs`, a list of paths, and the file `filename`, if it is there,
+        are checked before the next stage starts. Returns when the server
+        has it, or when it waits on disk for a server that is away. Raises
+        OSError or ValueError, and the job isn't done, when an output is
+        missing.
+        """
+        brought = {"filename": filename, "jobcmd": jobcmd, "outputs": outputs}
+        brought = {k: v for k, v in brought.items() if v is not None}
+        paths = output_paths(self.job, brought)
+        values = results(self.job, brought, paths, self.inputs)
+        values["seconds"] = round(time.monotonic() - self.began, 3)
+        self.end("update", jobstage=self.stage + 2, **values)
+
+    def fail(self, error, **report):
+        """End the attempt without success: `error`, exit_code?, stderr?."""
+        self.end("fail", error=error, **report)
+
+    def release(self):
+        """Give the claim back unharmed."""
+        self.end("release")
+
+    def end(self, verb, **values):
+        """End the attempt; only the first end counts."""
+        if not self.ended:
+            self.ended = True
+            self.claims.settle(self.job, verb, **values)
+            self.claims.wait()
+
+    def check(self, lag):
+        """Return whether the files it is given are as they were made."""
+        files = self.job.get("files") or ()
+        if self.job.get("made") == self.stage:
+            files = ()
+        bad = await_files(files, lag, threading.Event())
+        if bad:
+            names = ", ".join(file["path"] for file in bad)
+            self.end("reject", error="not as it was made: " + names)
+        self.inputs = {file["path"]: touched(file["path"]) for file in files}
+        return not bad
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if kind is None:
+            self.ended or self.done()
+        elif issubclass(kind, Exception):
+            trace = traceback.format_exc()[-STDERR_KEPT:]
+            self.fail("%s: %s" % (kind.__name__, error), stderr=trace)
+            return True
+        else:
+            self.release()
+        return False
+
+
+def claim_jobs(
+    stage=0, *, access=None, name=None, lease=120, idle_timeout=60, lag=10,
+    spool=None
+):
+    """Yield the jobs of a stage, each as a Job, until there are no more.
+
+    That is when there has been none for `idle_timeout` seconds. Leases are
+    renewed meanwhile. A job that is left without done(), fail() or release()
+    has failed, as by an exception in the loop. Options are those of the
+    command line.
+    """
+
+    def say(line):
+        print("worker.py: %s" % line, file=sys.stderr, flush=True)
+
+    options = argparse.Namespace(
+        stage=[stage], lease=lease, idle_timeout=idle_timeout, until=None
+    )
+    client, name = Client(access, patience=None), name or own_name()
+    about = {"host": socket.gethostname(), "slots": 1, "stages": [stage]}
+    claims = Claims(
+        Client(access, patience=0),
+        Spool(spool or beside(client.access, "spool"),
+              file_name(name, client.jobix)),
+        name, lease, about=lambda: about, lost=lambda *claim:
+        claims.forget(*claim), say=say,
+    )
+    claimer = Claimer(
+        options, client, name, busy=lambda: False, say=say
+    )
+    try:
+        for found in iter(lambda: claimer.claim(1, True), None):
+            claims.hold(found[0])
+            job = Job(claims, found[0])
+            try:
+                if job.check(lag):
+                    yield job
+            finally:
+                job.fail("The program went on without job.done().")
+    finally:
+        claims.close(ended=True)
+        client.close()
+
+
+def run(function, stage=0, **options):
+    """Call `function(job)` for each job of a stage; options as claim_jobs.
+
+    What it returns, a dict or None, goes to the job's done(); an exception
+    fails the attempt, and is told on standard error.
+    """
+    for job in claim_jobs(stage, **options):
+        with job:
+            try:
+                found = function(job)
+            except Exception:
+                traceback.print_exc()
+                raise
+            if not job.ended:
+                job.done(**found or {})
 
 
 # ------------------------------------------------------------------ main ---
+
+
+def send_spool(options):
+    """Deliver what workers that have ended left; return the exit status."""
+    client = Client(options.access)
+    spool = Spool(options.spool or beside(client.access, "spool"), "none")
+
+    def say(line):
+        print("worker.py: %s" % line, file=sys.stderr, flush=True)
+
+    outcomes = spool.adopt(namespace(client.jobix))
+    n = sum(len(batch) for batch in deliver(client, outcomes, say))
+    spool.clear()
+    print("%d results were delivered." % n)
+    return 0
 
 
 def stage_list(text):
@@ -914,6 +2368,22 @@ def parse(arguments):
         help="end after so long with nothing to do (default 60)")
     add("--lease", type=seconds, default=120, metavar="SECONDS",
         help="a job goes to others when its worker is silent so long")
+    add("--time-limit", type=read_span, metavar="TIME",
+        help="end after 1:00:00, 90s, 2h30m (default: with the batch job)")
+    add("--grace", type=seconds, default=10, metavar="SECONDS",
+        help="for commands to end after a signal, then KILL (default 10)")
+    add("--lag", type=seconds, default=10, metavar="SECONDS",
+        help="how late files of other nodes may be seen here (default 10)")
+    add("--logs", metavar="DIR",
+        help="keep output there (default: logs, next to the access file)")
+    add("--log-limit", type=int, default=2**20, metavar="BYTES",
+        help="of output kept of one job (default 1048576)")
+    add("--print", action="store_true", help="print output, keep none")
+    add("--spool", metavar="DIR",
+        help="results wait there for a server that is away (default: spool,"
+        " next to the access file)")
+    add("--send-spool", action="store_true",
+        help="deliver what ended workers left there, do nothing else")
     add("--access", metavar="FILE",
         help="the server's access file (default ~/.jobman/access.json)")
     add("--name", help="what this worker is called (default HOST-PID)")
@@ -927,45 +2397,36 @@ def parse(arguments):
     return options
 
 
-def end_on_signals(worker):
-    """End `worker` on SIGINT, SIGTERM, and SIGHUP unless under nohup."""
-
-    def end(number, _):
-        status = (128 + number,)  # in a thread, for it may wait for locks
-        threading.Thread(target=worker.end, args=status).start()
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, end)
+def set_end(options):
+    """Find out when the worker must drain: `options.until`, or None."""
+    left = options.time_limit
+    if left is None:
+        left = allocation_left(os.environ)
+    options.until = None
+    if left is not None:
+        options.until = time.monotonic() + left - options.grace - MARGIN
 
 
-def end_at_eof(worker):
-    """End `worker` when whoever started it is gone."""
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    worker.end(0)
+def open_standard_files():
+    """Open what who started us has closed of standard input to error."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
 def main(arguments=None):
     """Run the command line; return its exit status."""
+    open_standard_files()
     options = parse(arguments)
-    if sys.stdout is None or sys.stderr is None:  # closed by who started us
-        nowhere = open(os.devnull, "w")
-        sys.stdout = sys.stdout or nowhere
-        sys.stderr = sys.stderr or nowhere
     try:
-        worker = Worker(
-            options.access, stages=options.stage, slots=options.slots,
-            command=options.command, lease=options.lease,
-            idle_timeout=options.idle_timeout, name=options.name,
-        )
-        end_on_signals(worker)
-        if options.until_eof:
-            threading.Thread(
-                target=end_at_eof, args=(worker,), daemon=True
-            ).start()
-        worker.run()
-        return worker.status
+        if options.send_spool:
+            return send_spool(options)
+        set_end(options)
+        return Worker(options).run()
     except (Trouble, OSError) as trouble:
         print("worker.py: %s" % trouble, file=sys.stderr)
         return 1
