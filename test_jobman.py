@@ -1080,8 +1080,8 @@ class ClaimTest(StoreCase):
             for worker in answer["workers"]
         ]
 
-    ABOUT = {"host": "n\u00e41", "stages": [2, 0], "slots": 8, "busy": 0, "done": 2**53,
-             "failed": 1, "quarantine": "too hot"}
+    ABOUT = {"host": "n\u00e41", "stages": [2, 0], "slots": 8, "busy": 0,
+             "done": 2**53, "failed": 1, "quarantine": "too hot"}
 
     def test_workers_are_those_heard_of_in_the_last_day(self):
         self.assertEqual([], self.workers())

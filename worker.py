@@ -15,10 +15,12 @@ import collections
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import http.client
 import itertools
 import json
+import mmap
 import os
 import queue
 import random
@@ -450,16 +452,18 @@ def output_paths(job, brought):
     Those that its result names, else those that the job says; and the file
     that it hands on, if that is there.
     """
-    here = os.getcwdb().decode("utf-8", "surrogateescape")
-    folder = os.path.join(here, job.get("cwd") or "")
     names = brought.get("outputs")
     if names is None:
         names = job.get("outputs") or ()
+    filename = brought.get("filename")
+    if not names and not filename:
+        return []
+    here = os.getcwdb().decode("utf-8", "surrogateescape")
+    folder = os.path.join(here, job.get("cwd") or "")
     paths = [os.path.join(folder, name) for name in names]
-    if brought.get("filename"):
-        path = os.path.join(folder, brought["filename"])
-        if os.path.isfile(to_bytes(path)):
-            paths.append(path)
+    handed_on = os.path.join(folder, filename or "")
+    if filename and os.path.isfile(to_bytes(handed_on)):
+        paths.append(handed_on)
     return list(dict.fromkeys(paths))
 
 
@@ -492,6 +496,7 @@ def disk_full(*folders):
 # -------------------------------------------------------------- log, spool ---
 
 
+@functools.lru_cache()
 def namespace(jobix):
     """Return a name for a jobix in files, from which nobody learns it."""
     return hashlib.sha256(b"jobman %d" % int(jobix)).hexdigest()[:12]
@@ -605,6 +610,13 @@ class PrintedOutput:
 Outcome = collections.namedtuple("Outcome", "space jobid claim verb values")
 
 
+def read_outcomes(file):
+    """Yield the outcomes in a spool file; the last line may be torn."""
+    for line in file:
+        with contextlib.suppress(ValueError, TypeError):
+            yield Outcome(**json.loads(line.decode("ascii")))
+
+
 class Spool:
     """Keep on disk what can't be delivered: PATH, a line for each outcome.
 
@@ -685,36 +697,23 @@ class Spool:
             os.rmdir(self.folder)  # if it is empty
 
 
-def read_outcomes(file):
-    """Yield the outcomes in a spool file; the last line may be torn."""
-    for line in file:
-        with contextlib.suppress(ValueError, TypeError):
-            yield Outcome(**json.loads(line.decode("ascii")))
-
-
 # ---------------------------------------------------------------- claims ---
 
 
-def is_update(outcome):
-    """Return whether an outcome can be told together with others."""
-    return outcome.verb == "update"
+def check_access(refused):
+    """Raise Unreachable when it was us who was refused: what we have waits."""
+    if refused.status == 403:
+        raise Unreachable(str(refused))
 
 
-def deliver(client, outcomes, say):
-    """Deliver a list of outcomes, in order; yield each batch when it is told.
-
-    What is told is taken from the list. What the server refuses is worth a
-    line. Raises Unreachable.
-    """
-    while outcomes:
-        batch = list(itertools.takewhile(is_update, outcomes[:100]))
-        if batch:
-            deliver_updates(client, batch, say)
-        else:
-            batch = outcomes[:1]
-            deliver_one(client, batch[0], say)
-        del outcomes[: len(batch)]
-        yield batch
+def deliver_one(client, outcome, say):
+    """Deliver an outcome by a call of its own."""
+    verb = getattr(client, outcome.verb + "_job")
+    try:
+        verb(outcome.jobid, claim=outcome.claim, **outcome.values)
+    except Refused as refused:
+        check_access(refused)
+        say("Job %d: %s Dropped." % (outcome.jobid, refused))
 
 
 def deliver_updates(client, updates, say):
@@ -739,20 +738,26 @@ def deliver_updates(client, updates, say):
                 " (%(status)d)." % answer)
 
 
-def deliver_one(client, outcome, say):
-    """Deliver an outcome by a call of its own."""
-    verb = getattr(client, outcome.verb + "_job")
-    try:
-        verb(outcome.jobid, claim=outcome.claim, **outcome.values)
-    except Refused as refused:
-        check_access(refused)
-        say("Job %d: %s Dropped." % (outcome.jobid, refused))
+def is_update(outcome):
+    """Return whether an outcome can be told together with others."""
+    return outcome.verb == "update"
 
 
-def check_access(refused):
-    """Raise Unreachable when it was us who was refused: what we have waits."""
-    if refused.status == 403:
-        raise Unreachable(str(refused))
+def deliver(client, outcomes, say):
+    """Deliver a list of outcomes, in order; yield each batch when it is told.
+
+    What is told is taken from the list. What the server refuses is worth a
+    line. Raises Unreachable.
+    """
+    while outcomes:
+        batch = list(itertools.takewhile(is_update, outcomes[:100]))
+        if batch:
+            deliver_updates(client, batch, say)
+        else:
+            batch = outcomes[:1]
+            deliver_one(client, batch[0], say)
+        del outcomes[: len(batch)]
+        yield batch
 
 
 class Claims:
@@ -988,23 +993,18 @@ def kill_group(group, number=signal.SIGKILL):
     return True
 
 
-def watch_over(pipe, folder):
+def watch_over(pipe, groups, folder):
     """Kill what a worker leaves running, and remove its `folder`.
 
-    The worker writes `+GROUP` and `-GROUP` lines into the pipe as commands
-    begin and end; its end of file is the worker's end. A command that began
-    as the worker was killed is found by the folder in its environment.
+    The pipe's end of file is the worker's end; a byte before says that it
+    was a good one. A command that the worker had just begun is found by the
+    folder, which is in its environment.
     """
-    groups, rest = set(), b""
-    for block in iter(lambda: os.read(pipe, 65536), b""):
-        *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
-            if line == b".":  # farewell: nothing is left
-                return
-            change = groups.add if line[:1] == b"+" else groups.discard
-            change(int(line[1:]))
+    if os.read(pipe, 1):
+        return
     for group in groups:
-        kill_group(group)
+        if group:
+            kill_group(group)
     for _ in range(10):
         for process in marked(os.fsencode(folder)):
             with contextlib.suppress(OSError):
@@ -1016,19 +1016,23 @@ def watch_over(pipe, folder):
 class Guard:
     """A small process that kills what is left when its worker is gone.
 
-    Made before any thread, by a fork: it shares the worker's memory.
+    It shares `groups` with the worker, a number of a process group for each
+    slot, 0 for none: a word for each command through a pipe would wake it
+    each time. It is made before any thread, by a fork, and also shares the
+    worker's memory so far.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, slots):
+        self.shared = mmap.mmap(-1, 8 * slots)
+        self.groups = memoryview(self.shared).cast("q")
         reader, self.pipe = os.pipe()
-        self.ended = b""  # groups to be told with the next that begins
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
             try:
                 self.detach(reader)
-                watch_over(reader, folder)
+                watch_over(reader, self.groups, folder)
             finally:
                 os._exit(0)
         os.close(reader)
@@ -1046,24 +1050,10 @@ class Guard:
                 with contextlib.suppress(OSError):
                     os.close(int(name))
 
-    def begun(self, group):
-        """Note that a process group runs."""
-        self.tell(b"+%d\n" % group)
-
-    def over(self, group):
-        """Note that a process group is gone."""
-        self.ended += b"-%d\n" % group
-
-    def tell(self, line=b""):
-        """Tell the guard what it must know; without it go on all the same."""
-        line, self.ended = self.ended + line, b""
-        if line:
-            with contextlib.suppress(BrokenPipeError):
-                os.write(self.pipe, line)
-
     def close(self):
         """Let the guard end: nothing is left for it to do."""
-        self.tell(b".\n")
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self.pipe, b".")
         os.close(self.pipe)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
@@ -1140,13 +1130,23 @@ class Slot:
     """
 
     def __init__(self, folder, number):
+        self.number = number
         self.result = os.path.join(folder, "result-%d" % number)
         pipes = [os.pipe() for _ in "12"]
         self.readers = [reader for reader, _ in pipes]
         self.writers = [writer for _, writer in pipes]
         for reader in self.readers:
             os.set_blocking(reader, False)
+        self.null = os.open(os.devnull, os.O_RDONLY)
+        self.input = None
         self.attempt = None
+
+    def given(self, data):
+        """Return a descriptor from which a command can read `data`."""
+        self.input = tempfile.TemporaryFile()  # the one before is closed
+        self.input.write(data)
+        self.input.seek(0)
+        return self.input.fileno()
 
     def read(self, stream):
         """Give the attempt what is in a pipe; return whether there was any."""
@@ -1215,16 +1215,12 @@ class Attempt:
         """
         argv, cwd = [to_bytes(word) for word in argv], self.job.get("cwd")
         remove(self.slot.result)
-        with open(os.devnull, "rb") if not given else tempfile.TemporaryFile(
-        ) as stdin:
-            if given:
-                stdin.write(given)
-                stdin.seek(0)
-            self.began = time.monotonic()
-            self.pid = start_process(
-                argv, self.environment(base), cwd and to_bytes(cwd),
-                (stdin.fileno(), *self.slot.writers),
-            )
+        stdin = self.slot.given(given) if given else self.slot.null
+        self.began = time.monotonic()
+        self.pid = start_process(
+            argv, self.environment(base), cwd and to_bytes(cwd),
+            (stdin, *self.slot.writers),
+        )
 
     def brought(self):
         """Return what the command left in JOBMAN_RESULT, a dict.
@@ -1644,7 +1640,7 @@ class Worker:
         Returns the exit status.
         """
         self.folder = tempfile.mkdtemp(prefix="jobman-")
-        self.guard = Guard(self.folder)  # forks, so before any thread
+        self.guard = Guard(self.folder, self.options.slots)  # no thread yet
         self.prepare()
         try:
             while self.turn():
@@ -1735,7 +1731,6 @@ class Worker:
         self.fill_slots()
         self.ask()
         self.put_down()
-        self.guard.tell()
         return self.claiming or bool(self.attempts)
 
     def wait(self):
@@ -1891,7 +1886,7 @@ class Worker:
             attempt.start(argv, given, self.environment)
         except (OSError, ValueError) as error:
             return self.not_started(attempt, error)
-        self.guard.begun(attempt.pid)
+        self.guard.groups[attempt.slot.number] = attempt.pid
         self.running[attempt.pid] = attempt
         if attempt.job.get("timeout"):
             attempt.events.append(self.schedule.enter(
@@ -1980,7 +1975,7 @@ class Worker:
         if attempt.reason:
             kill_group(attempt.pid)
         del self.running[attempt.pid]
-        self.guard.over(attempt.pid)
+        self.guard.groups[attempt.slot.number] = 0
         attempt.slot.drain()
         attempt.seconds = time.monotonic() - attempt.began
         if attempt.reason or attempt.status:
