@@ -22,6 +22,7 @@ import hashlib
 import html
 import http.client
 import http.server
+import importlib
 import io
 import ipaddress
 import json
@@ -3270,6 +3271,144 @@ def serve(options):
     return 0
 
 
+# --------------------------------------------------------------- clients ---
+
+
+def say(line):
+    """Write a line for a person, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def printable(text):
+    """Return `text` with what could draw on a terminal as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def worker_script():
+    """Return the path of worker.py; raise Trouble where it is missing."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    script = os.path.join(folder, "worker.py")
+    if not os.path.exists(script):
+        raise Trouble("This needs %s; copy it there." % script)
+    return script
+
+
+@contextlib.contextmanager
+def using_worker():
+    """Hand out worker.py as a module; its Trouble becomes ours."""
+    sys.path.insert(0, os.path.dirname(worker_script()))
+    worker = importlib.import_module("worker")
+    del sys.path[0]
+    try:
+        yield worker
+    except worker.Trouble as trouble:
+        raise Trouble(str(trouble)) from None
+
+
+def pages(client, **options):
+    """Yield lists of jobs until there are no more."""
+    after = -1
+    while after is not None:
+        page = client.jobs(after=None if after < 0 else after, **options)
+        yield page["jobs"]
+        after = page["after"]
+
+
+def damaged(worker, jobs, lag):
+    """Yield those of `jobs` whose files aren't as they were made, and these.
+
+    A shared file system may show files late: the wait for that is `lag`
+    seconds, once for all.
+    """
+    end = time.monotonic() + lag
+    for job in jobs:
+        left = max(0, end - time.monotonic())
+        bad = worker.await_files(job["files"] or (), left, threading.Event())
+        if bad:
+            yield job, bad
+
+
+def send_back(worker, client, job, bad, options):
+    """Say what is wrong with a job's files, and reject them if that is so."""
+    names = ", ".join(printable(file["path"]) for file in bad)
+    line = "job %d: not as it was made: %s" % (job["jobid"], names)
+    if not options.dry_run:
+        error = "not as it was made: " + names
+        try:
+            answer = client.reject_job(
+                job["jobid"], error=error, files=job["files"]
+            )
+            line += " (now %(state)s in stage %(stage)d)" % answer
+        except worker.Refused as refused:
+            line += " (%s)" % refused
+    say(line)
+
+
+def verify(options):
+    """Check the files of all done jobs; send back the damaged ones."""
+    checked, doubtful = 0, []
+    with using_worker() as worker:
+        client = worker.Client(options.access)
+        for jobs in pages(client, state="done", limit=1000):
+            doubtful += [job for job, _ in damaged(worker, jobs, 0)]
+            checked += len(jobs)
+            if sys.stderr.isatty():
+                sys.stderr.write("\r%d jobs checked\033[K\r" % checked)
+        found = list(damaged(worker, doubtful, options.lag))
+        for job, bad in found:
+            send_back(worker, client, job, bad, options)
+        client.close()
+    say("%d done jobs checked, %d of them damaged." % (checked, len(found)))
+    return 1 if found else 0
+
+
+def printed_by(jobid, folder, space):
+    """Return what the attempts at a job have printed, as the logs have it.
+
+    A list of (began, stage, attempt, stream, offset, length, path) in order.
+    """
+    line = re.compile(rb"^%d (\d+) (\d+) (\d+) ([12]) (\d+) (\d+)$" % jobid,
+                      re.M)
+    found = []
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".index") and name.split(".")[-3:-2] == [space]:
+            path = os.path.join(folder, name)
+            with open(path, "rb") as file:
+                for match in line.finditer(file.read()):
+                    stage, attempt, began, *piece = map(int, match.groups())
+                    output = path[: -len("index")] + "out"
+                    found.append((began, stage, attempt, *piece, output))
+    return sorted(found, key=lambda piece: piece[:3])
+
+
+def logs(options):
+    """Print what the commands of a job have printed, attempt by attempt."""
+    access = options.access or access_path()
+    with using_worker() as worker:
+        folder = options.logs or worker.beside(access, "logs")
+        space = worker.namespace(worker.read_access(access)[1])
+    try:
+        pieces = printed_by(options.jobid, folder, space)
+    except FileNotFoundError:
+        pieces = []
+    if not pieces:
+        raise Trouble("Nothing that job %d has printed is in %s." % (
+            options.jobid, folder))
+    shown = None
+    for began, stage, attempt, stream, offset, length, path in pieces:
+        if shown != (began, stage, attempt):
+            shown = began, stage, attempt
+            say("--- stage %d, attempt %d, %s, %s" % (
+                stage, attempt, os.path.basename(path).split(".")[0],
+                time.strftime("%F %T", time.localtime(began / 1000))))
+        with open(path, "rb") as file:
+            file.seek(offset)
+            target = sys.stdout if stream == 1 else sys.stderr
+            target.buffer.write(file.read(length))
+            target.flush()
+    return 0
+
+
 # ------------------------------------------------------------------- run ---
 
 
@@ -3350,11 +3489,6 @@ def read_items(options, source):
                 yield [from_utf8(line) for line in lines]
     if rest:
         yield [from_utf8(rest)]
-
-
-def printable(text):
-    """Return `text` with what could draw on a terminal as escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Run:
@@ -3528,15 +3662,6 @@ class Progress:
                 self.draw()
 
 
-def worker_script():
-    """Return the path of worker.py; raise Trouble where it is missing."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    script = os.path.join(folder, "worker.py")
-    if not os.path.exists(script):
-        raise Trouble("run needs %s; copy it there." % script)
-    return script
-
-
 class WorkerProcess:
     """The worker of a run: worker.py in a process of its own.
 
@@ -3607,11 +3732,6 @@ def follow(this, worker, progress, ending):
             raise Trouble("The worker has ended; start the run once more.")
         progress.show(*figures)
     return figures
-
-
-def say(line):
-    """Write a line for a person, on standard error."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def tell_page(access):
@@ -3733,6 +3853,35 @@ def add_run(commands):
         help="how often a job that fails is tried again (default 0)")
 
 
+def add_access(command):
+    """Add the option by which a client finds the server."""
+    command.add_argument(
+        "--access", metavar="FILE",
+        help="the server's access file (default ~/.jobman/access.json)")
+
+
+def add_verify(commands):
+    """Describe the command verify."""
+    command = commands.add_parser("verify", help=verify.__doc__)
+    command.set_defaults(act=verify)
+    add = command.add_argument
+    add_access(command)
+    add("--lag", type=float, default=10, metavar="SECONDS",
+        help="how late files of other nodes may be seen here (default 10)")
+    add("--dry-run", action="store_true", help="only say what is damaged")
+
+
+def add_logs(commands):
+    """Describe the command logs."""
+    command = commands.add_parser("logs", help=logs.__doc__)
+    command.set_defaults(act=logs)
+    add = command.add_argument
+    add("jobid", type=int, metavar="JOBID")
+    add_access(command)
+    add("--logs", metavar="DIR",
+        help="where workers keep output (default: next to the access file)")
+
+
 def check_run(parser, options):
     """End with exit status 2 when a run isn't described well."""
     if options.words[:1] == ["--"]:
@@ -3763,20 +3912,21 @@ def parse(arguments):
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add_serve(commands)
     add_run(commands)
+    add_verify(commands)
+    add_logs(commands)
     words, items = arguments, None
     if ":::" in arguments:
         at = arguments.index(":::")
         words, items = arguments[:at], arguments[at + 1 :]
     options = parser.parse_args(words)
     if options.command is None:
-        parser.error("name a command: serve or run")
+        parser.error("name a command: %s" % ", ".join(commands.choices))
     if items is not None and options.command != "run":
         parser.error("::: belongs to run")
     options.items = items
-    if options.command == "run":
-        check_run(parser, options)
-    else:
-        check_serve(parser, options)
+    checks = {"run": check_run, "serve": check_serve}
+    if options.command in checks:
+        checks[options.command](parser, options)
     return options
 
 
@@ -3795,6 +3945,9 @@ def main(arguments=None):
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         return options.act(options)
+    except BrokenPipeError:  # as by `| head`: no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except (Trouble, Error, sqlite3.Error, OSError) as trouble:
         say("jobman.py: %s" % trouble)
         return 1
