@@ -6,6 +6,7 @@ file is the server and the command line, worker.py beside it runs the jobs.
 
     python3 jobman.py serve                       the server
     python3 jobman.py run 'COMMAND {}' ::: ITEM ...  a whole run in one command
+    python3 jobman.py sbatch --nodes 4 --time 8h     workers for Slurm; or pbs
 
 It needs Python 3.6 or later and SQLite 3.7.17 or later, nothing else.
 A request goes this way: front door, respond, endpoint, Store, Writer.
@@ -3789,12 +3790,134 @@ def run(options):
         return sum_up(this, figures, progress)
 
 
+# --------------------------------------------------------- batch systems ---
+
+
+# A node that fails doesn't end the job (--no-kill), a worker that fails or
+# ends doesn't end the others (--kill-on-bad-exit, --wait). Without
+# --cpus-per-task a step has all cores that the job has on each node.
+SBATCH = """\
+#!/bin/bash
+#SBATCH --job-name=jobman
+#SBATCH --nodes=%(nodes)d
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=%(time)s
+#SBATCH --signal=USR1@%(notice)d
+#SBATCH --no-kill
+%(lines)s
+exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \\
+    --ntasks-per-node=1 --cpu-bind=none --export=ALL \\
+    --no-kill --kill-on-bad-exit=0 --wait=0 \\
+    /bin/sh -c 'worker=$1; shift
+        exec "$0" "$worker" --slots "$SLURM_CPUS_ON_NODE" "$@"' \\
+    %(worker)s
+"""
+
+# What pbsdsh starts has a bare environment and stands in the home folder.
+PBS = """\
+#!/bin/bash
+#PBS -N jobman
+#PBS -S /bin/bash
+#PBS -l walltime=%(time)s
+%(lines)s
+exec pbsdsh -- /bin/bash -lc 'cd "$1" && shift && exec "$@"' bash \\
+    "$PBS_O_WORKDIR" \\
+    %(worker)s
+"""
+
+LONGEST_NOTICE = 60  # seconds from the signal to the end of an allocation
+SHARED_NODES = re.compile("-[cs]|--(cpus-per-task|exclusive|oversubscribe)")
+UNQUOTABLE = re.compile(r"""[\0-\x1f\x7f'"\\]""")
+TIME_FORMS = (
+    r"(?:(?P<d>\d+)-)?(?P<h>\d+):(?P<m>[0-5]\d):(?P<s>[0-5]\d)",
+    r"(?P<d>\d+)-(?P<h>\d+)(?::(?P<m>[0-5]\d))?",
+    r"(?:(?P<d>\d+)d)?(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m)?(?:(?P<s>\d+)s)?",
+)
+
+
+def time_limit(text):
+    """Read --time; return seconds.
+
+    A number alone, or two with a colon, would be minutes to one batch
+    system, seconds to the other, and hours to a person: refused.
+    """
+    matches = [re.fullmatch(form, text, re.ASCII) for form in TIME_FORMS]
+    found = next((match.groupdict() for match in matches if match), {})
+    days, hours, minutes, rest = (int(found.get(u) or 0) for u in "dhms")
+    period = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    if not 0 < period <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(
+            "%r is no time such as 1:00:00, 1-12:00:00, 90m or 2h30m" % text
+        )
+    return period
+
+
+def shell_words(text):
+    """Read --worker: return the words that a shell would make of it."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def option_lines(prefix, words):
+    """Return a script's lines for a batch system: each option on its own.
+
+    A word that is no option stands beside the option before it.
+    """
+    lines = []
+    for word in words:
+        if word.startswith("-"):
+            lines.append(prefix)
+        lines[-1] += " " + shlex.quote(word)
+    return "".join(line + "\n" for line in lines)
+
+
+def print_script(template, options, lines):
+    """Print a script that starts a worker on each node."""
+    path = worker_script()
+    import worker
+
+    worker.parse(options.worker)  # ends with exit status 2 if they are bad
+    access = os.path.abspath(options.access or access_path())
+    words = [sys.executable, path, "--access", access, *options.worker]
+    script = template % {
+        "nodes": options.nodes,
+        "time": span(options.time),
+        "notice": min(LONGEST_NOTICE, max(1, options.time // 10)),
+        "lines": lines,
+        "worker": " ".join(map(shlex.quote, words)),
+    }
+    sys.stdout.buffer.write(os.fsencode(script))
+    return 0
+
+
+def sbatch(options):
+    """Print a script for Slurm that starts a worker on each node."""
+    lines = option_lines("#SBATCH", options.more)
+    if not any(map(SHARED_NODES.match, options.more)):
+        lines = "#SBATCH --exclusive\n" + lines
+    return print_script(SBATCH, options, lines)
+
+
+def pbs(options):
+    """Print a script for PBS that starts a worker on each node."""
+    lines = option_lines("#PBS", options.more)
+    for name, ours in (
+        ("place", "scatter:exclhost"), ("select", str(options.nodes))
+    ):
+        if not re.search(r"-l ?'?(\S*,)?%s=" % name, lines):  # only once
+            lines = "#PBS -l %s=%s\n%s" % (name, ours, lines)
+    return print_script(PBS, options, lines)
+
+
 # ------------------------------------------------------------------ main ---
 
 EXAMPLES = """examples:
   python3 jobman.py serve --db jobs.db
   python3 jobman.py run 'gzip -k {}' ::: *.txt
   find . -name '*.png' | python3 jobman.py run 'optipng {}'
+  python3 jobman.py sbatch --nodes 4 --time 8h -- --partition=long | sbatch
 """
 
 
@@ -3899,6 +4022,55 @@ def check_run(parser, options):
             parser.error("give items after :::, in a file, or on stdin")
 
 
+def add_batch(commands, act, mark):
+    """Describe the command sbatch or pbs."""
+    name = act.__name__
+    command = commands.add_parser(
+        name, help=act.__doc__,
+        usage="jobman.py %s [options] [-- %s OPTION ...]" % (name, mark),
+        epilog="What follows -- becomes %s lines of the script." % mark,
+    )
+    command.set_defaults(act=act)
+    add = command.add_argument
+    add("--nodes", type=int, default=1, metavar="N",
+        help="how many nodes, so workers (default 1)")
+    add("--time", type=time_limit, required=True, metavar="TIME",
+        help="how long at most: 1:00:00, 1-12:00:00, 90m, 2h30m")
+    add("--worker", type=shell_words, default=[], metavar="'OPTIONS'",
+        help="options for worker.py, in one word")
+    add("--access", metavar="FILE",
+        help="the server's access file (default ~/.jobman/access.json)")
+
+
+def check_batch(parser, options):
+    """End with exit status 2 when a script's options aren't good."""
+    if options.nodes < 1:
+        parser.error("--nodes must be at least 1")
+    if options.more and not options.more[0].startswith("-"):
+        parser.error("-- is followed by options, not by %r" % options.more[0])
+    for word in options.more:
+        if UNQUOTABLE.search(word):
+            parser.error("%r can't stand in a batch system's option" % word)
+
+
+def split_off(arguments):
+    """Return the arguments, and those after `:::`, None without it.
+
+    With sbatch and pbs the latter are those after `--`. What follows
+    --worker is its value, even if it looks like an option.
+    """
+    batch = arguments[:1] in (["sbatch"], ["pbs"])
+    mark, rest = "--" if batch else ":::", None
+    if mark in arguments:
+        at = arguments.index(mark)
+        arguments, rest = arguments[:at], arguments[at + 1 :]
+    if batch and "--worker" in arguments[:-1]:
+        at = arguments.index("--worker")
+        joined = "=".join(arguments[at : at + 2])
+        arguments = [*arguments[:at], joined, *arguments[at + 2 :]]
+    return arguments, rest
+
+
 def parse(arguments):
     """Return the command line's options."""
     parser = argparse.ArgumentParser(
@@ -3914,19 +4086,22 @@ def parse(arguments):
     add_run(commands)
     add_verify(commands)
     add_logs(commands)
-    words, items = arguments, None
-    if ":::" in arguments:
-        at = arguments.index(":::")
-        words, items = arguments[:at], arguments[at + 1 :]
+    add_batch(commands, sbatch, "#SBATCH")
+    add_batch(commands, pbs, "#PBS")
+    words, rest = split_off(arguments)
     options = parser.parse_args(words)
     if options.command is None:
         parser.error("name a command: %s" % ", ".join(commands.choices))
-    if items is not None and options.command != "run":
+    if options.command in ("sbatch", "pbs"):
+        options.more = rest or []
+        check_batch(parser, options)
+    elif options.command == "run":
+        options.items = rest
+        check_run(parser, options)
+    elif rest is not None:
         parser.error("::: belongs to run")
-    options.items = items
-    checks = {"run": check_run, "serve": check_serve}
-    if options.command in checks:
-        checks[options.command](parser, options)
+    elif options.command == "serve":
+        check_serve(parser, options)
     return options
 
 

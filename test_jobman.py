@@ -3,11 +3,14 @@
 
     python3 test_jobman.py                 all tests
     python3 test_jobman.py ContractTest    one class
+    JOBMAN_LONG=1 python3 test_jobman.py   also those that take minutes
 
 Only the clock is passed in, so that leases and lifetimes need no sleep.
 """
 
+import argparse
 import ast
+import atexit
 import base64
 import contextlib
 import fcntl
@@ -4400,6 +4403,508 @@ class StartTest(TemporaryFolder):
         self.assertEqual(hard, soft)
 
 
+# --------------------------------------------------------- batch systems ---
+
+
+class BatchTest(TemporaryFolder):
+    """The scripts for batch systems, as jobman.py prints them."""
+
+    def script(self, *argv):
+        """Return the script that a command prints."""
+        status, out, err = self.command(JOBMAN, *argv)
+        self.assertEqual((0, ""), (status, err))
+        check = subprocess.Popen(["bash", "-n"], stdin=subprocess.PIPE)
+        check.communicate(out.encode("utf-8", "surrogateescape"))
+        self.assertEqual(0, check.returncode)
+        return out
+
+    def refused(self, *argv):
+        """Return the error of a command with wrong usage."""
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            with self.assertRaises(SystemExit) as ended:
+                jobman.main(list(argv))
+        self.assertEqual(2, ended.exception.code)
+        return err.getvalue()
+
+    def test_every_line_of_a_script_for_slurm(self):
+        script = self.script(
+            "sbatch", "--nodes", "4", "--time", "1:00:00",
+            "--worker", "--stage 0,2 --command 'cat $x'",
+            "--", "-p", "long", "--comment=a b",
+        )
+        self.assertEqual([
+            "#!/bin/bash",
+            "#SBATCH --job-name=jobman",
+            "#SBATCH --nodes=4",
+            "#SBATCH --ntasks-per-node=1",
+            "#SBATCH --time=1:00:00",
+            "#SBATCH --signal=USR1@60",
+            "#SBATCH --no-kill",
+            "#SBATCH --exclusive",
+            "#SBATCH -p long",
+            "#SBATCH '--comment=a b'",
+            "",
+            'exec srun --nodes="$SLURM_JOB_NUM_NODES"'
+            ' --ntasks="$SLURM_JOB_NUM_NODES" \\',
+            "    --ntasks-per-node=1 --cpu-bind=none --export=ALL \\",
+            "    --no-kill --kill-on-bad-exit=0 --wait=0 \\",
+            "    /bin/sh -c 'worker=$1; shift",
+            '        exec "$0" "$worker" --slots "$SLURM_CPUS_ON_NODE" "$@"\''
+            " \\",
+            "    %s %s --access %s --stage 0,2 --command 'cat $x'" % (
+                sys.executable, WORKER, self.path(".jobman", "access.json")
+            ),
+            "",
+        ], script.split("\n"))
+
+    def test_every_line_of_a_script_for_pbs(self):
+        script = self.script(
+            "pbs", "--nodes", "4", "--time", "1:00:00", "--access", "here",
+            "--worker", "--slots=3", "--", "-q", "long", "-l", "mem=4gb",
+        )
+        self.assertEqual([
+            "#!/bin/bash",
+            "#PBS -N jobman",
+            "#PBS -S /bin/bash",
+            "#PBS -l walltime=1:00:00",
+            "#PBS -l select=4",
+            "#PBS -l place=scatter:exclhost",
+            "#PBS -q long",
+            "#PBS -l mem=4gb",
+            "",
+            "exec pbsdsh -- /bin/bash -lc"
+            " 'cd \"$1\" && shift && exec \"$@\"' bash \\",
+            '    "$PBS_O_WORKDIR" \\',
+            "    %s %s --access %s --slots=3" % (
+                sys.executable, WORKER, self.path("here")
+            ),
+            "",
+        ], script.split("\n"))
+
+    def test_a_node_is_not_taken_whole_when_the_options_say_so(self):
+        for words in (["-c", "16"], ["-c16"], ["--cpus-per-task=16"], ["-s"],
+                      ["--oversubscribe"], ["--exclusive=user"]):
+            script = self.script("sbatch", "--time", "2h", "--", *words)
+            self.assertNotIn("#SBATCH --exclusive\n", script)
+        for words in ([], ["--signal=USR1@5"], ["--comment=-c"]):
+            script = self.script("sbatch", "--time", "2h", "--", *words)
+            self.assertIn("#SBATCH --exclusive\n", script)
+
+    def test_chunks_and_places_are_named_once(self):
+        for words, ours in (
+            (["-l", "select=2:ncpus=8"], ["place"]),
+            (["-lselect=2:ncpus=8"], ["place"]),
+            (["-l", "mem=4gb,select=1:x=a b"], ["place"]),
+            (["-l", "select=2", "-l", "place=free"], []),
+            (["-N", "select=3"], ["select", "place"]),
+        ):
+            script = self.script("pbs", "--time", "2h", "--", *words)
+            found = re.findall("^#PBS -l (select=1|place=scatter)", script,
+                               re.M)
+            self.assertEqual(ours, [line.split("=")[0] for line in found])
+
+    def test_times_are_read_and_ambiguous_ones_refused(self):
+        for text, seconds in (
+            ("1:00:00", 3600), ("100:00:01", 360001), ("1-12:00:00", 129600),
+            ("0-00:00:09", 9), ("1-0", 86400), ("1-12:30", 131400),
+            ("90m", 5400), ("2h30m", 9000), ("1d2h3m4s", 93784), ("45s", 45),
+        ):
+            self.assertEqual(seconds, jobman.time_limit(text), text)
+        for text in ("", "0", "90", "1:30", "0:00:00", "0m", "1:60:00",
+                     "1:00:60", "1h1", "m", "30m2h", "1.5h", " 1h", "1h\n",
+                     "\u0661h", "9" * 30 + "d", "9" * 5000 + "d"):
+            with self.assertRaises((argparse.ArgumentTypeError, ValueError)):
+                jobman.time_limit(text)
+
+    def test_notice_is_short_for_a_short_time(self):
+        for text, notice in (("1m", 6), ("9m", 54), ("3h", 60), ("5s", 1)):
+            script = self.script("sbatch", "--time", text)
+            self.assertIn("--signal=USR1@%d\n" % notice, script)
+
+    def test_wrong_usage_is_exit_status_2(self):
+        for words, named in (
+            ([], "--time"),
+            (["--time", "-1:00:00"], "--time"),
+            (["--time", "1h", "--nodes", "0"], "--nodes"),
+            (["--time", "1h", "--nodes", "many"], "--nodes"),
+            (["--time", "1h", "--worker", "--slots 0"], "--slots"),
+            (["--time", "1h", "--worker", "--nonsense"], "--nonsense"),
+            (["--time", "1h", "--worker", "it's"], "quotation"),
+            (["--time", "1h", "--worker"], "--worker"),
+            (["--time", "1h", "here"], "here"),
+            (["--time", "1h", "--", "long"], "'long'"),
+            (["--time", "1h", "--", "-p", "a\nb"], "a\\nb"),
+            (["--time", "1h", "--", "--comment=it's"], "it's"),
+            (["--time", "1h", "--", '--comment="'], "--comment"),
+            (["--time", "1h", "--", "--comment=\\"], "--comment"),
+            (["--time", "1h", ":::", "a"], ":::"),
+        ):
+            for command in ("sbatch", "pbs"):
+                with self.subTest(command=command, words=words):
+                    self.assertIn(named, self.refused(command, *words))
+
+    def test_a_script_holds_no_secret(self):
+        self.serve()
+        jobix = json.loads(read(self.path(".jobman", "access.json")).decode())
+        for command in ("sbatch", "pbs"):
+            script = self.script(command, "--time", "1h")
+            self.assertNotIn(str(jobix["jobix"]), script)
+
+    def test_script_for_pbs_starts_a_worker_whatever_the_names(self):
+        """A stand-in for pbsdsh, on which it depends, is all there is here."""
+        odd = self.path("it's a \"b\" é $x")
+        os.mkdir(odd)
+        access = os.path.join(odd, "access.json")
+        self.environment["LC_ALL"] = "C"
+        self.serve("--access", access)
+        client = worker.Client(access)
+        self.addCleanup(client.close)
+        client.set({1: {"jobstage": 0, "laststage": 2}})
+        os.mkdir(self.path("bin"))
+        with open(self.path("bin", "pbsdsh"), "w") as file:
+            file.write('#!/bin/sh\nshift; cd /; exec env -i HOME=$HOME "$@"\n')
+        os.chmod(self.path("bin", "pbsdsh"), 0o755)
+        script = self.script(
+            "pbs", "--time", "1h", "--access", access, "--worker",
+            "--idle-timeout 0.1 --command 'echo $PWD \"a  b\"'",
+        )
+        process = subprocess.Popen(
+            ["bash", "-c", script.encode("utf-8", "surrogateescape")],
+            env=dict(self.environment, PBS_O_WORKDIR=odd,
+                     PATH=self.path("bin") + ":" + os.environ["PATH"]),
+            stdout=subprocess.PIPE,
+        )
+        out, _ = process.communicate(timeout=PATIENCE)
+        self.assertEqual(odd + " a  b\n", out.decode("utf-8"))
+
+
+def long(case):
+    """Mark a class of tests as one that takes minutes."""
+    case.long = True
+    return case
+
+
+class Cluster:
+    """Slurm on this host: a controller and two nodes of four cores each.
+
+    All that belongs to it is in `folder`, and all of it ends with stop().
+    """
+
+    PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue",
+                "sinfo", "scancel", "scontrol")
+    CONFIGURATION = """\
+ClusterName=jobman
+SlurmctldHost=%(host)s(127.0.0.1)
+SlurmctldPort=%(port0)d
+SlurmUser=root
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+AuthType=auth/munge
+AuthInfo=socket=%(folder)s/munge.socket
+CredType=cred/munge
+StateSaveLocation=%(folder)s/state
+SlurmdSpoolDir=%(folder)s/spool-%%n
+SlurmctldPidFile=%(folder)s/slurmctld.pid
+SlurmdPidFile=%(folder)s/slurmd-%%n.pid
+SelectType=select/cons_tres
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+SlurmdParameters=config_overrides
+ReturnToService=2
+KillOnBadExit=1
+WaitTime=2
+KillWait=10
+OverTimeLimit=0
+NodeName=n1 NodeHostname=%(host)s NodeAddr=127.0.0.1 Port=%(port1)d CPUs=4
+NodeName=n2 NodeHostname=%(host)s NodeAddr=127.0.0.1 Port=%(port2)d CPUs=4
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.processes = []
+        self.environment = dict(os.environ)
+        self.environment["SLURM_CONF"] = os.path.join(folder, "slurm.conf")
+        path = os.environ["PATH"] + ":/usr/local/sbin:/usr/sbin:/sbin"
+        self.programs = {
+            name: shutil.which(name, path=path) for name in self.PROGRAMS
+        }
+
+    def missing(self):
+        """Return what this host lacks for it, nothing if it has all."""
+        lacks = [name for name, path in self.programs.items() if not path]
+        return ", ".join(lacks) or ("" if os.geteuid() == 0 else "root")
+
+    def configure(self):
+        """Write slurm.conf and the key with which its parts trust each other.
+        """
+        values = {"folder": self.folder,
+                  "host": socket.gethostname().split(".")[0]}
+        with contextlib.ExitStack() as stack:
+            for i in range(3):
+                free = stack.enter_context(socket.socket())
+                free.bind(("127.0.0.1", 0))
+                values["port%d" % i] = free.getsockname()[1]
+        with open(self.environment["SLURM_CONF"], "w") as file:
+            file.write(self.CONFIGURATION % values)
+        key = os.open(self.path("munge.key"), os.O_WRONLY | os.O_CREAT, 0o400)
+        with open(key, "wb") as file:
+            file.write(os.urandom(1024))
+        os.mkdir(self.path("state"))
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def start(self):
+        """Start all of it; return when both nodes are idle."""
+        self.configure()
+        names = {"key-file": "munge.key", "socket": "munge.socket",
+                 "pid-file": "munged.pid", "log-file": "munged.log",
+                 "seed-file": "munge.seed"}
+        files = ["--%s=%s" % (k, self.path(v)) for k, v in names.items()]
+        self.spawn("munged", "--foreground", "--force", *files)
+        wait_for(lambda: os.path.exists(self.path("munge.socket")), "munged")
+        configuration = ["-D", "-f", self.environment["SLURM_CONF"]]
+        self.spawn("slurmctld", *configuration)
+        for node in ("n1", "n2"):
+            self.spawn("slurmd", *configuration, "-N", node)
+        wait_for(self.is_idle, "two idle nodes: " + self.folder)
+
+    def spawn(self, name, *argv):
+        """Start a daemon, its output in a file."""
+        with open(self.path("%s.out" % name), "ab") as log:
+            self.processes.append(subprocess.Popen(
+                [self.programs[name], *argv], env=self.environment,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            ))
+
+    def is_idle(self):
+        """Return whether both nodes have nothing to do."""
+        return self.query("sinfo", "-hN", "-o", "%t") == "idle\nidle\n"
+
+    def query(self, name, *argv, given=None):
+        """Run one of Slurm's commands; return what it prints, also errors."""
+        process = subprocess.Popen(
+            [self.programs[name], *argv], env=self.environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, cwd=self.folder,
+        )
+        out, _ = process.communicate(given, timeout=PATIENCE)
+        return out.decode("utf-8")
+
+    def stop(self):
+        """End all jobs, then all processes."""
+        if self.processes[1:]:
+            self.query("scancel", "--user=root")
+            end = time.monotonic() + PATIENCE
+            while self.query("squeue", "-h") and time.monotonic() < end:
+                time.sleep(0.1)
+        for process in reversed(self.processes):
+            process.terminate()
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@long
+class SlurmTest(TemporaryFolder):
+    """The script of sbatch under a real Slurm, with a real server."""
+
+    LIMIT = 150  # seconds until an allocation of a minute is surely over
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.mkdtemp(prefix="jobman-test-")
+        cls.cluster = Cluster(folder)
+        missing = cls.cluster.missing()
+        try:
+            if missing:
+                raise unittest.SkipTest("no Slurm for it here: " + missing)
+            cls.cluster.start()
+        except BaseException:
+            cls.tearDownClass()
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.cluster.stop()
+        shutil.rmtree(cls.cluster.folder, ignore_errors=True)
+
+    def setUp(self):
+        super().setUp()
+        self.serve()
+        self.client = worker.Client(self.path(".jobman", "access.json"))
+        self.addCleanup(self.client.close)
+        self.addCleanup(self.clear)
+
+    def clear(self):
+        """End what a test has left in the queue."""
+        self.cluster.query("scancel", "--user=root")
+        wait_for(self.cluster.is_idle, "idle nodes")
+
+    def add(self, *commands, **carried):
+        """Add a job for each command, numbered from 1."""
+        job = dict({"jobstage": 0, "laststage": 2}, **carried)
+        self.client.set({
+            i: dict(job, jobcmd=command, cwd=self.folder)
+            for i, command in enumerate(commands, 1)
+        })
+
+    def script(self, *argv, options=""):
+        """Return what sbatch is to be given."""
+        argv = [JOBMAN, "sbatch", "--worker",
+                "--idle-timeout 1 --lease 4 " + options, *argv]
+        status, out, err = self.command(*argv)
+        self.assertEqual((0, ""), (status, err))
+        return out.encode()
+
+    def submit(self, *argv, options=""):
+        """Submit a script; return the number of its allocation."""
+        out = self.cluster.query(
+            "sbatch", "--parsable", "--output", self.path("slurm.out"),
+            "--open-mode=append", given=self.script(*argv, options=options),
+        )
+        self.assertRegex(out, r"\A\d+\n\Z")
+        return out.strip()
+
+    def over(self, allocation, limit=PATIENCE):
+        """Wait for the end of an allocation."""
+        end = time.monotonic() + limit
+        while self.cluster.query("squeue", "-h", "-j", allocation, "-t", "all",
+                                 "-o", "%T").strip() in (
+            "PENDING", "CONFIGURING", "RUNNING", "COMPLETING"
+        ):
+            self.assertLess(time.monotonic(), end, self.output())
+            time.sleep(0.1)
+
+    def output(self):
+        """Return what the workers have printed and said."""
+        return read(self.path("slurm.out")).decode("utf-8", "replace")
+
+    def states(self):
+        """Return how many jobs are in each state that any is in."""
+        states = self.client.status()["totals"]["states"]
+        return {state: n for state, n in states.items() if n}
+
+    def outcomes(self):
+        """Return how the attempts ended, for each job in turn."""
+        query = ("select jobid, outcome from attempt join job"
+                 " on attempt.job = job.row order by attempt.row")
+        found = {}
+        for row in rows(self.path("jobman.db"), query):
+            found.setdefault(row["jobid"], []).append(row["outcome"])
+        return [found[jobid] for jobid in sorted(found)]
+
+    def lines(self, name):
+        """Return the lines of a file that commands write to."""
+        return read(self.path(name)).decode().split("\n")[:-1]
+
+    def test_each_node_has_a_worker_with_all_of_its_cores(self):
+        self.add(*[
+            "echo $SLURMD_NODENAME >> nodes; : > here-$JOBMAN_JOBID;"
+            " until [ $(ls here-* | wc -l) = 8 ]; do sleep 0.05; done"
+        ] * 8)
+        self.over(self.submit("--nodes", "2", "--time", "5m"))
+        self.assertEqual({"done": 8}, self.states(), self.output())
+        self.assertEqual(["n1"] * 4 + ["n2"] * 4, sorted(self.lines("nodes")))
+        query = "select distinct worker from attempt"
+        self.assertEqual(2, len(rows(self.path("jobman.db"), query)))
+
+    def test_a_worker_has_as_many_slots_as_cores_were_asked_for(self):
+        tell = "tr '\\0' ' ' < /proc/$PPID/cmdline >> slots; echo >> slots"
+        self.add(tell)
+        self.over(self.submit("--time", "5m", "--", "--cpus-per-task=3"))
+        self.assertRegex(self.lines("slots")[0], "worker.py --slots 3 ")
+        self.client.retry(all=True)
+        self.over(self.submit("--time", "5m", options="--slots 2"))
+        self.assertRegex(self.lines("slots")[1], "--slots 4 .*--slots 2 ")
+        self.assertEqual({"done": 1}, self.states(), self.output())
+
+    def test_jobs_cut_off_by_the_time_limit_are_done_next_time(self):
+        """Once by the notice before the end, once by the end itself."""
+        self.client.set({
+            1: {"jobstage": 0, "laststage": 2},
+            2: {"jobstage": 10, "laststage": 12},
+        })
+        command = "--command 'cd %s; mkdir first-$JOBMAN_JOBID" \
+            " && exec sleep 300; true'" % self.folder
+        noticed = self.submit("--time", "1m", options=command)
+        cut = self.submit("--time", "1m", "--", "--signal=CONT@6",
+                          options=command + " --stage 10")
+        self.over(noticed, self.LIMIT)
+        self.over(cut, self.LIMIT)
+        wait_for(lambda: self.states() == {"waiting": 2}, self.output())
+        self.over(self.submit(
+            "--time", "5m", options=command + " --stage 10,0"
+        ))
+        self.assertEqual({"done": 2}, self.states(), self.output())
+        self.assertEqual([["released", "done"]] * 2, self.outcomes())
+
+    def test_cancelling_an_allocation_loses_nothing(self):
+        self.add(*[
+            "echo >> began; [ $JOBMAN_JOBID -lt 5 ] || [ -e go ]"
+            " || exec sleep 300"
+        ] * 20)
+        allocation = self.submit("--nodes", "2", "--time", "5m")
+        wait_for(lambda: len(self.lines("began")) >= 12, "twelve jobs begun")
+        self.cluster.query("scancel", allocation)
+        self.over(allocation)
+        wait_for(lambda: self.states() == {"done": 4, "waiting": 16},
+                 "all but the done ones given back: " + self.output())
+        open(self.path("go"), "w").close()
+        self.over(self.submit("--nodes", "2", "--time", "5m"))
+        self.assertEqual({"done": 20}, self.states(), self.output())
+        outcomes = {outcome for job in self.outcomes() for outcome in job}
+        self.assertLessEqual(outcomes, {"done", "released", "lapsed"})
+
+    def test_a_worker_that_dies_leaves_the_others_working(self):
+        self.add(
+            "mkdir died || exit 0; echo $SLURMD_NODENAME > node;"
+            " kill -KILL $PPID",
+            *["[ -e died ] && sleep 0.5"] * 40
+        )
+        self.over(self.submit("--nodes", "2", "--time", "5m"))
+        self.assertEqual({"done": 41}, self.states(), self.output())
+        self.assertEqual(["lapsed", "done"], self.outcomes()[0])
+
+    def test_a_node_that_fails_leaves_the_others_working(self):
+        self.add(*[
+            "echo $SLURMD_NODENAME >> nodes; [ -e go ] && exit;"
+            " until [ -e go ]; do sleep 0.05; done"
+        ] * 8)
+        allocation = self.submit("--nodes", "2", "--time", "5m")
+        wait_for(lambda: len(self.lines("nodes")) == 8, "eight jobs running")
+        node = "NodeName=n2"
+        self.addCleanup(
+            self.cluster.query, "scontrol", "update", node, "State=idle"
+        )
+        self.cluster.query(
+            "scontrol", "update", node, "State=down", "Reason=test"
+        )
+        open(self.path("go"), "w").close()
+        self.over(allocation)
+        self.assertEqual({"done": 8}, self.states(), self.output())
+
+    def test_slurm_takes_further_options_and_the_last_one_wins(self):
+        script = self.script(
+            "--nodes", "2", "--time", "5m", "--", "--hold", "--nodes", "1",
+            "--time=1-0", "-J", "a b #c $d é", "--comment=x=y z",
+        )
+        out = self.cluster.query("sbatch", "--test-only", given=script)
+        self.assertIn("to start at", out)
+        out = self.cluster.query("sbatch", "--parsable", given=script)
+        found = self.cluster.query(
+            "squeue", "-h", "-j", out.strip(), "-o", "%j|%k|%D|%l"
+        )
+        self.assertEqual("a b #c $d é|x=y z|1|1-00:00:00\n", found)
+        script = self.script("--time", "5m", "--", "--no-such-option")
+        out = self.cluster.query("sbatch", "--test-only", given=script)
+        self.assertIn("no-such-option", out)
+
+
 # ----------------------------------------------------------------- house ---
 
 
@@ -4498,6 +5003,27 @@ class HouseTest(TemporaryFolder):
                      "without rowid", "strict", "iif(", "json_"):
             self.assertNotIn(word, sql)
         self.assertNotRegex(sql, r"create index[^;]* where ")
+
+
+def load_tests(loader, suites, pattern):
+    """Leave out what takes minutes, unless it is asked for or named."""
+    unwanted = os.environ.get("JOBMAN_WITHOUT", "").split(",")
+    wanted, left = unittest.TestSuite(), []
+    for suite in suites:
+        case = type(next(iter(suite), None))
+        name = case.__name__
+        is_long = hasattr(case, "long") and "JOBMAN_LONG" not in os.environ
+        if is_long or name in unwanted:
+            left.append(name)
+        else:
+            wanted.addTest(suite)
+    if left:
+        atexit.register(
+            print, "Left out: %s. JOBMAN_LONG=1 %s, or the names as arguments,"
+            " runs them." % (", ".join(left), "python3 test_jobman.py"),
+            file=sys.stderr,
+        )
+    return wanted
 
 
 if __name__ == "__main__":
