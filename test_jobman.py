@@ -4552,7 +4552,7 @@ class BatchTest(TemporaryFolder):
 
     def test_script_for_pbs_starts_a_worker_whatever_the_names(self):
         """A stand-in for pbsdsh, on which it depends, is all there is here."""
-        odd = self.path("it's a \"b\" é $x")
+        odd = self.path(os.fsdecode(b"it's a \"b\" \xc3\xa9 $x"))
         os.mkdir(odd)
         access = os.path.join(odd, "access.json")
         self.environment["LC_ALL"] = "C"
@@ -4575,7 +4575,7 @@ class BatchTest(TemporaryFolder):
             stdout=subprocess.PIPE,
         )
         out, _ = process.communicate(timeout=PATIENCE)
-        self.assertEqual(odd + " a  b\n", out.decode("utf-8"))
+        self.assertEqual(os.fsencode(odd) + b" a  b\n", out)
 
 
 def long(case):
@@ -4610,6 +4610,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillOnBadExit=1
@@ -4777,7 +4778,8 @@ class SlurmTest(TemporaryFolder):
                                  "-o", "%T").strip() in (
             "PENDING", "CONFIGURING", "RUNNING", "COMPLETING"
         ):
-            self.assertLess(time.monotonic(), end, self.output())
+            queue = self.cluster.query("squeue")
+            self.assertLess(time.monotonic(), end, queue + self.output())
             time.sleep(0.1)
 
     def output(self):
@@ -4875,15 +4877,14 @@ class SlurmTest(TemporaryFolder):
             "echo $SLURMD_NODENAME >> nodes; [ -e go ] && exit;"
             " until [ -e go ]; do sleep 0.05; done"
         ] * 8)
-        allocation = self.submit("--nodes", "2", "--time", "5m")
+        allocation = self.submit(
+            "--nodes", "2", "--time", "5m", options="--idle-timeout 6"
+        )
         wait_for(lambda: len(self.lines("nodes")) == 8, "eight jobs running")
-        node = "NodeName=n2"
-        self.addCleanup(
-            self.cluster.query, "scontrol", "update", node, "State=idle"
-        )
-        self.cluster.query(
-            "scontrol", "update", node, "State=down", "Reason=test"
-        )
+        change = "scontrol", "update", "NodeName=n2"
+        self.addCleanup(self.cluster.query, "scontrol", "reconfigure")
+        self.addCleanup(self.cluster.query, *change, "State=resume")
+        self.cluster.query(*change, "State=down", "Reason=test")
         open(self.path("go"), "w").close()
         self.over(allocation)
         self.assertEqual({"done": 8}, self.states(), self.output())
@@ -4891,7 +4892,7 @@ class SlurmTest(TemporaryFolder):
     def test_slurm_takes_further_options_and_the_last_one_wins(self):
         script = self.script(
             "--nodes", "2", "--time", "5m", "--", "--hold", "--nodes", "1",
-            "--time=1-0", "-J", "a b #c $d é", "--comment=x=y z",
+            "--time=1-0", "-J", "a b #c $d", "--comment=x=y z",
         )
         out = self.cluster.query("sbatch", "--test-only", given=script)
         self.assertIn("to start at", out)
@@ -4899,7 +4900,7 @@ class SlurmTest(TemporaryFolder):
         found = self.cluster.query(
             "squeue", "-h", "-j", out.strip(), "-o", "%j|%k|%D|%l"
         )
-        self.assertEqual("a b #c $d é|x=y z|1|1-00:00:00\n", found)
+        self.assertEqual("a b #c $d|x=y z|1|1-00:00:00\n", found)
         script = self.script("--time", "5m", "--", "--no-such-option")
         out = self.cluster.query("sbatch", "--test-only", given=script)
         self.assertIn("no-such-option", out)
