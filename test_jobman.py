@@ -4543,6 +4543,14 @@ class BatchTest(TemporaryFolder):
                 with self.subTest(command=command, words=words):
                     self.assertIn(named, self.refused(command, *words))
 
+    def test_without_worker_py_there_is_one_sentence(self):
+        shutil.copy(JOBMAN, self.folder)
+        status, out, err = self.command(
+            self.path("jobman.py"), "sbatch", "--time", "1h"
+        )
+        self.assertEqual((1, ""), (status, out))
+        self.assertRegex(err, r"\Ajobman\.py: \S+worker\.py is needed[^\n]+\n\Z")
+
     def test_a_script_holds_no_secret(self):
         self.serve()
         jobix = json.loads(read(self.path(".jobman", "access.json")).decode())
@@ -4723,7 +4731,7 @@ class SlurmTest(TemporaryFolder):
         missing = cls.cluster.missing()
         try:
             if missing:
-                raise unittest.SkipTest("no Slurm for it here: " + missing)
+                raise unittest.SkipTest("a Slurm of its own needs " + missing)
             cls.cluster.start()
         except BaseException:
             cls.tearDownClass()
@@ -4864,9 +4872,8 @@ class SlurmTest(TemporaryFolder):
 
     def test_a_worker_that_dies_leaves_the_others_working(self):
         self.add(
-            "mkdir died || exit 0; echo $SLURMD_NODENAME > node;"
-            " kill -KILL $PPID",
-            *["[ -e died ] && sleep 0.5"] * 40
+            "mkdir died || exit 0; kill -KILL $PPID",
+            *["until [ -e died ]; do sleep 0.05; done; sleep 0.5"] * 40
         )
         self.over(self.submit("--nodes", "2", "--time", "5m"))
         self.assertEqual({"done": 41}, self.states(), self.output())
