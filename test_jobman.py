@@ -4549,7 +4549,7 @@ class BatchTest(TemporaryFolder):
             self.path("jobman.py"), "sbatch", "--time", "1h"
         )
         self.assertEqual((1, ""), (status, out))
-        self.assertRegex(err, r"\Ajobman\.py: \S+worker\.py is needed[^\n]+\n\Z")
+        self.assertRegex(err, r"\A\S+ \S+worker\.py is needed[^\n]+\n\Z")
 
     def test_a_script_holds_no_secret(self):
         self.serve()
