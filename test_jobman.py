@@ -4592,6 +4592,14 @@ def long(case):
     return case
 
 
+def environment_of(pid):
+    """Return a process's environment as it started, by entries."""
+    try:
+        return read("/proc/%d/environ" % pid).split(b"\0")
+    except OSError:  # not ours, or gone meanwhile
+        return []
+
+
 class Cluster:
     """Slurm on this host: a controller and two nodes of four cores each.
 
@@ -4716,6 +4724,15 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for pid in self.strays():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def strays(self):
+        """Return the processes that know of this cluster: what it ran."""
+        mark = b"SLURM_CONF=" + os.fsencode(self.environment["SLURM_CONF"])
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return [pid for pid in pids if mark in environment_of(pid)]
 
 
 @long
