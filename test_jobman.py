@@ -4641,8 +4641,10 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
     def __init__(self, folder):
         self.folder = folder
         self.processes = []
-        self.environment = dict(os.environ)
-        self.environment["SLURM_CONF"] = os.path.join(folder, "slurm.conf")
+        configuration = os.path.join(folder, "slurm.conf")
+        self.environment = dict(
+            os.environ, SLURM_CONF=configuration, TMPDIR=folder
+        )
         path = os.environ["PATH"] + ":/usr/local/sbin:/usr/sbin:/sbin"
         self.programs = {
             name: shutil.which(name, path=path) for name in self.PROGRAMS
