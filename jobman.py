@@ -3290,7 +3290,7 @@ def worker_script():
     folder = os.path.dirname(os.path.abspath(__file__))
     script = os.path.join(folder, "worker.py")
     if not os.path.exists(script):
-        raise Trouble("This needs %s; copy it there." % script)
+        raise Trouble("%s is needed; copy it there." % script)
     return script
 
 
@@ -3828,28 +3828,6 @@ exec pbsdsh -- /bin/bash -lc 'cd "$1" && shift && exec "$@"' bash \\
 LONGEST_NOTICE = 60  # seconds from the signal to the end of an allocation
 SHARED_NODES = re.compile("-[cs]|--(cpus-per-task|exclusive|oversubscribe)")
 UNQUOTABLE = re.compile(r"""[\0-\x1f\x7f'"\\]""")
-TIME_FORMS = (
-    r"(?:(?P<d>\d+)-)?(?P<h>\d+):(?P<m>[0-5]\d):(?P<s>[0-5]\d)",
-    r"(?P<d>\d+)-(?P<h>\d+)(?::(?P<m>[0-5]\d))?",
-    r"(?:(?P<d>\d+)d)?(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m)?(?:(?P<s>\d+)s)?",
-)
-
-
-def time_limit(text):
-    """Read --time; return seconds.
-
-    A number alone, or two with a colon, would be minutes to one batch
-    system, seconds to the other, and hours to a person: refused.
-    """
-    matches = [re.fullmatch(form, text, re.ASCII) for form in TIME_FORMS]
-    found = next((match.groupdict() for match in matches if match), {})
-    days, hours, minutes, rest = (int(found.get(u) or 0) for u in "dhms")
-    period = ((days * 24 + hours) * 60 + minutes) * 60 + rest
-    if not 0 < period <= MAX_SECONDS:
-        raise argparse.ArgumentTypeError(
-            "%r is no time such as 1:00:00, 1-12:00:00, 90m or 2h30m" % text
-        )
-    return period
 
 
 def shell_words(text):
@@ -3873,14 +3851,11 @@ def option_lines(prefix, words):
     return "".join(line + "\n" for line in lines)
 
 
-def print_script(template, options, lines):
-    """Print a script that starts a worker on each node."""
-    path = worker_script()
-    import worker
-
-    worker.parse(options.worker)  # ends with exit status 2 if they are bad
+def print_script(template, options, lines, *more):
+    """Print a script that starts a worker, with options, on each node."""
     access = os.path.abspath(options.access or access_path())
-    words = [sys.executable, path, "--access", access, *options.worker]
+    words = [sys.executable, worker_script(), "--access", access]
+    words += [*more, *options.worker]
     script = template % {
         "nodes": options.nodes,
         "time": span(options.time),
@@ -3908,7 +3883,8 @@ def pbs(options):
     ):
         if not re.search(r"-l ?'?(\S*,)?%s=" % name, lines):  # only once
             lines = "#PBS -l %s=%s\n%s" % (name, ours, lines)
-    return print_script(PBS, options, lines)
+    limit = "--time-limit", "%ds" % options.time  # pbsdsh hides it
+    return print_script(PBS, options, lines, *limit)
 
 
 # ------------------------------------------------------------------ main ---
@@ -4034,12 +4010,11 @@ def add_batch(commands, act, mark):
     add = command.add_argument
     add("--nodes", type=int, default=1, metavar="N",
         help="how many nodes, so workers (default 1)")
-    add("--time", type=time_limit, required=True, metavar="TIME",
+    add("--time", required=True, metavar="TIME",
         help="how long at most: 1:00:00, 1-12:00:00, 90m, 2h30m")
     add("--worker", type=shell_words, default=[], metavar="'OPTIONS'",
         help="options for worker.py, in one word")
-    add("--access", metavar="FILE",
-        help="the server's access file (default ~/.jobman/access.json)")
+    add_access(command)
 
 
 def check_batch(parser, options):
@@ -4051,6 +4026,12 @@ def check_batch(parser, options):
     for word in options.more:
         if UNQUOTABLE.search(word):
             parser.error("%r can't stand in a batch system's option" % word)
+    with using_worker() as worker:
+        try:
+            options.time = worker.read_span(options.time)
+        except ValueError as error:
+            parser.error("--time: %s" % error)
+        worker.parse(options.worker)  # ends with exit status 2 if it's bad
 
 
 def split_off(arguments):

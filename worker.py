@@ -970,6 +970,7 @@ class Claims:
 ENDING_SIGNALS = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1,
 )
+FATAL = [128 + number for number in ENDING_SIGNALS]  # exit statuses
 
 
 def marked(mark):
@@ -1243,20 +1244,29 @@ class Attempt:
 # ------------------------------------------------------------ allocation ---
 
 
+TIME_FORMS = (
+    r"(?:(?P<d>\d+)-)?(?P<h>\d+):(?P<m>[0-5]\d):(?P<s>[0-5]\d)",
+    r"(?P<d>\d+)-(?P<h>\d+)(?::(?P<m>[0-5]\d))?",
+    r"(?:(?P<d>\d+)d)?(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m)?(?:(?P<s>\d+)s)?",
+)
+
+
 def read_span(text):
     """Return the seconds that a time stands for: 1:00:00, 90s, 2h30m.
 
-    With colons as Slurm has it: [days-]hours:minutes:seconds, or
-    minutes:seconds. Raises ValueError.
+    Days stand before a hyphen, as Slurm has it. A number alone, or two with
+    a colon, would be minutes to one batch system, seconds to the other and
+    hours to a person: ValueError.
     """
-    colons = re.match(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)\Z", text)
-    units = re.match(r"(?=.)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?\Z",
-                     text)
-    found = colons or units
-    if not found:
-        raise ValueError("%r is no time such as 1:00:00 or 90s" % text)
-    days, hours, minutes, rest = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    matches = [re.fullmatch(form, text, re.ASCII) for form in TIME_FORMS]
+    found = next((match.groupdict() for match in matches if match), {})
+    days, hours, minutes, rest = (int(found.get(u) or 0) for u in "dhms")
+    span = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    if not 0 < span <= 10**9:
+        raise ValueError(
+            "%r is no time such as 1:00:00, 1-12:00:00, 90s or 2h30m" % text
+        )
+    return span
 
 
 def told_by(*command):
@@ -2007,9 +2017,17 @@ class Worker:
             self.end(attempt, "update", exit_code=0,
                      jobstage=attempt.job["jobstage"] + 2, **brought)
 
-    def conclude(self, attempt):
-        """End an attempt that failed or was cut off."""
-        if attempt.reason == "lost":
+    def conclude(self, attempt, *, doubtful=True):
+        """End an attempt that failed or was cut off.
+
+        A batch system may send the signal that ends us to the commands too,
+        and we may hear of their deaths before: so such a one waits a second.
+        """
+        fatal = attempt.status in FATAL and not attempt.reason
+        if fatal and doubtful and not self.draining:
+            attempt.events.append(self.schedule.enter(
+                1, 0, self.conclude, (attempt,), {"doubtful": False}))
+        elif attempt.reason == "lost":
             self.end(attempt, None)
         elif attempt.reason == "timeout":
             self.end(attempt, "fail", exit_code=TIMED_OUT, error="not done"
@@ -2339,6 +2357,14 @@ def stage_list(text):
     return stages
 
 
+def time_limit(text):
+    """Read --time-limit: seconds, from a time such as 2h30m."""
+    try:
+        return read_span(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def seconds(text):
     """Read a number of seconds."""
     if not 0 <= float(text) <= 10**9:  # nor NaN
@@ -2363,7 +2389,7 @@ def parse(arguments):
         help="end after so long with nothing to do (default 60)")
     add("--lease", type=seconds, default=120, metavar="SECONDS",
         help="a job goes to others when its worker is silent so long")
-    add("--time-limit", type=read_span, metavar="TIME",
+    add("--time-limit", type=time_limit, metavar="TIME",
         help="end after 1:00:00, 90s, 2h30m (default: with the batch job)")
     add("--grace", type=seconds, default=10, metavar="SECONDS",
         help="for commands to end after a signal, then KILL (default 10)")
