@@ -4474,7 +4474,7 @@ class BatchTest(TemporaryFolder):
             "exec pbsdsh -- /bin/bash -lc"
             " 'cd \"$1\" && shift && exec \"$@\"' bash \\",
             '    "$PBS_O_WORKDIR" \\',
-            "    %s %s --access %s --slots=3" % (
+            "    %s %s --access %s --time-limit 3600s --slots=3" % (
                 sys.executable, WORKER, self.path("here")
             ),
             "",
