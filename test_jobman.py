@@ -4737,6 +4737,163 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 @long
+class ChaosTest(TemporaryFolder):
+    """A minute in which all goes wrong that can."""
+
+    JOBS = 500
+    SECONDS = 60
+    COMMAND = r"""
+        claim=$(sed 's/.*"claim": "\([^"]*\)".*/\1/')
+        name=$JOBMAN_JOBID.$JOBMAN_STAGE
+        echo "$JOBMAN_JOBID $JOBMAN_STAGE $claim" >> begun
+        [ "$JOBMAN_STAGE" = 0 ] || grep -q "^$JOBMAN_JOBID 0 " \
+            "$JOBMAN_FILENAME" || exit 9
+        sleep 0.$((JOBMAN_JOBID % 5 + 1))
+        echo "$JOBMAN_JOBID $JOBMAN_STAGE $claim" > made/$claim
+        mv made/$claim made/$name
+        echo '{"filename": "made/'$name'"}' > "$JOBMAN_RESULT"
+    """
+
+    def setUp(self):
+        super().setUp()
+        seed = int(os.environ.get("JOBMAN_SEED") or random.randrange(10**6))
+        self.random = random.Random(seed)
+        self.addCleanup(lambda: self.wrong and print("JOBMAN_SEED=%d" % seed))
+        self.wrong = True
+        os.mkdir(self.path("made"))
+        self.workers, self.given_up, self.started = {}, set(), 0
+        self.move_server()
+        self.client = worker.Client(self.path(".jobman", "access.json"))
+        self.addCleanup(self.client.close)
+
+    def move_server(self):
+        """Start the server, at another port each time."""
+        self.server, _ = self.serve("--lapses", "1000")
+
+    def start_worker(self, *argv):
+        """Start a worker under a name that tells it from all others."""
+        self.started += 1
+        name = "w%d" % self.started
+        argv = (
+            "--name", name, "--stage", "0,2", "--slots", "2", "--lease", "5",
+            "--grace", "1", "--idle-timeout", "1000", *argv,
+        )
+        with open(self.path("%s.err" % name), "wb") as err:
+            self.workers[name] = self.spawn(
+                WORKER, "--command", self.COMMAND, *argv, stderr=err,
+                stdout=err,
+            )
+
+    def lose_worker(self, number):
+        """End a worker by a signal, and start another."""
+        name = self.random.choice(sorted(self.workers))
+        self.given_up.add(name)
+        self.workers.pop(name).send_signal(number)
+        self.start_worker()
+
+    def cut_allocation(self):
+        """Start a worker that has to end soon."""
+        name = self.random.choice(sorted(self.workers))
+        self.given_up.add(name)
+        self.workers.pop(name).send_signal(signal.SIGUSR1)
+        limit = "%ds" % self.random.randint(7, 12)
+        self.start_worker("--time-limit", limit)
+        self.given_up.add("w%d" % self.started)
+
+    def lose_server(self):
+        """End the server, and after a while start it anew elsewhere."""
+        number = self.random.choice([signal.SIGKILL, signal.SIGTERM])
+        self.server.send_signal(number)
+        self.server.wait()
+        if self.random.random() < 0.5:  # its end and a worker's together
+            self.lose_worker(signal.SIGTERM)
+        time.sleep(self.random.uniform(0, 3))
+        self.move_server()
+
+    def wreak_havoc(self):
+        """Do harm at random for a while."""
+        acts = (
+            [lambda: self.lose_worker(signal.SIGKILL)] * 3
+            + [lambda: self.lose_worker(signal.SIGTERM)] * 2
+            + [self.cut_allocation] * 2 + [self.lose_server] * 2
+        )
+        end = time.monotonic() + self.SECONDS
+        while time.monotonic() < end:
+            time.sleep(self.random.uniform(0.2, 1.5))
+            self.random.choice(acts)()
+            for name, process in list(self.workers.items()):
+                if process.poll() is not None:  # its time was over
+                    del self.workers[name]
+                    self.start_worker()
+
+    def lines(self, name):
+        """Return the lines of a file as tuples (jobid, stage, claim)."""
+        lines = read(self.path(name)).decode().splitlines()
+        return [
+            (int(jobid), int(stage), claim)
+            for jobid, stage, claim in (line.split() for line in lines)
+        ]
+
+    def test_every_job_is_done_and_only_killed_ones_ran_again(self):
+        job = {"jobstage": 0, "laststage": 4}
+        self.client.set(dict.fromkeys(range(1, self.JOBS + 1), job))
+        for _ in range(4):
+            self.start_worker()
+        self.wreak_havoc()
+        for _ in range(2):
+            self.start_worker()
+        end = time.monotonic() + 240
+        states = {}
+        while states.get("done") != self.JOBS and time.monotonic() < end:
+            states = self.client.status()["totals"]["states"]
+            time.sleep(0.2)
+        self.assertEqual(self.JOBS, states["done"], states)
+        self.check_ledger()
+        self.check_files()
+        self.wrong = False
+
+    def check_ledger(self):
+        """Check what ran against what the server knows of it."""
+        database = self.path("jobman.db")
+        attempts = rows(
+            database, "select jobid, attempt.stage, attempt.claim, outcome,"
+            " attempt.worker from attempt join job on job.row = attempt.job")
+        done = {
+            (each["jobid"], each["stage"]): each["claim"] for each in attempts
+            if each["outcome"] == "done"
+        }
+        steps = [(i, s) for i in range(1, self.JOBS + 1) for s in (0, 2)]
+        self.assertEqual(steps, sorted(done))
+        begun = self.lines("begun")
+        self.assertEqual(len(begun), len(set(begun)))  # none under one claim
+        self.assertLessEqual({(*step, done[step]) for step in steps},
+                             set(begun))
+        killed = [
+            each for each in attempts if each["outcome"] != "done"
+            and (each["jobid"], each["stage"], each["claim"]) in set(begun)
+        ]
+        self.assertEqual(len(begun) - len(steps), len(killed))
+        self.assertLessEqual(
+            {each["outcome"] for each in killed}, {"lapsed", "released"})
+        self.assertLessEqual(
+            {each["worker"] for each in killed}, self.given_up)
+        self.assertGreater(len(killed), 10)
+        for jobid, stage in steps:  # the last word has the newest claim
+            made = self.lines("made/%d.%d" % (jobid, stage))
+            self.assertEqual([(jobid, stage, done[jobid, stage])], made)
+
+    def check_files(self):
+        """Check that each output is what its checksum says."""
+        found = rows(self.path("jobman.db"), "select files, made from job")
+        for job in found:
+            file, = json.loads(job["files"])
+            self.assertEqual(2, job["made"])
+            self.assertEqual(file, worker.describe(file["path"]))
+        status, _, err = self.command(JOBMAN, "verify")
+        self.assertEqual(0, status, err)
+
+
+@long
 class SlurmTest(TemporaryFolder):
     """The script of sbatch under a real Slurm, with a real server."""
 
