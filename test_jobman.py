@@ -3186,8 +3186,8 @@ def alive(pid):
     return bool(state) and state.group(1) not in b"ZX"
 
 
-class WorkerTest(TemporaryFolder):
-    """worker.py as people run it, against a real server."""
+class WorkerCase(TemporaryFolder):
+    """A test with a server, and workers as people run them."""
 
     def setUp(self):
         super().setUp()
@@ -3239,6 +3239,10 @@ class WorkerTest(TemporaryFolder):
         path = self.path("pids")
         wait_for(lambda: read(path).count(b"\n") >= n, "process ids")
         return [int(pid) for pid in read(path).split()]
+
+
+class WorkerTest(WorkerCase):
+    """worker.py as people run it, against a real server."""
 
     # What a job's command is
 
