@@ -16,6 +16,7 @@ import fcntl
 import gzip
 import http.client
 import io
+import itertools
 import json
 import os
 import pty
@@ -3207,6 +3208,13 @@ class WorkerCase(TemporaryFolder):
         argv = ("--idle-timeout", "0.05", "--slots", "1", "--print", *argv)
         return self.spawn(WORKER, *argv, **options)
 
+    def start_with(self, changes, *argv, **options):
+        """Start a worker after `changes`, statements on its module."""
+        code = "import sys; sys.path.insert(0, %r)\nimport worker\n%s\n" \
+            "sys.exit(worker.main(sys.argv[1:]))" % (HERE, changes)
+        argv = ("--idle-timeout", "0.05", "--slots", "1", "--print", *argv)
+        return self.spawn("-c", code, *argv, **options)
+
     def work(self, *argv):
         """Let a worker do all there is; return (stdout, stderr)."""
         status, out, err = self.finish(self.start(*argv))
@@ -3602,6 +3610,209 @@ class WorkerTest(WorkerCase):
             self.assertIsNone(client.get(0, lease=60))
             self.assertEqual(4, len(asked))
             server.shutdown(socket.SHUT_RDWR)
+
+
+class OutageTest(WorkerCase):
+    """A worker and a server that comes and goes."""
+
+    UNTIL_GO = "echo >> ran; until [ -e go ]; do sleep 0.02; done"
+    IMPATIENT = "worker.Claims.LAST = 0.2"
+
+    def lose_server(self):
+        """End the server without a word."""
+        self.server.kill()
+        self.server.wait()
+
+    def find_server(self, *argv):
+        """Start the server again, at another port."""
+        self.server, _ = self.serve(*argv)
+        self.client.locate()
+
+    def spooled(self, folder=None):
+        """Return the lines in all spool files."""
+        folder, lines = folder or self.path(".jobman", "spool"), []
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(folder):
+                lines += read(os.path.join(folder, name)).splitlines()
+        return lines
+
+    def ran(self):
+        """Return how many commands have begun."""
+        return len(read(self.path("ran")).splitlines())
+
+    def lose_server_while_running(self, n=1, *argv, start=None):
+        """Return a worker whose `n` commands outlived the server."""
+        self.add(*[self.UNTIL_GO] * n)
+        worker = (start or self.start)("--slots", str(n), *argv)
+        wait_for(lambda: self.ran() == n, "the commands")
+        self.lose_server()
+        with open(self.path("go"), "w"):
+            return worker
+
+    def leave_results(self, n=1, *argv):
+        """Let a worker end while its `n` results can't be delivered."""
+        worker = self.lose_server_while_running(
+            n, *argv, start=lambda *a: self.start_with(self.IMPATIENT, *a))
+        wait_for(lambda: len(self.spooled()) == n, "the results")
+        worker.terminate()
+        self.assertEqual(128 + signal.SIGTERM, self.finish(worker)[0])
+        self.assertEqual(n, len(self.spooled()))
+
+    def check_delivered(self, n=1):
+        """Check that all jobs are done, once, and nothing is left."""
+        self.assertEqual(["done"] * n, self.states())
+        for jobid in range(1, n + 1):
+            self.assertEqual(["done"], self.outcomes(jobid))
+        self.assertEqual(n, self.ran())
+        self.assertFalse(os.path.exists(self.path(".jobman", "spool")))
+
+    def test_commands_run_on_and_their_results_wait_on_disk(self):
+        worker = self.lose_server_while_running(2)
+        wait_for(lambda: len(self.spooled()) == 2, "the results")
+        folder = self.path(".jobman", "spool")
+        name, = os.listdir(folder)
+        modes = [stat.S_IMODE(os.stat(path).st_mode)
+                 for path in (folder, os.path.join(folder, name))]
+        self.assertEqual([0o700, 0o600], modes)
+        jobix = str(self.client.jobix)
+        for line in self.spooled():
+            self.assertEqual(0, json.loads(line.decode())["values"][
+                "exit_code"])
+            self.assertNotIn(jobix, line.decode())
+        self.find_server()
+        status, _, err = self.finish(worker)
+        self.assertEqual(0, status)
+        self.assertRegex(err, r"can't be reached.*wait on disk\.\n"
+                         r"worker\.py: The server is back\.\n\Z")
+        self.check_delivered(2)
+
+    def test_result_is_on_disk_before_it_is_called_safe(self):
+        note = "\n".join((
+            "import os", "sync = os.fsync", "def fsync(fd):",
+            "    path = os.readlink('/proc/self/fd/%d' % fd)",
+            "    open('synced', 'a').write(path + '\\n')", "    sync(fd)",
+            "os.fsync = fsync"))
+        worker = self.lose_server_while_running(
+            start=lambda *argv: self.start_with(note, *argv))
+        path = wait_for(lambda: read(self.path("synced")), "fsync").decode()
+        self.assertRegex(path, r"/\.jobman/spool/[^/]+\.spool\n\Z")
+        self.find_server()
+        self.assertEqual(0, self.finish(worker)[0])
+
+    def test_results_that_a_worker_left_are_delivered_by_the_next(self):
+        self.leave_results(3)
+        self.find_server()
+        self.work()
+        self.check_delivered(3)
+
+    def test_results_of_a_killed_worker_are_delivered_by_the_next(self):
+        worker = self.lose_server_while_running(2)
+        wait_for(lambda: len(self.spooled()) == 2, "the results")
+        worker.kill()
+        worker.wait()
+        self.find_server()
+        self.work()
+        self.check_delivered(2)
+
+    def test_send_spool_delivers_and_says_how_many(self):
+        self.leave_results(2)
+        self.find_server()
+        self.assertEqual((0, "2 results were delivered.\n", ""),
+                         self.command(WORKER, "--send-spool"))
+        self.check_delivered(2)
+        self.assertEqual((0, "0 results were delivered.\n", ""),
+                         self.command(WORKER, "--send-spool"))
+
+    def test_results_of_another_server_stay_where_they_are(self):
+        self.leave_results(1)
+        left = self.spooled()
+        access = self.path(".jobman", "other.json")
+        self.serve("--access", access, "--db", self.path("other.db"))
+        client = worker.Client(access)
+        self.addCleanup(client.close)
+        client.set({1: {"jobstage": 0, "jobcmd": "true", "laststage": 2}})
+        self.work("--access", access)
+        self.assertEqual("done", client.job(1)["state"])
+        self.assertEqual(left, self.spooled())
+        self.find_server()
+        self.work()
+        self.check_delivered(1)
+
+    def test_two_workers_at_once_deliver_what_was_left_once(self):
+        self.leave_results(8)
+        self.find_server()
+        workers = [self.start() for _ in "123"]
+        for each in workers:
+            self.assertEqual((0, "", ""), self.finish(each))
+        self.check_delivered(8)
+
+    def test_results_wait_in_memory_where_the_spool_cannot_be_written(self):
+        with open(self.path("taken"), "w"):
+            pass
+        worker = self.lose_server_while_running(2, "--spool", "taken")
+        told = worker.stderr.readline() + worker.stderr.readline()
+        self.assertIn(b"taken", told)
+        self.assertIn(b"can't be written", told)
+        self.find_server()
+        status, _, err = self.finish(worker)
+        self.assertEqual(0, status)
+        self.assertIn("is back", err)
+        self.check_delivered(2)
+
+    def stand_in(self, status):
+        """Return the address of what answers some calls with `status`.
+
+        Then it goes: 503 is no reason to look at the access file again.
+        """
+
+        def listen():
+            with server:
+                for _ in range(6):
+                    with server.accept()[0] as client:
+                        client.recv(65536)
+                        client.sendall(b"HTTP/1.1 %d No\r\nContent-Length: 0"
+                                       b"\r\n\r\n" % status)
+
+        server = socket.socket()
+        server.bind(("127.0.0.1", 0))
+        server.listen(9)
+        threading.Thread(target=listen, daemon=True).start()
+        return "http://127.0.0.1:%d" % server.getsockname()[1]
+
+    def write_access(self, url):
+        """Say in the access file that the server is at `url`."""
+        path = self.path(".jobman", "access.json")
+        with open(path + ".new", "w") as file:
+            json.dump({"url": url, "jobix": self.client.jobix}, file)
+        os.rename(path + ".new", path)
+
+    def test_results_wait_for_a_server_that_answers_503(self):
+        worker = self.lose_server_while_running(1)
+        self.write_access(self.stand_in(503))
+        self.assertEqual(1, len(wait_for(self.spooled, "the result")))
+        self.find_server()
+        self.assertEqual(0, self.finish(worker)[0])
+        self.check_delivered()
+
+    def test_results_wait_while_a_server_refuses_the_jobix(self):
+        self.leave_results(1)
+        self.write_access(self.stand_in(403))
+        status, _, err = self.command(WORKER)
+        self.assertEqual(1, status, err)
+        self.assertEqual(1, len(self.spooled()))
+        self.find_server()
+        self.work()
+        self.check_delivered(1)
+
+    def test_pauses_are_random_and_grow_to_ten_seconds(self):
+        runs = [list(itertools.islice(worker.backoff(), 20))
+                for _ in range(200)]
+        longest = [max(pauses) for pauses in zip(*runs)]
+        self.assertLessEqual(longest[0], 0.1)
+        self.assertLess(longest[3], 0.8)
+        self.assertTrue(9 < longest[-1] <= 10, longest)
+        self.assertTrue(9 < longest[8] <= 10, longest)
+        self.assertLess(min(pauses[-1] for pauses in runs), 1)
 
 
 NASTY = [
