@@ -3723,6 +3723,23 @@ class OutageTest(WorkerCase):
         self.assertEqual((0, "0 results were delivered.\n", ""),
                          self.command(WORKER, "--send-spool"))
 
+    def test_result_after_a_full_disk_is_whole(self):
+        spool = worker.Spool(self.path("spool"), "a")
+        outcomes = [worker.Outcome("x", i, "c", "update", {"stderr": "." * 99})
+                    for i in range(3)]
+        spool.add(outcomes[:1])
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (250, limits[1]))
+        try:
+            with self.assertRaises(OSError):
+                spool.add(outcomes[1:])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        spool.add(outcomes[1:])
+        spool.leave()
+        self.assertEqual(outcomes, worker.Spool(
+            self.path("spool"), "b").adopt("x"))
+
     def test_results_of_another_server_stay_where_they_are(self):
         self.leave_results(1)
         left = self.spooled()

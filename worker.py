@@ -640,8 +640,13 @@ class Spool:
         if self.fd is None:
             self.fd = append_to(self.path)
             self.lock(self.fd)
-        write(self.fd, "".join(lines).encode("ascii"))
-        os.fsync(self.fd)
+        size = os.fstat(self.fd).st_size
+        try:
+            write(self.fd, "".join(lines).encode("ascii"))
+            os.fsync(self.fd)
+        except OSError:
+            os.ftruncate(self.fd, size)  # or a torn line spoils the next
+            raise
 
     def lock(self, fd):
         """Lock a spool file; return whether it has an owner that lives."""
