@@ -3755,6 +3755,23 @@ class OutageTest(WorkerCase):
         self.work()
         self.check_delivered(1)
 
+    def test_results_stay_on_disk_when_another_server_takes_the_file(self):
+        self.leave_results(1)
+        left = self.spooled()
+        worker = self.start("--idle-timeout", "1000")
+        line = worker.stderr.readline()
+        self.assertIn(b"Results wait on disk.", line)
+        other, _ = self.serve("--db", self.path("other.db"))
+        self.assertIn(b"is back", worker.stderr.readline())
+        worker.terminate()
+        self.finish(worker)
+        self.assertEqual(left, self.spooled())
+        other.terminate()
+        other.wait()
+        self.find_server()
+        self.work()
+        self.check_delivered(1)
+
     def test_two_workers_at_once_deliver_what_was_left_once(self):
         self.leave_results(8)
         self.find_server()

@@ -681,7 +681,10 @@ class Spool:
         return ours
 
     def leave(self):
-        """Leave the file to others; what comes goes into a new one."""
+        """Leave all files to others; what comes goes into a new one."""
+        for _, fd, _ in self.adopted:
+            os.close(fd)
+        self.adopted = []
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
