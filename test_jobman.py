@@ -3780,6 +3780,14 @@ class OutageTest(WorkerCase):
             self.assertEqual((0, "", ""), self.finish(each))
         self.check_delivered(8)
 
+    def test_what_is_no_spool_file_keeps_nothing_from_delivery(self):
+        self.leave_results(1)
+        os.symlink("nowhere", self.path(".jobman", "spool", "0.spool"))
+        os.mkdir(self.path(".jobman", "spool", "1.spool"))
+        self.find_server()
+        self.work()
+        self.assertEqual(["done"], self.states())
+
     def test_results_wait_in_memory_where_the_spool_cannot_be_written(self):
         with open(self.path("taken"), "w"):
             pass

@@ -660,11 +660,13 @@ class Spool:
 
     def adopt(self, space):
         """Return the outcomes that workers which have ended left behind."""
-        found = []
+        found, names = [], []
         with contextlib.suppress(OSError):
-            for name in sorted(os.listdir(self.folder)):
-                path = os.path.join(self.folder, name)
-                if name.endswith(self.SUFFIX) and path != self.path:
+            names = sorted(os.listdir(self.folder))
+        for name in names:
+            path = os.path.join(self.folder, name)
+            if name.endswith(self.SUFFIX) and path != self.path:
+                with contextlib.suppress(OSError):  # gone, or not ours
                     found += self.take_over(path, space)
         return found
 
