@@ -3723,6 +3723,30 @@ class OutageTest(WorkerCase):
         self.assertEqual((0, "0 results were delivered.\n", ""),
                          self.command(WORKER, "--send-spool"))
 
+    def test_stale_result_is_dropped_with_a_line(self):
+        self.leave_results(2)
+        self.find_server()
+        self.client.cancel(ids=[1])
+        self.client.retry(ids=[1])
+        job = self.client.get(0, lease=60)
+        status, out, err = self.command(WORKER, "--send-spool")
+        self.assertEqual((0, "1 result was delivered.\n"), (status, out))
+        self.assertRegex(err, r"\Aworker\.py: Job 1: [^\n]*dropped[^\n]*\n\Z")
+        self.assertEqual([], self.spooled())
+        self.assertEqual(["working", "done"], self.states())
+        self.client.update_job(1, 2, job["claim"])
+
+    def test_torn_line_costs_nothing_else(self):
+        self.leave_results(2)
+        folder = self.path(".jobman", "spool")
+        path = os.path.join(folder, os.listdir(folder)[0])
+        with open(path, "rb+") as file:
+            file.truncate(os.path.getsize(path) - 5)
+        self.find_server()
+        done = self.command(WORKER, "--send-spool")
+        self.assertEqual((0, "1 result was delivered.\n", ""), done)
+        self.assertEqual(["done", "working"], sorted(self.states()))
+
     def test_result_after_a_full_disk_is_whole(self):
         spool = worker.Spool(self.path("spool"), "a")
         outcomes = [worker.Outcome("x", i, "c", "update", {"stderr": "." * 99})

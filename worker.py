@@ -2349,13 +2349,18 @@ def send_spool(options):
     client = Client(options.access)
     spool = Spool(options.spool or beside(client.access, "spool"), "none")
 
+    dropped = []
+
     def say(line):
+        dropped.append(line)
         print("worker.py: %s" % line, file=sys.stderr, flush=True)
 
     outcomes = spool.adopt(namespace(client.jobix))
     n = sum(len(batch) for batch in deliver(client, outcomes, say))
     spool.clear()
-    print("%d results were delivered." % n)
+    n -= len(dropped)
+    print("1 result was delivered." if n == 1 else
+          "%d results were delivered." % n)
     return 0
 
 
