@@ -3714,6 +3714,18 @@ class OutageTest(WorkerCase):
         self.work()
         self.check_delivered(2)
 
+    def test_results_are_delivered_by_a_worker_that_sees_the_server_back(
+            self):
+        other = self.start("--idle-timeout", "1000", "--stage", "4",
+                           "--lease", "1")
+        wait_for(lambda: self.client.workers()["workers"], "a worker")
+        self.leave_results(2)
+        self.find_server()
+        wait_for(lambda: self.states() == ["done"] * 2, "the results")
+        other.terminate()
+        self.finish(other)
+        self.check_delivered(2)
+
     def test_send_spool_delivers_and_says_how_many(self):
         self.leave_results(2)
         self.find_server()

@@ -790,14 +790,16 @@ class Claims:
         self.about = about
         self.lost = lost
         self.say = say
-        self.news = threading.Condition()  # guards the next four
+        self.news = threading.Condition()  # guards the next five
         self.held = {}  # jobid: newest token, until its outcome is told
         self.fresh = []  # outcomes that have just come
         self.unsafe = 0  # outcomes that are neither told nor on disk
         self.closing = None  # when to give up, in monotonic seconds
+        self.back = True  # the server, since we last looked for what was left
         self.waiting = []  # outcomes, in order; the reporting thread's own
         self.spooled = 0  # how many of these are on disk
-        self.away = False  # the server
+        self.away = False  # the server, as far as reports know
+        self.missed = False  # it, as far as heartbeats know
         self.retry = 0  # when to try it again
         self.pauses = backoff()
         self.over = False
@@ -856,18 +858,12 @@ class Claims:
 
     def report_on(self):
         """Deliver outcomes until close(), first what other workers left."""
-        self.adopt()
         while not self.finished():
             self.gather()
             if time.monotonic() >= self.retry:
                 self.try_server()
             if len(self.waiting) > self.spooled:
                 self.keep()
-
-    def adopt(self):
-        """Take over the spool of workers that have ended."""
-        self.waiting = self.spool.adopt(namespace(self.client.jobix))
-        self.spooled = len(self.waiting)
 
     def finished(self):
         """Return whether all is told, or there is no more time for it."""
@@ -886,12 +882,22 @@ class Claims:
                     max(0, end - time.monotonic()),
                 )
             elif not self.waiting:
-                self.news.wait_for(lambda: self.fresh or self.closing)
+                self.news.wait_for(
+                    lambda: self.fresh or self.back or self.closing)
         if self.closing is None:
             time.sleep(self.LINGER)
         with self.news:
             self.waiting += self.fresh
             self.fresh = []
+            back, self.back = self.back, False
+        if back:
+            self.adopt()
+
+    def adopt(self):
+        """Take over the spool of workers that have ended."""
+        found = self.spool.adopt(namespace(self.client.jobix))
+        self.waiting[:0] = found
+        self.spooled += len(found)
 
     def try_server(self):
         """Deliver what waits; say when the server goes and when it is back."""
@@ -909,7 +915,13 @@ class Claims:
         if self.away:
             self.say("The server is back.")
             self.away, self.retry, self.pauses = False, 0, backoff()
-            self.adopt()
+            self.look_again()
+
+    def look_again(self):
+        """Look for what workers left while the server was away."""
+        with self.news:
+            self.back = True
+            self.news.notify_all()
 
     def set_strangers_aside(self):
         """Leave on disk what belongs to another jobix than the server's."""
@@ -967,9 +979,13 @@ class Claims:
                 self.name, self.lease, claims, **about
             )
         except Unreachable:
+            self.missed = True
             return
         except Refused as refused:
             return self.say("No heartbeat: %s" % refused)
+        if self.missed:
+            self.missed = False
+            self.look_again()
         for jobid, claim in claims:
             if jobid in answer["lost"]:
                 self.lost(jobid, claim)
