@@ -3882,6 +3882,22 @@ class OutageTest(WorkerCase):
         self.work()
         self.check_delivered(1)
 
+    def test_worker_ends_in_time_while_the_server_hangs(self):
+        self.add(self.UNTIL_GO)
+        worker = self.start_with(self.IMPATIENT)
+        wait_for(self.ran, "the command")
+        self.server.send_signal(signal.SIGSTOP)
+        self.addCleanup(self.server.send_signal, signal.SIGCONT)
+        with open(self.path("go"), "w"):
+            pass
+        began = time.monotonic()
+        worker.terminate()
+        worker.wait(PATIENCE)
+        self.assertLess(time.monotonic() - began, 5)
+        self.assertEqual(1, len(self.spooled()))
+        self.server.send_signal(signal.SIGCONT)
+        self.work()
+
     def test_pauses_are_random_and_grow_to_ten_seconds(self):
         runs = [list(itertools.islice(worker.backoff(), 20))
                 for _ in range(200)]

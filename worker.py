@@ -341,7 +341,8 @@ class Client:
 
     def exchange(self, method, path, body, timeout):
         """Make a call once; return (status, content type, text)."""
-        self.connect(timeout)
+        if not self.aborted:
+            self.connect(timeout)
         headers = {"jobix": str(self.jobix)}
         if body is not None:
             headers["Content-Encoding"] = "deflate"
@@ -847,7 +848,10 @@ class Claims:
             self.closing = time.monotonic() + self.LAST
             self.retry = 0
             self.news.notify_all()
-        self.threads[0].join()
+        self.threads[0].join(self.LAST + 1)
+        if self.threads[0].is_alive():  # the server doesn't answer
+            self.client.abort(socket.SHUT_RDWR)
+            self.threads[0].join()
         self.over = True
         self.beat_soon()
         self.threads[1].join()
