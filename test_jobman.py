@@ -3909,6 +3909,309 @@ class OutageTest(WorkerCase):
         self.assertLess(min(pauses[-1] for pauses in runs), 1)
 
 
+class EndTest(WorkerCase):
+    """How a worker ends: by signals, in time, or killed."""
+
+    STUBBORN = "trap '' INT TERM HUP USR1; echo $$ >> pids;" \
+        " sleep 60 & echo $! >> pids; while :; do wait; sleep 0.1; done"
+
+    def check_released(self, *jobids):
+        """Check that jobs wait as if nobody had ever tried them."""
+        for jobid in jobids:
+            job = self.job(jobid)
+            self.assertEqual(("waiting", 0, 0, 0), tuple(
+                job[k] for k in ("state", "stage", "attempt", "failures")))
+            self.assertEqual(["released"], self.outcomes(jobid))
+
+    def check_dead(self, pids, within=PATIENCE):
+        """Check that processes end, and how soon."""
+        began = time.monotonic()
+        for pid in pids:
+            wait_for(lambda pid=pid: not alive(pid), "its end")
+        self.assertLess(time.monotonic() - began, within)
+
+    def temporary(self):
+        """Return what is in the folder for temporary files."""
+        return os.listdir(self.environment["TMPDIR"])
+
+    def commands(self):
+        """Return the commands of our workers that run, and all they began."""
+        mark = "JOBMAN_RESULT=%s/" % self.environment["TMPDIR"]
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return [pid for pid in pids if alive(pid) and any(
+            entry.startswith(mark.encode()) for entry in environment_of(pid))]
+
+    # By signals
+
+    def check_signal(self, number, status):
+        """Check what a signal to a worker does to three commands."""
+        name = number.name[3:]
+        handle = "trap 'echo %s >> got; exit %%d' %s; echo $$ >> pids;" \
+            " sleep 60 & wait" % (name, name)
+        self.add(handle % 0, handle % 1, self.STUBBORN)
+        worker = self.start("--slots", "3", "--grace", "0.5")
+        pids = self.pids(4)
+        worker.send_signal(number)
+        self.assertEqual((status, "", ""), self.finish(worker))
+        self.assertEqual([name] * 2, read(self.path("got")).decode().split())
+        self.check_released(1, 2, 3)
+        self.check_dead(pids)
+        self.assertEqual([], self.temporary())
+
+    def test_sigterm_is_passed_on_and_all_is_released(self):
+        self.check_signal(signal.SIGTERM, 128 + signal.SIGTERM)
+
+    def test_sigint_is_passed_on_and_all_is_released(self):
+        self.check_signal(signal.SIGINT, 128 + signal.SIGINT)
+
+    def test_sighup_is_passed_on_and_all_is_released(self):
+        self.check_signal(signal.SIGHUP, 128 + signal.SIGHUP)
+
+    def test_sigusr1_is_passed_on_and_no_failure(self):
+        self.check_signal(signal.SIGUSR1, 0)
+
+    def test_command_has_the_whole_grace(self):
+        self.add("trap 'sleep 0.7; echo saved > saved; exit' TERM;"
+                 " echo $$ >> pids; sleep 60 & wait")
+        worker = self.start("--grace", "20")
+        self.pids(1)
+        began = time.monotonic()
+        worker.terminate()
+        self.finish(worker)
+        self.assertLess(time.monotonic() - began, 10)
+        self.assertEqual(b"saved\n", read(self.path("saved")))
+        self.check_released(1)
+
+    def test_children_of_a_command_have_the_grace_too(self):
+        self.add("(trap 'sleep 0.7; echo saved > saved; exit' TERM;"
+                 " echo >> pids; while :; do sleep 0.05; done) & wait")
+        worker = self.start("--grace", "20")
+        wait_for(lambda: read(self.path("pids")), "the child")
+        worker.terminate()
+        self.finish(worker)
+        self.assertEqual(b"saved\n", read(self.path("saved")))
+
+    def test_second_sigint_ends_at_once(self):
+        self.add("trap 'echo >> got' INT; echo $$ >> pids;"
+                 " while :; do sleep 0.05; done")
+        worker = self.start("--grace", "60")
+        pids = self.pids(1)
+        worker.send_signal(signal.SIGINT)
+        wait_for(lambda: read(self.path("got")), "the signal")
+        worker.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        self.assertEqual(128 + signal.SIGINT, self.finish(worker)[0])
+        self.assertLess(time.monotonic() - began, 10)
+        self.check_released(1)
+        self.check_dead(pids)
+
+    def test_second_sigterm_leaves_the_grace(self):
+        self.add("trap 'echo >> got' TERM; echo $$ >> pids;"
+                 " until [ -e go ]; do sleep 0.05; done; echo > saved")
+        worker = self.start("--grace", "60")
+        self.pids(1)
+        worker.terminate()
+        wait_for(lambda: read(self.path("got")), "the signal")
+        worker.terminate()
+        with open(self.path("go"), "w"):
+            pass
+        self.assertEqual(128 + signal.SIGTERM, self.finish(worker)[0])
+        self.assertTrue(read(self.path("saved")))
+
+    def test_hangup_does_nothing_under_nohup(self):
+        self.add("echo $$ >> pids; until [ -e go ]; do sleep 0.05; done")
+        worker = self.start(preexec_fn=lambda: signal.signal(
+            signal.SIGHUP, signal.SIG_IGN))
+        self.pids(1)
+        worker.send_signal(signal.SIGHUP)
+        with open(self.path("go"), "w"):
+            pass
+        self.assertEqual(0, self.finish(worker)[0])
+        self.assertEqual(["done"], self.outcomes())
+
+    def test_command_that_hears_of_the_end_first_is_released(self):
+        self.add("echo $$ >> pids; exec sleep 60")
+        worker = self.start()
+        pid, = self.pids(1)
+        os.killpg(pid, signal.SIGTERM)
+        wait_for(lambda: not alive(pid), "its end")
+        time.sleep(0.2)  # as between two nodes' signals
+        worker.terminate()
+        self.assertEqual(128 + signal.SIGTERM, self.finish(worker)[0])
+        self.check_released(1)
+
+    def test_command_that_is_terminated_alone_has_failed(self):
+        self.add("echo $$ >> pids; exec sleep 60", max_attempts=1)
+        worker = self.start()
+        pid, = self.pids(1)
+        os.killpg(pid, signal.SIGTERM)
+        self.assertEqual(0, self.finish(worker)[0])
+        self.assertEqual(["failed"], self.states())
+        self.assertEqual(128 + signal.SIGTERM,
+                         self.attempts()[0]["exit_code"])
+
+    def test_what_has_not_begun_is_released(self):
+        self.add("echo $$ >> pids; sleep 60", *["true"] * 9)
+        self.client.get(0, n=9, lease=60)  # they come back when we know pace
+        for jobid in range(2, 10):
+            self.client.release_job(jobid)
+        self.client.release_job(1)
+        worker = self.start_with(
+            "worker.Worker.ahead = lambda self: 9 - len(self.ready)",
+            "--grace", "0.2")
+        self.pids(1)
+        wait_for(lambda: self.states() == ["working"] * 10, "claims ahead")
+        worker.terminate()
+        self.finish(worker)
+        self.assertEqual(["waiting"] * 10, self.states())
+        for jobid in range(1, 11):
+            self.assertEqual("released", self.outcomes(jobid)[-1])
+            self.assertEqual(0, self.job(jobid)["attempt"])
+
+    # In time
+
+    def test_time_limit_drains(self):
+        self.add("sleep 60", "sleep 60")
+        worker = self.start_with("worker.MARGIN = 0.5", "--time-limit", "2s",
+                                 "--grace", "0.5")
+        began = time.monotonic()
+        self.assertEqual(0, self.finish(worker)[0])
+        self.assertLess(time.monotonic() - began, 2)
+        self.check_released(1)
+        self.assertEqual([], self.outcomes(2))
+
+    def test_nothing_is_begun_that_is_known_to_take_too_long(self):
+        self.client.set({i: {"jobstage": stage, "jobcmd": "true"}
+                         for i, stage in ((1, 0), (2, 0), (3, 2), (4, 4))})
+        jobs = self.client.get(0, n=1, lease=60)
+        self.client.update_jobs([
+            {"jobid": job["jobid"], "jobstage": 8, "claim": job["claim"],
+             "seconds": 1000} for job in jobs])
+        self.work("--stage", "0,2", "--time-limit", "5m")
+        self.assertEqual([8, 0, 4, 4], [
+            self.job(i)["stage"] for i in (1, 2, 3, 4)])
+        _, err = self.work("--stage", "0", "--time-limit", "5m")
+        self.assertRegex(err, r"\Aworker\.py: No job here is known to end in"
+                         r" the 2\d\d seconds that are left\.\n\Z")
+        self.work("--stage", "0", "--time-limit", "2h")
+        self.assertEqual(2, self.job(2)["stage"])
+
+    def test_it_ends_with_its_slurm_job(self):
+        self.add("sleep 60")
+        self.environment.update(
+            SLURM_JOB_ID="7", SLURM_JOB_END_TIME="%d" % (time.time() + 3))
+        worker = self.start_with("worker.MARGIN = 0.5", "--grace", "0.5")
+        self.assertEqual(0, self.finish(worker)[0])
+        self.check_released(1)
+
+    def left(self, name, told, **environment):
+        """Return how long a worker thinks it has if a program says so."""
+        with open(self.path(name), "w") as file:
+            file.write("#!/bin/sh\necho \"$@\" > asked\ncat <<END\n%s\nEND\n"
+                       % told)
+        os.chmod(self.path(name), 0o700)
+        code = "import os, sys; sys.path.insert(0, %r); import worker;" \
+            "print(worker.allocation_left(os.environ))" % HERE
+        path = self.folder + ":" + os.environ["PATH"]
+        status, out, err = self.command(
+            "-c", code, env=dict(self.environment, PATH=path, **environment))
+        self.assertEqual((0, ""), (status, err))
+        return None if out == "None\n" else float(out)
+
+    def test_scontrol_says_how_long_a_job_has(self):
+        end = time.strftime("%Y-%m-%dT%H:%M:%S",
+                            time.localtime(time.time() + 1000))
+        told = "JobId=7\n   StartTime=2020-01-01T00:00:00 EndTime=%s Dead"
+        left = self.left("scontrol", told % end, SLURM_JOB_ID="7")
+        self.assertAlmostEqual(1000, left, delta=20)
+        self.assertEqual(b"show job 7\n", read(self.path("asked")))
+        self.assertIsNone(
+            self.left("scontrol", told % "Unknown", SLURM_JOB_ID="7"))
+        self.assertIsNone(self.left("scontrol", "", SLURM_JOB_ID="7"))
+
+    # Killed
+
+    def test_killed_worker_leaves_nothing_behind(self):
+        self.add("echo $$ >> pids; sleep 60 & echo $! >> pids;"
+                 " setsid sleep 60 & echo $! >> pids;"
+                 " trap '' TERM INT HUP; while :; do wait; done",
+                 "echo $$ >> pids; exec sleep 60")
+        worker = self.start("--slots", "2")
+        pids = self.pids(4)
+        worker.kill()
+        self.check_dead(pids, within=2)
+        wait_for(lambda: not self.temporary(), "the folder's end")
+
+    def test_worker_killed_at_any_moment_leaves_nothing_behind(self):
+        self.add(*["sleep 60 & setsid sleep 60 & sleep 0.0%d" % (i % 9)
+                   for i in range(4000)], max_attempts=9)
+        for _ in range(2):
+            workers = [self.start("--slots", "2") for _ in range(10)]
+            wait_for(lambda: len(self.commands()) > 20, "commands")
+            for worker in workers:
+                time.sleep(random.uniform(0, 0.05))
+                worker.kill()
+            for worker in workers:
+                worker.wait()
+            began = time.monotonic()
+            wait_for(lambda: not self.commands(), "the end of all commands")
+            wait_for(lambda: not self.temporary(), "the folders' end")
+            self.assertLess(time.monotonic() - began, 3)
+
+    def test_command_that_had_just_begun_dies_with_its_worker(self):
+        self.add("setsid sleep 60")
+        worker = self.start_with("\n".join((
+            "import os, signal", "start = worker.start_process",
+            "def killed(*args):", "    start(*args)",
+            "    os.kill(os.getpid(), signal.SIGKILL)",
+            "worker.start_process = killed")))
+        worker.wait()
+        wait_for(lambda: not self.temporary(), "the folder's end")
+        self.assertEqual([], self.commands())
+
+    def test_daemon_outlives_a_worker_that_ends_well(self):
+        self.add("setsid sh -c 'echo $$ >> pids; exec sleep 60' &"
+                 " until [ -s pids ]; do sleep 0.01; done")
+        self.work()
+        pid, = self.pids(1)
+        self.addCleanup(os.kill, pid, signal.SIGKILL)
+        self.assertTrue(alive(pid))
+        self.assertEqual([], self.temporary())
+
+    def test_child_that_a_command_leaves_in_its_group_ends_with_it(self):
+        self.add("sleep 60 & echo $! >> pids", "echo $$ >> pids; sleep 60")
+        worker = self.start()
+        child = self.pids(2)[0]
+        self.assertFalse(alive(child))
+        worker.terminate()
+        self.finish(worker)
+
+    def test_guard_survives_what_ends_the_workers_process_group(self):
+        self.add(self.STUBBORN)
+        worker = self.start("--grace", "60", start_new_session=True)
+        pids = self.pids(2)
+        os.killpg(worker.pid, signal.SIGINT)
+        os.killpg(worker.pid, signal.SIGTERM)
+        os.killpg(worker.pid, signal.SIGHUP)
+        os.killpg(worker.pid, signal.SIGKILL)
+        self.check_dead(pids, within=2)
+
+    def test_worker_goes_on_without_its_guard(self):
+        self.add("echo $PPID >> pids; until [ -e go ]; do sleep 0.02; done",
+                 "true")
+        worker = self.start()
+        self.pids(1)
+        children = read("/proc/{0}/task/{0}/children".format(worker.pid))
+        guard = int(children.split()[0])
+        os.kill(guard, signal.SIGKILL)
+        with open(self.path("go"), "w"):
+            pass
+        status, _, err = self.finish(worker)
+        self.assertEqual((0, ""), (status, err))
+        self.assertEqual(["done"] * 2, self.states())
+        self.assertEqual([], self.temporary())
+
+
 NASTY = [
     b"it's", b'"', b"a  b", b" ", b"a\nb\n", b"$(touch pwned)",
     b"`touch pwned`", b"; touch pwned;", b"*", b"-n", b"", b"\\", b"$HOME",
