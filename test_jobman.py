@@ -4129,6 +4129,19 @@ class EndTest(WorkerCase):
             self.left("scontrol", told % "Unknown", SLURM_JOB_ID="7"))
         self.assertIsNone(self.left("scontrol", "", SLURM_JOB_ID="7"))
 
+    def test_qstat_says_how_long_a_job_has(self):
+        began = time.strftime("%a %b %e %H:%M:%S %Y",
+                              time.localtime(time.time() - 600))
+        pro = "Job Id: 7.pbs\n    Resource_List.walltime = %s\n" \
+            "    stime = " + began + "\n    obittime = " + began
+        left = self.left("qstat", pro % "01:00:00", PBS_JOBID="7.pbs")
+        self.assertAlmostEqual(3000, left, delta=20)
+        self.assertEqual(b"-f 7.pbs\n", read(self.path("asked")))
+        self.assertIsNone(self.left("qstat", pro % "3600", PBS_JOBID="7"))
+        torque = "    Walltime.Remaining = 1234\n"
+        self.assertEqual(1234, self.left("qstat", torque, PBS_JOBID="7"))
+        self.assertIsNone(self.left("qstat", "Unknown Job", PBS_JOBID="7"))
+
     # Killed
 
     def test_killed_worker_leaves_nothing_behind(self):

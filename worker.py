@@ -1333,7 +1333,7 @@ def pbs_left(environment):
     found = re.search(r"Walltime\.Remaining = (\d+)", told)
     if found:
         return int(found.group(1))
-    limit = re.search(r"Resource_List\.walltime = ([\d:]+)", told)
+    limit = re.search(r"Resource_List\.walltime = (\d+:\d\d:\d\d)", told)
     start = re.search(r"\bstime = \w+ (\w+ +\d+ [\d:]+ \d+)", told)
     if not (limit and start):
         return None
