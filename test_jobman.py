@@ -3612,6 +3612,252 @@ class WorkerTest(WorkerCase):
             server.shutdown(socket.SHUT_RDWR)
 
 
+class SlotsTest(WorkerCase):
+    """How many commands run, of which claims, and what they print."""
+
+    def starts(self):
+        """Return how many jobs were claimed in each claim, in order."""
+        query = "select started, count(*) n from attempt group by started" \
+            " order by started"
+        return [row["n"] for row in rows(self.path("jobman.db"), query)]
+
+    def most_at_once(self):
+        """Return how many lines `begin` were once without their `end`."""
+        most = now = 0
+        for line in read(self.path("log")).split():
+            now += 1 if line == b"begin" else -1
+            most = max(most, now)
+        return most
+
+    def test_there_is_a_slot_for_each_core_that_it_may_use(self):
+        argv = "--idle-timeout", "1000"
+        core = min(os.sched_getaffinity(0))
+        for cores in (os.sched_getaffinity(0), {core}):
+            worker = self.spawn(
+                WORKER, *argv,
+                preexec_fn=lambda cores=cores: os.sched_setaffinity(0, cores))
+            name = "-%d" % worker.pid
+            found = wait_for(lambda name=name: [
+                w["slots"] for w in self.client.workers()["workers"]
+                if w["name"].endswith(name)], "a heartbeat")
+            self.assertEqual([len(cores)], found)
+            worker.terminate()
+
+    def test_never_more_commands_run_than_there_are_slots(self):
+        self.add(*["echo begin >> log; sleep 0.0%d; echo end >> log" % (i % 5)
+                   for i in range(60)])
+        self.work("--slots", "3")
+        self.assertEqual(["done"] * 60, self.states())
+        self.assertEqual(3, self.most_at_once())
+
+    def test_short_commands_are_claimed_many_at_a_time(self):
+        self.add(*[["true"]] * 400)
+        self.work("--slots", "2")
+        self.assertEqual(["done"] * 400, self.states())
+        starts = self.starts()
+        self.assertLess(len(starts), 100)
+        self.assertLessEqual(max(starts), 202)
+
+    def test_long_commands_are_claimed_one_by_one(self):
+        self.add(*["sleep 0.5"] * 5)
+        self.work("--slots", "1")
+        self.assertEqual([1] * 5, self.starts())
+
+    def test_what_waits_too_long_is_done_by_another_worker(self):
+        self.add("until [ -e go ]; do sleep 0.02; done",
+                 *["echo >> ran"] * 5)
+        hoarder = self.start_with("\n".join((
+            "worker.Worker.HOARD = 0.5", "calls = []",
+            "def ahead(self):", "    calls.append(1)",
+            "    return 5 if len(calls) < 3 else 0",
+            "worker.Worker.ahead = ahead")), "--name", "hoarder")
+        wait_for(lambda: self.states() == ["working"] * 6, "claims ahead")
+        self.work("--name", "other", "--idle-timeout", "2")
+        with open(self.path("go"), "w"):
+            pass
+        self.assertEqual(0, self.finish(hoarder)[0])
+        self.assertEqual(["done"] * 6, self.states())
+        self.assertEqual(5, len(read(self.path("ran")).splitlines()))
+        for jobid in range(2, 7):
+            self.assertEqual([("hoarder", "released", 1), ("other", "done", 1)],
+                             [(a["worker"], a["outcome"], a["attempt"])
+                              for a in self.attempts(jobid)])
+
+    def test_command_that_no_process_is_left_for_is_deferred(self):
+        self.add("echo ran", max_attempts=1)
+        worker = self.start_with("\n".join((
+            "import errno", "start, calls = worker.start_process, []",
+            "def scarce(*args):", "    calls.append(1)",
+            "    if len(calls) == 1:",
+            "        raise BlockingIOError(errno.EAGAIN, 'no process')",
+            "    return start(*args)", "worker.start_process = scarce")))
+        self.assertEqual((0, "ran\n", ""), self.finish(worker))
+        self.assertEqual(["deferred", "done"], self.outcomes())
+        self.assertEqual(0, self.job()["failures"])
+
+    def test_it_works_where_the_c_library_makes_no_sessions(self):
+        self.add("echo a", ["no-such-program"], "echo $$ >> pids; sleep 60",
+                 max_attempts=1)
+        worker = self.start_with("\n".join((
+            "import os", "def posix_spawnp(*args, **options):",
+            "    raise NotImplementedError",
+            "os.posix_spawnp = posix_spawnp")))
+        pid, = self.pids(1)
+        self.assertEqual(pid, os.getpgid(pid))
+        worker.terminate()
+        self.assertEqual((143, "a\n", ""), self.finish(worker))
+        self.assertEqual(["done", "failed", "waiting"], self.states())
+        self.assertEqual(127, self.attempts(2)[0]["exit_code"])
+
+    # What they print
+
+    def test_megabytes_to_both_streams_come_whole(self):
+        self.add("head -c 10000000 /dev/zero | tee /dev/stderr")
+        out, err = self.work()
+        self.assertEqual("\0" * 10000000, out)
+        self.assertEqual("\0" * 10000000, err)
+
+    # Leases
+
+    def test_lease_is_two_minutes(self):
+        self.add("echo $$ >> pids; sleep 60")
+        worker = self.start()
+        self.pids(1)
+        self.assertAlmostEqual(time.time() + 120, self.job()["due"], delta=20)
+        worker.kill()
+
+    def test_long_command_keeps_its_lease_beside_many_short_ones(self):
+        self.add("echo ran >> ran; sleep 3; touch stop", *[["true"]] * 3000)
+        self.work("--slots", "2", "--lease", "1")
+        self.assertEqual(b"ran\n", read(self.path("ran")))
+        self.assertEqual({"done"}, set(self.states()))
+        query = "select distinct outcome from attempt"
+        self.assertEqual(["done"], [
+            row["outcome"] for row in rows(self.path("jobman.db"), query)])
+
+    def test_all_leases_are_renewed_in_one_call(self):
+        self.add(*["until [ -e go ]; do sleep 0.05; done"] * 8)
+        worker = self.start_with("\n".join((
+            "beat = worker.Client.heartbeat",
+            "def heartbeat(self, name, lease, claims, **about):",
+            "    open('beats', 'a').write('%d\\n' % len(claims))",
+            "    return beat(self, name, lease, claims, **about)",
+            "worker.Client.heartbeat = heartbeat")),
+            "--slots", "8", "--lease", "1")
+        wait_for(lambda: read(self.path("beats")).count(b"8\n") >= 3, "beats")
+        with open(self.path("go"), "w"):
+            pass
+        self.assertEqual(0, self.finish(worker)[0])
+        self.assertLessEqual(set(read(self.path("beats")).split()[1:-2]),
+                             {b"0", b"8"})
+
+    def test_lost_claim_ends_the_command_and_its_group(self):
+        self.add("trap '' TERM; echo $$ >> pids; sleep 60 & echo $! >> pids;"
+                 " while :; do wait; done", "echo on")
+        worker = self.start_with("worker.Worker.GRACE = 0.3", "--lease", "1")
+        pids = self.pids(2)
+        self.client.cancel(ids=[1])
+        status, out, err = self.finish(worker)
+        self.assertEqual((0, "on\n"), (status, out.replace("\n\n", "\n")))
+        self.assertEqual("worker.py: Job 1: its claim is lost.\n", err)
+        for pid in pids:
+            wait_for(lambda pid=pid: not alive(pid), "its end")
+        self.assertEqual(["cancelled", "done"], self.states())
+
+    def test_claim_that_is_lost_while_it_waits_never_begins(self):
+        self.add("until [ -e go ]; do sleep 0.02; done", "echo ran >> ran")
+        worker = self.start_with(
+            "worker.Worker.ahead = lambda self: 1", "--lease", "1")
+        wait_for(lambda: self.states() == ["working"] * 2, "both claims")
+        self.client.cancel(ids=[2])
+        line = worker.stderr.readline()
+        self.assertIn(b"Job 2: its claim is lost.", line)
+        with open(self.path("go"), "w"):
+            pass
+        self.assertEqual((0, ""), self.finish(worker)[::2])
+        self.assertEqual(b"", read(self.path("ran")))
+        self.assertEqual(["done", "cancelled"], self.states())
+
+    def give_files(self, **carried):
+        """Add a job that waits in stage 2 for a file that isn't there."""
+        self.add("echo ran >> ran", laststage=4, **carried)
+        job = self.client.get(0, lease=60)
+        self.client.update_job(1, 2, job["claim"], files=[
+            {"path": self.path("late"), "size": 1, "sha256": "0" * 64}])
+
+    def test_claim_that_is_lost_while_files_are_read_never_begins(self):
+        self.give_files()
+        worker = self.start("--stage", "2", "--lease", "1", "--lag", "3")
+        wait_for(lambda: self.states() == ["working"], "the claim")
+        self.client.cancel(ids=[1])
+        status, _, err = self.finish(worker)
+        self.assertEqual((0, "worker.py: Job 1: its claim is lost.\n"),
+                         (status, err))
+        self.assertEqual(["cancelled"], self.states())
+        self.assertEqual(["done", "cancelled"], self.outcomes())
+
+    def test_drain_while_files_are_awaited_releases(self):
+        self.give_files()
+        worker = self.start("--stage", "2", "--lag", "60")
+        wait_for(lambda: self.states() == ["working"], "the claim")
+        began = time.monotonic()
+        worker.terminate()
+        self.assertEqual((143, "", ""), self.finish(worker))
+        self.assertLess(time.monotonic() - began, 8)
+        self.assertEqual(["done", "released"], self.outcomes())
+
+
+class BudgetTest(WorkerCase):
+    """What attempts cost a job."""
+
+    def test_exit_status_75_is_deferred_and_not_counted(self):
+        self.add('[ "$JOBMAN_ATTEMPT" = 2 ] || exit 75', max_attempts=1)
+        self.work()
+        self.assertEqual(["deferred", "done"], self.outcomes())
+        self.assertEqual(["done"], self.states())
+
+    def test_job_over_its_timeout_dies_with_its_children(self):
+        self.add("trap '' TERM; echo $$ >> pids; sleep 60 & echo $! >> pids;"
+                 " while :; do wait; done", timeout=0.3, max_attempts=1)
+        worker = self.start_with("worker.Worker.GRACE = 0.3")
+        pids = self.pids(2)
+        self.assertEqual(0, self.finish(worker)[0])
+        for pid in pids:
+            wait_for(lambda pid=pid: not alive(pid), "its end")
+        attempt = self.attempts()[0]
+        self.assertEqual(("failed", 124, "not done after 0.3 seconds"), tuple(
+            attempt[k] for k in ("outcome", "exit_code", "error")))
+
+    def test_timeout_counts_also_when_the_command_ends_well_then(self):
+        self.add("trap 'exit 0' TERM; sleep 60 & wait", timeout=0.3,
+                 max_attempts=1)
+        self.work()
+        self.assertEqual(124, self.attempts()[0]["exit_code"])
+        self.assertEqual(["failed"], self.states())
+
+    def test_failures_are_bounded_by_the_servers_retries(self):
+        self.server.terminate()
+        self.server.wait()
+        self.serve("--retries", "1")
+        self.client.locate()
+        self.add("exit 3")
+        self.work()
+        self.assertEqual(["failed"], self.states())
+        self.assertEqual(["failed"] * 2, self.outcomes())
+
+    def test_lapses_are_bounded_by_the_server(self):
+        self.server.terminate()
+        self.server.wait()
+        self.serve("--lapses", "1")
+        self.client.locate()
+        self.add("echo $$ >> pids; sleep 60")
+        worker = self.start("--lease", "0.5")
+        self.pids(1)
+        worker.kill()
+        wait_for(lambda: self.states() == ["failed"], "a lapse")
+        self.assertEqual(["lapsed"], self.outcomes())
+
+
 class OutageTest(WorkerCase):
     """A worker and a server that comes and goes."""
 
