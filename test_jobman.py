@@ -3717,6 +3717,47 @@ class SlotsTest(WorkerCase):
         self.assertEqual("\0" * 10000000, out)
         self.assertEqual("\0" * 10000000, err)
 
+    def test_stray_that_goes_on_writing_holds_up_nothing(self):
+        stray = "setsid sh -c 'echo $$ >> pids; while :; do echo stray;" \
+            " done' & until [ -s pids ]; do sleep 0.01; done"
+        self.add(stray, *["echo on"] * 5)
+        try:
+            self.work()
+        finally:
+            os.kill(self.pids(1)[0], signal.SIGKILL)
+        self.assertEqual(["done"] * 6, self.states())
+
+    def test_stray_that_writes_while_files_are_read_does_no_harm(self):
+        stray = "setsid sh -c 'echo $$ >> pids; while :; do echo stray;" \
+            " done' & until [ -s pids ]; do sleep 0.01; done; echo a > made"
+        self.add(stray, outputs=["made"], laststage=4)
+        slow = "import time\nlook = worker.await_files\n" \
+            "def await_files(*args):\n    time.sleep(0.5)\n" \
+            "    return look(*args)\nworker.await_files = await_files"
+        try:
+            worker = self.start_with(
+                slow, "--stage", "0,2", "--command",
+                "[ $JOBMAN_STAGE = 2 ] || { %s; }" % stray)
+            status, _, err = self.finish(worker)
+        finally:
+            os.kill(self.pids(1)[0], signal.SIGKILL)
+        self.assertEqual(0, status, err)
+        self.assertEqual(["done"], self.states())
+
+    def test_stray_that_writes_while_output_is_printed_does_no_harm(self):
+        stray = "setsid sh -c 'echo $$ >> pids; while :; do echo stray;" \
+            " done' & until [ -s pids ]; do sleep 0.01; done"
+        self.add(stray)
+        slow = "import time\nshow = worker.PrintedOutput.print\n" \
+            "def print(self):\n    show(self)\n    time.sleep(0.5)\n" \
+            "worker.PrintedOutput.print = print"
+        try:
+            status, _, err = self.finish(self.start_with(slow))
+        finally:
+            os.kill(self.pids(1)[0], signal.SIGKILL)
+        self.assertEqual(0, status, err)
+        self.assertEqual(["done"], self.states())
+
     # Leases
 
     def test_lease_is_two_minutes(self):

@@ -1170,7 +1170,7 @@ class Slot:
             os.set_blocking(reader, False)
         self.null = os.open(os.devnull, os.O_RDONLY)
         self.input = None
-        self.attempt = None
+        self.output = None  # of its command, until it is told
 
     def given(self, data):
         """Return a descriptor from which a command can read `data`."""
@@ -1180,13 +1180,13 @@ class Slot:
         return self.input.fileno()
 
     def read(self, stream):
-        """Give the attempt what is in a pipe; return whether there was any."""
+        """Keep what is in a pipe; return whether there was any."""
         try:
             data = os.read(self.readers[stream - 1], 65536)
         except BlockingIOError:
             return False
-        if self.attempt is not None:  # else a stray of an earlier one wrote it
-            self.attempt.output.take(stream, data)
+        if self.output is not None:  # else a stray of an earlier one wrote it
+            self.output.take(stream, data)
         return True
 
     def drain(self):
@@ -1864,7 +1864,7 @@ class Worker:
         """Begin attempts in idle slots."""
         while self.ready and self.idle:
             attempt, slot = self.ready.popleft(), self.idle.pop()
-            attempt.slot, slot.attempt = slot, attempt
+            attempt.slot = slot
             attempt.placed = time.monotonic()
             self.dry = False
             files = attempt.job.get("files")
@@ -1926,6 +1926,7 @@ class Worker:
             attempt.start(argv, given, self.environment)
         except (OSError, ValueError) as error:
             return self.not_started(attempt, error)
+        attempt.slot.output = attempt.output
         self.guard.groups[attempt.slot.number] = attempt.pid
         self.running[attempt.pid] = attempt
         if attempt.job.get("timeout"):
@@ -2088,6 +2089,7 @@ class Worker:
             values = {}
         if attempt.output:
             attempt.output.end()
+            attempt.slot.output = None
         if attempt.output and self.printer:
             self.printer.put(attempt.output, lambda went: self.call(
                 self.printed, attempt, went, verb, values))
@@ -2122,7 +2124,6 @@ class Worker:
             took = time.monotonic() - attempt.placed
             self.pace = took if self.pace is None else (
                 self.pace + (took - self.pace) / 4)
-            attempt.slot.attempt = None
             self.idle.append(attempt.slot)
         if verb == "update":
             self.claimer.doubt.note(attempt.job, failed=False, seconds=0)
