@@ -3876,6 +3876,19 @@ class BudgetTest(WorkerCase):
         self.assertEqual(124, self.attempts()[0]["exit_code"])
         self.assertEqual(["failed"], self.states())
 
+    def test_timeout_is_over_when_the_command_has_ended(self):
+        self.add("echo > made", outputs=["made"], timeout=0.5)
+        slow = "import time\nlook = worker.results\ndef results(*args):\n" \
+            "    time.sleep(1)\n    return look(*args)\n" \
+            "worker.results = results\nkill = worker.kill_group\n" \
+            "def kill_group(group, number=9):\n" \
+            "    open('kills', 'a').write('%d\\n' % number)\n" \
+            "    return kill(group, number)\nworker.kill_group = kill_group"
+        status, _, err = self.finish(self.start_with(slow))
+        self.assertEqual((0, ""), (status, err))
+        self.assertEqual(["done"], self.states())
+        self.assertEqual(b"9\n", read(self.path("kills")))
+
     def test_failures_are_bounded_by_the_servers_retries(self):
         self.server.terminate()
         self.server.wait()

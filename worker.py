@@ -1968,8 +1968,11 @@ class Worker:
     # Commands end
 
     def cut_off(self, attempt, reason, number, grace):
-        """End a command: by a signal to its group, and KILL after `grace`."""
-        if attempt.reason is None:
+        """End a command: by a signal to its group, and KILL after `grace`.
+
+        Not one that has ended: its number may be another's by now.
+        """
+        if attempt.reason is None and attempt.pid in self.running:
             attempt.reason = reason
             attempt.last = time.monotonic() + grace
             kill_group(attempt.pid, number)
