@@ -3847,6 +3847,19 @@ class SlotsTest(WorkerCase):
         self.assertLess(time.monotonic() - began, 8)
         self.assertEqual(["done", "released"], self.outcomes())
 
+    def test_job_that_comes_back_while_it_is_killed_runs_again(self):
+        self.add("trap '' TERM; echo $$ >> pids; while :; do sleep 0.05; done")
+        worker = self.start_with(
+            "worker.Worker.GRACE = 1", "--slots", "2", "--lease", "1")
+        self.pids(1)
+        self.client.cancel(ids=[1])
+        self.assertIn(b"claim is lost", worker.stderr.readline())
+        self.client.retry(ids=[1])
+        self.pids(2)
+        self.assertEqual(["cancelled", "released"], self.outcomes())
+        self.assertEqual(0, self.job()["lapses"])
+        worker.terminate()
+
 
 class BudgetTest(WorkerCase):
     """What attempts cost a job."""

@@ -1831,6 +1831,8 @@ class Worker:
             attempt = self.attempts.get(job["jobid"])
             if attempt:  # a lapse has brought our own job back to us
                 attempt.job = job
+                if attempt.reason == "lost":  # or a retry, too soon
+                    attempt.reason = "end"
             else:
                 attempt = self.attempts[job["jobid"]] = Attempt(job)
                 self.ready.append(attempt)
