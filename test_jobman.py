@@ -3695,6 +3695,20 @@ class SlotsTest(WorkerCase):
         self.assertEqual(["deferred", "done"], self.outcomes())
         self.assertEqual(0, self.job()["failures"])
 
+    def test_files_are_read_though_no_thread_can_be_started(self):
+        with open(self.path("made"), "w") as file:
+            file.write("made")
+        self.add("true", outputs=["made"], laststage=4)
+        worker = self.start_with("\n".join((
+            "import threading", "start = threading.Thread.start",
+            "def scarce(self):",
+            "    if threading.active_count() > 4:",
+            "        raise RuntimeError(\"can't start new thread\")",
+            "    start(self)", "threading.Thread.start = scarce")),
+            "--stage", "0,2")
+        self.assertEqual((0, "", ""), self.finish(worker))
+        self.assertEqual(["done"], self.states())
+
     def test_it_works_where_the_c_library_makes_no_sessions(self):
         self.add("echo a", ["no-such-program"], "echo $$ >> pids; sleep 60",
                  max_attempts=1)

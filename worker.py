@@ -1896,7 +1896,10 @@ class Worker:
                 found = error
             self.call(go_on, found)
 
-        threading.Thread(target=do, daemon=True).start()
+        try:
+            threading.Thread(target=do, daemon=True).start()
+        except RuntimeError:  # the system has no thread left: do it here
+            do()
 
     def checked(self, attempt, bad):
         """Begin a command, unless the files it is given are `bad`."""
