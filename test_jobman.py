@@ -3679,9 +3679,10 @@ class SlotsTest(WorkerCase):
         self.assertEqual(["done"] * 6, self.states())
         self.assertEqual(5, len(read(self.path("ran")).splitlines()))
         for jobid in range(2, 7):
-            self.assertEqual([("hoarder", "released", 1), ("other", "done", 1)],
-                             [(a["worker"], a["outcome"], a["attempt"])
-                              for a in self.attempts(jobid)])
+            ends = [(a["worker"], a["outcome"], a["attempt"])
+                    for a in self.attempts(jobid)]
+            self.assertEqual(
+                [("hoarder", "released", 1), ("other", "done", 1)], ends)
 
     def test_command_that_no_process_is_left_for_is_deferred(self):
         self.add("echo ran", max_attempts=1)
@@ -3722,6 +3723,16 @@ class SlotsTest(WorkerCase):
         self.assertEqual((143, "a\n", ""), self.finish(worker))
         self.assertEqual(["done", "failed", "waiting"], self.states())
         self.assertEqual(127, self.attempts(2)[0]["exit_code"])
+
+    def test_more_slots_than_open_files(self):
+        self.add(*["echo $JOBMAN_JOBID"] * 60)
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        worker = self.start(
+            "--slots", "50",
+            preexec_fn=lambda: resource.setrlimit(
+                resource.RLIMIT_NOFILE, (100, hard)))
+        self.assertEqual(0, self.finish(worker)[0])
+        self.assertEqual(["done"] * 60, self.states())
 
     # What they print
 
@@ -4488,11 +4499,11 @@ class EndTest(WorkerCase):
         for _ in range(2):
             workers = [self.start("--slots", "2") for _ in range(10)]
             wait_for(lambda: len(self.commands()) > 20, "commands")
-            for worker in workers:
+            for each in workers:
                 time.sleep(random.uniform(0, 0.05))
-                worker.kill()
-            for worker in workers:
-                worker.wait()
+                each.kill()
+            for each in workers:
+                each.wait()
             began = time.monotonic()
             wait_for(lambda: not self.commands(), "the end of all commands")
             wait_for(lambda: not self.temporary(), "the folders' end")

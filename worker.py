@@ -25,6 +25,7 @@ import os
 import queue
 import random
 import re
+import resource
 import sched
 import secrets
 import select
@@ -1153,6 +1154,16 @@ def start_process(argv, environment, cwd, files):
     return process.pid
 
 
+def allow_open_files(slots):
+    """Raise the soft limit on open files to what `slots` need, if we may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = slots * 10 + 100  # four for pipes, five for input and output
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY:
+            needed = min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 class Slot:
     """A place for one command at a time; its pipes serve one after another.
 
@@ -1696,6 +1707,7 @@ class Worker:
             os.set_blocking(fd, False)
         self.poll = select.poll()
         self.poll.register(self.wake, select.POLLIN)
+        allow_open_files(self.options.slots)
         for number in range(self.options.slots):
             slot = Slot(self.folder, number)
             self.idle.append(slot)
