@@ -3716,7 +3716,8 @@ class SlotsTest(WorkerCase):
         worker = self.start_with("\n".join((
             "import os", "def posix_spawnp(*args, **options):",
             "    raise NotImplementedError",
-            "os.posix_spawnp = posix_spawnp")))
+            "if hasattr(os, 'posix_spawnp'):",
+            "    os.posix_spawnp = posix_spawnp")))
         pid, = self.pids(1)
         self.assertEqual(pid, os.getpgid(pid))
         worker.terminate()
@@ -4113,6 +4114,27 @@ class OutageTest(WorkerCase):
         spool.leave()
         self.assertEqual(outcomes, worker.Spool(
             self.path("spool"), "b").adopt("x"))
+
+    def test_spool_file_is_never_without_its_owner(self):
+        spool = worker.Spool(self.path("spool"), "a")
+        other = worker.Spool(self.path("spool"), "b")
+        lock = spool.lock
+
+        def lock_late(fd):
+            self.assertEqual([], other.adopt("x"))
+            other.clear()
+            return lock(fd)
+
+        spool.lock = lock_late
+        spool.add([worker.Outcome("x", 1, "c", "release", {})])
+        self.assertEqual(["a.spool"], os.listdir(self.path("spool")))
+        self.assertEqual([], other.adopt("x"))
+
+    def test_folder_is_left_alone_where_nothing_was_spooled(self):
+        os.makedirs(self.path(".jobman", "spool"))
+        self.add("true")
+        self.work()
+        self.assertTrue(os.path.isdir(self.path(".jobman", "spool")))
 
     def test_results_of_another_server_stay_where_they_are(self):
         self.leave_results(1)

@@ -640,8 +640,10 @@ class Spool:
             return
         lines = [json.dumps(outcome._asdict()) + "\n" for outcome in outcomes]
         if self.fd is None:
-            self.fd = append_to(self.path)
+            new = self.path + ".new"  # nobody takes it over before the lock
+            self.fd = append_to(new)
             self.lock(self.fd)
+            os.rename(new, self.path)
         size = os.fstat(self.fd).st_size
         try:
             write(self.fd, "".join(lines).encode("ascii"))
@@ -703,10 +705,9 @@ class Spool:
             if remove:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
+                    os.rmdir(self.folder)  # if it is empty
             os.close(fd)
         self.adopted = []
-        with contextlib.suppress(OSError):
-            os.rmdir(self.folder)  # if it is empty
 
 
 # ---------------------------------------------------------------- claims ---
