@@ -4130,6 +4130,21 @@ class OutageTest(WorkerCase):
         self.assertEqual(["a.spool"], os.listdir(self.path("spool")))
         self.assertEqual([], other.adopt("x"))
 
+    def test_spool_file_that_another_delivers_meanwhile_is_not_ours(self):
+        gone, first, late = [
+            worker.Spool(self.path("spool"), name) for name in "abc"]
+        gone.add([worker.Outcome("x", 1, "c", "release", {})])
+        gone.leave()
+        lock = late.lock
+
+        def lock_late(fd):
+            self.assertEqual(1, len(first.adopt("x")))
+            first.clear()
+            return lock(fd)
+
+        late.lock = lock_late
+        self.assertEqual([], late.adopt("x"))
+
     def test_folder_is_left_alone_where_nothing_was_spooled(self):
         os.makedirs(self.path(".jobman", "spool"))
         self.add("true")
@@ -4351,6 +4366,17 @@ class EndTest(WorkerCase):
         self.finish(worker)
         self.assertEqual(b"saved\n", read(self.path("saved")))
 
+    def test_reading_of_outputs_has_the_grace_too(self):
+        self.add("echo > made", outputs=["made"])
+        worker = self.start_with(
+            "import time\ndef results(*args):\n"
+            "    open('reading', 'w').write('.')\n    time.sleep(60)\n"
+            "worker.results = results", "--grace", "0.3")
+        wait_for(lambda: read(self.path("reading")), "the reading")
+        worker.terminate()
+        self.assertEqual((143, "", ""), self.finish(worker))
+        self.check_released(1)
+
     def test_second_sigint_ends_at_once(self):
         self.add("trap 'echo >> got' INT; echo $$ >> pids;"
                  " while :; do sleep 0.05; done")
@@ -4507,10 +4533,11 @@ class EndTest(WorkerCase):
     def test_killed_worker_leaves_nothing_behind(self):
         self.add("echo $$ >> pids; sleep 60 & echo $! >> pids;"
                  " setsid sleep 60 & echo $! >> pids;"
+                 " env -i sleep 60 & echo $! >> pids;"
                  " trap '' TERM INT HUP; while :; do wait; done",
                  "echo $$ >> pids; exec sleep 60")
         worker = self.start("--slots", "2")
-        pids = self.pids(4)
+        pids = self.pids(5)
         worker.kill()
         self.check_dead(pids, within=2)
         wait_for(lambda: not self.temporary(), "the folder's end")
