@@ -4612,6 +4612,257 @@ class EndTest(WorkerCase):
         self.assertEqual([], self.temporary())
 
 
+def leaving(command, **result):
+    """Return a command that also leaves `result` in JOBMAN_RESULT."""
+    return "%s; printf %%s '%s' > \"$JOBMAN_RESULT\"" % (
+        command, json.dumps(result))
+
+
+class FilesTest(WorkerCase):
+    """What a stage has made is there, as it was made, for the next."""
+
+    USE = 'case $JOBMAN_STAGE in 0) %s;; *) echo used >> log;; esac'
+
+    def files(self, jobid=1):
+        """Return the files of a job as the server knows them."""
+        return json.loads(self.job(jobid)["files"] or "null")
+
+    def describe(self, name):
+        """Return what is known of a file in our folder, by other means."""
+        path = os.path.join(os.path.realpath(self.folder), name)
+        told = subprocess.check_output(["sha256sum", path])
+        digest = told.lstrip(b"\\").split()[0].decode("ascii")
+        return {
+            "path": path, "size": len(read(path)), "sha256": digest
+        }
+
+    def log(self):
+        """Return the words that commands have written to the file `log`."""
+        return read(self.path("log")).decode().split()
+
+    def make(self, stages=4, **carried):
+        """Do the first stage of a job that makes `out`, for the next."""
+        made = leaving("echo made >> log; echo abc > out", outputs=["out"])
+        self.add(self.USE % made, laststage=stages, **carried)
+        self.work()
+        self.assertEqual((2, "waiting"), (
+            self.job()["stage"], self.job()["state"]))
+
+    # What is recorded
+
+    def test_outputs_that_a_result_names_are_recorded(self):
+        self.add(leaving("echo abc > a; : > b", outputs=["a", "b"]),
+                 outputs=["c"])
+        self.work()
+        expected = [self.describe(name) for name in "ab"]
+        self.assertEqual(expected, self.files())
+        self.assertEqual(0, self.job()["made"])
+
+    def test_outputs_that_a_job_names_are_recorded(self):
+        self.add("echo abc > a", outputs=["a"])
+        self.work()
+        self.assertEqual([self.describe("a")], self.files())
+
+    def test_file_that_is_handed_on_is_recorded_if_it_is_there(self):
+        self.add(
+            leaving("echo abc > a", filename="a"),
+            leaving("echo abc > b", filename="b", outputs=["b"]),
+            leaving("true", filename="no file"),
+        )
+        self.work()
+        self.assertEqual([self.describe("a")], self.files(1))
+        self.assertEqual([self.describe("b")], self.files(2))
+        self.assertIsNone(self.files(3))
+        self.assertEqual(["done"] * 3, self.states())
+
+    def test_outputs_are_looked_for_in_the_jobs_folder(self):
+        os.mkdir(self.path("there"))
+        command = leaving("echo a > a; echo b > b", filename="b")
+        there = os.path.join(os.path.realpath(self.folder), "there")
+        self.add(command, outputs=["a"], cwd=there)
+        self.work()
+        self.assertEqual(
+            [self.describe("there/a"), self.describe("there/b")],
+            self.files())
+
+    def test_outputs_have_any_name(self):
+        os.mkdir(self.path("a b"))
+        names = ["a b/$HOME", "caf\udcff\n", "größe"]
+        self.environment["LC_ALL"] = "C"
+        self.add(
+            "printf 1 > 'a b/$HOME'; printf 2 > \"$(printf 'caf\\377\nx')\"; "
+            "mv caf* \"$(printf 'caf\\377')\n\"; printf 3 > größe",
+            outputs=names, laststage=4)
+        self.client.set({2: {"jobstage": 0, "laststage": 4, "jobcmd":
+                             'echo "$JOBMAN_FILENAME"', "outputs": []}})
+        self.work("--stage", "0,2")
+        here = os.path.realpath(self.folder)
+        self.assertEqual([(os.path.join(here, name), 1) for name in names], [
+            (file["path"], file["size"]) for file in self.files()])
+        self.assertEqual(["done"] * 2, self.states())
+
+    def test_output_that_is_no_file_fails_the_attempt(self):
+        self.add("true", "mkdir a", "mkfifo b", "ln -s nowhere c",
+                 max_attempts=1)
+        for jobid, name in enumerate("0abc", 1):
+            self.client.set({10 + jobid: {
+                "jobstage": 0, "jobcmd": "true", "outputs": [name],
+                "max_attempts": 1}})
+        self.work()
+        self.assertEqual(["done"] * 4 + ["failed"] * 4, self.states())
+        for jobid in (11, 12, 13, 14):
+            self.assertIn("output", self.attempts(jobid)[0]["error"])
+
+    def test_names_that_no_file_can_have_fail_the_attempt(self):
+        self.add(
+            leaving("true", filename="\ud800"),
+            leaving("true", filename="a\0b"),
+            leaving("true", outputs=["\ud800"]),
+            leaving("true", outputs=["a\0b"]),
+            "true", max_attempts=1)
+        for jobid, cwd in enumerate(("\ud800", "/größe"), 6):
+            self.client.set({jobid: {"jobstage": 0, "jobcmd": "true",
+                                     "cwd": cwd, "max_attempts": 1}})
+        self.environment["LC_ALL"] = "C"
+        self.work()
+        self.assertEqual(["failed"] * 4 + ["done"] + ["failed"] * 2,
+                         self.states())
+
+    def test_a_worker_whose_folder_is_gone_says_so_of_outputs(self):
+        self.add("rmdir $PWD", "true", outputs=["a"], max_attempts=1)
+        os.mkdir(self.path("gone"))
+        self.finish(self.start(cwd=self.path("gone")))
+        self.assertEqual(["failed"] * 2, self.states())
+
+    # What is looked at before the next stage
+
+    def test_damaged_files_are_made_again_before_they_are_used(self):
+        damage = {
+            1: "printf aBc > 1; touch -r 2 1",  # of the same size and time
+            2: ": > 2", 3: "rm 3", 4: "rm 4; mkdir 4; rm -f none",
+            5: "rm 5; mkfifo 5", 6: "echo more >> 6", 7: "true",
+        }
+        use = "case $JOBMAN_STAGE in 0) %s;; *) cat %d >> used;; esac"
+        self.add(*[
+            use % (leaving("rm -rf %d; printf abc > %d; echo m%d >> log"
+                           % (n, n, n), outputs=[str(n)]), n)
+            for n in damage
+        ], laststage=4)
+        self.work()
+        for command in damage.values():
+            subprocess.check_call(command, shell=True, cwd=self.folder)
+        _, err = self.work("--stage", "0,2", "--lag", "0")
+        self.assertEqual(["done"] * 7, self.states())
+        self.assertEqual(b"abc" * 7, read(self.path("used")))
+        self.assertEqual(13, len(self.log()))
+        for jobid in range(1, 7):
+            self.assertEqual(1, self.job(jobid)["rejects"])
+            self.assertEqual(["done", "rejected", "done", "done"],
+                             self.outcomes(jobid))
+            self.assertIn("/%d" % jobid, self.attempts(jobid)[1]["error"])
+            self.assertIn("Job %d: not as it was made" % jobid, err)
+        self.assertEqual(0, self.job(7)["rejects"])
+
+    def test_the_stage_that_made_them_runs_with_what_it_was_given(self):
+        first = 'echo "$JOBMAN_FILENAME" >> log; echo abc > out'
+        second = leaving(first, outputs=["out"], jobcmd="echo used >> log")
+        given = json.dumps({"filename": "second", "jobcmd": second})
+        self.add(["sh", "-c", 'echo "$1" > "$JOBMAN_RESULT"', "sh", given],
+                 laststage=6)
+        self.work("--stage", "0,2")
+        os.unlink(self.path("out"))
+        self.work("--stage", "0,2,4", "--lag", "0")
+        self.assertEqual(["second", "second", "used"], self.log())
+        self.assertEqual("done", self.job()["state"])
+        self.assertEqual(["done", "done", "rejected", "done", "done"],
+                         self.outcomes())
+
+    def test_job_whose_files_are_damaged_too_often_fails(self):
+        self.make(max_attempts=1)
+        os.unlink(self.path("out"))
+        self.work("--stage", "0,2", "--lag", "0")
+        job = self.job()
+        self.assertEqual(("failed", 0, 1), (
+            job["state"], job["stage"], job["rejects"]))
+        self.assertEqual(["made"], self.log())
+
+    def test_files_may_be_late(self):
+        self.make()
+        os.rename(self.path("out"), self.path("later"))
+        process = self.start("--stage", "2", "--lag", "20")
+        wait_for(lambda: self.job()["state"] == "working", "the claim")
+        time.sleep(0.3)  # it looks again and again
+        self.assertEqual("working", self.job()["state"])
+        os.rename(self.path("later"), self.path("out"))
+        self.assertEqual(0, self.finish(process)[0])
+        self.assertEqual(["done", "done"], self.outcomes())
+
+    def test_files_that_a_stage_leaves_alone_are_handed_on(self):
+        self.make(stages=6)
+        made = self.files()
+        self.work("--stage", "2")
+        self.assertEqual((made, 0), (self.files(), self.job()["made"]))
+        os.unlink(self.path("out"))
+        self.work("--stage", "0,2,4", "--lag", "0")
+        self.assertEqual(["made", "used", "made", "used", "used"],
+                         self.log())
+        self.assertEqual("done", self.job()["state"])
+
+    def test_files_that_a_stage_has_changed_are_forgotten(self):
+        change = "case $JOBMAN_STAGE in 0) %s;; 2) %s;; esac"
+        for jobid, command in enumerate(("printf Abc > %d; touch -d @9 %d",
+                                         "rm %d", "mv %d b; cp b %d"), 1):
+            command = command.replace("%d", str(jobid))
+            made = leaving("printf abc > %d" % jobid, outputs=[str(jobid)])
+            self.client.set({jobid: {"jobstage": 0, "laststage": 6, "jobcmd":
+                                     change % (made, command)}})
+        self.work("--stage", "0,2,4", "--lag", "0")
+        self.assertEqual([[]] * 3, [self.files(n) for n in (1, 2, 3)])
+        self.assertEqual(["done"] * 3, self.states())
+
+    def test_job_in_the_stage_that_made_its_files_is_not_checked(self):
+        self.make()
+        os.unlink(self.path("out"))
+        self.client.update_job(1, 0)
+        self.work("--stage", "0", "--lag", "0")
+        self.assertEqual(["done", "done"], self.outcomes())
+        self.assertEqual(["made", "made"], self.log())
+
+    def wait_for_files(self, *argv):
+        """Start a worker that waits for files; return it."""
+        self.make()
+        os.unlink(self.path("out"))
+        process = self.start("--stage", "2", "--lag", "60", *argv)
+        wait_for(lambda: self.job()["state"] == "working", "the claim")
+        return process
+
+    def test_worker_that_ends_while_it_waits_for_files_releases(self):
+        process = self.wait_for_files()
+        process.terminate()
+        self.assertEqual(128 + signal.SIGTERM, self.finish(process)[0])
+        self.assertEqual(["done", "released"], self.outcomes())
+
+    def test_job_cancelled_while_its_files_are_waited_for_never_runs(self):
+        process = self.wait_for_files("--lease", "1")
+        self.client.cancel(ids=[1])
+        err = wait_for(lambda: process.stderr.readline(), "a word on it")
+        self.assertIn(b"its claim is lost", err)
+        with open(self.path("out"), "w") as file:
+            file.write("abc\n")
+        self.assertEqual(0, self.finish(process)[0])
+        self.assertEqual(["done", "cancelled"], self.outcomes())
+        self.assertEqual(["made"], self.log())
+
+    def test_reading_a_large_file_holds_nothing_up(self):
+        self.add(leaving("truncate -s 600M large", outputs=["large"]),
+                 *["true"] * 9)
+        self.work("--slots", "2", "--lease", "1")
+        ends = [self.attempts(jobid)[0]["ended"] for jobid in range(1, 11)]
+        self.assertEqual(["done"] * 10, self.states())
+        self.assertEqual(max(ends), ends[0])
+        self.assertEqual(600 * 2**20, self.files()[0]["size"])
+
+
 NASTY = [
     b"it's", b'"', b"a  b", b" ", b"a\nb\n", b"$(touch pwned)",
     b"`touch pwned`", b"; touch pwned;", b"*", b"-n", b"", b"\\", b"$HOME",

@@ -402,6 +402,14 @@ def to_bytes(text):
     return text.encode("utf-8", "surrogateescape")
 
 
+def is_file(path):
+    """Return whether there is such a file; raise ValueError if none can be."""
+    try:
+        return stat.S_ISREG(os.stat(to_bytes(path)).st_mode)
+    except OSError:
+        return False
+
+
 def describe(path):
     """Return a file as it is now: {"path", "size" (bytes), "sha256" (hex)}.
 
@@ -443,7 +451,7 @@ def touched(path):
     """Return what changes when a file is written, None when it is gone."""
     try:
         found = os.stat(to_bytes(path))
-    except OSError:
+    except (OSError, ValueError):
         return None
     return found.st_size, found.st_mtime_ns, found.st_ino
 
@@ -452,7 +460,8 @@ def output_paths(job, brought):
     """Return the paths, absolute, of the files that an attempt has made.
 
     Those that its result names, else those that the job says; and the file
-    that it hands on, if that is there.
+    that it hands on, if that is there. Raises OSError when we are in no
+    folder, ValueError for a name that no file can have.
     """
     names = brought.get("outputs")
     if names is None:
@@ -464,7 +473,7 @@ def output_paths(job, brought):
     folder = os.path.join(here, job.get("cwd") or "")
     paths = [os.path.join(folder, name) for name in names]
     handed_on = os.path.join(folder, filename or "")
-    if filename and os.path.isfile(to_bytes(handed_on)):
+    if filename and is_file(handed_on):
         paths.append(handed_on)
     return list(dict.fromkeys(paths))
 
@@ -488,8 +497,8 @@ def results(job, brought, paths, inputs):
 def disk_full(*folders):
     """Return the first of `folders` that has no room left, None if none."""
     for folder in folders:
-        with contextlib.suppress(OSError):
-            found = os.statvfs(folder)
+        with contextlib.suppress(OSError, ValueError):
+            found = os.statvfs(to_bytes(folder))
             if found.f_blocks and found.f_bavail * found.f_frsize < 2**16:
                 return folder
     return None
@@ -2053,7 +2062,10 @@ class Worker:
             self.end(attempt, "fail",
                      error="JOBMAN_RESULT can't be used: %s" % error)
             return
-        paths = output_paths(attempt.job, brought)
+        try:
+            paths = output_paths(attempt.job, brought)
+        except (OSError, ValueError) as error:
+            return self.collected(attempt, error)
         found = attempt.job, brought, paths, attempt.inputs
         if paths:
             self.aside(self.collected, attempt, results, *found)
