@@ -4853,6 +4853,17 @@ class FilesTest(WorkerCase):
         self.assertEqual(["done", "cancelled"], self.outcomes())
         self.assertEqual(["made"], self.log())
 
+    def test_node_in_quarantine_does_not_judge_files(self):
+        self.make()
+        os.rename(self.path("out"), self.path("later"))
+        worker = self.spawn(
+            WORKER, "--slots", "2", "--stage", "2", "--lag", "60", "--logs",
+            self.path("later", "logs"))
+        wait_for(lambda: self.job()["state"] == "working", "the claim")
+        self.client.set({2: {"jobstage": 2, "jobcmd": "echo to the log"}})
+        self.assertEqual(3, self.finish(worker)[0])
+        self.assertEqual(["done", "released"], self.outcomes())
+
     def test_reading_a_large_file_holds_nothing_up(self):
         self.add(leaving("truncate -s 600M large", outputs=["large"]),
                  *["true"] * 9)

@@ -1924,9 +1924,14 @@ class Worker:
             do()
 
     def checked(self, attempt, bad):
-        """Begin a command, unless the files it is given are `bad`."""
-        if attempt.reason or self.draining:
+        """Begin a command, unless the files it is given are `bad`.
+
+        They had less than their time to come when we claim no more.
+        """
+        if attempt.reason:
             self.conclude(attempt)
+        elif self.claimer.ending.is_set():
+            self.end(attempt, "release")
         elif isinstance(bad, Exception):
             self.end(attempt, "fail", error="worker.py has a fault: %r" % bad)
         elif bad:
