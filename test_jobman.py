@@ -144,6 +144,25 @@ class TemporaryFolder(unittest.TestCase):
             err.decode("utf-8", "surrogateescape"),
         )
 
+    def small_disk(self):
+        """Mount a file system of 256 KiB; return its folder."""
+        folder = self.path("disk")
+        os.mkdir(folder)
+        mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder]
+        try:
+            subprocess.check_output(mount, stderr=subprocess.STDOUT)
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.skipTest("no file system of a set size: %s" % error)
+        self.addCleanup(subprocess.call, ["umount", folder])
+        return folder
+
+    def fill(self, folder):
+        """Write a file until its disk is full."""
+        with contextlib.suppress(OSError):
+            with open(os.path.join(folder, "full"), "wb", 0) as file:
+                while True:
+                    file.write(b"x" * 512)
+
     def command(self, *argv, given=None, **options):
         """Run a command to its end; return (exit status, stdout, stderr)."""
         if given is not None:
@@ -4874,6 +4893,234 @@ class FilesTest(WorkerCase):
         self.assertEqual(600 * 2**20, self.files()[0]["size"])
 
 
+class QuarantineTest(WorkerCase):
+    """A node on which all commands fail does no harm to the jobs."""
+
+    FAST = "--idle-timeout", "0.5", "--slots", "1", "--print"
+
+    def broken(self, *argv):
+        """Start a worker on a node on which commands fail."""
+        node = dict(self.environment, BROKEN="1")
+        return self.spawn(
+            WORKER, *self.FAST, "--name", "bad", *argv, env=node)
+
+    def sound(self, name="good", *argv):
+        """Start a worker on a node that is as it should be."""
+        return self.spawn(WORKER, *self.FAST, "--name", name, *argv)
+
+    def add_sensitive(self, n, **carried):
+        """Add jobs that fail on a broken node."""
+        self.add(*['[ -z "$BROKEN" ]; x=$?; sleep 0.2; exit $x'] * n,
+                 **carried)
+
+    def by(self, name):
+        """Return the outcomes of a worker's attempts."""
+        query = "select outcome from attempt where worker = ?"
+        return [row["outcome"] for row in
+                rows(self.path("jobman.db"), query, name)]
+
+    def test_bad_node_is_found_out_and_the_jobs_are_done_elsewhere(self):
+        self.add_sensitive(20, max_attempts=10)
+        bad, good = self.broken(), self.sound()
+        status, _, err = self.finish(bad)
+        self.assertEqual(3, status, err)
+        self.assertRegex(err, r"In quarantine: \d+ jobs in a row failed here")
+        self.assertEqual(0, self.finish(good)[0])
+        self.assertEqual(["done"] * 20, self.states())
+        self.assertEqual({"failed"}, set(self.by("bad")))
+        self.assertLess(len(self.by("bad")), 10)
+        worker, = self.client.workers()["workers"]  # the good one has ended
+        self.assertEqual("bad", worker["name"])
+        self.assertIn("in a row failed here", worker["quarantine"])
+        key = base64.b64encode(b":%d" % self.client.jobix).decode("ascii")
+        page = exchange(self.client.address, "GET", "/get?plain=1", headers={
+            "Authorization": "Basic " + key})
+        self.assertIn("in a row failed here", page.text)
+
+    def test_jobs_that_fail_everywhere_put_nobody_in_quarantine(self):
+        self.add(*["exit 1"] * 8, max_attempts=2)
+        for jobid in range(21, 31):
+            self.client.set({jobid: {"jobstage": 0, "laststage": 2,
+                                     "jobcmd": "sleep 0.1"}})
+        began = time.monotonic()
+        workers = [self.sound(name) for name in ("one", "two")]
+        for process in workers:
+            self.assertEqual(0, self.finish(process)[0])
+        self.assertEqual(["failed"] * 8 + ["done"] * 10, self.states())
+        self.assertLess(time.monotonic() - began, 20)
+
+    def test_lone_worker_is_not_held_up(self):
+        self.add(*["exit 1"] * 20, "true", max_attempts=1)
+        began = time.monotonic()
+        self.assertEqual(0, self.finish(self.sound())[0])
+        self.assertLess(time.monotonic() - began, 10)
+        self.assertEqual(["failed"] * 20 + ["done"], self.states())
+
+    # Doubt, driven by hand
+
+    def claimer(self, patience=60):
+        """Return a Claimer of the node `here`; what it suspects is noted."""
+        self.suspected = []
+        claimer = worker.Claimer(
+            worker.parse(["--lease", "60"]), self.client, "here",
+            say=print, busy=bool, suspect=self.suspected.append)
+        claimer.doubt.patience = patience
+        return claimer
+
+    def fail_here(self, claimer, n=3, seconds=0.1):
+        """Let the next `n` jobs fail here."""
+        for job in self.client.get(0, worker="here", lease=60, n=n):
+            self.client.fail_job(job["jobid"], job["claim"])
+            claimer.doubt.note(job, failed=True, seconds=seconds)
+        self.client.heartbeat("there", 60, [], stages=[0])
+
+    def end_there(self, verb):
+        """Let another worker end the first jobs, once they are free."""
+        for _ in range(3):
+            job = wait_for(lambda: self.client.get(
+                0, worker="there", lease=60, wait=5), "a job")
+            if verb == "done":
+                self.client.update_job(job["jobid"], 2, job["claim"])
+            else:
+                self.client.fail_job(job["jobid"], job["claim"])
+
+    def hold_back(self, claimer):
+        """Return for how many seconds a doubt keeps the claimer waiting."""
+        began = time.monotonic()
+        claimer.hold_back()
+        return time.monotonic() - began
+
+    def test_doubt_ends_after_a_while(self):
+        self.add(*["true"] * 3)
+        claimer = self.claimer(patience=0.5)
+        self.fail_here(claimer)
+        self.assertTrue(0.5 <= self.hold_back(claimer) < 5)
+        self.assertEqual([], self.suspected)
+        self.assertEqual(1, claimer.doubt.patience)
+        self.check_no_doubt(claimer)
+
+    def test_what_is_done_elsewhere_after_a_doubt_counts_in_the_next(self):
+        self.add(*["true"] * 3)
+        claimer = self.claimer(patience=0.1)
+        self.fail_here(claimer)
+        self.hold_back(claimer)
+        self.end_there("done")
+        self.client.set({
+            jobid: {"jobstage": 0, "jobcmd": "true"} for jobid in (4, 5, 6)})
+        claimer.doubt.patience = 5
+        self.fail_here(claimer)
+        self.assertLess(self.hold_back(claimer), 1)
+        self.assertIn("3 jobs in a row", self.suspected[0])
+
+    def test_patience_grows_up_to_a_minute_and_a_success_ends_that(self):
+        doubt = self.claimer(patience=5).doubt
+        for expected in (5, 10, 20, 40, 60, 60):
+            self.assertEqual(expected, doubt.patience)
+            doubt.adjourn()
+        doubt.note({"jobid": 9, "jobstage": 0}, failed=False, seconds=0)
+        self.assertEqual(5, doubt.patience)
+
+    def test_three_that_are_done_elsewhere_end_it(self):
+        self.add(*["true"] * 3)
+        claimer = self.claimer()
+        self.fail_here(claimer)
+        self.end_there("done")
+        self.assertLess(self.hold_back(claimer), 5)
+        self.assertIn("3 jobs in a row", self.suspected[0])
+        self.assertTrue(claimer.ending.is_set())
+
+    def test_what_fails_elsewhere_too_is_the_jobs_fault(self):
+        self.add(*["true"] * 3, max_attempts=10)
+        claimer = self.claimer()
+        self.fail_here(claimer)
+        self.end_there("fail")
+        self.assertLess(self.hold_back(claimer), 5)
+        self.assertEqual([], self.suspected)
+
+    def test_what_was_done_elsewhere_before_it_failed_here_does_not_count(
+            self):
+        self.add(*["true"] * 3)
+        claimer = self.claimer(patience=0.5)
+        self.client.heartbeat("there", 60, [], stages=[0])
+        self.end_there("done")
+        self.client.retry(all=True)  # the command has been spoilt since
+        self.fail_here(claimer)
+        self.hold_back(claimer)
+        self.assertEqual([], self.suspected)
+
+    def check_no_doubt(self, claimer):
+        """Check that a claimer trusts its node."""
+        self.assertFalse(claimer.doubt.stands())
+        self.assertLess(self.hold_back(claimer), 1)
+
+    def test_one_bad_job_again_and_again_is_one(self):
+        self.add("false")
+        claimer = self.claimer()
+        job = self.client.get(0, worker="here", lease=60)
+        for _ in range(9):
+            claimer.doubt.note(job, failed=True, seconds=0.1)
+        self.check_no_doubt(claimer)
+
+    def test_slow_failures_do_not_count(self):
+        self.add(*["true"] * 3)
+        claimer = self.claimer()
+        self.fail_here(claimer, seconds=11)
+        self.check_no_doubt(claimer)
+
+    def test_success_takes_the_doubt_away(self):
+        self.add(*["true"] * 3)
+        claimer = self.claimer()
+        self.fail_here(claimer, n=2)
+        claimer.doubt.note({"jobid": 9, "jobstage": 0}, failed=False,
+                           seconds=0)
+        self.fail_here(claimer, n=1)
+        self.check_no_doubt(claimer)
+
+    def test_who_serves_other_stages_cannot_tell(self):
+        self.add(*["true"] * 3)
+        claimer = self.claimer()
+        self.fail_here(claimer)
+        self.client.heartbeat("there", 60, [], stages=[2])
+        self.assertLess(self.hold_back(claimer), 1)
+
+    def test_who_is_in_quarantine_cannot_tell(self):
+        self.add(*["true"] * 3)
+        claimer = self.claimer()
+        self.fail_here(claimer)
+        self.client.heartbeat("there", 60, [], stages=[0], quarantine="bad")
+        self.assertLess(self.hold_back(claimer), 1)
+
+    # A full disk
+
+    def check_full(self, *argv, outcome="released", jobcmd=None, **carried):
+        """Check what becomes of a job on a node whose disk is full."""
+        disk = self.small_disk()
+        self.fill(disk)
+        self.add(jobcmd or "echo x > %s/more" % disk, **carried)
+        argv = [arg.replace("DISK", disk) for arg in argv]
+        status, _, err = self.finish(self.spawn(
+            WORKER, "--idle-timeout", "0.1", "--slots", "1", *argv,
+            env=self.environment))
+        self.assertEqual(3, status, err)
+        self.assertIn("In quarantine: ", err)
+        self.assertIn(disk, err)
+        self.assertNotIn("Traceback", err)
+        self.assertEqual([outcome], self.outcomes())
+        told, = self.client.workers()["workers"]
+        self.assertIn(told["quarantine"], err)
+
+    def test_full_disk_under_the_jobs_folder(self):
+        self.check_full(cwd=self.path("disk"))
+
+    def test_full_disk_under_temporary_files(self):
+        self.environment["TMPDIR"] = self.path("disk")
+        self.check_full("--logs", self.path("logs"))
+
+    def test_full_disk_of_the_logs_loses_no_result(self):
+        self.check_full("--logs", "DISK/logs", outcome="done",
+                        jobcmd="yes | head -c 100000")
+
+
 NASTY = [
     b"it's", b'"', b"a  b", b" ", b"a\nb\n", b"$(touch pwned)",
     b"`touch pwned`", b"; touch pwned;", b"*", b"-n", b"", b"\\", b"$HOME",
@@ -5565,25 +5812,6 @@ class StartTest(TemporaryFolder):
             self.assertRegex(err, r"\Ajobman\.py: [^\n]+\.\n\Z")
             self.assertIn(name, err)
             self.assertEqual(before, self.files())
-
-    def small_disk(self):
-        """Mount a file system of 256 KiB; return its folder."""
-        folder = self.path("disk")
-        os.mkdir(folder)
-        mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder]
-        try:
-            subprocess.check_output(mount, stderr=subprocess.STDOUT)
-        except (OSError, subprocess.CalledProcessError) as error:
-            self.skipTest("no file system of a set size: %s" % error)
-        self.addCleanup(subprocess.call, ["umount", folder])
-        return folder
-
-    def fill(self, folder):
-        """Write a file until its disk is full."""
-        with contextlib.suppress(OSError):
-            with open(os.path.join(folder, "full"), "wb", 0) as file:
-                while True:
-                    file.write(b"x" * 512)
 
     def test_full_disk(self):
         folder = self.small_disk()

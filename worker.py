@@ -1379,27 +1379,33 @@ class Doubt:
 
     Several different jobs that fail fast here, one after another, raise a
     doubt. The server knows what became of them elsewhere: if others get them
-    done the node is bad, if others fail too the jobs are.
+    done the node is bad, if others fail too the jobs are. Where nobody can
+    tell in time, as others may be in doubt too or have long jobs, a few more
+    are claimed, and those that failed are still looked at.
     """
 
     ENOUGH = 3  # jobs that fail here in a row and are done elsewhere
     KEPT = 10  # jobs that are looked at
     FAST = 10  # seconds
     HEARD = 120  # seconds for which a silent worker counts as there
+    SHORTEST, LONGEST = 5, 60  # seconds of a doubt, twice as long each time
 
     def __init__(self, client, name, stages):
         self.client = client
         self.name = name
         self.stages = stages
-        self.mutex = threading.Lock()  # guards failed
+        self.mutex = threading.Lock()  # guards the next two
         self.failed = collections.OrderedDict()  # jobid: stage
+        self.fresh = set()  # those that failed since the last doubt
+        self.patience = self.SHORTEST
 
     def note(self, job, failed, seconds):
         """Note how an attempt ended here, and how long it took."""
-        with self.mutex:
-            if not failed:
-                self.failed.clear()
-            elif seconds < self.FAST:
+        if not failed:
+            self.clear()
+        elif seconds < self.FAST:
+            with self.mutex:
+                self.fresh.add(job["jobid"])
                 self.failed[job["jobid"]] = job["jobstage"]
                 while len(self.failed) > self.KEPT:
                     self.failed.popitem(last=False)
@@ -1407,12 +1413,20 @@ class Doubt:
     def stands(self):
         """Return whether there is a doubt."""
         with self.mutex:
-            return len(self.failed) >= self.ENOUGH
+            return len(self.fresh) >= self.ENOUGH
 
     def clear(self):
         """Blame the jobs."""
         with self.mutex:
             self.failed.clear()
+            self.fresh.clear()
+            self.patience = self.SHORTEST
+
+    def adjourn(self):
+        """Let a few more fail; look at them all then."""
+        with self.mutex:
+            self.fresh.clear()
+            self.patience = min(self.LONGEST, self.patience * 2)
 
     def look(self):
         """Ask the server; return how many of the jobs are done elsewhere."""
@@ -1428,25 +1442,32 @@ class Doubt:
             elif "failed" in outcomes:
                 with self.mutex:
                     self.failed.pop(jobid, None)
+                    self.fresh.discard(jobid)
         return done
 
     def alone(self):
-        """Return whether no other worker claims from our stages."""
+        """Return whether no other good worker claims from our stages."""
         told = self.client.workers()
         return not any(
-            other["name"] != self.name
+            other["name"] != self.name and not other["quarantine"]
             and told["time"] - other["heard"] < self.HEARD
             and set(other["stages"] or ()) & set(self.stages)
             for other in told["workers"]
         )
 
     def elsewhere(self, jobid, stage):
-        """Return how attempts of other workers at a job have ended."""
-        attempts = self.client.job(jobid)["attempts"]
-        return {
-            attempt["outcome"] for attempt in attempts
-            if attempt["stage"] == stage and attempt["worker"] != self.name
-        }
+        """Return how attempts of other workers at a job have ended.
+
+        One that was done before it failed here says nothing of the node: its
+        command, or what it reads, may have changed.
+        """
+        outcomes = set()
+        for attempt in self.client.job(jobid)["attempts"]:
+            if attempt["worker"] == self.name:
+                outcomes.discard("done")
+            elif attempt["stage"] == stage:
+                outcomes.add(attempt["outcome"])
+        return outcomes
 
 
 class Claimer:
@@ -1457,7 +1478,6 @@ class Claimer:
     """
 
     LONGEST_WAIT = 30  # seconds of a long poll
-    DOUBTING = 60  # seconds to wait for what becomes of jobs elsewhere
     FRESH = 15  # seconds for which known run times are good
 
     def __init__(
@@ -1574,7 +1594,7 @@ class Claimer:
 
     def hold_back(self):
         """Wait while it is in doubt whether the node is good."""
-        end = time.monotonic() + self.DOUBTING
+        end = time.monotonic() + self.doubt.patience
         while self.doubt.stands() and not self.ending.is_set():
             done = self.doubt.look()
             if done >= self.doubt.ENOUGH:
@@ -1584,7 +1604,7 @@ class Claimer:
                     % done
                 )
             elif time.monotonic() > end:
-                self.doubt.clear()
+                self.doubt.adjourn()
             elif self.doubt.stands():
                 self.ending.wait(1)
 
@@ -2145,7 +2165,10 @@ class Worker:
         """Return fail, or release where it is the node's fault."""
         if values.get("exit_code") == TEMPFAIL:
             return "fail"
-        folder = disk_full(self.folder, attempt.job.get("cwd") or ".")
+        folder = disk_full(
+            attempt.job.get("cwd") or ".", self.folder,
+            os.environ.get("TMPDIR") or ".",  # if full we are elsewhere
+        )
         if folder and not self.quarantine:
             self.put_in_quarantine("no room is left in %s" % folder)
         if self.quarantine:
@@ -2175,7 +2198,8 @@ class Worker:
             try:
                 self.log.flush()
             except OSError as error:
-                self.put_in_quarantine("the log can't be written: %s" % error)
+                self.put_in_quarantine("%s.out can't be written: %s" % (
+                    self.log.path, error.strerror))
         for attempt, verb, values in self.over:
             if verb is None:
                 job = attempt.job
