@@ -5121,6 +5121,245 @@ class QuarantineTest(WorkerCase):
                         jobcmd="yes | head -c 100000")
 
 
+class LibraryTest(WorkerCase):
+    """worker.py as a library, in programs as people write them."""
+
+    HEAD = "import json, os, signal, sys, time\nimport worker\n" \
+        "options = {'idle_timeout': 0.1, 'lag': 0}\n"
+
+    def program(self, text, **options):
+        """Start a Python program that has worker.py beside it."""
+        with open(self.path("program.py"), "w", encoding="utf-8") as file:
+            file.write(self.HEAD + text)
+        self.environment["PYTHONPATH"] = HERE
+        return self.spawn("program.py", **options)
+
+    def over(self, text, status=0):
+        """Run a program to its end; return (stdout, stderr)."""
+        found, out, err = self.finish(self.program(text))
+        self.assertEqual(status, found, err)
+        return out, err
+
+    def test_jobs_are_claimed_and_done(self):
+        self.add({"n": 1}, {"n": 2}, filename="given", laststage=4)
+        out, err = self.over(
+            "for job in worker.claim_jobs(stage=0, **options):\n"
+            "    print(job.jobid, job.stage, job.attempt, job.jobcmd,"
+            " job.filename, job.lost)\n"
+            "    job.done(filename='made-%d' % job.jobid, jobcmd=[7])\n"
+            "    print(job.lost)\n")
+        self.assertEqual(
+            "1 0 1 {'n': 1} given False\nFalse\n"
+            "2 0 1 {'n': 2} given False\nFalse\n", out)
+        self.assertEqual("", err)
+        for jobid in (1, 2):
+            job = self.client.job(jobid)
+            self.assertEqual((2, "waiting", "made-%d" % jobid, [7]), (
+                job["stage"], job["state"], job["filename"], job["jobcmd"]))
+        self.assertEqual([], self.client.workers()["workers"])
+
+    def test_lease_is_renewed_during_a_long_job(self):
+        self.add("x")
+        self.over(
+            "for job in worker.claim_jobs(lease=1, **options):\n"
+            "    time.sleep(2.2)\n"
+            "    job.done()\n")
+        self.assertEqual(["done"], self.outcomes())
+        self.assertEqual("done", self.job()["state"])
+
+    def test_exception_in_the_loop_fails_the_attempt_and_goes_on_up(self):
+        self.add("x", max_attempts=1)
+        _, err = self.over(
+            "for job in worker.claim_jobs(**options):\n"
+            "    raise LookupError('nothing there')\n", status=1)
+        self.assertIn("LookupError: nothing there", err)
+        self.assertEqual("failed", self.job()["state"])
+
+    def test_exception_in_with_fails_the_attempt_and_the_loop_goes_on(self):
+        self.add("bad", "good", max_attempts=1)
+        self.over(
+            "for job in worker.claim_jobs(**options):\n"
+            "    with job:\n"
+            "        if job.jobcmd == 'bad':\n"
+            "            raise LookupError('nothing there')\n")
+        self.assertEqual(["failed", "done"], self.states())
+        attempt = self.attempts()[0]
+        self.assertEqual("LookupError: nothing there", attempt["error"])
+        self.assertIn("program.py", attempt["stderr"])
+        self.assertIn("Traceback", attempt["stderr"])
+
+    def test_leaving_a_job_without_a_word_fails_the_attempt(self):
+        self.add("x", "y", max_attempts=1)
+        self.over(
+            "for job in worker.claim_jobs(**options):\n"
+            "    if job.jobid == 2:\n"
+            "        break\n")
+        self.assertEqual(["failed", "failed"], self.states())
+        self.assertIn("without job.done()", self.attempts()[0]["error"])
+
+    def test_the_loop_may_be_left_after_done(self):
+        self.add("x", "y")
+        self.over(
+            "for job in worker.claim_jobs(**options):\n"
+            "    job.done()\n"
+            "    break\n")
+        self.assertEqual(["done", "waiting"], self.states())
+        self.assertEqual([], self.client.workers()["workers"])
+
+    def test_job_can_be_failed_and_released(self):
+        self.add("fail", "release", max_attempts=1)
+        self.over(
+            "for job in worker.claim_jobs(**options):\n"
+            "    if job.jobcmd == 'fail':\n"
+            "        job.fail('no luck', exit_code=9, stderr='s')\n"
+            "        job.done()  # only the first end counts\n"
+            "    else:\n"
+            "        job.release()\n"
+            "        break\n")
+        self.assertEqual(["failed", "waiting"], self.states())
+        attempt = self.attempts()[0]
+        self.assertEqual(("no luck", 9, "s"), (
+            attempt["error"], attempt["exit_code"], attempt["stderr"]))
+        self.assertEqual(["released"], self.outcomes(2))
+
+    def test_interrupt_in_with_releases(self):
+        self.add("x")
+        process = self.program(
+            "for job in worker.claim_jobs(**options):\n"
+            "    with job:\n"
+            "        print('begun', flush=True)\n"
+            "        time.sleep(60)\n")
+        self.assertEqual(b"begun\n", process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        self.assertNotEqual(0, self.finish(process)[0])
+        self.assertEqual(["released"], self.outcomes())
+        self.assertEqual("waiting", self.job()["state"])
+
+    def test_done_raises_when_an_output_is_missing(self):
+        self.add("x", max_attempts=1)
+        _, err = self.over(
+            "for job in worker.claim_jobs(**options):\n"
+            "    job.done(outputs=['no-such-file'])\n", status=1)
+        self.assertIn("no-such-file", err)
+        self.assertEqual("failed", self.job()["state"])
+
+    def test_missing_output_in_with_fails_the_attempt_and_goes_on(self):
+        self.add("x", "y", "z", outputs=["out"], max_attempts=1)
+        self.over(
+            "for job in worker.claim_jobs(**options):\n"
+            "    with job:\n"
+            "        if job.jobid == 1:\n"
+            "            job.done(outputs=['no-such-file'])\n"
+            "        if job.jobid == 3:\n"
+            "            open('out', 'w').close()\n")
+        self.assertEqual(["failed", "failed", "done"], self.states())
+        for jobid, name in ((1, "no-such-file"), (2, "out")):
+            self.assertIn(name, self.attempts(jobid)[0]["error"])
+
+    def test_lost_claim_is_seen_and_its_result_is_dropped(self):
+        self.add("x")
+        process = self.program(
+            "for job in worker.claim_jobs(lease=1, **options):\n"
+            "    print('begun', flush=True)\n"
+            "    while not job.lost:\n"
+            "        time.sleep(0.01)\n"
+            "    job.done(filename='late')\n")
+        self.assertEqual(b"begun\n", process.stdout.readline())
+        self.client.cancel(ids=[1])
+        status, _, err = self.finish(process)
+        self.assertEqual(0, status)
+        self.assertIn("Job 1: its result came too late and is dropped", err)
+        self.assertEqual(["cancelled"], self.outcomes())
+        self.assertIsNone(self.job()["filename"])
+
+    def test_result_waits_on_disk_for_a_server_that_is_away(self):
+        self.add("x")
+        process = self.program(
+            "for job in worker.claim_jobs(**options):\n"
+            "    print('begun', flush=True)\n"
+            "    sys.stdin.readline()\n"
+            "    job.done(filename='kept')\n"
+            "    print('done', flush=True)\n"
+            "    break\n", stdin=subprocess.PIPE)
+        self.assertEqual(b"begun\n", process.stdout.readline())
+        self.server.terminate()
+        self.server.wait()
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        self.assertEqual(b"done\n", process.stdout.readline())
+        spool, = os.listdir(self.path(".jobman", "spool"))
+        self.assertIn(b"kept", read(self.path(".jobman", "spool", spool)))
+        self.assertEqual(0, self.finish(process)[0])
+        self.serve()
+        self.work()  # delivers what was left
+        self.assertEqual(("done", '"kept"'), (
+            self.job()["state"], self.job()["filename"]))
+        self.assertFalse(os.path.exists(self.path(".jobman", "spool")))
+
+    def test_files_are_looked_at_before_the_next_stage(self):
+        program = (
+            "for job in worker.claim_jobs(**options):\n"
+            "    open('out', 'w').write('abc')\n"
+            "    job.done(outputs=['out'])\n"
+            "for job in worker.claim_jobs(stage=2, **options):\n"
+            "    print(open('out').read())\n"
+            "    job.done()\n")
+        self.add("x", laststage=6)
+        for damage, expected in ((True, ""), (False, "abc\n")):
+            self.client.update_job(1, 0)
+            both = program.replace(
+                "for job in worker.claim_jobs(stage=2",
+                "if %r:\n    os.truncate('out', 2)\n"
+                "for job in worker.claim_jobs(stage=2" % damage)
+            self.assertEqual(expected, self.over(both)[0])
+        self.assertEqual(["done", "rejected", "done", "done"], [
+            outcome for outcome in self.outcomes() if outcome])
+        files = json.loads(self.job()["files"])
+        self.assertEqual(([3], 0), (
+            [file["size"] for file in files], self.job()["made"]))
+
+    def test_run_calls_a_function_for_each_job(self):
+        self.add(2, "bad", 3, max_attempts=1)
+        _, err = self.over(
+            "def square(job):\n"
+            "    return {'jobcmd': job.jobcmd ** 2}\n"
+            "worker.run(square, stage=0, **options)\n")
+        self.assertEqual(["done", "failed", "done"], self.states())
+        self.assertEqual(["4", '"bad"', "9"], [
+            self.job(n)["jobcmd"] for n in (1, 2, 3)])
+        self.assertIn("TypeError", err)
+        self.assertIn("in square", self.attempts(2)[0]["stderr"])
+
+    def test_run_leaves_a_job_alone_that_its_function_has_ended(self):
+        self.add("x")
+        self.over("worker.run(lambda job: job.release() or sys.exit(5),"
+                  " **options)\n", status=5)
+        self.assertEqual(["released"], self.outcomes())
+
+    def test_the_manuals_program_runs_as_it_stands(self):
+        readme = read(os.path.join(HERE, "README.md")).decode()
+        text, = re.findall(r"```python\n([^`]*claim_jobs.*?)```", readme,
+                           re.S)
+        for name, words in (("a", "x y Y"), ("b", ""), ("c", "z")):
+            with open(self.path(name), "w") as file:
+                file.write(words)
+        with open(self.path("manual.py"), "w") as file:
+            file.write(text)
+        self.environment["PYTHONPATH"] = HERE
+        for expected in ("%s/a: y\n%s/b: \n%s/c: z\n", ""):
+            status, out, err = self.command("manual.py", "a", "b", "c")
+            self.assertEqual((0, ""), (status, err))
+            here = os.path.realpath(self.folder)
+            self.assertEqual(expected.replace("%s", here), out)
+        self.assertEqual(["done"] * 3, self.states())
+
+    def test_no_job_is_claimed_after_an_idle_time(self):
+        began = time.monotonic()
+        self.over("for job in worker.claim_jobs(idle_timeout=0.5):\n"
+                  "    print(job.jobid)\n")
+        self.assertTrue(0.5 <= time.monotonic() - began < 10)
+
+
 NASTY = [
     b"it's", b'"', b"a  b", b" ", b"a\nb\n", b"$(touch pwned)",
     b"`touch pwned`", b"; touch pwned;", b"*", b"-n", b"", b"\\", b"$HOME",

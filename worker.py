@@ -2286,8 +2286,9 @@ class Job:
     """A claimed job, for a program that does the work itself.
 
     `jobid`, `stage`, `jobcmd`, `filename`, `attempt` are what it carries;
-    `lost` tells whether somebody else has it by now. In a `with` statement
-    an exception fails the attempt, and a good end is done().
+    `lost` tells whether somebody else has it by now, until it ends. In a
+    `with` statement an exception fails the attempt, and goes no further; a
+    good end is done().
     """
 
     def __init__(self, claims, job):
@@ -2303,7 +2304,8 @@ class Job:
     @property
     def lost(self):
         """Return whether the claim is lost, as far as heartbeats know."""
-        return not self.claims.holds(self.jobid, self.job["claim"])
+        held = self.claims.holds(self.jobid, self.job["claim"])
+        return not (held or self.ended)
 
     def done(self, filename=None, jobcmd=None, outputs=None):
         """Put the job two stages up, with what the next stage should know.
@@ -2353,7 +2355,10 @@ class Job:
 
     def __exit__(self, kind, error, _):
         if kind is None:
-            self.ended or self.done()
+            try:
+                self.ended or self.done()
+            except (OSError, ValueError) as missing:
+                self.fail("An output is missing: %s" % missing)
         elif issubclass(kind, Exception):
             trace = traceback.format_exc()[-STDERR_KEPT:]
             self.fail("%s: %s" % (kind.__name__, error), stderr=trace)
