@@ -3400,7 +3400,7 @@ def logs(options):
         if shown != (began, stage, attempt):
             shown = began, stage, attempt
             say("--- stage %d, attempt %d, %s, %s" % (
-                stage, attempt, os.path.basename(path).split(".")[0],
+                stage, attempt, os.path.basename(path).rsplit(".", 3)[0],
                 time.strftime("%F %T", time.localtime(began / 1000))))
         with open(path, "rb") as file:
             file.seek(offset)

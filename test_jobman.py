@@ -4893,6 +4893,247 @@ class FilesTest(WorkerCase):
         self.assertEqual(600 * 2**20, self.files()[0]["size"])
 
 
+class LogTest(WorkerCase):
+    """What commands print is kept, and found again."""
+
+    def start(self, *argv, **options):
+        """Start a worker that keeps output."""
+        argv = ("--idle-timeout", "0.05", "--slots", "1", *argv)
+        return self.spawn(WORKER, *argv, **options)
+
+    def kept(self):
+        """Return the paths of the files in the folder of the logs."""
+        folder = self.path(".jobman", "logs")
+        return [os.path.join(folder, name)
+                for name in sorted(os.listdir(folder))]
+
+    def logs(self, jobid=1, *argv):
+        """Return what `jobman.py logs` prints: (stdout, stderr)."""
+        status, out, err = self.command(JOBMAN, "logs", str(jobid), *argv)
+        self.assertEqual(0, status, err)
+        return out, err
+
+    def unheaded(self, text):
+        """Return what `logs` prints on stderr, without its own lines."""
+        return re.sub("^--- .*\n", "", text, flags=re.M)
+
+    def test_both_streams_are_kept_and_printed_each_to_its_own(self):
+        self.add("echo one; echo two >&2; echo three")
+        self.assertEqual(("", ""), self.work("--name", "node.cluster 7"))
+        out, err = self.logs()
+        self.assertEqual(("one\nthree\n", "two\n"), (out, self.unheaded(err)))
+        self.assertRegex(
+            err, r"\A--- stage 0, attempt 1, node\.cluster_7, \d{4}-\d\d-")
+
+    def test_bytes_are_kept_as_they_are(self):
+        self.add("printf 'caf\\351\\000\\r\\n'; printf '\\377' >&2; "
+                 "seq 300000")
+        self.work()
+        self.environment["LC_ALL"] = "C"
+        out, err = self.logs()
+        expected = "caf\udce9\0\r\n" + "".join(
+            "%d\n" % n for n in range(1, 300001))
+        self.assertEqual(expected[:1048576 - 1], out[:1048576 - 1])
+        self.assertTrue(self.unheaded(err).startswith("\udcff"))
+
+    def test_attempts_and_stages_of_many_workers_come_in_order(self):
+        command = 'echo "$JOBMAN_STAGE $JOBMAN_ATTEMPT"; ' \
+            '[ "$JOBMAN_STAGE $JOBMAN_ATTEMPT" != "0 1" ]'
+        self.add(command, "echo other", laststage=4)
+        for stage, name in (("0", "z"), ("2", "a")):
+            self.work("--stage", stage, "--name", name)
+        out, err = self.logs()
+        self.assertEqual("0 1\n0 2\n2 1\n", out)
+        heads = re.findall(r"--- stage (\d), attempt (\d), (\w),", err)
+        self.assertEqual([("0", "1", "z"), ("0", "2", "z"), ("2", "1", "a")],
+                         heads)
+
+    def test_a_worker_has_two_files_for_any_number_of_jobs(self):
+        self.add(*["echo $JOBMAN_JOBID"] * 50, *["true"] * 50, "echo 1 >&2")
+        self.work("--slots", "4")
+        index, output = self.kept()
+        self.assertEqual((".index", ".out"), (index[-6:], output[-4:]))
+        self.assertEqual(51, read(index).count(b"\n"))
+        for path in (index, output):
+            self.assertEqual(0o600, stat.S_IMODE(os.stat(path).st_mode))
+        folder = os.stat(self.path(".jobman", "logs"))
+        self.assertEqual(0o700, stat.S_IMODE(folder.st_mode))
+        self.assertEqual("37\n", self.logs(37)[0])
+        self.assertEqual("1\n", self.unheaded(self.logs(101)[1]))
+
+    def test_workers_that_print_nothing_leave_no_files(self):
+        self.add("true")
+        self.work()
+        self.assertFalse(os.path.exists(self.path(".jobman", "logs")))
+
+    def test_what_is_over_the_limit_is_cut_and_told(self):
+        self.add("printf 1234567; printf 890 >&2; seq 99999 >&2; exit 1",
+                 max_attempts=1)
+        self.work("--log-limit", "9")
+        out, err = self.logs()
+        said = re.search(r"\n\[worker\.py cut (\d+) bytes here:"
+                         r" --log-limit\]\n\Z", err)
+        printed = len("1234567890") + sum(
+            len("%d\n" % n) for n in range(1, 100000))
+        self.assertEqual(printed - 9, int(said.group(1)))
+        kept = out + self.unheaded(err[:said.start()])
+        self.assertEqual(9, len(kept))
+        tail = self.attempts()[0]["stderr"]
+        self.assertTrue(tail.endswith("\n99998\n99999\n"))
+        self.assertEqual(4096, len(tail))
+
+    def test_output_is_there_while_the_command_runs_and_after_a_kill(self):
+        self.add("echo begun; echo on >&2; sleep 60")
+        worker = self.start()
+        wait_for(lambda: os.path.exists(self.path(".jobman", "logs")) and
+                 len(self.kept()) == 2 and
+                 read(self.kept()[0]).count(b"\n") == 2, "its output")
+        out, err = self.logs()
+        self.assertEqual(("begun\n", "on\n"), (out, self.unheaded(err)))
+        worker.kill()
+        worker.wait()
+        self.assertEqual("begun\n", self.logs()[0])
+
+    def test_jobs_of_another_jobix_are_not_shown(self):
+        self.add("echo mine")
+        self.work()
+        other = self.path("other.json")
+        self.serve("--db", "other.db", "--access", other)
+        client = worker.Client(other)
+        self.addCleanup(client.close)
+        client.set({1: {"jobstage": 0, "jobcmd": "echo theirs"}})
+        folder = self.path(".jobman", "logs")
+        self.work("--access", other, "--logs", folder)
+        self.assertEqual(4, len(self.kept()))
+        self.assertEqual("mine\n", self.logs()[0])
+        theirs = self.logs(1, "--access", other, "--logs", folder)
+        self.assertEqual("theirs\n", theirs[0])
+        for path in self.kept():
+            self.assertNotIn(str(client.jobix), path)
+
+    def test_nothing_printed_is_one_sentence(self):
+        for jobid in ("1", "12"):
+            status, out, err = self.command(JOBMAN, "logs", jobid)
+            self.assertEqual((1, ""), (status, out))
+            self.assertRegex(err, r"\Ajobman\.py: Nothing [^\n]*\.\n\Z")
+            self.add(*["echo x"] * 11)  # the index has a line for 11
+            self.work()
+            self.client.retry(ids=[])
+
+    def test_reader_that_goes_is_no_error(self):
+        self.add("seq 150000")
+        self.work()
+        script = '"$@" | head -n 2; echo "${PIPESTATUS[0]}"'
+        done = subprocess.check_output(
+            ["bash", "-c", script, "-", sys.executable, JOBMAN, "logs", "1"],
+            env=self.environment, stderr=subprocess.STDOUT, cwd=self.folder)
+        self.assertEqual(b"1\n2\n0\n", done.partition(b"\n")[2])
+
+
+class VerifyTest(WorkerCase):
+    """jobman.py verify looks at the files of what is done."""
+
+    def make(self, n):
+        """Let jobs be done that make a file each, called by their number."""
+        self.client.set({number: {
+            "jobstage": 0, "laststage": 2, "outputs": [str(number)],
+            "jobcmd": "echo made > $JOBMAN_JOBID",
+        } for number in range(1, n + 1)})
+        self.work()
+
+    def verify(self, *argv, status=0):
+        """Run verify; return its standard error."""
+        found, out, err = self.command(
+            JOBMAN, "verify", "--lag", "0", *argv)
+        self.assertEqual((status, ""), (found, out), err)
+        self.assertNotIn("Traceback", err)
+        return err
+
+    def on_terminal(self, *argv):
+        """Start verify on a terminal; return (process, what it writes)."""
+        ours, theirs = pty.openpty()
+        self.addCleanup(os.close, ours)
+        process = self.spawn(JOBMAN, "verify", *argv, stderr=theirs)
+        os.close(theirs)
+        return process, ours
+
+    def test_intact_files_are_left_alone(self):
+        self.make(3)
+        err = self.verify()
+        self.assertEqual("3 done jobs checked, 0 of them damaged.\n", err)
+        self.assertEqual(["done"] * 3, self.states())
+
+    def test_damaged_files_send_their_jobs_back(self):
+        self.make(3)
+        os.unlink(self.path("1"))
+        with open(self.path("3"), "r+") as file:
+            file.write("MADE")
+        err = self.verify(status=1)
+        here = os.path.realpath(self.folder)
+        for n in (1, 3):
+            self.assertIn("job %d: not as it was made: %s/%d (now delayed in"
+                          " stage 0)\n" % (n, here, n), err)
+        self.assertIn("\n3 done jobs checked, 2 of them damaged.\n", err)
+        self.assertEqual(["delayed", "done", "delayed"], self.states())
+        self.work()
+        self.assertEqual(["done"] * 3, self.states())
+        self.verify()
+
+    def test_dry_run_changes_nothing(self):
+        self.make(1)
+        os.unlink(self.path("1"))
+        err = self.verify("--dry-run", status=1)
+        self.assertRegex(err, "job 1: not as it was made: .*/1\n")
+        self.assertEqual((["done"], 0), (
+            self.states(), self.job()["rejects"]))
+
+    def test_all_pages_are_looked_at(self):
+        self.make(1)
+        made = json.loads(self.job()["files"])
+        self.client.submit("many", [{"jobstage": 0, "laststage": 2}] * 2500)
+        jobs = self.client.get(0, lease=60, n=2500)
+        self.client.update_jobs([
+            {"jobid": job["jobid"], "jobstage": 2, "claim": job["claim"],
+             "files": made} for job in jobs])
+        self.client.update_job(jobs[-1]["jobid"], 2, files=[
+            dict(made[0], size=1)])
+        err = self.verify("--dry-run", status=1)
+        self.assertIn("job %d: " % jobs[-1]["jobid"], err)
+        self.assertIn("2501 done jobs checked, 1 of them damaged.\n", err)
+
+    def test_files_may_be_late(self):
+        self.make(2)
+        os.rename(self.path("1"), self.path("later"))
+        process, terminal = self.on_terminal("--lag", "20")
+        self.assertIn(b"2 jobs checked", os.read(terminal, 1000))
+        os.rename(self.path("later"), self.path("1"))
+        self.assertEqual(0, process.wait(PATIENCE))
+        self.assertIn(b"2 done jobs checked, 0 of them damaged.",
+                      os.read(terminal, 1000))
+
+    def test_job_that_has_moved_meanwhile_is_left(self):
+        self.make(2)
+        os.unlink(self.path("1"))
+        process, terminal = self.on_terminal("--lag", "1")
+        self.assertIn(b"2 jobs checked", os.read(terminal, 1000))
+        self.client.retry(ids=[1])
+        self.assertEqual(1, process.wait(PATIENCE))
+        self.assertIn(b"not as it was made", os.read(terminal, 1000))
+        self.assertEqual(("waiting", 0), (
+            self.job()["state"], self.job()["rejects"]))
+
+    def test_without_worker_or_server_it_is_one_sentence(self):
+        shutil.copy(JOBMAN, self.folder)
+        for script, access, word in (
+            (self.path("jobman.py"), "x", "worker.py is needed"),
+            (JOBMAN, "nowhere", "no access file nowhere"),
+        ):
+            status, out, err = self.command(
+                script, "verify", "--access", access)
+            self.assertEqual((1, ""), (status, out))
+            self.assertRegex(err, r"\Ajobman\.py: [^\n]*%s[^\n]*\n\Z" % word)
+
+
 class QuarantineTest(WorkerCase):
     """A node on which all commands fail does no harm to the jobs."""
 
