@@ -5029,6 +5029,18 @@ class LogTest(WorkerCase):
             env=self.environment, stderr=subprocess.STDOUT, cwd=self.folder)
         self.assertEqual(b"1\n2\n0\n", done.partition(b"\n")[2])
 
+    def test_offsets_are_right_after_a_write_that_was_cut_short(self):
+        disk = self.small_disk()
+        log = worker.OutputLog(os.path.join(disk, "logs", "x"))
+        self.addCleanup(lambda: [os.close(fd) for fd in log.fds])
+        log.add(b"1 0 1 1", 1, b"a" * 300000)
+        with self.assertRaises(OSError):
+            log.flush()
+        os.truncate(log.path + ".out", 100)
+        log.add(b"1 0 1 1", 1, b"second")
+        log.flush()
+        self.assertEqual(b"1 0 1 1 1 100 6\n", read(log.path + ".index"))
+
 
 class VerifyTest(WorkerCase):
     """jobman.py verify looks at the files of what is done."""

@@ -537,7 +537,6 @@ class OutputLog:
     def __init__(self, path):
         self.path = path
         self.fds = None
-        self.size = 0
         self.pieces = []  # not written yet: [key, stream, data]
 
     def add(self, key, stream, data):
@@ -553,15 +552,14 @@ class OutputLog:
             return
         pieces, self.pieces = self.pieces, []
         if self.fds is None:
-            self.fds = [append_to(self.path + ".out")]
-            self.fds.append(append_to(self.path + ".index"))
-        lines, at = [], self.size
+            output = append_to(self.path + ".out")
+            self.fds = output, append_to(self.path + ".index")
+        lines, at = [], os.fstat(self.fds[0]).st_size
         for key, stream, data in pieces:
             lines.append(b"%s %d %d %d\n" % (key, stream, at, len(data)))
             at += len(data)
         for fd, parts in zip(self.fds, ([p[2] for p in pieces], lines)):
             write(fd, b"".join(parts))
-        self.size = at
 
 
 class LoggedOutput:
