@@ -4982,6 +4982,9 @@ class LogTest(WorkerCase):
         self.assertTrue(tail.endswith("\n99998\n99999\n"))
         self.assertEqual(4096, len(tail))
 
+    def test_limit_is_no_negative_number(self):
+        self.assertEqual(2, self.command(WORKER, "--log-limit", "-1")[0])
+
     def test_output_is_there_while_the_command_runs_and_after_a_kill(self):
         self.add("echo begun; echo on >&2; sleep 60")
         worker = self.start()

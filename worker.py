@@ -2516,6 +2516,8 @@ def parse(arguments):
         options.slots = len(os.sched_getaffinity(0))
     if options.slots < 1 or options.lease == 0:
         parser.error("--slots and --lease must be more than 0")
+    if options.log_limit < 0:
+        parser.error("--log-limit must be 0 or more")
     return options
 
 
