@@ -5193,6 +5193,16 @@ class QuarantineTest(WorkerCase):
             "Authorization": "Basic " + key})
         self.assertIn("in a row failed here", page.text)
 
+    def test_node_where_all_fails_at_once_takes_few_jobs(self):
+        self.add(*['[ -z "$BROKEN" ] && sleep 0.1'] * 40, max_attempts=10)
+        good = self.sound()
+        wait_for(lambda: self.client.workers()["workers"], "the good one")
+        bad = self.broken()
+        self.assertEqual(3, self.finish(bad)[0])
+        self.assertEqual(0, self.finish(good)[0])
+        self.assertEqual(["done"] * 40, self.states())
+        self.assertLess(self.by("bad").count("failed"), 6)
+
     def test_jobs_that_fail_everywhere_put_nobody_in_quarantine(self):
         self.add(*["exit 1"] * 8, max_attempts=2)
         for jobid in range(21, 31):

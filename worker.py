@@ -1853,9 +1853,9 @@ class Worker:
         """Return how many jobs to have ready: some, if commands are short.
 
         As many as end in the time of a few claims: none where commands take
-        longer than that.
+        longer than that, nor while they fail, which may be the node's fault.
         """
-        if self.pace is None:
+        if self.pace is None or self.claimer.doubt.failed:
             return 0
         ended = self.options.slots * 4 * self.claimer.trip / self.pace
         return min(self.MOST_AHEAD, int(ended))
@@ -2173,6 +2173,8 @@ class Worker:
             return "release"
         self.claimer.doubt.note(
             attempt.job, failed=True, seconds=attempt.seconds or 0)
+        if self.claimer.doubt.stands():
+            self.give_back()
         return "fail"
 
     def tell(self, attempt, verb, **values):
