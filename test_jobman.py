@@ -3756,6 +3756,11 @@ class SlotsTest(WorkerCase):
 
     # What they print
 
+    def end_stray(self):
+        """End what goes on writing; SIGPIPE may have done it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pids(1)[0], signal.SIGKILL)
+
     def test_megabytes_to_both_streams_come_whole(self):
         self.add("head -c 10000000 /dev/zero | tee /dev/stderr")
         out, err = self.work()
@@ -3769,7 +3774,7 @@ class SlotsTest(WorkerCase):
         try:
             self.work()
         finally:
-            os.kill(self.pids(1)[0], signal.SIGKILL)
+            self.end_stray()
         self.assertEqual(["done"] * 6, self.states())
 
     def test_stray_that_writes_while_files_are_read_does_no_harm(self):
@@ -3785,7 +3790,7 @@ class SlotsTest(WorkerCase):
                 "[ $JOBMAN_STAGE = 2 ] || { %s; }" % stray)
             status, _, err = self.finish(worker)
         finally:
-            os.kill(self.pids(1)[0], signal.SIGKILL)
+            self.end_stray()
         self.assertEqual(0, status, err)
         self.assertEqual(["done"], self.states())
 
@@ -3799,7 +3804,7 @@ class SlotsTest(WorkerCase):
         try:
             status, _, err = self.finish(self.start_with(slow))
         finally:
-            os.kill(self.pids(1)[0], signal.SIGKILL)
+            self.end_stray()
         self.assertEqual(0, status, err)
         self.assertEqual(["done"], self.states())
 
@@ -4564,8 +4569,10 @@ class EndTest(WorkerCase):
     def test_worker_killed_at_any_moment_leaves_nothing_behind(self):
         self.add(*["sleep 60 & setsid sleep 60 & sleep 0.0%d" % (i % 9)
                    for i in range(4000)], max_attempts=9)
-        for _ in range(2):
+        for heard in (10, 20):
             workers = [self.start("--slots", "2") for _ in range(10)]
+            wait_for(lambda n=heard: len(self.client.workers()["workers"])
+                     == n, "all guards")
             wait_for(lambda: len(self.commands()) > 20, "commands")
             for each in workers:
                 time.sleep(random.uniform(0, 0.05))
