@@ -2373,6 +2373,8 @@ def workers_table(store, jobix):
         "name", "host", "stages", "slots", "busy", "done", "failed",
         "quarantine",
     )
+    for worker in heard:
+        worker["stages"] = ", ".join(map(str, worker["stages"] or ()))
     rows = [
         ["" if worker[name] is None else worker[name] for name in columns]
         + ["%d s ago" % (now - worker["heard"])]

@@ -734,14 +734,14 @@ class ContractTest(StoreCase):
         beat("silent")
         self.assertIn("<td>silent</td>", self.call("/get").text)
         self.clock.advance(601)
-        beat("<i>busy", host="node7", slots=16, busy=3)
+        beat("<i>busy", host="node7", stages=[2, 0], slots=16, busy=3)
         self.clock.advance(2)
         page = self.call("/get").text
         self.assertNotIn("silent", page)
         self.assertNotIn("None", page)
         for cells in (
-            ("&lt;i&gt;busy", "node7", 16, 3, "", "", "", "2 s ago"),
-            ("hurt", "", 0, "", "", "", "&lt;b&gt;no disk&lt;/b&gt;",
+            ("&lt;i&gt;busy", "node7", "2, 0", 16, 3, "", "", "", "2 s ago"),
+            ("hurt", "", "", 0, "", "", "", "&lt;b&gt;no disk&lt;/b&gt;",
              "603 s ago"),
         ):
             row = "<tr>%s</tr>" % "".join("<td>%s</td>" % c for c in cells)
