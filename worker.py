@@ -1675,7 +1675,7 @@ class Worker:
     """
 
     MOST_AHEAD = 200  # jobs claimed for slots that aren't idle yet
-    HOARD = 5  # seconds after which these are given back
+    HOARD = 1  # seconds after which these are given back
     GRACE = 5  # seconds between TERM and KILL for a command that is cut off
 
     def __init__(self, options):
@@ -1854,11 +1854,12 @@ class Worker:
 
         As many as end in the time of a few claims: none where commands take
         longer than that, nor while they fail, which may be the node's fault.
+        And no more than have ended so far: they may have been the short ones.
         """
         if self.pace is None or self.claimer.doubt.failed:
             return 0
         ended = self.options.slots * 4 * self.claimer.trip / self.pace
-        return min(self.MOST_AHEAD, int(ended))
+        return min(self.MOST_AHEAD, self.done + self.failed, int(ended))
 
     def receive(self, jobs):
         """Take what the claimer brings; None: it will bring no more."""
