@@ -4836,15 +4836,18 @@ class FilesTest(WorkerCase):
 
     def test_files_that_a_stage_has_changed_are_forgotten(self):
         change = "case $JOBMAN_STAGE in 0) %s;; 2) %s;; esac"
-        for jobid, command in enumerate(("printf Abc > %d; touch -d @9 %d",
-                                         "rm %d", "mv %d b; cp b %d"), 1):
+        for jobid, command in enumerate((
+            "printf Abc > %d; touch -d @9 %d", "rm %d",
+            "touch -r %d a; printf Abc > b; touch -r a b; mv b %d",
+            "touch -r %d a; printf abcd > %d; touch -r a %d",
+        ), 1):
             command = command.replace("%d", str(jobid))
             made = leaving("printf abc > %d" % jobid, outputs=[str(jobid)])
             self.client.set({jobid: {"jobstage": 0, "laststage": 6, "jobcmd":
                                      change % (made, command)}})
         self.work("--stage", "0,2,4", "--lag", "0")
-        self.assertEqual([[]] * 3, [self.files(n) for n in (1, 2, 3)])
-        self.assertEqual(["done"] * 3, self.states())
+        self.assertEqual([[]] * 4, [self.files(n) for n in (1, 2, 3, 4)])
+        self.assertEqual(["done"] * 4, self.states())
 
     def test_job_in_the_stage_that_made_its_files_is_not_checked(self):
         self.make()
@@ -4853,6 +4856,15 @@ class FilesTest(WorkerCase):
         self.work("--stage", "0", "--lag", "0")
         self.assertEqual(["done", "done"], self.outcomes())
         self.assertEqual(["made", "made"], self.log())
+
+    def test_files_whose_names_no_file_can_have_are_not_there(self):
+        self.add("true", laststage=4)
+        job = self.client.get(0, lease=60)
+        self.client.update_job(1, 0, job["claim"], files=[
+            {"path": "\ud800", "size": 1, "sha256": "0" * 64}])
+        self.assertEqual(0, self.job()["made"])
+        self.work()
+        self.assertEqual((2, []), (self.job()["stage"], self.files()))
 
     def wait_for_files(self, *argv):
         """Start a worker that waits for files; return it."""
@@ -4985,6 +4997,7 @@ class LogTest(WorkerCase):
         self.assertEqual(printed - 9, int(said.group(1)))
         kept = out + self.unheaded(err[:said.start()])
         self.assertEqual(9, len(kept))
+        self.assertLessEqual(read(self.kept()[0]).count(b"\n"), 3)
         tail = self.attempts()[0]["stderr"]
         self.assertTrue(tail.endswith("\n99998\n99999\n"))
         self.assertEqual(4096, len(tail))
@@ -5245,7 +5258,8 @@ class QuarantineTest(WorkerCase):
         for job in self.client.get(0, worker="here", lease=60, n=n):
             self.client.fail_job(job["jobid"], job["claim"])
             claimer.doubt.note(job, failed=True, seconds=seconds)
-        self.client.heartbeat("there", 60, [], stages=[0])
+        for name in ("here", "there"):
+            self.client.heartbeat(name, 60, [], stages=[0])
 
     def end_there(self, verb):
         """Let another worker end the first jobs, once they are free."""
@@ -5355,6 +5369,13 @@ class QuarantineTest(WorkerCase):
         self.fail_here(claimer)
         self.client.heartbeat("there", 60, [], stages=[2])
         self.assertLess(self.hold_back(claimer), 1)
+
+    def test_who_is_silent_cannot_tell(self):
+        self.add(*["true"] * 3)
+        claimer = self.claimer()
+        claimer.doubt.HEARD = 0.5
+        self.fail_here(claimer)
+        self.assertLess(self.hold_back(claimer), 5)
 
     def test_who_is_in_quarantine_cannot_tell(self):
         self.add(*["true"] * 3)
