@@ -3858,7 +3858,8 @@ class SlotsTest(WorkerCase):
     def test_claim_that_is_lost_while_it_waits_never_begins(self):
         self.add("until [ -e go ]; do sleep 0.02; done", "echo ran >> ran")
         worker = self.start_with(
-            "worker.Worker.ahead = lambda self: 1", "--lease", "1")
+            "worker.Worker.ahead = lambda self: 1;"
+            "worker.Worker.HOARD = 60", "--lease", "1")
         wait_for(lambda: self.states() == ["working"] * 2, "both claims")
         self.client.cancel(ids=[2])
         line = worker.stderr.readline()
@@ -4135,7 +4136,7 @@ class OutageTest(WorkerCase):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         spool.add(outcomes[1:])
-        spool.leave()
+        os.close(spool.fd)  # its worker has ended
         self.assertEqual(outcomes, worker.Spool(
             self.path("spool"), "b").adopt("x"))
 
@@ -4158,7 +4159,7 @@ class OutageTest(WorkerCase):
         gone, first, late = [
             worker.Spool(self.path("spool"), name) for name in "abc"]
         gone.add([worker.Outcome("x", 1, "c", "release", {})])
-        gone.leave()
+        os.close(gone.fd)  # its worker has ended
         lock = late.lock
 
         def lock_late(fd):
@@ -4190,17 +4191,19 @@ class OutageTest(WorkerCase):
         self.work()
         self.check_delivered(1)
 
-    def test_results_stay_on_disk_when_another_server_takes_the_file(self):
-        self.leave_results(1)
-        left = self.spooled()
-        worker = self.start("--idle-timeout", "1000")
-        line = worker.stderr.readline()
-        self.assertIn(b"Results wait on disk.", line)
+    def test_worker_stays_with_its_jobix_when_another_takes_the_file(self):
+        worker = self.lose_server_while_running(1)
+        left = wait_for(self.spooled, "the result")
         other, _ = self.serve("--db", self.path("other.db"))
-        self.assertIn(b"is back", worker.stderr.readline())
+        stranger = self.client.__class__(self.client.access)
+        self.addCleanup(stranger.close)
+        stranger.set({1: {"jobstage": 0, "jobcmd": "true", "laststage": 2}})
+        with self.assertRaisesRegex(Exception, "another server's now"):
+            self.client.locate()
         worker.terminate()
         self.finish(worker)
         self.assertEqual(left, self.spooled())
+        self.assertEqual("waiting", stranger.job(1)["state"])
         other.terminate()
         other.wait()
         self.find_server()

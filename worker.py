@@ -137,10 +137,14 @@ class Client:
         self.connection = None
         self.sent = False  # whether a call has gone out on it
         self.aborted = False
+        self.jobix = None
         self.locate()
 
     def locate(self):
-        """Find out where the server is, and with what jobix to come."""
+        """Find out where the server is, and with what jobix to come.
+
+        Once found it is that jobix for good: another has other jobs.
+        """
         url, jobix = self.fixed or read_access(self.access)
         try:
             parts = urlsplit(url)
@@ -149,6 +153,8 @@ class Client:
             parts = None
         if parts is None or parts.scheme != "http" or not parts.hostname:
             raise Trouble("The server's address %r is not http://..." % url)
+        if self.jobix not in (None, jobix):
+            raise Trouble("The access file is another server's now.")
         self.jobix, self.address = jobix, address
         self.prefix = parts.path.rstrip("/")
 
@@ -693,16 +699,6 @@ class Spool:
         self.adopted.append((path, fd, len(ours) == len(outcomes)))
         return ours
 
-    def leave(self):
-        """Leave all files to others; what comes goes into a new one."""
-        for _, fd, _ in self.adopted:
-            os.close(fd)
-        self.adopted = []
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
-            self.path = self.path[: -len(self.SUFFIX)] + "+" + self.SUFFIX
-
     def clear(self):
         """Remove what has been delivered."""
         if self.fd is not None:
@@ -915,7 +911,6 @@ class Claims:
     def try_server(self):
         """Deliver what waits; say when the server goes and when it is back."""
         try:
-            self.set_strangers_aside()
             for batch in deliver(self.client, self.waiting, self.say):
                 self.told(batch)
         except Unreachable as error:
@@ -935,15 +930,6 @@ class Claims:
         with self.news:
             self.back = True
             self.news.notify_all()
-
-    def set_strangers_aside(self):
-        """Leave on disk what belongs to another jobix than the server's."""
-        space = namespace(self.client.jobix)
-        ours = [each for each in self.waiting if each.space == space]
-        if len(ours) < len(self.waiting):
-            self.keep()
-            self.spool.leave()
-            self.waiting, self.spooled = ours, len(ours)
 
     def told(self, batch):
         """Forget the claims of outcomes that have been delivered."""
