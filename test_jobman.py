@@ -4300,6 +4300,31 @@ class OutageTest(WorkerCase):
         self.server.send_signal(signal.SIGCONT)
         self.work()
 
+    def test_results_wait_for_a_server_that_answers_502(self):
+        worker = self.lose_server_while_running(1)
+        self.write_access(self.stand_in(502))
+        self.assertEqual(1, len(wait_for(self.spooled, "the result")))
+        self.find_server()
+        self.assertEqual(0, self.finish(worker)[0])
+        self.check_delivered()
+
+    def test_spool_file_that_grew_meanwhile_is_kept(self):
+        live, other = [worker.Spool(self.path("spool"), n) for n in "ab"]
+        other.lock = live.lock = lambda fd: True  # as where there are no locks
+        outcome = worker.Outcome("x", 1, "c", "release", {})
+        live.add([outcome])
+        self.assertEqual([outcome], other.adopt("x"))
+        live.add([outcome])
+        other.clear()
+        self.assertEqual([outcome] * 2, other.adopt("x"))
+
+    def test_bad_jobix_is_told_and_not_shown(self):
+        self.environment.update(JOBMAN_URL="http://h", JOBMAN_JOBIX="secret1")
+        status, _, err = self.command(WORKER)
+        self.assertEqual(1, status)
+        self.assertRegex(err, r"\Aworker\.py: [^\n]+\n\Z")
+        self.assertNotIn("secret1", err)
+
     def test_pauses_are_random_and_grow_to_ten_seconds(self):
         runs = [list(itertools.islice(worker.backoff(), 20))
                 for _ in range(200)]
@@ -4359,6 +4384,22 @@ class EndTest(WorkerCase):
         self.check_released(1, 2, 3)
         self.check_dead(pids)
         self.assertEqual([], self.temporary())
+
+    def test_limit_of_a_month_is_no_trouble(self):
+        self.add("true", timeout=3000000)
+        self.work("--time-limit", "30-00:00:00")
+        self.assertEqual(["done"], self.states())
+
+    def test_job_that_came_on_without_us_is_not_the_same_attempt(self):
+        self.add("echo $JOBMAN_STAGE >> ran; [ -e go ] || exec sleep 60",
+                 laststage=4)
+        process = self.start("--stage", "0,2", "--slots", "2")
+        wait_for(lambda: read(self.path("ran")), "the command")
+        with open(self.path("go"), "w"):
+            self.client.update_job(1, 2)  # as another worker might
+        self.assertEqual(0, self.finish(process)[0])
+        self.assertEqual(b"0\n2\n", read(self.path("ran")))
+        self.assertEqual(["done"], self.states())
 
     def test_sigterm_is_passed_on_and_all_is_released(self):
         self.check_signal(signal.SIGTERM, 128 + signal.SIGTERM)
@@ -5436,6 +5477,14 @@ class LibraryTest(WorkerCase):
         found, out, err = self.finish(self.program(text))
         self.assertEqual(status, found, err)
         return out, err
+
+    def test_program_that_keeps_the_iterator_ends(self):
+        self.add(1, 2)
+        code = "import sys; sys.path.insert(0, %r); import worker\n" \
+            "jobs = worker.claim_jobs(stage=0)\n" \
+            "for job in jobs:\n    job.done()\n    break" % HERE
+        self.assertEqual((0, "", ""), self.command("-c", code))
+        self.assertEqual(["done", "waiting"], self.states())
 
     def test_jobs_are_claimed_and_done(self):
         self.add({"n": 1}, {"n": 2}, filename="given", laststage=4)

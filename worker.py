@@ -11,6 +11,7 @@ alone. The manual is jobman's README.md.
 """
 
 import argparse
+import atexit
 import collections
 import contextlib
 import errno
@@ -87,6 +88,8 @@ def read_access(path):
     try:
         with open(path, encoding="utf-8") as file:
             access = json.load(file)
+        if not re.match(r"\d+\Z", str(access["jobix"]), re.A):
+            raise ValueError("its jobix is no number")
         return str(access["url"]), int(access["jobix"])
     except FileNotFoundError:
         raise Trouble(
@@ -129,14 +132,14 @@ class Client:
         if access is None and url is None:
             url = os.environ.get("JOBMAN_URL")
             jobix = os.environ.get("JOBMAN_JOBIX")
-        if url is not None and jobix is None:
-            raise Trouble("A url needs a jobix too ($JOBMAN_JOBIX).")
-        self.fixed = None if url is None else (url, jobix)
+        if url is not None and not re.match(r"\d+\Z", str(jobix), re.A):
+            raise Trouble("A url needs a jobix too ($JOBMAN_JOBIX), a number.")
+        self.fixed = None if url is None else (url, int(jobix))
         self.patience = patience
         self.mutex = threading.Lock()  # guards the connection
         self.connection = None
         self.sent = False  # whether a call has gone out on it
-        self.aborted = False
+        self.aborted = threading.Event()
         self.jobix = None
         self.locate()
 
@@ -329,9 +332,11 @@ class Client:
         for pause in backoff():
             try:
                 answer = self.exchange(method, path, body, timeout)
-                if answer[0] != 503:
+                if answer[0] < 500:
                     return answer
-                error = "The server can't answer now."
+                error = "The server can't answer now (%d)." % answer[0]
+                if answer[0] != 503 and not repeat:  # of whom, we can't know
+                    raise Unreachable(error)
             except (OSError, http.client.HTTPException) as lost:
                 sent = self.close()
                 error = "The server at %s:%d can't be reached (%s)." % (
@@ -342,19 +347,18 @@ class Client:
                 if sent and not repeat:
                     raise Unreachable(error) from None
             late = self.patience is not None and time.monotonic() >= end
-            if late or self.aborted:
+            if late or self.aborted.wait(pause):
                 raise Unreachable(error)
-            time.sleep(pause)
 
     def exchange(self, method, path, body, timeout):
         """Make a call once; return (status, content type, text)."""
-        if not self.aborted:
+        if not self.aborted.is_set():
             self.connect(timeout)
         headers = {"jobix": str(self.jobix)}
         if body is not None:
             headers["Content-Encoding"] = "deflate"
             headers["Content-Type"] = "application/json"
-        if self.aborted:
+        if self.aborted.is_set():
             raise OSError("broken off")
         self.sent = True
         self.connection.request(method, self.prefix + path, body, headers)
@@ -392,7 +396,7 @@ class Client:
         What the server is answering still arrives, and it sees that it
         shouldn't hand out jobs any more; SHUT_RDWR ends that too.
         """
-        self.aborted = True
+        self.aborted.set()
         with contextlib.suppress(OSError, AttributeError):
             self.connection.sock.shutdown(how)
 
@@ -645,7 +649,7 @@ class Spool:
         self.folder = folder
         self.path = os.path.join(folder, name + self.SUFFIX)
         self.fd = None
-        self.adopted = []  # (path, descriptor, whether all of it is ours)
+        self.adopted = []  # (path, descriptor, bytes of outcomes for us)
 
     def add(self, outcomes):
         """Write outcomes to disk; raise OSError if that fails."""
@@ -695,17 +699,20 @@ class Spool:
             return []
         with open(fd, "rb", closefd=False) as file:
             outcomes = list(read_outcomes(file))
+            size = file.tell()
         ours = [each for each in outcomes if each.space == space]
-        self.adopted.append((path, fd, len(ours) == len(outcomes)))
+        whole = len(ours) == len(outcomes)
+        self.adopted.append((path, fd, size if whole else -1))
         return ours
 
     def clear(self):
         """Remove what has been delivered."""
         if self.fd is not None:
-            self.adopted.append((self.path, self.fd, True))
+            own = os.fstat(self.fd).st_size
+            self.adopted.append((self.path, self.fd, own))
             self.fd = None
-        for path, fd, remove in self.adopted:
-            if remove:
+        for path, fd, size in self.adopted:
+            if os.fstat(fd).st_size == size:  # without locks it may grow
                 with contextlib.suppress(OSError):
                     os.unlink(path)
                     os.rmdir(self.folder)  # if it is empty
@@ -717,8 +724,8 @@ class Spool:
 
 
 def check_access(refused):
-    """Raise Unreachable when it was us who was refused: what we have waits."""
-    if refused.status == 403:
+    """Raise Unreachable where no outcome was judged: what we have waits."""
+    if refused.status not in (400, 404, 409, 413):
         raise Unreachable(str(refused))
 
 
@@ -738,8 +745,9 @@ def deliver_updates(client, updates, say):
         answers = client.update_jobs(
             [dict(u.values, jobid=u.jobid, claim=u.claim) for u in updates]
         )
-    except Refused as refused:
-        check_access(refused)
+    except (Refused, RecursionError) as refused:
+        if isinstance(refused, Refused):
+            check_access(refused)
         if len(updates) > 1:
             for update in updates:
                 deliver_updates(client, [update], say)
@@ -913,9 +921,9 @@ class Claims:
         try:
             for batch in deliver(self.client, self.waiting, self.say):
                 self.told(batch)
-        except Unreachable as error:
+        except Exception as error:  # also an answer of somebody else
             if not self.away:
-                self.say("%s Results wait on disk." % error)
+                self.say("%s Results wait on disk." % (error or repr(error)))
             self.away = True
             self.retry = time.monotonic() + next(self.pauses)
             return
@@ -977,16 +985,17 @@ class Claims:
             answer = self.client.heartbeat(
                 self.name, self.lease, claims, **about
             )
+            lost = set(answer["lost"])
         except Unreachable:
             self.missed = True
             return
-        except Refused as refused:
-            return self.say("No heartbeat: %s" % refused)
+        except Exception as error:  # also an answer of somebody else
+            return self.say("No heartbeat: %s" % (error or repr(error)))
         if self.missed:
             self.missed = False
             self.look_again()
         for jobid, claim in claims:
-            if jobid in answer["lost"]:
+            if jobid in lost:
                 self.lost(jobid, claim)
 
 
@@ -1525,6 +1534,7 @@ class Claimer:
                 return None
             left = busy + self.options.idle_timeout - time.monotonic()
             longest = min(self.LONGEST_WAIT, max(left, least)) if wait else 0
+            longest = min(longest, self.spare(stages))
             jobs = self.ask(stages, n, round(longest, 3))
             if jobs or not wait:
                 return jobs
@@ -1575,6 +1585,13 @@ class Claimer:
             self.say("No job here is known to end in the %s seconds that are"
                      " left." % int(max(0, left)))
         return stages
+
+    def spare(self, stages):
+        """Return the seconds after which their jobs won't end in time."""
+        if self.options.until is None:
+            return self.LONGEST_WAIT
+        needed = max(self.usual.get(stage, 0) for stage in stages)
+        return max(0, self.options.until - time.monotonic() - needed)
 
     def hold_back(self):
         """Wait while it is in doubt whether the node is good."""
@@ -1804,7 +1821,8 @@ class Worker:
         delay = self.schedule.run(blocking=False)
         if self.inbox or self.over:
             delay = 0
-        for fd, _ in self.poll.poll(None if delay is None else delay * 1000):
+        delay = 3600 if delay is None else min(delay, 3600)  # poll has 31 bits
+        for fd, _ in self.poll.poll(delay * 1000):
             if fd == self.wake:
                 with contextlib.suppress(BlockingIOError):
                     os.read(fd, 65536)
@@ -1816,6 +1834,8 @@ class Worker:
         """Tell the last outcomes, and let all go."""
         for attempt in self.running.values():  # only after a fault
             kill_group(attempt.pid)
+        for attempt in self.attempts.values():
+            self.over.append((attempt, "release", {}))
         self.put_down()
         self.claims.close(ended=True)
         self.guard.close()
@@ -1857,9 +1877,7 @@ class Worker:
             self.claims.hold(job)
             attempt = self.attempts.get(job["jobid"])
             if attempt:  # a lapse has brought our own job back to us
-                attempt.job = job
-                if attempt.reason == "lost":  # or a retry, too soon
-                    attempt.reason = "end"
+                self.take_up(attempt, job)
             else:
                 attempt = self.attempts[job["jobid"]] = Attempt(job)
                 self.ready.append(attempt)
@@ -1867,6 +1885,20 @@ class Worker:
             self.give_back()
         elif self.ready:
             self.schedule.enter(self.HOARD, 0, self.unhoard)
+
+    def take_up(self, attempt, job):
+        """Go on with an attempt under a new claim of its job.
+
+        Not where the job has come on without us, or back from a retry: then
+        the command works on what isn't the job's any more.
+        """
+        keys = "jobstage", "jobcmd", "filename", "files"
+        if any(attempt.job.get(key) != job.get(key) for key in keys):
+            self.cut_off(attempt, "end", signal.SIGTERM, self.GRACE)
+            attempt.reason = "end"
+        elif attempt.reason == "lost":
+            attempt.reason = "end"
+        attempt.job = job
 
     def unhoard(self):
         """Give back what has waited for a slot too long."""
@@ -2084,7 +2116,9 @@ class Worker:
 
     def collected(self, attempt, brought):
         """End an attempt that has done its work."""
-        if isinstance(brought, Exception):
+        if attempt.reason:
+            self.conclude(attempt)
+        elif isinstance(brought, Exception):
             self.end(attempt, "fail", error="An output is missing: %s"
                      % brought)
         else:
@@ -2244,6 +2278,7 @@ class Worker:
     def end_now(self):
         """Kill what runs, give it back if the server answers, and end."""
         self.claims.LAST = 1
+        self.claiming = False  # whatever the claimer waits for
         for attempt in self.running.values():
             attempt.last = 0
             kill_group(attempt.pid)
@@ -2355,13 +2390,29 @@ class Job:
         return False
 
 
+def each_job(claimer, claims, lag):
+    """Yield jobs; see claim_jobs."""
+    try:
+        for found in iter(lambda: claimer.claim(1, True), None):
+            claims.hold(found[0])
+            job = Job(claims, found[0])
+            try:
+                if job.check(lag):
+                    yield job
+            finally:
+                job.fail("The program went on without job.done().")
+    finally:
+        claims.close(ended=True)
+        claimer.client.close()
+
+
 def claim_jobs(
     stage=0, *, access=None, name=None, lease=120, idle_timeout=60, lag=10,
     spool=None
 ):
-    """Yield the jobs of a stage, each as a Job, until there are no more.
+    """Return an iterator over the jobs of a stage, each as a Job.
 
-    That is when there has been none for `idle_timeout` seconds. Leases are
+    It ends when there has been none for `idle_timeout` seconds. Leases are
     renewed meanwhile. A job that is left without done(), fail() or release()
     has failed, as by an exception in the loop. Options are those of the
     command line.
@@ -2385,18 +2436,9 @@ def claim_jobs(
     claimer = Claimer(
         options, client, name, busy=lambda: False, say=say
     )
-    try:
-        for found in iter(lambda: claimer.claim(1, True), None):
-            claims.hold(found[0])
-            job = Job(claims, found[0])
-            try:
-                if job.check(lag):
-                    yield job
-            finally:
-                job.fail("The program went on without job.done().")
-    finally:
-        claims.close(ended=True)
-        client.close()
+    jobs = each_job(claimer, claims, lag)
+    atexit.register(jobs.close)  # at last: later our threads are gone
+    return jobs
 
 
 def run(function, stage=0, **options):
