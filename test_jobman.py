@@ -4308,6 +4308,18 @@ class OutageTest(WorkerCase):
         self.assertEqual(0, self.finish(worker)[0])
         self.check_delivered()
 
+    def test_what_is_no_outcome_is_kept_and_holds_nothing_up(self):
+        folder = self.path(".jobman", "spool")
+        os.makedirs(folder)
+        os.mkfifo(os.path.join(folder, "0.spool"))
+        os.symlink(WORKER, os.path.join(folder, "1.spool"))
+        with open(os.path.join(folder, "2.spool"), "wb") as file:
+            file.write(b"\377\n[]\n{}\n")
+        before = sorted(os.listdir(folder))
+        self.assertEqual((0, "0 results were delivered.\n", ""),
+                         self.command(WORKER, "--send-spool"))
+        self.assertEqual(before, sorted(os.listdir(folder)))
+
     def test_spool_file_that_grew_meanwhile_is_kept(self):
         live, other = [worker.Spool(self.path("spool"), n) for n in "ab"]
         other.lock = live.lock = lambda fd: True  # as where there are no locks
@@ -4384,6 +4396,18 @@ class EndTest(WorkerCase):
         self.check_released(1, 2, 3)
         self.check_dead(pids)
         self.assertEqual([], self.temporary())
+
+    def test_job_that_removes_the_workers_folder_spoils_no_other(self):
+        self.add('rm -r "$(dirname "$JOBMAN_RESULT")"',
+                 "echo '{\"jobcmd\": 1}' > \"$JOBMAN_RESULT\"",
+                 max_attempts=1)
+        self.work()
+        self.assertEqual(["done"] * 2, self.states())
+
+    def test_result_that_is_a_pipe_fails_the_attempt(self):
+        self.add('mkfifo "$JOBMAN_RESULT"', max_attempts=1)
+        self.work()
+        self.assertIn("no file", self.attempts()[0]["error"])
 
     def test_limit_of_a_month_is_no_trouble(self):
         self.add("true", timeout=3000000)

@@ -629,9 +629,9 @@ class PrintedOutput:
 Outcome = collections.namedtuple("Outcome", "space jobid claim verb values")
 
 
-def read_outcomes(file):
-    """Yield the outcomes in a spool file; the last line may be torn."""
-    for line in file:
+def read_outcomes(lines):
+    """Yield the outcomes in lines of a spool file, those that are any."""
+    for line in lines:
         with contextlib.suppress(ValueError, TypeError):
             yield Outcome(**json.loads(line.decode("ascii")))
 
@@ -693,15 +693,16 @@ class Spool:
 
     def take_over(self, path, space):
         """Return the outcomes in a spool file that has no owner."""
-        fd = os.open(path, os.O_RDWR)
-        if not self.lock(fd) or os.fstat(fd).st_nlink == 0:
+        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+        regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        if not (regular and self.lock(fd) and os.fstat(fd).st_nlink):
             os.close(fd)
             return []
         with open(fd, "rb", closefd=False) as file:
-            outcomes = list(read_outcomes(file))
-            size = file.tell()
-        ours = [each for each in outcomes if each.space == space]
-        whole = len(ours) == len(outcomes)
+            text = file.read()
+        size, lines = len(text), text.split(b"\n")[:-1]  # the rest is torn
+        ours = [each for each in read_outcomes(lines) if each.space == space]
+        whole = len(ours) == len(lines)  # else somebody may know the others
         self.adopted.append((path, fd, size if whole else -1))
         return ours
 
@@ -1259,6 +1260,8 @@ class Attempt:
         Raises OSError, or ValueError for words that no command can have.
         """
         argv, cwd = [to_bytes(word) for word in argv], self.job.get("cwd")
+        folder = os.path.dirname(self.slot.result)
+        os.makedirs(folder, mode=0o700, exist_ok=True)  # a job may remove it
         remove(self.slot.result)
         stdin = self.slot.given(given) if given else self.slot.null
         self.began = time.monotonic()
@@ -1275,7 +1278,9 @@ class Attempt:
         try:
             flags = os.O_RDONLY | os.O_NONBLOCK  # it may be a pipe
             with open(os.open(self.slot.result, flags), "rb") as file:
-                text = file.read(RESULT_LIMIT + 1) or b""
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise ValueError("it is no file")
+                text = file.read(RESULT_LIMIT + 1)
         except FileNotFoundError:
             return {}
         except OSError as error:
