@@ -3196,7 +3196,7 @@ def read(path):
     try:
         with open(path, "rb") as file:
             return file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # in /proc
         return b""
 
 

@@ -1261,7 +1261,8 @@ class Attempt:
         """
         argv, cwd = [to_bytes(word) for word in argv], self.job.get("cwd")
         folder = os.path.dirname(self.slot.result)
-        os.makedirs(folder, mode=0o700, exist_ok=True)  # a job may remove it
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)  # a job may have removed it
         remove(self.slot.result)
         stdin = self.slot.given(given) if given else self.slot.null
         self.began = time.monotonic()
@@ -1714,6 +1715,7 @@ class Worker:
         self.over = []  # (attempt, verb, values), to be told
         self.inbox = collections.deque()  # what other threads call
         self.schedule = sched.scheduler(time.monotonic, time.sleep)
+        self.delay = None  # seconds until the next is due
         self.status = 0  # exit status
         self.draining = False
         self.quarantine = None  # why, if the node is in doubt
@@ -1814,19 +1816,18 @@ class Worker:
         while self.inbox:
             function, args = self.inbox.popleft()
             function(*args)
-        self.schedule.run(blocking=False)
         self.reap()
         self.fill_slots()
         self.ask()
         self.put_down()
+        self.delay = self.schedule.run(blocking=False)
         return self.claiming or bool(self.attempts)
 
     def wait(self):
         """Wait for an event, or a time; read what commands have printed."""
-        delay = self.schedule.run(blocking=False)
+        delay = 3600 if self.delay is None else min(self.delay, 3600)
         if self.inbox or self.over:
             delay = 0
-        delay = 3600 if delay is None else min(delay, 3600)  # poll has 31 bits
         for fd, _ in self.poll.poll(delay * 1000):
             if fd == self.wake:
                 with contextlib.suppress(BlockingIOError):
