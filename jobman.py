@@ -3217,7 +3217,8 @@ def until_signal():
 
     def end(number, _):
         ending.number = number
-        ending.set()
+        # in a thread, for we may have interrupted who holds its lock
+        threading.Thread(target=ending.set).start()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
@@ -3270,7 +3271,8 @@ def serve(options):
     access_file = options.access or access_path()
     with serving(options, access_file) as (_, access):
         print(announcement(options, access_file, access), flush=True)
-        ending.wait()
+        while not ending.wait(1):  # a signal just before it goes unheard
+            pass
     return 0
 
 
