@@ -5930,12 +5930,12 @@ class RunTest(TemporaryFolder):
 
     def test_killed_run_goes_on_where_it_was(self):
         items = [str(i) for i in range(40)]
-        command = "echo $PPID > worker; sleep 0.03; echo {} >> log"
+        command = "echo $PPID >> worker; sleep 0.03; echo {} >> log"
         again = "--slots", "2", command, ":::", *items
         process = self.start(*again)
         wait_for(lambda: len(self.log()) > 10, "some commands")
         self.reap(process)  # kill -9
-        pid = int(read(self.path("worker")))
+        pid = int(read(self.path("worker")).split()[0])
         try:
             wait_for(lambda: not alive(pid), "the end of its worker")
         finally:
