@@ -46,7 +46,7 @@ import time
 import traceback
 import zlib
 from collections import Counter, deque
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 __version__ = "0.1.0"
 
@@ -182,8 +182,18 @@ create table worker (
     slots integer, busy integer, done integer, failed integer,
     heard real not null,               -- when its last heartbeat came
     quarantine text,                   -- why it takes no more work
+    drain integer not null default 0,  -- 1: it should claim no more
     primary key (jobix, name));
 create index worker_heard on worker (jobix, heard);
+
+create table paused (
+    jobix integer not null, stage integer not null,
+    primary key (jobix, stage));
+"""
+
+# Beside each group of jobs in one state, those longest in their stage first.
+AGE_INDEX = """
+create index job_age on job (jobix, stage, state, expired, since, jobid);
 """
 
 # All text that came as JSON and isn't computed with (jobcmd, filename, files,
@@ -203,7 +213,8 @@ create table job (
     jobid integer not null,
     stage integer not null,
     state text not null,
-    free integer not null,             -- 1: the next claim may have it
+    free integer not null,             -- 1: the next claim may have it,
+                                       -- else by its state: see lane()
     priority integer not null,
     expired integer not null default 0,  -- 1: over its stage's lifetime
     since real not null,               -- when it came into its stage
@@ -228,7 +239,6 @@ create table job (
     outputs text,
     unique (jobix, jobid));
 create index job_queue on job (jobix, stage, free, priority desc, jobid);
-create index job_age on job (jobix, stage, expired, since);
 create index job_due on job (due);
 
 create table attempt (
@@ -239,6 +249,7 @@ create table attempt (
     stage integer not null,            -- claimed from
     target integer,                    -- stage that its update moved it to
     worker text,
+    host text,                         -- where it ended badly
     started real not null,
     ended real not null,
     outcome text not null,
@@ -257,14 +268,16 @@ create table tally (
     primary key (jobix, stage, state));
 
 create table pace (
-    jobix integer not null, minute integer not null, done integer not null,
+    jobix integer not null, minute integer not null,
+    done integer not null,             -- jobs that became done
+    updates integer not null default 0,  -- attempts that did, of any stage
     primary key (jobix, minute));
 
 create table submission (
     jobix integer not null, key text not null,
     first integer not null, jobs integer not null,
     primary key (jobix, key));
-""" + NEW_TABLES
+""" + NEW_TABLES + AGE_INDEX
 
 # What brings a database of each older version to the next one.
 UPGRADES = {
@@ -276,7 +289,13 @@ alter table attempt add column jobcmd text;
 alter table attempt add column filename text;
 alter table attempt add column files text;
 alter table attempt add column made integer;
-""" + NEW_TABLES,
+alter table attempt add column host text;
+alter table pace add column updates integer not null default 0;
+update job set free = case state when 'delayed' then -1 when 'blocked' then -2
+    when 'working' then -3 when 'failed' then -5 when 'cancelled' then -6
+    when 'aborted' then -7 else free end where free = 0;
+drop index job_age;
+""" + NEW_TABLES + AGE_INDEX,
 }
 
 
@@ -300,21 +319,27 @@ class SQL:
     DUE = MOVABLE + """
         where due > 0 and due <= :now order by due limit :limit"""
     NEXT_DUE = "select min(due) from job where due > 0"
-    # one range of job_age
-    EXPIRED = MOVABLE + "where jobix = :jobix and stage = :stage " \
-        "and expired = 1"
-    # one range of job_queue: `free` follows from the state but for working
+    # what a stage has: a few ranges of job_age, one for each state
+    IN_STAGE = """
+        where jobix = :jobix and stage = :stage and state in ('waiting',
+            'delayed', 'blocked', 'working', 'done', 'failed', 'cancelled',
+            'aborted') """
+    EXPIRED = MOVABLE + IN_STAGE + "and expired = 1"
+    # one range of job_queue, for each lane that the state has
     GROUP = """
         select jobid from job where jobix = :jobix and stage = :stage
-        and free between :least and :most and state = :state"""
+        and free = :lane and state = :state"""
     # one look-up in job_queue at any number of jobs
     FREE = """
         select * from job
         where jobix = :jobix and stage = :stage and free = 1
+        and not exists (select 1 from paused
+            where jobix = :jobix and stage = :stage)
         order by priority desc, jobid limit :limit"""
     ANY_FREE = """
         select 1 from job where jobix = :jobix and stage = :stage
-        and free = 1 limit 1000"""
+        and free = 1 and not exists (select 1 from paused
+            where jobix = :jobix and stage = :stage) limit 1000"""
 
     # the one way in which a job moves: nobody else has moved it meanwhile
     MOVE = """
@@ -334,7 +359,7 @@ class SQL:
         where jobix = :jobix and jobid = :jobid"""
     # the claim is still the one that is being renewed
     RENEW = """
-        update job set due = :due, lease = :lease, free = 0
+        update job set due = :due, lease = :lease, free = :free
         where row = :row and claim = :claim and state = 'working'"""
     # at a server's start: an outage costs no lease
     RENEW_ALL = """
@@ -366,10 +391,12 @@ class SQL:
     # it stays …
     END_ATTEMPT = """
         insert into attempt (job, claim, attempt, stage, target, worker,
-            started, ended, outcome, exit_code, error, stderr, jobcmd,
+            host, started, ended, outcome, exit_code, error, stderr, jobcmd,
             filename, files, made)
-        select :row, :claim, :attempt, :origin, :target, :worker, :since,
-            :now, :outcome, :exit_code, :error, :stderr,
+        select :row, :claim, :attempt, :origin, :target, :worker,
+            case when :outcome != 'done' then (select host from worker
+                where jobix = :jobix and name = :worker) end,
+            :since, :now, :outcome, :exit_code, :error, :stderr,
             case when :new_jobcmd then coalesce(jobcmd, 'null') end,
             case when :new_filename then coalesce(filename, 'null') end,
             case when :new_files then coalesce(files, '[]') end,
@@ -423,7 +450,12 @@ class SQL:
 
     # one row for each name, the newest it said
     HEARD = """
-        insert or replace into worker (jobix, name, host, stages, slots, busy,
+        update worker set host = :host, stages = :stages, slots = :slots,
+            busy = :busy, done = :done, failed = :failed, heard = :heard,
+            quarantine = :quarantine
+        where jobix = :jobix and name = :name"""
+    HEARD_FIRST = """
+        insert into worker (jobix, name, host, stages, slots, busy,
             done, failed, heard, quarantine)
         values (:jobix, :name, :host, :stages, :slots, :busy, :done, :failed,
             :heard, :quarantine)"""
@@ -434,28 +466,67 @@ class SQL:
     # one range of worker_heard
     WORKERS = """
         select name, host, stages, slots, busy, done, failed, heard,
-            quarantine
+            quarantine, drain
         from worker where jobix = :jobix and heard >= :since
         order by heard desc, name"""
+    DRAIN = """
+        update worker set drain = :drain
+        where jobix = :jobix and name = :name"""
+    DRAINED = """
+        select 1 from worker
+        where jobix = :jobix and name = :name and drain = 1"""
 
-    # what is shown of a job; of a page of them a bounded range is looked at
-    SHOWN = """
+    PAUSE = "insert or ignore into paused values (:jobix, :stage)"
+    RESUME = "delete from paused where jobix = :jobix and stage = :stage"
+    PAUSED = "select stage from paused where jobix = :jobix order by stage"
+
+    # what is shown of a job
+    SHOWN_JOB = """
         select row, jobid, stage, state, expired, since, due, worker, attempt,
             failures, lapses, rejects, jobcmd, filename, files, made,
             laststage, priority, max_attempts, timeout, cwd, outputs
-        from job """
-    SHOWN_JOB = SHOWN + "where jobix = :jobix and jobid = :jobid"
-    PAGE_END = """
-        select jobid from job where jobix = :jobix and jobid > :after
-        order by jobid limit 1 offset :others"""
-    PAGE = SHOWN + """
-        where jobix = :jobix and jobid > :after and jobid <= :last
-        and state = coalesce(:state, state)
-        and stage = coalesce(:stage, stage) order by jobid limit :limit"""
+        from job where jobix = :jobix and jobid = :jobid"""
     ATTEMPTS = """
-        select attempt, stage, target, worker, started, ended, outcome,
+        select attempt, stage, target, worker, host, started, ended, outcome,
             exit_code, error, stderr
         from attempt where job = :row order by row desc limit :limit"""
+
+    # the ids of a page of jobs: of all …
+    PAGE = """
+        select jobid from job where jobix = :jobix and jobid > :after
+        order by jobid limit :limit"""
+    # … of a group, in a lane, of one priority: one range of job_queue …
+    NEXT_PRIORITY = """
+        select max(priority) from job where jobix = :jobix
+        and stage = :stage and free = :lane and priority < :priority"""
+    GROUP_PAGE = """
+        select jobid from job where jobix = :jobix and stage = :stage
+        and free = :lane and priority = :priority and jobid > :after
+        and state = :state order by jobid limit :limit"""
+    # … of the expired of a group, which are sorted …
+    EXPIRED_PAGE = """
+        select jobid from job where jobix = :jobix and stage = :stage
+        and state = :state and expired = 1 and jobid > :after
+        order by jobid limit :limit"""
+    # … and by time in their stage: one range of job_age, then another
+    SAME_AGE = """
+        select since, jobid from job where jobix = :jobix
+        and stage = :stage and state = :state and expired = :expired
+        and since = :since and jobid > :after
+        order by jobid limit :limit"""
+    YOUNGER = """
+        select since, jobid from job where jobix = :jobix
+        and stage = :stage and state = :state and expired = :expired
+        and since > :since order by since, jobid limit :limit"""
+
+    # the latest failures of a stage, each with its last attempt
+    FAILURES = """
+        select jobid, job.stage, exit_code, error, stderr, attempt.worker,
+            host
+        from job left join attempt on attempt.row = (
+            select max(row) from attempt where job = job.row)
+        where jobix = :jobix and job.stage = :stage and state = 'failed'
+        and expired = :expired order by since desc limit :limit"""
 
     # a job with its last attempt
     LAST_ATTEMPT = """
@@ -473,9 +544,15 @@ class SQL:
         select stage, state, jobs, expired from tally
         where jobix = :jobix and jobs > 0 order by stage, state"""
     PACE = """
-        update pace set done = done + :done
+        update pace set done = done + :done, updates = updates + :updates
         where jobix = :jobix and minute = :minute"""
-    PACE_FIRST = "insert into pace values (:jobix, :minute, :done)"
+    PACE_FIRST = "insert into pace values (:jobix, :minute, :done, :updates)"
+    # one range of the primary key
+    PACES = """
+        select minute / :step as point, sum(done) as done,
+            sum(updates) as updates
+        from pace where jobix = :jobix and minute >= :minute group by 1"""
+    FIRST_MINUTE = "select min(minute) from pace where jobix = :jobix"
     TIMED = """
         update runtime set attempts = attempts + :attempts
         where jobix = :jobix and stage = :stage and bucket = :bucket"""
@@ -508,26 +585,17 @@ class SQL:
         and laststage is null and state in ('waiting', 'delayed')"""
     ANY_EXPIRED = EXPIRED + " limit 1"
     # the newly expired of a stage, per state, and their marks
-    OVERDUE = """
-        select state, count(*) as jobs from job
-        where jobix = :jobix and stage = :stage and expired = 0
-        and since < :before group by state"""
-    FLAG = """
-        update job set expired = 1
-        where jobix = :jobix and stage = :stage and expired = 0
-        and since < :before"""
-    ANY_OVERDUE = """
-        select 1 from job where jobix = :jobix and stage = :stage
+    OVERDUE = "select state, count(*) as jobs from job" + IN_STAGE + """
+        and expired = 0 and since < :before group by state"""
+    FLAG = "update job set expired = 1" + IN_STAGE + """
+        and expired = 0 and since < :before"""
+    ANY_OVERDUE = "select 1 from job" + IN_STAGE + """
         and expired = 0 and since < :before limit 1"""
     # those whose lifetime was made longer
-    OUT_OF_DATE = """
-        select state, count(*) as jobs from job
-        where jobix = :jobix and stage = :stage and expired = 1
-        and since >= :before group by state"""
-    UNFLAG = """
-        update job set expired = 0
-        where jobix = :jobix and stage = :stage and expired = 1
-        and since >= :before"""
+    OUT_OF_DATE = "select state, count(*) as jobs from job" + IN_STAGE + """
+        and expired = 1 and since >= :before group by state"""
+    UNFLAG = "update job set expired = 0" + IN_STAGE + """
+        and expired = 1 and since >= :before"""
 
 
 # -------------------------------------------------------------- database ---
@@ -790,12 +858,13 @@ class Transaction:
             values["expired"] = counts[("expired", *group)]
             if values["jobs"] or values["expired"]:
                 self.add(SQL.COUNT, SQL.COUNT_FIRST, values)
-        minute = int(self.now // 60)
+        for jobix in {k[1] for k in counts if k[0] in ("done", "updates")}:
+            values = {"jobix": jobix, "minute": int(self.now // 60)}
+            values["done"] = counts[("done", jobix)]
+            values["updates"] = counts[("updates", jobix)]
+            self.add(SQL.PACE, SQL.PACE_FIRST, values)
         for (kind, *key), n in counts.items():
-            if kind == "done":
-                values = {"jobix": key[0], "minute": minute, "done": n}
-                self.add(SQL.PACE, SQL.PACE_FIRST, values)
-            elif kind == "timed":
+            if kind == "timed":
                 values = dict(zip(("jobix", "stage", "bucket"), key))
                 values["attempts"] = n
                 self.add(SQL.TIMED, SQL.TIMED_FIRST, values)
@@ -1045,7 +1114,7 @@ class Bell:
 
 UNENDED = ("waiting", "delayed", "blocked", "working")
 PUT_ASIDE = ("failed", "cancelled", "aborted")  # until a retry
-STATES = (*UNENDED, "done", *PUT_ASIDE)
+STATES = (*UNENDED, "done", *PUT_ASIDE)  # lane() gives their order meaning
 RETRIABLE = ("done", *PUT_ASIDE)
 CANCELLABLE = (*UNENDED, "failed", "aborted")
 REJECTABLE = ("waiting", "delayed", "done", "failed")  # without a token
@@ -1054,7 +1123,8 @@ BLANK_REPORT = dict.fromkeys(("exit_code", "error", "stderr", "seconds"))
 LAPSES_SPENT = (
     "%d leases lapsed in this stage: its workers were not heard of in time."
 )
-PAGE_ROWS = 10000  # jobs that are looked at for a page of them
+PACE_POINTS = 360  # at most, of the line that /pace draws
+FAILURES_READ = 2000  # failed jobs that are grouped, the latest
 PAGE_TEXT = 8 * 2**20  # characters of text after which a page ends
 ATTEMPTS_SHOWN = 100  # of one job, the last
 JSON_COLUMNS = "jobcmd", "filename", "files", "cwd", "outputs"
@@ -1076,6 +1146,20 @@ def is_free(state, lease):
     return state in ("waiting", "done") or (
         state == "working" and lease is None
     )
+
+
+def lane(state, lease):
+    """Return what leads a job's place in the index job_queue.
+
+    It is 1 for all that are free, so that a claim finds them in one range,
+    and less than 0 for all others: a range for each state.
+    """
+    return 1 if is_free(state, lease) else -STATES.index(state)
+
+
+def lanes(state):
+    """Return the lanes in which jobs of a state can be."""
+    return sorted({lane(state, None), lane(state, 0)})
 
 
 def stage_state(stage, final):
@@ -1254,12 +1338,11 @@ class Store:
             old_state=job["state"],
             old_claim=job["claim"],
         )
-        free = is_free(values["state"], values["lease"])
-        values["free"] = int(free)
+        values["free"] = lane(values["state"], values["lease"])
         if tx.execute(SQL.MOVE, values).rowcount != 1:
             raise Error(409, "Job %d was just moved." % job["jobid"])
         self.recount(tx, job, values)
-        if free:
+        if values["free"] > 0:
             tx.count("free", job["jobix"], values["stage"])
 
     def recount(self, tx, before, after):
@@ -1290,9 +1373,11 @@ class Store:
         if not (lapsed and tx.execute(SQL.MEND_ATTEMPT, values).rowcount):
             tx.execute(SQL.END_ATTEMPT, values)
             took = tx.now - job["since"] if took is None else took
-        if outcome == "done" and took is not None:
-            key = job["jobix"], job["origin"], run_bucket(took)
-            tx.count("timed", *key)
+        if outcome == "done":
+            tx.count("updates", job["jobix"])
+            if took is not None:
+                key = job["jobix"], job["origin"], run_bucket(took)
+                tx.count("timed", *key)
 
     def cut_off(self, tx, job, outcome):
         """Write down that `job`, if somebody works on it, is taken away."""
@@ -1623,13 +1708,14 @@ class Store:
 
         `worker` is what it says of itself: the columns of its table, and
         whether it has `ended`. Returns a list of the jobids whose claim is
-        lost.
+        lost, and whether it should drain.
         """
-        over = worker["ended"] and worker["quarantine"] is None
-        tx.execute(
-            SQL.ENDED if over else SQL.HEARD,
-            dict(worker, jobix=jobix, heard=tx.now),
-        )
+        worker = dict(worker, jobix=jobix, heard=tx.now)
+        if worker["ended"] and worker["quarantine"] is None:
+            tx.execute(SQL.ENDED, worker)
+        else:
+            tx.add(SQL.HEARD, SQL.HEARD_FIRST, worker)
+        drained = tx.execute(SQL.DRAINED, worker).fetchone()
         lost = []
         for jobid, claim in claims:
             key = {"jobix": jobix, "jobid": jobid}
@@ -1638,19 +1724,41 @@ class Store:
                 lost.append(jobid)
             else:
                 self.renew(tx, job, lease)
-        return lost
+        return lost, drained is not None
 
     def renew(self, tx, job, lease):
         """Give a claim more time, also one that lapsed and nobody took."""
         due = tx.now + lease
         if job["state"] == "working":
             values = dict(job, due=due, lease=lease)
+            values["free"] = lane("working", lease)
             tx.execute(SQL.RENEW, values)
         else:
             self.move(
                 tx, job, stage=job["held"], state="working",
                 claim=job["claim"], due=due, lease=lease,
             )
+
+    # Workers are drained, stages paused
+
+    @change
+    def drain(self, tx, jobix, name, *, drain):
+        """Tell a worker at its next heartbeat to claim no more, or again.
+
+        Raises Error 404 when no worker of that name was heard of.
+        """
+        values = {"jobix": jobix, "name": name, "drain": int(drain)}
+        if not tx.execute(SQL.DRAIN, values).rowcount:
+            raise Error(404, "There is no worker %s." % name)
+
+    @change
+    def pause(self, tx, jobix, stage, *, paused):
+        """Hand out nothing of a stage any more, or again."""
+        key = {"jobix": jobix, "stage": stage}
+        tx.execute(SQL.PAUSE if paused else SQL.RESUME, key)
+        if not paused:  # wake as many as there can be jobs for
+            free = tx.execute(SQL.ANY_FREE, key).fetchall()
+            tx.count("free", jobix, stage, n=len(free))
 
     # Lifetimes
 
@@ -1778,14 +1886,24 @@ class Store:
     def ids_in(self, execute, jobix, *, states, stage):
         """Return the ids of all jobs in `states` and a stage, None: any."""
         ids = []
-        for group in execute(SQL.TALLY, {"jobix": jobix}).fetchall():
-            state = group["state"]
-            if state in states and stage in (None, group["stage"]):
-                key = dict(group, jobix=jobix)
-                key["least"] = int(state in ("waiting", "done"))
-                key["most"] = int(state in ("waiting", "done", "working"))
-                ids += [row["jobid"] for row in execute(SQL.GROUP, key)]
+        for group in self.groups(execute, jobix, states, stage):
+            for lane in lanes(group["state"]):
+                found = execute(SQL.GROUP, dict(group, lane=lane))
+                ids += [row["jobid"] for row in found]
         return ids
+
+    def groups(self, execute, jobix, states, stage):
+        """Return the groups of jobs in `states` and a stage, None: any.
+
+        They are dicts of jobix, stage, state, and how many `jobs` and
+        `expired`.
+        """
+        rows = execute(SQL.TALLY, {"jobix": jobix}).fetchall()
+        return [
+            dict(row, jobix=jobix)
+            for row in rows
+            if row["state"] in states and stage in (None, row["stage"])
+        ]
 
     @change
     def sweep_ids(self, tx, jobix, act, ids, *, states, stage):
@@ -1841,7 +1959,8 @@ class Store:
                 figures["states"][row["state"]] += row["jobs"]
         totals = stages.pop(None, new_figures())
         runtimes = self.runtimes(execute, jobix)
-        for stage in runtimes:
+        paused = {row["stage"] for row in execute(SQL.PAUSED, key)}
+        for stage in paused.union(runtimes):
             stages.setdefault(stage, new_figures())
         rate = self.rate(execute, jobix)
         left = sum(totals["states"][state] for state in UNENDED)
@@ -1851,7 +1970,7 @@ class Store:
             "stages": [
                 dict(
                     figures, stage=stage, lifetime=lifetimes.get(stage, 0),
-                    runtime=runtimes.get(stage),
+                    runtime=runtimes.get(stage), paused=stage in paused,
                 )
                 for stage, figures in sorted(stages.items())
             ],
@@ -1883,6 +2002,30 @@ class Store:
         return done / (now - minute * 60)
 
     @query
+    def pace(self, execute, jobix, minutes):
+        """Return how many attempts and jobs became done, as time went.
+
+        Of the last `minutes`, None: of all. A dict: the `time`, `start` and
+        `step` (seconds) of the points, and `updates` and `done` in each.
+        """
+        now = self.clock()
+        this = int(now // 60)
+        if minutes is None:
+            key = {"jobix": jobix}
+            first = execute(SQL.FIRST_MINUTE, key).fetchone()[0]
+            minutes = 1 if first is None else max(1, this - first + 1)
+        step = -(-minutes // PACE_POINTS)
+        start = (this - minutes + 1) // step
+        key = {"jobix": jobix, "minute": start * step, "step": step}
+        points = this // step - start + 1
+        pace = {"updates": [0] * points, "done": [0] * points}
+        for row in execute(SQL.PACES, key):
+            if row["point"] - start < points:  # the clock may go back
+                pace["updates"][row["point"] - start] = row["updates"]
+                pace["done"][row["point"] - start] = row["done"]
+        return dict(pace, time=now, start=start * step * 60, step=step * 60)
+
+    @query
     def job(self, execute, jobix, jobid):
         """Return a job and a list of its last attempts, the oldest first.
 
@@ -1898,24 +2041,71 @@ class Store:
         return dict(job), attempts[::-1]
 
     @query
-    def jobs(self, execute, jobix, *, after, limit, **only):
-        """Return up to `limit` jobs whose ids follow `after`, by id.
+    def jobs(self, execute, jobix, *, order, after, limit, stage, state):
+        """Return a page of jobs and the place to go on from, None at the end.
 
-        `only` has `stage` and `state`, None for any. A page ends early when
-        enough was looked at or is on it. Returns a list of dicts and the id
-        to go on from, None at the end.
+        `order` is by `id` or `time` in their stage, the longest first; a
+        place, None at first, is an id or a tuple (since, id). Jobs are those
+        of a stage and a state (`expired` for the marked), None for any. A
+        page has up to `limit` dicts, fewer when they are large.
         """
-        key = dict(only, jobix=jobix, after=after, limit=limit)
-        key["others"] = PAGE_ROWS - 1
-        end = execute(SQL.PAGE_END, key).fetchone()
-        key["last"] = MAX_JOBID if end is None else end["jobid"]
+        find = self.places_by_id if order == "id" else self.places_by_time
+        places = find(execute, jobix, stage, state, after, limit + 1)
         jobs, size = [], 0
-        for job in execute(SQL.PAGE, key):
-            jobs.append(dict(job))
-            size += sum(len(job[name] or "") for name in JSON_COLUMNS)
-            if len(jobs) == limit or size > PAGE_TEXT:
-                return jobs, job["jobid"]
-        return jobs, end and end["jobid"]
+        for place in places[:limit]:
+            jobid = place if order == "id" else place[1]
+            key = {"jobix": jobix, "jobid": jobid}
+            jobs.append(dict(execute(SQL.SHOWN_JOB, key).fetchone()))
+            size += sum(len(jobs[-1][name] or "") for name in JSON_COLUMNS)
+            if size > PAGE_TEXT:
+                break
+        return jobs, place if len(jobs) < len(places) else None
+
+    def places_by_id(self, execute, jobix, stage, state, after, limit):
+        """Return up to `limit` ids that follow `after`, in order."""
+        key = {"jobix": jobix, "after": after, "limit": limit}
+        if after is None:
+            key["after"] = -1
+        if stage is None and state is None:
+            return [row["jobid"] for row in execute(SQL.PAGE, key)]
+        if state == "expired":
+            pages = self.expired_pages(execute, stage, key)
+        else:
+            pages = self.group_pages(execute, stage, state, key)
+        return sorted(jobid for page in pages for jobid, in page)[:limit]
+
+    def expired_pages(self, execute, stage, key):
+        """Yield a page of the expired jobs of each group."""
+        for group in self.groups(execute, key["jobix"], STATES, stage):
+            if group["expired"]:
+                yield execute(SQL.EXPIRED_PAGE, dict(group, **key))
+
+    def group_pages(self, execute, stage, state, key):
+        """Yield a page of each group of jobs, lane and priority there is."""
+        states = STATES if state is None else (state,)
+        for group in self.groups(execute, key["jobix"], states, stage):
+            for lane in lanes(group["state"]):
+                part = dict(group, lane=lane, priority=2**31, **key)
+                while part["priority"] is not None:
+                    yield execute(SQL.GROUP_PAGE, part)
+                    found = execute(SQL.NEXT_PRIORITY, part).fetchone()
+                    part["priority"] = found[0]
+
+    def places_by_time(self, execute, jobix, stage, state, after, limit):
+        """Return up to `limit` pairs (since, id) that follow `after`."""
+        marked = state == "expired"
+        states = STATES if marked or state is None else (state,)
+        since, jobid = after or (-1, -1)
+        places = []
+        for group in self.groups(execute, jobix, states, stage):
+            for expired in range(int(marked), 1 + bool(group["expired"])):
+                key = dict(group, expired=expired, since=since, after=jobid)
+                same = dict(key, limit=limit)
+                found = execute(SQL.SAME_AGE, same).fetchall()
+                rest = dict(key, limit=limit - len(found))
+                found += execute(SQL.YOUNGER, rest).fetchall()
+                places += map(tuple, found)
+        return sorted(places)[:limit]
 
     @query
     def workers(self, execute, jobix, *, within):
@@ -1926,12 +2116,31 @@ class Store:
         now = self.clock()
         key = {"jobix": jobix, "since": now - within}
         return now, [
-            dict(row, stages=from_json(row["stages"] or "null"))
+            dict(
+                row, stages=from_json(row["stages"] or "null"),
+                drain=bool(row["drain"]),
+            )
             for row in execute(SQL.WORKERS, key)
         ]
 
     @query
-    def failures(self, execute, jobix, *, limit):
+    def failures(self, execute, jobix):
+        """Return how many jobs are failed, and those failed of late.
+
+        The latter are rows with jobid, stage, exit_code, error, stderr,
+        worker and host, at most FAILURES_READ.
+        """
+        failed, rows = 0, []
+        for group in self.groups(execute, jobix, ("failed",), None):
+            failed += group["jobs"]
+            for expired in (0, 1):
+                limit = FAILURES_READ - len(rows)
+                key = dict(group, expired=expired, limit=limit)
+                rows += execute(SQL.FAILURES, key).fetchall()
+        return failed, rows
+
+    @query
+    def some_failed(self, execute, jobix, *, limit):
         """Return some failed jobs: jobid, jobcmd, and how they ended."""
         ids = self.ids_in(jobix, states=("failed",), stage=None)
         keys = [{"jobix": jobix, "jobid": i} for i in sorted(ids)[:limit]]
@@ -2051,28 +2260,30 @@ class Request:
         return unpack(self.body)
 
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>jobman</title>
-<meta name="viewport" content="width=device-width">
-<style>body{font-family:sans-serif;margin:2em}td,th{text-align:right;
-padding:.2em .8em}</style>
-<h1>jobman %(version)s</h1>
-%(content)s
-</html>
-"""
-
-
 class Response:
     """The answer to a Request: status, bytes, content type, headers."""
 
     def __init__(self, status, body, kind, headers=()):
         self.status = status
         self.body = body
-        self.headers = [
-            ("Content-Type", kind),
-            ("Content-Length", str(len(body))),
-            ("Cache-Control", "no-store"),
-            *headers,
+        self.kind = kind
+        self.more = [("Cache-Control", "no-store"), *headers]
+
+    @property
+    def headers(self):
+        """The header lines, pairs of name and value."""
+        if self.status == 304:  # says nothing of a body
+            return self.more
+        length = str(len(self.body))
+        return [
+            ("Content-Type", self.kind), ("Content-Length", length), *self.more
+        ]
+
+    def deflate(self):
+        """Deflate the body."""
+        self.body = zlib.compress(self.body, 1)
+        self.more += [
+            ("Content-Encoding", "deflate"), ("Vary", "Accept-Encoding")
         ]
 
     @classmethod
@@ -2089,18 +2300,6 @@ class Response:
     def text(cls, text):
         """Answer with a line of plain text."""
         return cls(200, text.encode(), "text/plain; charset=utf-8")
-
-    @classmethod
-    def page(cls, content, status=200, headers=()):
-        """Answer with a page around the markup `content`."""
-        policy = "default-src 'none'; style-src 'unsafe-inline'"
-        body = PAGE % {"content": content, "version": __version__}
-        return cls(
-            status,
-            body.encode("utf-8", "backslashreplace"),
-            "text/html; charset=utf-8",
-            [("Content-Security-Policy", policy), *headers],
-        )
 
 
 def in_text(reader):
@@ -2213,6 +2412,18 @@ def read_state(value, name):
     """Read the name of a state."""
     if value not in STATES:
         raise Error(400, "%s must be one of %s." % (name, ", ".join(STATES)))
+    return value
+
+
+def read_mark(value, name):
+    """Read the name of a state, or that of the mark `expired`."""
+    return value if value == "expired" else read_state(value, name)
+
+
+def read_order(value, name):
+    """Read what jobs are in order of."""
+    if value not in ("id", "time"):
+        raise Error(400, "%s must be id or time." % name)
     return value
 
 
@@ -2330,103 +2541,7 @@ def read_result(given):
     }
 
 
-# ----------------------------------------------------------------- pages ---
-
-
-def table(heads, rows):
-    """Return the markup of a table of numbers and texts."""
-
-    def line(cell, values):
-        cells = "".join(
-            "<%s>%s</%s>" % (cell, html.escape(str(value)), cell)
-            for value in values
-        )
-        return "<tr>%s</tr>" % cells
-
-    body = "\n".join(line("td", row) for row in rows)
-    return "<table>\n%s\n%s\n</table>" % (line("th", heads), body)
-
-
-def caller(store, request):
-    """Return a page's jobix, by the header or, without a script, HTTP Basic.
-
-    None when there is none, or a bad one: a page is for everybody.
-    """
-    scheme, _, login = request.headers.get("authorization", "").partition(" ")
-    plain = request.path == "/get" and request.query == "plain=1"
-    if plain and scheme.lower() == "basic":
-        with contextlib.suppress(ValueError):
-            _, _, password = base64.b64decode(login).partition(b":")
-            request.headers["jobix"] = password.decode("ascii")
-    with contextlib.suppress(Error):
-        request.identify(store)
-    return request.jobix
-
-
-def workers_table(store, jobix):
-    """Return the markup of the workers there are, or that are quarantined.
-
-    Nothing when there are none.
-    """
-    now, heard = store.workers(jobix, within=86400)
-    columns = (
-        "name", "host", "stages", "slots", "busy", "done", "failed",
-        "quarantine",
-    )
-    for worker in heard:
-        worker["stages"] = ", ".join(map(str, worker["stages"] or ()))
-    rows = [
-        ["" if worker[name] is None else worker[name] for name in columns]
-        + ["%d s ago" % (now - worker["heard"])]
-        for worker in heard
-        if worker["quarantine"] or now - worker["heard"] <= 600
-    ]
-    heads = "worker", *columns[1:], "heard"
-    return table(heads, rows) if rows else ""
-
-
-def dashboard(store, request):
-    """Show the figures of the caller's jobs, and nothing without a jobix."""
-    jobix = caller(store, request)
-    if jobix is None and request.query == "plain=1":
-        challenge = ("WWW-Authenticate", 'Basic realm="jobix as password"')
-        refused = "<p>The password is your jobix.</p>"
-        return Response.page(refused, 401, [challenge])
-    if jobix is None:
-        link = '<p><a href="/get?plain=1">Show my jobs</a> (the password is'
-        return Response.page(link + " your jobix, the user name any).</p>")
-    figures = store.status(jobix)
-    rows = [
-        (stage["stage"], stage["jobs"], stage["expired"])
-        + tuple(stage["states"][state] for state in STATES)
-        for stage in figures["stages"]
-    ]
-    totals = figures["totals"]
-    rows.append(
-        ("all", totals["jobs"], totals["expired"])
-        + tuple(totals["states"][state] for state in STATES)
-    )
-    renew = '<meta http-equiv="refresh" content="10">'
-    heads = ("stage", "jobs", "expired", *STATES)
-    shown = renew + table(heads, rows) + workers_table(store, jobix)
-    return Response.page(shown)
-
-
-def lifetime_page(store, request):
-    """Show the lifetimes of the caller's stages in minutes."""
-    jobix = caller(store, request)
-    rows = store.lifetimes(jobix).items() if jobix is not None else ()
-    return Response.page(table(("stage", "lifetime in minutes"), rows))
-
-
 # ------------------------------------------------------------- endpoints ---
-
-
-def greet(store, request):
-    """Say who is here; a browser gets the dashboard."""
-    if "text/html" in request.headers.get("accept", ""):
-        return dashboard(store, request)
-    return Response.text("This is jobman %s, a job manager." % __version__)
 
 
 def lifetimes(store, request):
@@ -2622,13 +2737,31 @@ def heartbeat(store, request):
     )
     if not pairs:
         raise Error(400, "claims must be a list of pairs [jobid, token].")
-    lost = store.heartbeat(
+    lost, drain = store.heartbeat(
         request.jobix,
         claims=[(JOBID(i, "jobid"), token(t, "claim")) for i, t in claims],
         lease=period(given["lease"], "lease"),
         worker=read_worker(given),
     )
-    return Response.json({"lost": lost, "drain": False})
+    return Response.json({"lost": lost, "drain": drain})
+
+
+def drain(store, request, *name):
+    """Tell a worker to claim no more, or, as /undrain, to go on.
+
+    A name with slashes in it comes as several parts.
+    """
+    name = "/".join(name)
+    drain = request.path.startswith("/drain/")
+    store.drain(request.jobix, name, drain=drain)
+    return Response.json({"worker": name, "drain": drain})
+
+
+def pause(store, request, stage):
+    """Hand out nothing of a stage, or, as /resume, go on."""
+    paused = request.path.startswith("/pause/")
+    store.pause(request.jobix, stage, paused=paused)
+    return Response.json({"stage": stage, "paused": paused})
 
 
 def check_stages(store, request, old=None, new=None):
@@ -2686,6 +2819,25 @@ def cancel(store, request):
     return Response.json({"cancelled": cancelled})
 
 
+def tagged(request, text, same=None):
+    """Answer with JSON text, or with 304 when the caller has it already.
+
+    `same` is what has to be the same for that, if not all of it. RFC 9110
+    has the headers; the tag is weak, for `same` may leave something out.
+    """
+    same = text if same is None else same
+    tag = 'W/"%s"' % hashlib.sha256(same.encode("ascii")).hexdigest()[:24]
+    if tag in request.headers.get("if-none-match", ""):
+        return Response(304, b"", None, [("ETag", tag)])
+    return Response.json_text(text, headers=[("ETag", tag)])
+
+
+def timed(request, now, value):
+    """Answer as `tagged` with `value` and the time, which alone isn't news."""
+    text = to_json(value)
+    return tagged(request, '{"time": %s, %s' % (to_json(now), text[1:]), text)
+
+
 def shown(job, **more):
     """Return, in JSON, a job but its token, and `more`, JSON already."""
     job["expired"] = bool(job["expired"])
@@ -2700,35 +2852,82 @@ def job(store, request, jobid):
     if found is None:
         raise Error(404, "There is no job %d." % jobid)
     job, attempts = found
-    return Response.json_text(shown(job, attempts=to_json(attempts)))
+    return tagged(request, shown(job, attempts=to_json(attempts)))
+
+
+def read_place(text, order):
+    """Return where a page goes on, as an earlier answer's `after` says."""
+    if order == "id":
+        return JOBID(number(text), "after")
+    since, _, jobid = text.partition(",")
+    try:
+        return float(since), JOBID(number(jobid), "after")
+    except ValueError:
+        raise Error(400, "after must be that of an earlier answer.") from None
 
 
 def jobs(store, request):
     """Show a page of jobs."""
     given = request.options(
         stage=in_text(STAGE),
-        state=read_state,
-        after=in_text(JOBID),
+        state=read_mark,
+        order=read_order,
+        after=word,
         limit=in_text(integer(1, 10**25)),
     )
     given["limit"] = min(given["limit"] or 100, MAX_PAGE)
-    if given["after"] is None:
-        given["after"] = -1  # before all
+    given["order"] = given["order"] or "id"
+    if given["after"] is not None:
+        given["after"] = read_place(given["after"], given["order"])
     page, after = store.jobs(request.jobix, **given)
+    if type(after) is tuple:
+        after = "%r,%d" % after
     text = '{"jobs": [%s], "after": %s}'
     listed = ", ".join(shown(job) for job in page)
-    return Response.json_text(text % (listed, to_json(after)))
+    return tagged(request, text % (listed, to_json(after)))
 
 
 def workers(store, request):
     """Show the workers that were heard of in the last day."""
     now, heard = store.workers(request.jobix, within=86400)
-    return Response.json({"time": now, "workers": heard})
+    return timed(request, now, {"workers": heard})
+
+
+def last_line(text):
+    """Return the last line of `text` that isn't empty, None without one."""
+    return ((text or "").strip().splitlines() or [None])[-1]
+
+
+def failures(store, request):
+    """Show the failed jobs of late in groups of one reason each."""
+    failed, rows = store.failures(request.jobix)
+    groups = {}
+    for row in rows:
+        message = last_line(row["stderr"]) or last_line(row["error"])
+        host = row["host"] or row["worker"]
+        key = row["stage"], row["exit_code"], message, host
+        groups.setdefault(key, []).append(row["jobid"])
+    names = "stage", "exit_code", "message", "host"
+    listed = [
+        dict(zip(names, key), jobs=len(ids), ids=ids)
+        for key, ids in groups.items()
+    ]
+    listed.sort(key=lambda group: -group["jobs"])
+    counts = {"failed": failed, "looked_at": len(rows)}
+    return tagged(request, to_json(dict(counts, groups=listed)))
+
+
+def pace(store, request):
+    """Show how fast jobs became done, as time went."""
+    given = request.options(minutes=in_text(integer(1, 10**7)))
+    pace = store.pace(request.jobix, given["minutes"])
+    return timed(request, pace.pop("time"), pace)
 
 
 def status(store, request):
     """Show the figures."""
-    return Response.json(store.status(request.jobix))
+    figures = store.status(request.jobix)
+    return timed(request, figures.pop("time"), figures)
 
 
 def health(store, request):
@@ -2737,7 +2936,268 @@ def health(store, request):
     return Response.json({"status": "ok", "version": __version__})
 
 
+# ----------------------------------------------------------------- pages ---
+
+# What a page may do: only what is in itself, named by its hash.
+POLICY = (
+    "default-src 'none'; script-src %(script)s; style-src %(style)s; "
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'"
+)
+PLAIN = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>%(title)s</title>
+<meta name="viewport" content="width=device-width">
+<style>
+:root { color-scheme: light dark }
+body { font-family: sans-serif; margin: 2em }
+th, td { text-align: left; padding: .2em .8em .2em 0; vertical-align: top }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+</style>
+%(content)s
+</html>
+"""
+
+
+def beside(name):
+    """Return the path of a file that is copied beside this one."""
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+
+
+def policy(page):
+    """Return the Content-Security-Policy of a page, a text."""
+    sources = {}
+    for kind in ("script", "style"):
+        texts = re.findall("<%s>(.*?)</%s>" % (kind, kind), page, re.S)
+        hashes = (hashlib.sha256(utf8(text)).digest() for text in texts)
+        names = (base64.b64encode(digest).decode() for digest in hashes)
+        named = " ".join("'sha256-%s'" % name for name in names)
+        sources[kind] = named or "'none'"
+    return POLICY % sources
+
+
+def utf8(text):
+    """Return `text` as bytes, what UTF-8 lacks as escapes."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def show(page, status=200, headers=()):
+    """Answer with a page."""
+    guards = [
+        ("Content-Security-Policy", policy(page) + "; frame-ancestors 'none'"),
+        ("Referrer-Policy", "no-referrer"),
+        ("X-Content-Type-Options", "nosniff"),
+    ]
+    kind = "text/html; charset=utf-8"
+    return Response(status, utf8(page), kind, [*guards, *headers])
+
+
+def plain(content, title="jobman"):
+    """Return a page around the markup `content`."""
+    return PLAIN % {"content": content, "title": html.escape(title)}
+
+
+def row(cell, values):
+    """Return the markup of a row of a table; `cell` is that of each value."""
+    texts = ("" if value is None else str(value) for value in values)
+    return "<tr>%s</tr>" % "".join(cell % html.escape(t) for t in texts)
+
+
+def table(name, heads, rows):
+    """Return the markup of a heading and a table, none without rows."""
+    if not rows:
+        return ""
+    head = row('<th scope="col">%s</th>', heads)
+    lines = [row("<td>%s</td>", values) for values in rows]
+    parts = "<h2>%s</h2>" % name, "<table>", head, *lines, "</table>"
+    return "\n".join(parts)
+
+
+def span(period):
+    """Return a number of seconds as a person says it: 4:05, 1:00:00."""
+    minutes, rest = divmod(int(period + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return "%d:%02d:%02d" % (hours, minutes, rest)
+    return "%d:%02d" % (minutes, rest)
+
+
+def clock_time(moment):
+    """Return a moment as date and time where this runs."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+
+
+# What is seen of jobs at a glance: a name, the call that gives it, options.
+GLANCE = (
+    ("status", status, {}),
+    ("hour", pace, {"minutes": 60}),
+    ("all", pace, {}),
+    ("workers", workers, {}),
+    ("failures", failures, {}),
+    ("expired", jobs, {"state": "expired", "order": "time"}),
+    ("failed", jobs, {"state": "failed", "order": "time"}),
+)
+
+
+def glance(store, jobix):
+    """Return what GLANCE names of the jobs of a jobix."""
+    seen = {}
+    for name, endpoint, options in GLANCE:
+        query = urlencode(options)
+        request = Request("GET", "", query, {}, b"", lambda: False)
+        request.jobix = jobix
+        seen[name] = from_json(endpoint(store, request).body.decode())
+    return seen
+
+
+def progress_line(figures):
+    """Return a sentence on how far all jobs are."""
+    totals = figures["totals"]
+    jobs, done = totals["jobs"], totals["states"]["done"]
+    line = "%d of %d jobs done" % (done, jobs)
+    if jobs:
+        line = "%d %%: %s" % (100 * done // jobs, line)
+    left = figures["seconds_left"]
+    if left is not None:
+        line += ", %.3g a second over the last two minutes, so %s left" % (
+            figures["rate"], span(left)
+        )
+        if left:
+            line += ", until " + clock_time(figures["time"] + left)
+    return line + "."
+
+
+def stages_table(figures):
+    """Return the markup of the stages' figures."""
+    rows = []
+    for stage in [*figures["stages"], dict(figures["totals"], stage="all")]:
+        name = "%s%s" % (stage["stage"], ", paused" * stage.get("paused", 0))
+        counts = [stage["states"][state] for state in STATES]
+        lifetime = stage.get("lifetime") or ""
+        rows.append([name, stage["jobs"], stage["expired"], *counts, lifetime])
+    heads = "stage", "jobs", "expired", *STATES, "lifetime in minutes"
+    return table("Stages", heads, rows)
+
+
+def workers_table(heard):
+    """Return the markup of the workers there are, or that are quarantined."""
+    columns = "name", "host", "slots", "busy", "done", "failed", "quarantine"
+    rows = []
+    for worker in heard["workers"]:
+        ago = heard["time"] - worker["heard"]
+        if worker["quarantine"] or ago <= 600:
+            stages = ", ".join(map(str, worker["stages"] or ()))
+            drain = "yes" if worker["drain"] else ""
+            rows.append([worker[name] for name in columns]
+                        + [drain, stages, span(ago) + " ago"])
+    heads = "worker", *columns[1:], "drained", "stages", "heard"
+    return table("Workers", heads, rows)
+
+
+def jobs_table(name, page):
+    """Return the markup of a page of jobs."""
+    rows = []
+    for job in page["jobs"]:
+        command = job["jobcmd"]
+        command = command if type(command) is str else to_json(command)
+        rows.append((
+            job["jobid"], job["stage"], job["state"],
+            clock_time(job["since"]), command[:200], job["filename"],
+        ))
+    heads = "job", "stage", "state", "there since", "command", "file"
+    return table(name, heads, rows)
+
+
+def plain_view(seen):
+    """Return what `glance` has seen as a page that renews itself."""
+    figures, failures = seen["status"], seen["failures"]
+    groups = [
+        [group[name] for name in ("jobs", "stage", "exit_code", "message",
+                                  "host")]
+        for group in failures["groups"]
+    ]
+    heads = "jobs", "stage", "exit code", "message", "host"
+    line = progress_line(figures)
+    return plain("\n".join((
+        '<meta http-equiv="refresh" content="10">',
+        "<h1>jobman %s</h1>" % figures["version"],
+        "<p>%s<p>As of %s." % (line, clock_time(figures["time"])),
+        stages_table(figures),
+        workers_table(seen["workers"]),
+        jobs_table("Expired jobs", seen["expired"]),
+        table("Failures", heads, groups),
+        jobs_table("Failed jobs", seen["failed"]),
+    )), "jobman: " + line)
+
+
+def caller(store, request):
+    """Return a page's jobix, by the header or, without a script, HTTP Basic.
+
+    None when there is none, or a bad one: a page is for everybody.
+    """
+    scheme, _, login = request.headers.get("authorization", "").partition(" ")
+    basic = request.path == "/get" and request.query == "plain=1"
+    if basic and scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            _, _, password = base64.b64decode(login).partition(b":")
+            request.headers["jobix"] = password.decode("ascii")
+    with contextlib.suppress(Error):
+        request.identify(store)
+    return request.jobix
+
+
+def dashboard_file():
+    """Return the text of dashboard.html, None where it isn't beside us."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        with open(beside("dashboard.html"), encoding="utf-8") as file:
+            return file.read()
+
+
+LINK = """<p><a href="/get?plain=1">Show my jobs</a> (the password is your
+jobix, the user name any).</p>"""
+
+
+def dashboard(store, request):
+    """Show the page; what it shows it asks for itself, with a jobix.
+
+    Where there is no script, or no dashboard.html, a plain page does it.
+    """
+    wanted = request.query == "plain=1"
+    page = None if wanted else dashboard_file()
+    if page is not None:
+        return show(page)
+    jobix = caller(store, request)
+    if jobix is not None:
+        return show(plain_view(glance(store, jobix)))
+    if not wanted:
+        return show(plain(LINK))
+    challenge = ("WWW-Authenticate", 'Basic realm="jobix as password"')
+    refused = "<p>The password is your jobix.</p>"
+    return show(plain(refused), 401, [challenge])
+
+
+def greet(store, request):
+    """Say who is here; a browser gets the dashboard."""
+    if "text/html" in request.headers.get("accept", ""):
+        return dashboard(store, request)
+    return Response.text("This is jobman %s, a job manager." % __version__)
+
+
+def lifetime_page(store, request):
+    """Show the lifetimes of the caller's stages in minutes."""
+    jobix = caller(store, request)
+    rows = store.lifetimes(jobix).items() if jobix is not None else ()
+    heads = "stage", "lifetime in minutes"
+    return show(plain(table("Lifetimes", heads, rows) or "<p>None.</p>"))
+
+
 # ---------------------------------------------------------------- routes ---
+
+
+def any_part(text, name):
+    """Read a part of a path as it is."""
+    return text
+
 
 PARAMETERS = {
     "stage": in_text(STAGE),
@@ -2747,6 +3207,7 @@ PARAMETERS = {
     "new": in_text(STAGE),
     "jobid": in_text(JOBID),
     "minutes": in_text(MINUTES),
+    "worker": any_part,
 }
 
 # Method, path and endpoint. A path's last parameter may end in "…": then
@@ -2775,8 +3236,14 @@ ROUTES = (
     ("GET", "/check_stages/<old>/<new>", check_stages),
     ("POST", "/retry", retry),
     ("POST", "/cancel", cancel),
+    ("POST", "/pause/<stage>", pause),
+    ("POST", "/resume/<stage>", pause),
+    ("POST", "/drain/<worker…>", drain),
+    ("POST", "/undrain/<worker…>", drain),
     ("GET", "/status", status),
+    ("GET", "/pace", pace),
     ("GET", "/workers", workers),
+    ("GET", "/failures", failures),
     ("GET", "/jobs", jobs),
     ("GET", "/job/<jobid>", job),
 )
@@ -2821,6 +3288,21 @@ def find_route(request):
     return endpoint, read_arguments(names, texts)
 
 
+DEFLATED_FROM = 1000  # bytes of an answer
+
+
+def deflated(request, response):
+    """Return `response`, deflated where it is long and the caller asks.
+
+    RFC 9110 calls zlib's format deflate. No client but browsers asks.
+    """
+    accepted = request.headers.get("accept-encoding", "").replace(" ", "")
+    wanted = re.search(r"\bdeflate(?!;q=0(\.0*)?(,|$))", accepted)
+    if wanted and len(response.body) >= DEFLATED_FROM:
+        response.deflate()
+    return response
+
+
 def refusal(error):
     """Return the Response that an Error is."""
     headers = list(error.headers.items())
@@ -2833,7 +3315,7 @@ def respond(store, request):
         endpoint, arguments = find_route(request)
         if endpoint not in PUBLIC:
             request.identify(store)  # or Error 403 before anything else
-        return endpoint(store, request, *arguments)
+        return deflated(request, endpoint(store, request, *arguments))
     except Error as error:
         return refusal(error)
     except sqlite3.Error as error:
@@ -3291,8 +3773,7 @@ def printable(text):
 
 def worker_script():
     """Return the path of worker.py; raise Trouble where it is missing."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    script = os.path.join(folder, "worker.py")
+    script = beside("worker.py")
     if not os.path.exists(script):
         raise Trouble("%s is needed; copy it there." % script)
     return script
@@ -3405,7 +3886,7 @@ def logs(options):
             shown = began, stage, attempt
             say("--- stage %d, attempt %d, %s, %s" % (
                 stage, attempt, os.path.basename(path).rsplit(".", 3)[0],
-                time.strftime("%F %T", time.localtime(began / 1000))))
+                clock_time(began / 1000)))
         with open(path, "rb") as file:
             file.seek(offset)
             target = sys.stdout if stream == 1 else sys.stderr
@@ -3584,7 +4065,7 @@ class Run:
     def failures(self):
         """Return a line on each of the first few jobs that failed."""
         jobix = self.store.jobix
-        for job in self.store.failures(jobix, limit=self.NAMED):
+        for job in self.store.some_failed(jobix, limit=self.NAMED):
             last = (job["stderr"] or "").strip().rpartition("\n")[2]
             item = from_json(job["jobcmd"])[-1]
             line = "failed: %s (%s) %s" % (item, job["error"], last)
@@ -3595,15 +4076,6 @@ def bar(part, width=20):
     """Return a bar of which `part` (0 to 1) is full, and its percentage."""
     full = int(part * width)
     return "[%s%s] %3d%%" % ("#" * full, "." * (width - full), part * 100)
-
-
-def span(period):
-    """Return a number of seconds as a person says it: 4:05, 1:00:00."""
-    minutes, rest = divmod(int(period + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return "%d:%02d:%02d" % (hours, minutes, rest)
-    return "%d:%02d" % (minutes, rest)
 
 
 class Progress:

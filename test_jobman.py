@@ -13,7 +13,9 @@ import atexit
 import base64
 import contextlib
 import fcntl
+import functools
 import gzip
+import hashlib
 import http.client
 import io
 import itertools
@@ -359,9 +361,12 @@ class StoreCase(TemporaryFolder):
                 " group by 1, 2, 3 order by 1, 2, 3"
             ).fetchall()
             free = db.execute(
-                "select count(*) from job where free != (state in"
+                "select count(*) from job where (free = 1) != (state in"
                 " ('waiting', 'done') or (state = 'working' and"
-                " lease is null))"
+                " lease is null)) or (free != 1 and -free != case state"
+                " when 'delayed' then 1 when 'blocked' then 2"
+                " when 'working' then 3 when 'failed' then 5"
+                " when 'cancelled' then 6 when 'aborted' then 7 end)"
             ).fetchone()
         self.assertEqual(real, kept)
         self.assertEqual((0,), free)
@@ -706,9 +711,73 @@ class ContractTest(StoreCase):
             )
             self.assertEqual(200, reply.status)
             self.assertNotIn("77", reply.text)
-        reply = self.call("/get")
+        reply = self.call("/get?plain=1")
         self.assertEqual(200, reply.status)
         self.assertIn("<td>77</td>", reply.text)
+
+    def test_a_page_uses_nothing_but_itself(self):
+        for path in ("/get", "/get?plain=1", "/lifetime", "/"):
+            page = self.call(path, Accept="text/html")
+            policy = page.headers["content-security-policy"].split("; ")
+            for rule in ("default-src 'none'", "connect-src 'self'",
+                         "base-uri 'none'", "form-action 'none'",
+                         "frame-ancestors 'none'"):
+                self.assertIn(rule, policy)
+            for kind in ("script", "style"):
+                texts = re.findall(
+                    "<%s>(.*?)</%s>" % (kind, kind), page.text, re.S)
+                self.assertEqual(len(texts), page.text.count("<%s>" % kind))
+                hashes = "".join(" 'sha256-%s'" % base64.b64encode(
+                    hashlib.sha256(text.encode()).digest()
+                ).decode() for text in texts)
+                self.assertIn(kind + "-src" + (hashes or " 'none'"), policy)
+            self.assertEqual("no-referrer", page.headers["referrer-policy"])
+            self.assertEqual(
+                "nosniff", page.headers["x-content-type-options"])
+
+    def test_a_plain_page_stands_in_for_a_dashboard_that_is_not_there(self):
+        self.set_jobs([1], stage=77)
+        self.assertNotIn("<td>77</td>", self.call("/get").text)
+        beside = jobman.beside
+        self.addCleanup(setattr, jobman, "beside", beside)
+        jobman.beside = self.path
+        self.assertIn("<td>77</td>", self.call("/get").text)
+        page = exchange(self.address, "GET", "/get").text
+        self.assertIn('href="/get?plain=1"', page)
+        self.assertNotIn("77", page)
+        with open(self.path("dashboard.html"), "wb") as file:
+            file.write(b"\xff")
+        self.assertIn("<td>77</td>", self.call("/get").text)
+
+    def test_the_plain_page_shows_the_figures_and_renews_itself(self):
+        def cells(*values):
+            return "".join("<td>%s</td>" % value for value in values)
+
+        self.ok("/init/1/0/0/0")
+        self.set_jobs({1: "a", 2: {"b": "<b>\udcff"}, 3: "late"},
+                      max_attempts=1, filename="out<1>")
+        self.ok("/get/2")
+        self.update(self.get(0), 3)
+        self.clock.advance(61)
+        claimed = self.get(0, worker="w")
+        self.fail(claimed, exit_code=3, stderr="x\n<i>bad</i>\n")
+        self.store.tick()
+        self.ok("/pause/1", {})
+        page = self.call("/get?plain=1").text
+        for text in (
+            '<meta http-equiv="refresh" content="10">',
+            "33 %: 1 of 3 jobs done", cells(0, 2, 1, 1, 0),
+            cells("1, paused", 0), "<h2>Expired jobs</h2>",
+            cells(3, 0, "waiting", "2020-")[:-5],
+            cells("late", "out&lt;1&gt;"), "<h2>Failures</h2>",
+            cells(1, 0, 3, "&lt;i&gt;bad&lt;/i&gt;"),
+            "<h2>Failed jobs</h2>", "&lt;b&gt;\\udcff", "left, until 2020-",
+        ):
+            self.assertIn(text, page)
+        self.assertNotIn("<i>", page)
+        empty = self.call("/get?plain=1", jobix=1).text
+        self.assertIn("0 of 0 jobs done.", empty)
+        self.assertNotIn("<h2>F", empty)
 
     def test_the_plain_page_takes_the_jobix_as_password(self):
         self.set_jobs([1], stage=77)
@@ -732,21 +801,23 @@ class ContractTest(StoreCase):
 
         beat("hurt", quarantine="<b>no disk</b>", slots=0)
         beat("silent")
-        self.assertIn("<td>silent</td>", self.call("/get").text)
+        self.assertIn("<td>silent</td>", self.call("/get?plain=1").text)
         self.clock.advance(601)
         beat("<i>busy", host="node7", stages=[2, 0], slots=16, busy=3)
+        self.ok("/drain/<i>busy", {})
         self.clock.advance(2)
-        page = self.call("/get").text
+        page = self.call("/get?plain=1").text
         self.assertNotIn("silent", page)
         self.assertNotIn("None", page)
         for cells in (
-            ("&lt;i&gt;busy", "node7", "2, 0", 16, 3, "", "", "", "2 s ago"),
-            ("hurt", "", "", 0, "", "", "", "&lt;b&gt;no disk&lt;/b&gt;",
-             "603 s ago"),
+            ("&lt;i&gt;busy", "node7", 16, 3, "", "", "", "yes", "2, 0",
+             "0:02 ago"),
+            ("hurt", "", 0, "", "", "", "&lt;b&gt;no disk&lt;/b&gt;", "", "",
+             "10:03 ago"),
         ):
             row = "<tr>%s</tr>" % "".join("<td>%s</td>" % c for c in cells)
             self.assertIn(row, page)
-        self.assertNotIn("hurt", self.call("/get", jobix=1).text)
+        self.assertNotIn("hurt", self.call("/get?plain=1", jobix=1).text)
 
     def test_lifetimes_are_numbers_and_a_page(self):
         self.assertEqual(0, self.ok("/lifetime/3"))
@@ -1111,8 +1182,9 @@ class ClaimTest(StoreCase):
         self.clock.advance(9)
         self.beat("second")
         heard = dict(self.ABOUT, name="first", heard=self.clock() - 9)
+        heard["drain"] = False
         blank = dict.fromkeys(self.ABOUT)
-        blank.update(name="second", heard=self.clock())
+        blank.update(name="second", heard=self.clock(), drain=False)
         self.assertEqual([blank, heard], self.ok("/workers")["workers"])
         self.assertEqual([], self.ok("/workers", jobix=1)["workers"])
         self.clock.advance(86400 - 8)
@@ -1140,6 +1212,70 @@ class ClaimTest(StoreCase):
         )
         self.beat("b")
         self.assertIn(("b", None), self.workers("name", "quarantine"))
+
+    def test_a_drained_worker_is_told_until_it_is_undrained(self):
+        for name in ("n\u00e4 1/x:7", "b"):
+            self.assertFalse(self.beat(name)["drain"])
+        path = "drain/n%C3%A4%201/x:7"
+        self.assertEqual({"worker": "n\u00e4 1/x:7", "drain": True},
+                         self.ok("/" + path, {}))
+        for _ in range(2):
+            self.assertTrue(self.beat("n\u00e4 1/x:7", busy=1)["drain"])
+            self.assertFalse(self.beat("b")["drain"])
+        self.assertEqual({("n\u00e4 1/x:7", True), ("b", False)},
+                         set(self.workers("name", "drain")))
+        self.assertEqual({"worker": "n\u00e4 1/x:7", "drain": False},
+                         self.ok("/un" + path, {}))
+        self.assertFalse(self.beat("n\u00e4 1/x:7")["drain"])
+
+    def test_only_a_worker_that_was_heard_of_can_be_drained(self):
+        self.beat("a")
+        self.assertReply(404, self.post("/drain/b", {}))
+        self.assertReply(404, self.post("/undrain/b", {}))
+        self.assertReply(404, self.post("/drain/a", {}, jobix=1))
+        self.assertReply(405, self.call("/drain/a"))
+        self.assertFalse(self.beat("a")["drain"])
+        self.ok("/drain/a", {})
+        self.beat("a", ended=True)
+        self.assertFalse(self.beat("a")["drain"])
+
+    def test_nothing_is_handed_out_of_a_paused_stage(self):
+        self.set_jobs([1, 2])
+        self.set_jobs([3], stage=2)
+        self.assertEqual({"stage": 0, "paused": True},
+                         self.ok("/pause/0", {}))
+        self.ok("/pause/0", {})
+        self.assertEqual("nada", self.get(0))
+        self.assertEqual(3, self.get("0,2")["jobid"])
+        self.assertEqual([], self.get(0, n=5))
+        figures = self.ok("/status")["stages"]
+        self.assertEqual({0: True, 3: False},
+                         {s["stage"]: s["paused"] for s in figures})
+        self.restart()
+        self.assertEqual("nada", self.get(0))
+        self.assertEqual({"stage": 0, "paused": False},
+                         self.ok("/resume/0", {}))
+        self.assertEqual([1, 2], [j["jobid"] for j in self.get(0, n=5)])
+
+    def test_a_pause_leaves_other_stages_jobix_and_claims_alone(self):
+        self.set_jobs([1, 2])
+        claimed = self.get(0)
+        self.ok("/pause/0", {})
+        self.assertReply(200, self.post(
+            "/set", {1: {"jobstage": 0}}, jobix=8))
+        self.assertEqual(1, self.ok("/get/0", jobix=8)["jobid"])
+        self.assertReply(200, self.update(claimed, 0))
+        self.assertEqual("nada", self.get(0))
+        self.assertEqual([0], [
+            s["stage"] for s in self.ok("/status")["stages"] if s["paused"]])
+        self.assertReply(405, self.call("/pause/0"))
+        self.assertReply(400, self.post("/pause/x", {}))
+
+    def test_an_empty_stage_can_be_paused_and_shows_it(self):
+        self.ok("/pause/7", {})
+        figure, = self.ok("/status")["stages"]
+        self.assertEqual((7, 0, True), (
+            figure["stage"], figure["jobs"], figure["paused"]))
 
     def test_a_worker_of_another_jobix_is_another(self):
         other = {"worker": "w", "lease": 60, "claims": [], "ended": True}
@@ -1871,10 +2007,11 @@ class ShowTest(StoreCase):
         self.assertNotIn(job["claim"], json.dumps(shown))
         self.assertEqual([
             {"attempt": 1, "stage": 0, "target": None, "worker": "w1",
-             "started": now - 3, "ended": now - 3, "outcome": "failed",
-             "exit_code": 9, "error": "no", "stderr": "s"},
+             "host": None, "started": now - 3, "ended": now - 3,
+             "outcome": "failed", "exit_code": 9, "error": "no",
+             "stderr": "s"},
             {"attempt": 2, "stage": 0, "target": 2, "worker": "w2",
-             "started": now, "ended": now, "outcome": "done",
+             "host": None, "started": now, "ended": now, "outcome": "done",
              "exit_code": None, "error": None, "stderr": None},
         ], attempts)
 
@@ -1948,7 +2085,7 @@ class ShowTest(StoreCase):
         ):
             self.assertEqual((ids, None), self.page(query), query)
         for query in ("state=lost", "stage=x", "stage=-1", "limit=0",
-                      "limit=x", "after=-1", "after=x", "order=id"):
+                      "limit=x", "after=-1", "after=x", "order=x"):
             self.assertReply(400, self.call("/jobs?" + query))
 
     def replace(self, name, value):
@@ -1956,15 +2093,104 @@ class ShowTest(StoreCase):
         self.addCleanup(setattr, jobman, name, getattr(jobman, name))
         setattr(jobman, name, value)
 
-    def test_a_page_looks_at_a_bounded_number_of_jobs(self):
-        self.replace("PAGE_ROWS", 10)
-        self.set_jobs(range(25))
-        self.set_jobs([25], stage=2)
-        self.assertEqual(([], 9), self.page("stage=2"))
-        self.assertEqual(([], 19), self.page("stage=2&after=9"))
-        self.assertEqual(([25], None), self.page("stage=2&after=19"))
-        self.assertEqual((list(range(10)), 9), self.page())
-        self.assertEqual((list(range(7)), 6), self.page("limit=7"))
+    def turn(self, query):
+        """Return the ids on each of the pages there are, to the last."""
+        pages, place = [], ""
+        while place is not None:
+            page, place = self.page(query + "&after=%s" % place
+                                    if place else query)
+            pages.append(page)
+        return pages
+
+    def mixed(self):
+        """Add jobs in several stages, states and priorities, by age."""
+        self.ok("/init/0/0/0/0")
+        for jobid in range(1, 31):
+            self.set_jobs([jobid], stage=jobid % 3, priority=-(jobid % 4),
+                          max_attempts=1)
+            self.clock.advance(1)
+        for stage in (0, 1, 2):
+            for lease in ("", "&lease=9999"):
+                job = self.ok("/get/%d/2?n=1%s" % (stage, lease))[0]
+                self.clock.advance(1)
+            self.ok("/fail_job/%d" % job["jobid"], {})
+            self.clock.advance(1)
+            delayed = self.get(stage, worker="w")
+            self.ok("/fail_job/%d" % delayed["jobid"], {"exit_code": 75})
+            self.clock.advance(1)
+        self.ok("/cancel", {"ids": [29, 30]})
+        self.states()
+        return self.ok("/jobs?limit=100")["jobs"]
+
+    def test_pages_are_in_order_whatever_is_chosen(self):
+        jobs = self.mixed()
+        orders = {
+            "id": lambda job: job["jobid"],
+            "time": lambda job: (job["since"], job["jobid"]),
+        }
+        groups = {(None, None)}
+        for job in jobs:
+            groups |= {(job["stage"], None), (None, job["state"]),
+                       (job["stage"], job["state"])}
+        self.assertGreater(len(groups), 10)
+        for stage, state in groups:
+            query = "limit=4"
+            if stage is not None:
+                query += "&stage=%d" % stage
+            if state is not None:
+                query += "&state=" + state
+            wanted = [
+                job for job in jobs if stage in (None, job["stage"])
+                and state in (None, job["state"])
+            ]
+            for order, key in orders.items():
+                ids = [job["jobid"] for job in sorted(wanted, key=key)]
+                pages = [ids[i : i + 4] for i in range(0, len(ids), 4)]
+                self.assertEqual(
+                    pages, self.turn(query + "&order=" + order),
+                    (query, order),
+                )
+
+    def test_pages_by_time_pass_over_no_job_of_one_moment(self):
+        self.set_jobs(range(7))
+        self.clock.advance(1)
+        self.set_jobs([8, 9])
+        self.assertEqual(
+            [[0, 1, 2], [3, 4, 5], [6, 8, 9]],
+            self.turn("order=time&limit=3"),
+        )
+
+    def test_the_expired_are_shown_in_either_order(self):
+        self.ok("/init/1/1/0")
+        self.set_jobs([5], stage=1)
+        self.clock.advance(1)
+        self.set_jobs([3, 4])
+        self.clock.advance(61)
+        self.set_jobs([1, 2])
+        self.store.tick()
+        for query, pages in (
+            ("order=id&limit=2", [[3, 4], [5]]),
+            ("order=time&limit=2", [[5, 3], [4]]),
+            ("order=time&stage=0", [[3, 4]]),
+            ("order=id&stage=2", [[]]),
+        ):
+            self.assertEqual(pages, self.turn("state=expired&" + query))
+
+    def test_a_job_moves_while_somebody_pages(self):
+        self.set_jobs(range(6))
+        _, place = self.page("limit=3&stage=0")
+        self.get(0), self.get(0), self.get(0), self.get(0)
+        self.assertEqual(
+            ([4, 5], None), self.page("limit=3&stage=0&after=%s" % place))
+
+    def test_bad_places_are_400(self):
+        for query in ("order=time&after=7", "order=time&after=x,7",
+                      "order=time&after=7,x", "order=time&after=7,-1",
+                      "order=id&after=1,2", "order=time&after=,",
+                      "order=age", "after="):
+            self.assertReply(400, self.call("/jobs?" + query))
+        self.assertEqual(
+            ([], None), self.page("order=time&after=nan,7"))
 
     def test_a_page_has_a_bounded_number_of_jobs_and_letters(self):
         self.replace("MAX_PAGE", 5)
@@ -1973,7 +2199,7 @@ class ShowTest(StoreCase):
         self.replace("PAGE_TEXT", 250)
         self.assertEqual((list(range(3)), 2), self.page())
         self.replace("PAGE_TEXT", 10)
-        self.assertEqual(([7], 7), self.page("after=6"))
+        self.assertEqual(([7], None), self.page("after=6"))
         self.assertEqual(([], None), self.page("after=7"))
 
 
@@ -2101,6 +2327,138 @@ class SweepTest(StoreCase):
         figures = self.ok("/status")
         self.assertEqual((0, None), (figures["rate"], figures["seconds_left"]))
 
+    def pace(self, query=""):
+        """Return the points of /pace, with where they begin and how far."""
+        pace = self.ok("/pace" + query)
+        self.assertEqual(self.clock(), pace["time"])
+        self.assertEqual(len(pace["done"]), len(pace["updates"]))
+        return pace["start"], pace["step"], pace["updates"], pace["done"]
+
+    def test_pace_counts_what_was_done_in_each_minute(self):
+        self.clock.now = start = 1.6e9 // 60 * 60
+        self.assertEqual((start, 60, [0], [0]), self.pace())
+        self.set_jobs(range(9), laststage=4)
+        for job in self.get(0, n=5):
+            self.update(job, 2)
+        self.clock.advance(60)
+        for job in self.get(2, n=3):
+            self.update(job, 4)
+        self.clock.advance(150)
+        self.assertEqual(
+            (start, 60, [5, 3, 0, 0], [0, 3, 0, 0]), self.pace())
+        self.assertEqual(
+            (start + 60, 60, [3, 0, 0], [3, 0, 0]), self.pace("?minutes=3"))
+        self.assertEqual(
+            (start - 60 * 56, 60, [0] * 56 + [5, 3, 0, 0]),
+            self.pace("?minutes=60")[:3])
+        for query in ("minutes=0", "minutes=x", "hours=1"):
+            self.assertReply(400, self.call("/pace?" + query))
+        other = self.ok("/pace", jobix=1)
+        self.assertEqual([0], other["updates"])
+
+    def test_pace_has_a_bounded_number_of_points(self):
+        self.clock.now = start = 1.6e9 // 86400 * 86400
+        self.set_jobs([1, 2])
+        self.update(self.get(0), 2)
+        self.clock.advance(86400 * 10)
+        self.update(self.get(0), 2)
+        first, step, updates, _ = self.pace()
+        self.assertEqual(41 * 60, step)
+        self.assertLessEqual(len(updates), jobman.PACE_POINTS + 1)
+        self.assertEqual((1, 1, 2), (updates[0], updates[-1], sum(updates)))
+        self.assertTrue(first <= start < first + step)
+        self.clock.advance(-86400 * 5)  # its clock was set back
+        self.assertEqual(1, sum(self.pace()[2]))
+
+    def failed(self, jobs, **report):
+        """Let jobs fail for good; return their ids."""
+        ids = [job["jobid"] for job in jobs]
+        for job in jobs:
+            self.ok("/fail_job/%d" % job["jobid"], report)
+            self.clock.advance(1)
+        return ids
+
+    def test_failures_are_grouped_by_what_they_have_in_common(self):
+        self.assertEqual({"failed": 0, "looked_at": 0, "groups": []},
+                         self.ok("/failures"))
+        self.set_jobs(range(20), max_attempts=1)
+        self.set_jobs(range(20, 25), stage=2, max_attempts=1)
+        beat = {"worker": "w", "host": "n1", "lease": 60, "claims": []}
+        self.ok("/heartbeat", beat)
+        a = self.failed(self.get(0, n=5, worker="w"), exit_code=1,
+                        stderr="x\nno such file\n \n", error="exit 1")
+        b = self.failed(self.get(0, n=2, worker="other"), exit_code=1,
+                        stderr="no such file")
+        c = self.failed(self.get(0, n=3), error="lost\nthe end")
+        d = self.failed(self.get(2, n=1, worker="w"), exit_code=1,
+                        stderr="no such file")
+        answer = self.ok("/failures")
+        groups = answer.pop("groups")
+        self.assertEqual({"failed": 11, "looked_at": 11}, answer)
+        named = [
+            (g["stage"], g["exit_code"], g["message"], g["host"], g["jobs"],
+             sorted(g["ids"])) for g in groups]
+        self.assertEqual([5, 3, 2, 1], [g["jobs"] for g in groups])
+        self.assertEqual([
+            (0, 1, "no such file", "n1", 5, a),
+            (0, None, "the end", None, 3, c),
+            (0, 1, "no such file", "other", 2, b),
+            (2, 1, "no such file", "n1", 1, d),
+        ], named)
+        self.assertEqual([], self.ok("/failures", jobix=1)["groups"])
+
+    def test_a_retried_job_counts_by_its_last_failure_alone(self):
+        self.set_jobs([1], max_attempts=1)
+        self.failed([self.get(0)], error="first")
+        self.ok("/retry", {"ids": [1]})
+        self.assertEqual([], self.ok("/failures")["groups"])
+        self.failed([self.get(0)], error="second")
+        group, = self.ok("/failures")["groups"]
+        self.assertEqual(("second", [1]), (group["message"], group["ids"]))
+
+    def test_a_bounded_number_of_failures_is_grouped_the_latest_first(self):
+        self.addCleanup(
+            setattr, jobman, "FAILURES_READ", jobman.FAILURES_READ)
+        jobman.FAILURES_READ = 3
+        self.set_jobs(range(5), max_attempts=1)
+        self.failed(self.get(0, n=5))
+        answer = self.ok("/failures")
+        self.assertEqual((5, 3), (answer["failed"], answer["looked_at"]))
+        self.assertEqual([4, 3, 2], answer["groups"][0]["ids"])
+
+    READING = ("/status", "/pace", "/workers", "/failures", "/jobs", "/job/1")
+
+    def test_nothing_new_is_304(self):
+        self.set_jobs([1, 2])
+        for path in self.READING:
+            first = self.assertReply(200, self.call(path))
+            tag = {"If-None-Match": '"x", ' + first.headers["etag"]}
+            self.clock.advance(1)
+            again = self.call(path, **tag)
+            self.assertEqual((304, b""), (again.status, again.body), path)
+            self.assertEqual(first.headers["etag"], again.headers["etag"])
+            other = {"If-None-Match": '"x"'}
+            self.assertReply(200, self.call(path, **other))
+        tag = {"If-None-Match": self.call("/status").headers["etag"]}
+        self.get(0)
+        self.assertReply(200, self.call("/status", **tag))
+
+    def test_a_long_answer_is_deflated_for_who_takes_it(self):
+        self.set_jobs({i: "command %d" % i for i in range(100)})
+        plain = self.call("/jobs")
+        for takes in ("deflate", "gzip, deflate;q=0.5, br"):
+            reply = self.call("/jobs", **{"Accept-Encoding": takes})
+            self.assertEqual("deflate", reply.headers["content-encoding"])
+            self.assertEqual("Accept-Encoding", reply.headers["vary"])
+            self.assertLess(len(reply.body), len(plain.body) / 5)
+            self.assertEqual(plain.body, zlib.decompress(reply.body))
+        for takes in ("identity", "gzip", "deflate;q=0", "deflate ; q=0.0"):
+            reply = self.call("/jobs", **{"Accept-Encoding": takes})
+            self.assertNotIn("content-encoding", reply.headers, takes)
+            self.assertEqual(plain.body, reply.body)
+        short = self.call("/health", **{"Accept-Encoding": "deflate"})
+        self.assertNotIn("content-encoding", short.headers)
+
     def runtimes(self, jobix=None):
         """Return {stage: (attempts, median, p90)} where there are any."""
         stages = self.ok("/status", jobix=jobix)["stages"]
@@ -2190,7 +2548,7 @@ class SweepTest(StoreCase):
             self.clock.advance(9)
         self.fail(self.get(0))  # delayed
         self.ok("/cancel", {"ids": [3]})
-        found = self.store.failures(self.jobix, limit=10)
+        found = self.store.some_failed(self.jobix, limit=10)
         self.assertEqual(
             [(1, '"a"', "last")],
             [(job["jobid"], job["jobcmd"], job["error"]) for job in found],
@@ -2320,6 +2678,16 @@ class WaitTest(StoreCase):
             way(job)
             job = answer()
             self.assertEqual(1, job["jobid"])
+
+    def test_a_stage_that_is_resumed_wakes_a_long_poll_for_each_job(self):
+        self.ok("/pause/0", {})
+        self.set_jobs([1, 2])
+        answers = [self.ask("/get/0?wait=60") for _ in range(3)]
+        self.listening(3)
+        self.ok("/resume/0", {})
+        self.listening(1)
+        self.set_jobs([3])
+        self.assertEqual({1, 2, 3}, {a()["jobid"] for a in answers})
 
     def test_a_claim_without_lease_wakes_who_waits_in_its_new_stage(self):
         answer = self.ask("/get/7?wait=60")
@@ -3049,8 +3417,8 @@ class UpgradeTest(StoreCase):
                 "select name, type from sqlite_master order by name")
             return {
                 pair: sorted(
-                    column[1:] for column in
-                    db.execute("pragma table_info(%s)" % pair[0])
+                    column[1:] for kind in ("table", "index") for column in
+                    db.execute("pragma %s_info(%s)" % (kind, pair[0]))
                 ) for pair in names.fetchall()
             }
 
@@ -3108,6 +3476,20 @@ class CostTest(StoreCase):
         self.assertGreater(steps[0], 0)
         return steps[0]
 
+    PAGES = {
+        "jobs": dict(order="id", after=None, stage=None, state=None),
+        "jobs later": dict(order="id", after=10**6 + 50, stage=None,
+                           state=None),
+        "jobs of a stage": dict(order="id", after=10**6 + 50, stage=0,
+                                state=None),
+        "jobs in a state": dict(order="id", after=None, stage=0,
+                                state="working"),
+        "jobs by time": dict(order="time", after=None, stage=None,
+                             state=None),
+        "jobs by time later": dict(order="time", stage=0, state="waiting",
+                                   after=(1.6e9, 10**6 + 50)),
+    }
+
     def costs(self):
         """Return the steps of each of the everyday operations."""
         lent = {"worker": "w", "lease": 60}
@@ -3131,14 +3513,14 @@ class CostTest(StoreCase):
                     worker=jobman.read_worker({"worker": "w"}))),
             "job": self.steps(
                 lambda: self.store.job(self.jobix, job["jobid"])),
-            "jobs": self.steps(
-                lambda: self.store.jobs(
-                    self.jobix, after=-1, limit=10, stage=900, state=None)),
+            **{
+                name: self.steps(functools.partial(
+                    self.store.jobs, self.jobix, limit=10, **page))
+                for name, page in self.PAGES.items()
+            },
         }
 
     def test_100000_jobs_cost_what_100_cost(self):
-        self.addCleanup(setattr, jobman, "PAGE_ROWS", jobman.PAGE_ROWS)
-        jobman.PAGE_ROWS = 50
         self.ok("/init/100/100/0/0/0/0")
         self.set_jobs(range(10**6, 10**6 + 100))
         few = self.costs()
@@ -3167,7 +3549,7 @@ class CostTest(StoreCase):
         self.assertGreater(len(names), 30)
         for name in names:
             sql = getattr(jobman.SQL, name)
-            if name in ("MOVABLE", "SHOWN"):
+            if name in ("MOVABLE", "IN_STAGE"):
                 continue
             values = dict.fromkeys(re.findall(r":(\w+)", sql), 1)
             plan = connection.execute("explain query plan " + sql, values)
@@ -3175,7 +3557,8 @@ class CostTest(StoreCase):
                 self.assertNotRegex(
                     row["detail"], r"(?i)scan (table )?(job|attempt)\b", name
                 )
-                if name in ("FREE", "DUE", "NEXT_DUE", "PAGE", "PAGE_END"):
+                if name in ("FREE", "DUE", "NEXT_DUE", "PAGE", "GROUP_PAGE",
+                            "SAME_AGE", "YOUNGER"):
                     self.assertNotIn("TEMP B-TREE", row["detail"], name)
 
 

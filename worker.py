@@ -41,7 +41,7 @@ import threading
 import time
 import traceback
 import zlib
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 __version__ = "0.1.0"
 
@@ -277,9 +277,33 @@ class Client:
         """Cancel jobs that aren't done; return how many; as retry."""
         return self.call("POST", "/cancel", selector)["cancelled"]
 
+    def pause(self, stage):
+        """Let nothing be handed out of a stage."""
+        return self.call("POST", "/pause/%d" % stage, {})
+
+    def resume(self, stage):
+        """Let jobs of a paused stage be handed out again."""
+        return self.call("POST", "/resume/%d" % stage, {})
+
+    def drain(self, worker):
+        """Tell a worker, by its name, to claim no more."""
+        return self.call("POST", "/drain/" + quote(worker), {})
+
+    def undrain(self, worker):
+        """Tell a drained worker to go on."""
+        return self.call("POST", "/undrain/" + quote(worker), {})
+
     def status(self):
         """Return the figures: jobs per stage and state, totals, rate."""
         return self.call("GET", "/status")
+
+    def pace(self, minutes=None):
+        """Return how many attempts and jobs became done, as time went.
+
+        Of the last `minutes`, else of all time: {"start", "step" (seconds),
+        "updates": [attempts in each step, …], "done": [jobs, …]}.
+        """
+        return self.call("GET", "/pace", options={"minutes": minutes})
 
     def workers(self):
         """Return the workers heard of in the last day, the latest first.
@@ -289,12 +313,21 @@ class Client:
         return self.call("GET", "/workers")
 
     def jobs(self, **options):
-        """Return a page of jobs: {"jobs": [job, …], "after": jobid or None}.
+        """Return a page of jobs: {"jobs": [job, …], "after": place or None}.
 
-        Options: `stage`, `state`, `after` (from the page before), `limit`.
-        A page may be short, or empty, and not the last.
+        Options: `stage`, `state` (also `expired`), `order` (`id` or `time`),
+        `after` (from the page before), `limit`. A page may be short and not
+        the last.
         """
         return self.call("GET", "/jobs", options=options)
+
+    def failures(self):
+        """Return the failed jobs of late, in groups of one reason each.
+
+        {"failed": jobs, "looked_at": jobs, "groups": [{"stage", "exit_code",
+        "message", "host", "jobs", "ids"}, …]}
+        """
+        return self.call("GET", "/failures")
 
     def job(self, jobid):
         """Return all that the server knows of a job, and its attempts."""
