@@ -8,6 +8,8 @@ file is the server and the command line, worker.py beside it runs the jobs.
     python3 jobman.py run 'COMMAND {}' ::: ITEM ...  a whole run in one command
     python3 jobman.py sbatch --nodes 4 --time 8h     workers for Slurm; or pbs
 
+What there is to see is at the server's /get, a page that is dashboard.html.
+
 It needs Python 3.6 or later and SQLite 3.7.17 or later, nothing else.
 A request goes this way: front door, respond, endpoint, Store, Writer.
 The manual is README.md.
@@ -2964,6 +2966,11 @@ def beside(name):
     return os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
 
 
+def utf8(text):
+    """Return `text` as bytes, what UTF-8 lacks as escapes."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 def policy(page):
     """Return the Content-Security-Policy of a page, a text."""
     sources = {}
@@ -2974,11 +2981,6 @@ def policy(page):
         named = " ".join("'sha256-%s'" % name for name in names)
         sources[kind] = named or "'none'"
     return POLICY % sources
-
-
-def utf8(text):
-    """Return `text` as bytes, what UTF-8 lacks as escapes."""
-    return text.encode("utf-8", "backslashreplace")
 
 
 def show(page, status=200, headers=()):
@@ -3606,34 +3608,40 @@ def access_path():
     return os.environ.get("JOBMAN_ACCESS") or default
 
 
-def write_access(path, url, jobix):
-    """Write the file by which workers find a server; return its content.
+def replace_file(path, data, mode):
+    """Write a file in one step: a reader sees the old or the new one.
 
-    Mode 0600, replaced in one step: a reader sees the old or the new one.
+    Makes its folder. Raises OSError; no draft is left then.
     """
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, mode | (mode & 0o444) >> 2, exist_ok=True)
+    draft = "%s.%d" % (path, os.getpid())
+    try:
+        remove(draft)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with open(os.open(draft, flags, mode), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        remove(draft)
+
+
+def write_access(path, url, jobix):
+    """Write the file by which workers find a server; return its content."""
     access = {
         "url": url,
         "jobix": jobix,
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    draft = "%s.%d" % (path, os.getpid())
     try:
-        folder = os.path.dirname(os.path.abspath(path))
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        remove(draft)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        with open(os.open(draft, flags, 0o600), "w") as file:
-            file.write(to_json(access) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        replace_file(path, utf8(to_json(access) + "\n"), 0o600)
     except OSError as error:
         raise Trouble(
             "The access file %s can't be written: %s." % (path, error.strerror)
         ) from None
-    finally:
-        remove(draft)
     return access
 
 
@@ -3644,6 +3652,61 @@ def remove_access(path, access):
             own = json.load(file) == access
         if own:
             os.unlink(path)
+
+
+# -------------------------------------------------------------- snapshot ---
+
+SLOT = '<script type="application/json" id="snapshot">'
+SNAPSHOT_EVERY = 60  # seconds
+
+
+def snapshot_page(seen):
+    """Return what was seen at a glance as a page that needs no server."""
+    page = dashboard_file()
+    if page is None or SLOT not in page:
+        page = plain_view(seen)
+    else:
+        data = to_json(seen).replace("<", "\\u003c")
+        page = page.replace(SLOT, SLOT + data, 1)
+    meta = '<meta charset="utf-8">'
+    return page.replace(meta, """%s
+<meta http-equiv="Content-Security-Policy" content="%s">
+<meta http-equiv="refresh" content="%d">""" % (
+        meta, policy(page), SNAPSHOT_EVERY), 1)
+
+
+def write_snapshot(folder, seen):
+    """Write status.html, as `seen` at a glance; return its path, or Trouble.
+
+    The umask decides who may read it.
+    """
+    path = os.path.join(folder, "status.html")
+    try:
+        replace_file(path, utf8(snapshot_page(seen)), 0o666)
+    except OSError as error:
+        raise Trouble(
+            "The snapshot %s can't be written: %s." % (path, error.strerror)
+        ) from None
+    return path
+
+
+def say(line):
+    """Write a line for a person, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def keep_snapshots(store, folder, ending):
+    """Write a snapshot of the own jobs every minute, and one at the end."""
+    told, over = None, False
+    while not over:
+        over = ending.wait(SNAPSHOT_EVERY)
+        try:
+            write_snapshot(folder, glance(store, store.jobix))
+            told = None
+        except (Trouble, Error, sqlite3.Error) as trouble:
+            if str(trouble) != told:  # the disk may be full for hours
+                told = str(trouble)
+                say("jobman.py: %s" % told)
 
 
 # ----------------------------------------------------------------- serve ---
@@ -3729,9 +3792,19 @@ Add a job, then run what waits, here or on any node that sees this home:
   python3 worker.py --stage 0%(option)s"""
 
 
+def page_address(access, stream):
+    """Return where the page is, to be shown on `stream`.
+
+    What comes after # is seen by no server; it is shown on a terminal alone.
+    """
+    page = access["url"] + "/get"
+    if stream.isatty():
+        return "%s#jobix=%d" % (page, access["jobix"])
+    return page + " (it asks for the jobix in the access file)"
+
+
 def announcement(options, access_file, access):
     """Return what serve says when it is ready."""
-    page = access["url"] + "/get?plain=1 (its password is the jobix in the"
     usual = access_file == access_path()
     access_file = os.path.abspath(access_file)
     program = PROGRAM % ("" if usual else ascii(access_file))
@@ -3740,7 +3813,7 @@ def announcement(options, access_file, access):
         "url": access["url"],
         "db": os.path.abspath(options.db),
         "access": access_file,
-        "page": page + " access file)",
+        "page": page_address(access, sys.stdout),
         "program": shlex.quote(program),
         "option": "" if usual else " --access " + shlex.quote(access_file),
     }
@@ -3751,7 +3824,16 @@ def serve(options):
     raise_file_limit()
     ending = until_signal()
     access_file = options.access or access_path()
-    with serving(options, access_file) as (_, access):
+    with contextlib.ExitStack() as stack:
+        server, access = stack.enter_context(serving(options, access_file))
+        if options.snapshot is not None:
+            store = server.store
+            write_snapshot(options.snapshot, glance(store, store.jobix))
+            keeper = threading.Thread(
+                target=keep_snapshots, args=(store, options.snapshot, ending)
+            )
+            keeper.start()
+            stack.callback(keeper.join)
         print(announcement(options, access_file, access), flush=True)
         while not ending.wait(1):  # a signal just before it goes unheard
             pass
@@ -3759,11 +3841,6 @@ def serve(options):
 
 
 # --------------------------------------------------------------- clients ---
-
-
-def say(line):
-    """Write a line for a person, on standard error."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def printable(text):
@@ -3791,13 +3868,26 @@ def using_worker():
         raise Trouble(str(trouble)) from None
 
 
+def snapshot(options):
+    """Write a page of how the jobs stand that needs no server."""
+    with using_worker() as worker:
+        client = worker.Client(options.access)
+        seen = {
+            name: client.call("GET", "/" + endpoint.__name__, options=asked)
+            for name, endpoint, asked in GLANCE
+        }
+    print(write_snapshot(options.folder, seen))
+    return 0
+
+
 def pages(client, **options):
     """Yield lists of jobs until there are no more."""
-    after = -1
-    while after is not None:
-        page = client.jobs(after=None if after < 0 else after, **options)
+    page = {"after": None}
+    while True:
+        page = client.jobs(after=page["after"], **options)
         yield page["jobs"]
-        after = page["after"]
+        if page["after"] is None:
+            return
 
 
 def damaged(worker, jobs, lag):
@@ -4211,14 +4301,6 @@ def follow(this, worker, progress, ending):
     return figures
 
 
-def tell_page(access):
-    """Say where the page is; the secret only on a terminal."""
-    password = ""
-    if sys.stderr.isatty():
-        password = " (its password: %d)" % access["jobix"]
-    say("Watch it at %s/get?plain=1%s" % (access["url"], password))
-
-
 def sum_up(this, figures, progress):
     """Say what came of a run; return its exit status."""
     items, done, failed, fresh = figures
@@ -4246,7 +4328,7 @@ def run(options):
     access_file = options.db + ".access"
     progress = Progress(sys.stderr)
     with serving(options, access_file) as (server, access):
-        tell_page(access)
+        say("Watch it at " + page_address(access, sys.stderr))
         command = from_utf8(os.fsencode(" ".join(options.words)))
         this = Run(server.store, command, options.retries)
         this.put_others_aside()
@@ -4388,6 +4470,8 @@ def add_serve(commands):
     add("--url", help="the address for the access file, if not our guess")
     add("--shared", action="store_true",
         help="other servers of this host may serve the same database")
+    add("--snapshot", metavar="DIR",
+        help="write DIR/status.html, a page for colleagues, every minute")
     add("--retries", type=int, default=MAX_ATTEMPTS - 1, metavar="N",
         help="how often a job that fails is tried again in a stage, if it"
         " doesn't say itself (default %d)" % (MAX_ATTEMPTS - 1))
@@ -4433,6 +4517,15 @@ def add_access(command):
     command.add_argument(
         "--access", metavar="FILE",
         help="the server's access file (default ~/.jobman/access.json)")
+
+
+def add_snapshot(commands):
+    """Describe the command snapshot."""
+    command = commands.add_parser("snapshot", help=snapshot.__doc__)
+    command.set_defaults(act=snapshot)
+    command.add_argument(
+        "folder", metavar="DIR", help="where status.html is written")
+    add_access(command)
 
 
 def add_verify(commands):
@@ -4541,6 +4634,7 @@ def parse(arguments):
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add_serve(commands)
     add_run(commands)
+    add_snapshot(commands)
     add_verify(commands)
     add_logs(commands)
     add_batch(commands, sbatch, "#SBATCH")

@@ -119,6 +119,11 @@ class TemporaryFolder(unittest.TestCase):
     def path(self, *names):
         return os.path.join(self.folder, *names)
 
+    def replace(self, name, value):
+        """Give a constant another value for this test."""
+        self.addCleanup(setattr, jobman, name, getattr(jobman, name))
+        setattr(jobman, name, value)
+
     def spawn(self, *argv, **options):
         """Start a process that is killed when the test ends."""
         options.setdefault("stdin", subprocess.DEVNULL)
@@ -738,9 +743,7 @@ class ContractTest(StoreCase):
     def test_a_plain_page_stands_in_for_a_dashboard_that_is_not_there(self):
         self.set_jobs([1], stage=77)
         self.assertNotIn("<td>77</td>", self.call("/get").text)
-        beside = jobman.beside
-        self.addCleanup(setattr, jobman, "beside", beside)
-        jobman.beside = self.path
+        self.replace("beside", self.path)
         self.assertIn("<td>77</td>", self.call("/get").text)
         page = exchange(self.address, "GET", "/get").text
         self.assertIn('href="/get?plain=1"', page)
@@ -2088,11 +2091,6 @@ class ShowTest(StoreCase):
                       "limit=x", "after=-1", "after=x", "order=x"):
             self.assertReply(400, self.call("/jobs?" + query))
 
-    def replace(self, name, value):
-        """Give a constant another value for this test."""
-        self.addCleanup(setattr, jobman, name, getattr(jobman, name))
-        setattr(jobman, name, value)
-
     def turn(self, query):
         """Return the ids on each of the pages there are, to the last."""
         pages, place = [], ""
@@ -2417,9 +2415,7 @@ class SweepTest(StoreCase):
         self.assertEqual(("second", [1]), (group["message"], group["ids"]))
 
     def test_a_bounded_number_of_failures_is_grouped_the_latest_first(self):
-        self.addCleanup(
-            setattr, jobman, "FAILURES_READ", jobman.FAILURES_READ)
-        jobman.FAILURES_READ = 3
+        self.replace("FAILURES_READ", 3)
         self.set_jobs(range(5), max_attempts=1)
         self.failed(self.get(0, n=5))
         answer = self.ok("/failures")
@@ -6654,6 +6650,104 @@ class StartTest(TemporaryFolder):
             self.stop(process)
             self.assertIn(Reply(connection.getresponse()).status, (200, 503))
 
+    # What it shows
+
+    def test_the_secret_is_shown_on_a_terminal_alone(self):
+        screen, terminal = pty.openpty()
+        self.addCleanup(os.close, screen)
+        process = self.spawn(
+            JOBMAN, "serve", "--port", "0", stdout=terminal)
+        os.close(terminal)
+        shown = b""
+        while b"--stage 0" not in shown:
+            shown += os.read(screen, 65536)
+        access = self.access()
+        page = "%s/get#jobix=%d\r\n" % (access["url"], access["jobix"])
+        self.assertIn(page, shown.decode())
+        process.terminate()
+        self.assertEqual(0, process.wait(PATIENCE))
+        process = self.spawn(JOBMAN, "serve", "--port", "0")
+        path = self.path(".jobman", "access.json")
+        wait_for(lambda: os.path.exists(path), "a server")
+        access = self.access()
+        _, out, err = self.stop(process)
+        self.assertIn(access["url"] + "/get (it asks for the jobix", out)
+        self.assertNotIn(str(access["jobix"]), out + err)
+
+    def test_a_snapshot_shows_what_there_is_and_no_secret(self):
+        _, address = self.serve("--snapshot", "shots")
+        path = self.path("shots", "status.html")
+        self.assertIn('"jobs": 0', read(path).decode())
+        jobix = {"jobix": str(self.access()["jobix"])}
+        jobs = {7: {"jobstage": 0, "jobcmd": "</script><i>", "laststage": 1,
+                    "max_attempts": 1}}
+        exchange(address, "POST", "/set", packed(jobs), jobix)
+        claim = exchange(address, "GET", "/get/0", None, jobix).json()
+        exchange(address, "POST", "/fail_job/7", b"{}", jobix)
+        os.umask(os.umask(0o022))
+        self.assertEqual(
+            (0, self.path("out", "deep", "status.html") + "\n", ""),
+            self.command(JOBMAN, "snapshot", self.path("out", "deep")))
+        page = read(self.path("out", "deep", "status.html")).decode()
+        data = re.search('id="snapshot">(.*?)</script>', page, re.S).group(1)
+        seen = json.loads(data)
+        self.assertEqual([name for name, _, _ in jobman.GLANCE], list(seen))
+        self.assertEqual(1, seen["status"]["totals"]["states"]["failed"])
+        self.assertEqual("</script><i>", seen["failed"]["jobs"][0]["jobcmd"])
+        self.assertIn('<meta http-equiv="refresh" content="60">', page)
+        policy = re.search('-Policy" content="(.*?)">', page).group(1)
+        self.assertEqual(jobman.policy(page), policy)
+        for secret in (jobix["jobix"], claim["claim"]):
+            self.assertNotIn(secret, page)
+        self.assertEqual(["status.html"], os.listdir(self.path("out/deep")))
+
+    def test_a_snapshot_is_written_as_the_server_ends(self):
+        process, address = self.serve("--snapshot", ".")
+        jobix = {"jobix": str(self.access()["jobix"])}
+        exchange(address, "POST", "/set", packed({7: {"jobstage": 5}}), jobix)
+        self.assertEqual(0, self.stop(process)[0])
+        self.assertIn('"stage": 5', read(self.path("status.html")).decode())
+
+    def test_snapshots_go_on_when_one_could_not_be_written(self):
+        store = jobman.Store(self.path("jobs.db"))
+        self.addCleanup(store.close)
+        self.replace("SNAPSHOT_EVERY", 0.02)
+        folder = self.path("shots")
+        ending = threading.Event()
+        said = io.StringIO()
+        open(folder, "w").close()
+        with contextlib.redirect_stderr(said):
+            keeper = threading.Thread(
+                target=jobman.keep_snapshots, args=(store, folder, ending))
+            keeper.start()
+            try:
+                wait_for(said.getvalue, "a complaint")
+                os.remove(folder)
+                path = os.path.join(folder, "status.html")
+                wait_for(lambda: os.path.exists(path), "a snapshot")
+            finally:
+                ending.set()
+                keeper.join()
+        self.assertRegex(said.getvalue(), r"\Ajobman\.py: The snapshot [^\n]+"
+                         r" can't be written: [^\n]+\.\n\Z")
+
+    def test_a_snapshot_without_dashboard_or_server(self):
+        shutil.copy(JOBMAN, self.path("jobman.py"))
+        shutil.copy(WORKER, self.path("worker.py"))
+        alone = self.path("jobman.py"), "snapshot", "out"
+        status, out, err = self.command(*alone)
+        self.assertEqual((1, ""), (status, out))
+        self.assertRegex(err, r"\Ajobman\.py: [^\n]+\n\Z")
+        self.serve()
+        self.assertEqual(0, self.command(*alone)[0])
+        page = read(self.path("out", "status.html")).decode()
+        self.assertIn("0 of 0 jobs done", page)
+        self.assertIn("Content-Security-Policy", page)
+        status, out, err = self.command(
+            JOBMAN, "snapshot", self.path("jobman.py"))
+        self.assertEqual((1, ""), (status, out))
+        self.assertIn("can't be written", err)
+
     # Two of them
 
     def test_shared_servers_and_their_access_file(self):
@@ -7656,6 +7750,7 @@ class HouseTest(TemporaryFolder):
         for method, path, _ in jobman.ROUTES:
             shown = path.replace("<stages>", "<stage>")
             shown = shown.replace("<minutes…>", "<m0>/<m1>/…/<mn>")
+            shown = shown.replace("<worker…>", "<worker>")
             self.assertIn("`%s %s`" % (method, shown), readme)
         for name in jobman.CARRIES:
             self.assertIn("| `%s` |" % name, readme)
