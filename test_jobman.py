@@ -37,6 +37,8 @@ import tempfile
 import threading
 import time
 import unittest
+import urllib.error
+import urllib.request
 import wsgiref.simple_server
 import wsgiref.util
 import wsgiref.validate
@@ -7674,6 +7676,880 @@ class SlurmTest(TemporaryFolder):
         script = self.script("--time", "5m", "--", "--no-such-option")
         out = self.cluster.query("sbatch", "--test-only", given=script)
         self.assertIn("no-such-option", out)
+
+
+# ------------------------------------------------- the page in a browser ---
+
+
+class Browser:
+    """Chromium, driven over the WebDriver protocol (w3.org/TR/webdriver2)."""
+
+    PROGRAMS = "chromium", "chromedriver"
+    ARGUMENTS = (
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+        "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync",
+        "--disable-dev-shm-usage", "--lang=en-GB",
+    )
+    KEYS = {"Tab": "\ue004", "Enter": "\ue007", "Escape": "\ue00c",
+            "Left": "\ue012", "Right": "\ue014", "Space": " ",
+            "Shift": "\ue008"}
+    ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
+
+    def __init__(self, folder):
+        environment = dict(os.environ, HOME=folder, TZ="UTC", LANG="en_GB")
+        self.process = subprocess.Popen(
+            ["chromedriver", "--port=0"], stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, env=environment,
+            start_new_session=True,
+        )
+        self.opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}))
+        self.url = "http://127.0.0.1:%s" % self.driver_port()
+        options = {
+            "args": [*self.ARGUMENTS, "--user-data-dir=" + folder],
+            "binary": shutil.which("chromium"),
+        }
+        wanted = {
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+        }
+        session = self.call("POST", "/session", capabilities={
+            "alwaysMatch": wanted})
+        self.url += "/session/" + session["sessionId"]
+
+    def driver_port(self):
+        """Return the port that the driver says it listens at."""
+        for line in self.process.stdout:
+            found = re.search(br"successfully on port (\d+)", line)
+            if found:
+                return int(found.group(1))
+        raise AssertionError("chromedriver didn't start")
+
+    def call(self, method, path, **values):
+        """Make a call of the protocol; return its value."""
+        body = json.dumps(values).encode() if method == "POST" else None
+        request = urllib.request.Request(
+            self.url + path, body, {"Content-Type": "application/json"},
+            method=method,
+        )
+        try:
+            with self.opener.open(request, timeout=PATIENCE) as reply:
+                return json.loads(reply.read().decode("utf-8"))["value"]
+        except urllib.error.HTTPError as error:
+            with error:
+                message = json.loads(error.read().decode("utf-8"))["value"]
+            raise AssertionError(message["message"]) from None
+
+    def close(self):
+        """End browser and driver."""
+        with contextlib.suppress(AssertionError, OSError):
+            self.call("DELETE", "")
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process.stdout.close()
+
+    def open(self, url):
+        """Go to an address, also one that differs in its fragment alone."""
+        self.call("POST", "/url", url="about:blank")
+        self.call("POST", "/url", url=url)
+
+    def script(self, code, *args):
+        """Return what a piece of script returns."""
+        return self.call("POST", "/execute/sync", script=code, args=args)
+
+    def text(self, css):
+        """Return what is to be seen of an element, "" where there is none."""
+        return self.script(
+            "const node = document.querySelector(arguments[0]);"
+            "return node ? node.innerText : ''", css)
+
+    def rows(self, css):
+        """Return the texts in the cells of a table's body."""
+        return self.script(
+            "return [...document.querySelectorAll(arguments[0] + ' tbody tr')]"
+            ".map(row => [...row.children].map(cell => cell.innerText))", css)
+
+    def find(self, css):
+        """Return the only or first element that is like `css`."""
+        return self.call(
+            "POST", "/element", using="css selector", value=css)[self.ELEMENT]
+
+    def click(self, css):
+        """Click an element, as a person would."""
+        self.call("POST", "/element/%s/click" % self.find(css))
+
+    def type(self, css, text):
+        """Type into an element."""
+        self.call("POST", "/element/%s/value" % self.find(css), text=text)
+
+    def choose(self, css, value):
+        """Choose one of the options of a select element."""
+        self.click("%s option[value='%s']" % (css, value))
+
+    def press(self, *names):
+        """Press keys one after another; `Shift` is held for the next."""
+        actions, held = [], False
+        for name in names:
+            key = self.KEYS.get(name, name)
+            actions.append({"type": "keyDown", "value": key})
+            if name == "Shift":
+                held = True
+                continue
+            actions.append({"type": "keyUp", "value": key})
+            if held:
+                actions.append({"type": "keyUp", "value": self.KEYS["Shift"]})
+                held = False
+        self.call("POST", "/actions", actions=[
+            {"type": "key", "id": "keyboard", "actions": actions}])
+
+    def resize(self, width, height):
+        """Give the window's inside a size in pixels."""
+        self.devtools(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height,
+            deviceScaleFactor=1, mobile=False)
+
+    def scheme(self, name):
+        """Let the system be `dark` or `light`."""
+        feature = {"name": "prefers-color-scheme", "value": name}
+        self.devtools("Emulation.setEmulatedMedia", features=[feature])
+
+    def devtools(self, command, **values):
+        """Give a command of Chromium's own protocol."""
+        return self.call(
+            "POST", "/goog/cdp/execute", cmd=command, params=values)
+
+    def log(self, kind):
+        """Return what a log (`browser`, `performance`) has new."""
+        return self.call("POST", "/se/log", type=kind)
+
+    def requests(self):
+        """Return the addresses asked for since the last call."""
+        events = (
+            json.loads(entry["message"])["message"]
+            for entry in self.log("performance")
+        )
+        return [
+            event["params"]["request"]["url"] for event in events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
+
+    def picture(self, whole=True):
+        """Return a PNG of the page, all of it or what is in the window."""
+        if not whole:
+            return base64.b64decode(self.call("GET", "/screenshot"))
+        size = self.script(
+            "const page = document.documentElement;"
+            "return [innerWidth, page.scrollHeight]")
+        clip = dict(x=0, y=0, width=size[0], height=size[1], scale=1)
+        shot = self.devtools(
+            "Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        return base64.b64decode(shot["data"])
+
+
+MISSING = [name for name in Browser.PROGRAMS if shutil.which(name) is None]
+HOSTILE = "<img src=x onerror=\"window.hit=1\"></script><script>window.hit=2"
+
+
+@unittest.skipIf(MISSING, "needs Debian's " + " and ".join(MISSING))
+class BrowserTest(StoreCase):
+    """dashboard.html as people see it, on a clock moved by hand."""
+
+    long = True
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.mkdtemp()
+        cls.browser = None
+        cls.undo = contextlib.ExitStack()
+        cls.undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        cls.browser = Browser(folder)
+        cls.undo.callback(cls.browser.close)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.undo.close()
+
+    def setUp(self):
+        super().setUp()
+        self.browser.resize(1280, 900)
+        self.browser.scheme("light")
+        self.browser.requests(), self.browser.log("browser")
+        self.faults = []  # what the console may say, as regular expressions
+        self.origin = "http://%s:%d/" % self.address
+
+    def tearDown(self):
+        """Assert that the console is empty, and no other host was asked."""
+        for entry in self.browser.log("browser"):
+            if not any(re.search(f, entry["message"]) for f in self.faults):
+                self.fail(entry["message"])
+        for url in self.browser.requests():
+            self.assertTrue(
+                url.startswith((self.origin, "data:", "about:")), url)
+        self.assertIsNone(self.browser.script("return window.hit || null"))
+        super().tearDown()
+
+    def show(self, fragment="jobix=4711"):
+        """Open the page, and wait until it shows figures."""
+        self.browser.open(self.origin + "get#" + fragment)
+        self.see("#as-of", "As of")
+
+    def see(self, css, *texts):
+        """Wait until an element shows texts; return what it shows."""
+        def shown():
+            text = self.browser.text(css)
+            return text if all(part in text for part in texts) else None
+
+        try:
+            return wait_for(shown, "%r in %s" % (texts, css))
+        except AssertionError as error:
+            self.fail("%s; it shows %r" % (error, self.browser.text(css)))
+
+    def see_rows(self, css, wanted):
+        """Wait until the rows of a table begin with the `wanted` cells."""
+        def shown():
+            rows = self.browser.rows(css)
+            return len(rows) == len(wanted) and all(
+                row[: len(cells)] == [str(cell) for cell in cells]
+                for row, cells in zip(rows, wanted))
+
+        try:
+            wait_for(shown, "rows")
+        except AssertionError:
+            self.assertEqual(wanted, self.browser.rows(css))
+
+    def agree(self, value=None):
+        """Say yes to the question that is asked; return it."""
+        question = self.see("#confirm", "No")
+        if value is not None:
+            self.browser.script("arguments[0].value = ''", {
+                Browser.ELEMENT: self.browser.find("#confirm-value")})
+            self.browser.type("#confirm-value", str(value))
+        self.browser.click("#confirm-yes")
+        return question
+
+    def shoot(self, name, whole=True):
+        """Keep a picture of what there is to see, where that is wanted."""
+        folder = os.environ.get("JOBMAN_SHOTS")
+        if folder:
+            with open(os.path.join(folder, name + ".png"), "wb") as file:
+                file.write(self.browser.picture(whole))
+
+    def pipeline(self):
+        """Bring about a bit of all there is to see."""
+        self.ok("/init/1/0/60/0/0")
+        self.set_jobs({i: "align sample%03d.fq" % i for i in range(1, 101)},
+                      max_attempts=1, filename="out/x.bam")
+        for name in ("node7-1", "node8-2"):
+            self.ok("/heartbeat", {
+                "worker": name, "host": name[:5], "lease": 60, "claims": [],
+                "stages": [0, 2], "slots": 16, "busy": 3, "done": 90,
+                "failed": 2})
+        first = self.get(0, n=60, worker="node7-1", lease=900)
+        for job in first[:40]:
+            self.update(job, 2)
+        for job in first[40:50]:
+            self.fail(job, exit_code=3, stderr="reading\nno space left",
+                      error="exit status 3")
+        for job in self.get(2, n=20, worker="node8-2", lease=900):
+            self.update(job, 4, body=packed({"files": made("b%d.bam" % 7)}))
+
+    # What it shows
+
+    def test_it_shows_how_far_all_is_and_changes_without_a_reload(self):
+        self.pipeline()
+        self.show()
+        self.see("#percent", "20 %")
+        self.see("#overall", "20 of 100 jobs done")
+        self.see("#overall-counts", "20 done", "10 working", "60 waiting",
+                 "10 failed")
+        self.see("#left", "jobs a", "At that rate", "are left: until")
+        self.assertEqual("20 % \u2013 jobman",
+                         self.browser.script("return document.title"))
+        self.browser.script("window.same = true")
+        for job in self.get(2, n=20):
+            self.update(job, 4)
+        self.see("#percent", "40 %")
+        self.see("#overall-bar + ul", "40 done")
+        self.assertTrue(self.browser.script("return window.same"))
+        self.assertEqual("40", self.browser.script(
+            "return document.querySelector('#overall-bar').ariaValueNow"))
+        self.shoot("light")
+        self.browser.scheme("dark")
+        self.shoot("dark")
+        self.browser.resize(2560, 1440)
+        self.shoot("wall", whole=False)
+
+    def test_it_shows_a_bar_for_each_stage(self):
+        self.pipeline()
+        self.clock.advance(61)
+        self.store.tick()
+        self.show()
+        stages = self.see("#stages", "Stage 0", "Stage 1", "Stage 2",
+                          "Stage 4", "50 jobs", "lifetime 1 min",
+                          "40 waiting", "10 failed", "50 expired", "20 done")
+        self.assertLess(stages.index("Stage 0"), stages.index("Stage 4"))
+        share = self.browser.script(
+            "const wide = css => document.querySelector(css)"
+            ".getBoundingClientRect().width;"
+            "return wide('.stage .bar .waiting') / wide('.stage .bar')")
+        self.assertAlmostEqual(0.4, share, delta=0.02)
+        looks = self.browser.script(
+            "return ['waiting', 'working', 'expired', 'failed'].map(name => {"
+            " const style = getComputedStyle(document.querySelector("
+            "  '#progress .key.' + name));"
+            " return style.backgroundColor + style.backgroundImage })")
+        self.assertEqual(4, len(set(looks)), looks)
+
+    def test_it_shows_workers_and_their_state(self):
+        self.pipeline()
+        self.ok("/drain/node8-2", {})
+        self.ok("/heartbeat", {"worker": "bad", "lease": 9, "claims": [],
+                               "quarantine": "the disk is full"})
+        self.clock.advance(7)
+        self.show()
+        self.see("#workers caption", "3 workers")
+        rows = {row[0]: row for row in self.browser.rows("#workers")}
+        self.assertEqual(
+            ["node7", "0, 2", "3 of 16", "7 s ago", "90", "2", "working"],
+            rows["node7-1"][1:8])
+        self.assertEqual("draining", rows["node8-2"][7])
+        self.assertEqual("quarantined: the disk is full", rows["bad"][7])
+        self.clock.advance(200)
+        self.see("#workers", "silent")
+
+    def test_it_draws_throughput_of_the_hour_and_of_all(self):
+        self.set_jobs(range(90), laststage=2)
+        for n in (30, 10, 20):
+            for job in self.get(0, n=n):
+                self.update(job, 2)
+            self.clock.advance(60)
+        self.show()
+        self.see("#pace-text", "20 attempts", "20 jobs", "at most 30")
+        points = self.browser.script(
+            "return document.querySelector('#pace .updates')"
+            ".getAttribute('points').split(' ').length")
+        self.assertEqual(59, points)
+        self.browser.click("#pace-all")
+        wait_for(lambda: self.browser.script(
+            "return document.querySelector('#pace .updates')"
+            ".getAttribute('points').split(' ').length") == 3, "all")
+        self.assertEqual("true", self.browser.script(
+            "return document.querySelector('#pace-all').ariaPressed"))
+
+    def test_it_shows_expired_and_failed_jobs(self):
+        self.pipeline()
+        self.clock.advance(61)
+        self.store.tick()
+        self.show()
+        self.see("#expired caption", "50 jobs")
+        self.assertIn("align sample061.fq", self.browser.text("#expired"))
+        self.assertIn("out/x.bam", self.browser.text("#expired"))
+        self.see_rows("#failures", [[10, 0, 3, "no space left", "node7"]])
+        self.see("#failed caption", "10 jobs")
+
+    def test_300_failures_in_3_groups_are_3_rows(self):
+        self.set_jobs(range(400), max_attempts=1)
+        for n, message in ((150, "no space left"), (100, "out of memory"),
+                           (50, "bad input")):
+            for job in self.get(0, n=n, worker="w"):
+                self.fail(job, exit_code=1, stderr="...\n" + message)
+        self.show()
+        self.see_rows("#failures", [
+            [150, 0, 1, "no space left", "w"],
+            [100, 0, 1, "out of memory", "w"], [50, 0, 1, "bad input", "w"]])
+        self.see("#failed caption", "The first 100 of 300")
+        self.shoot("failures")
+        self.browser.click("#failures tbody tr:nth-child(2) "
+                           "[data-act=retry]")
+        self.assertIn("Retry 100 jobs?", self.agree())
+        self.see("#message", "100 jobs put back.")
+        self.see_rows("#failures", [[150], [50]])
+        self.assertEqual({(0, "waiting"): 200, (0, "failed"): 200},
+                         self.states())
+
+    def test_nothing_yet_says_what_to_do(self):
+        self.show()
+        self.see("#overall", "There are no jobs yet", "jobman.py run")
+        self.see("#workers caption", "python3 worker.py")
+        self.see("#expired caption", "No job is expired.")
+        self.assertFalse(self.browser.script(
+            "return document.querySelector('#jobs thead').checkVisibility()"))
+
+    def test_one_job_opens_to_its_attempts(self):
+        self.set_jobs({7: {"run": ["a", "b"]}}, max_attempts=2, cwd="/work")
+        self.fail(self.get(0, worker="w1"), exit_code=9, error="exit 9",
+                  stderr="one\ntwo")
+        self.clock.advance(90)
+        job = self.get(0, worker="w2")
+        self.clock.advance(75)
+        files = made("out.bam")
+        self.update(job, 2, body=packed({"files": files,
+                                         "filename": "out.bam"}))
+        self.show()
+        self.browser.click("#jobs tbody button")
+        shown = self.see(
+            "#job", "Job 7", '"run"', "w1", "exit status 9", "exit 9",
+            "one\ntwo", "w2", "1 min 15 s", "done", "0 to 2", "out.bam",
+            files[0]["sha256"], "/work", "max_attempts")
+        self.assertLess(shown.index("w1"), shown.index("w2"))
+        self.browser.click("#job-close")
+        self.assertEqual("", self.browser.text("#job"))
+
+    # The table of jobs
+
+    def test_the_table_is_filtered(self):
+        self.pipeline()
+        self.clock.advance(61)
+        self.store.tick()
+        self.show()
+        self.see("#jobs caption", "1 to 100 of 100 jobs")
+        self.browser.choose("#filter-stage", "0")
+        self.see("#jobs caption", "1 to 50 of 50 jobs")
+        self.browser.choose("#filter-state", "failed")
+        self.see("#jobs caption", "1 to 10 of 10 jobs")
+        self.assertEqual({"failed expired"}, {
+            row[2] for row in self.browser.rows("#jobs")})
+        self.browser.choose("#filter-stage", "")
+        self.browser.choose("#filter-state", "expired")
+        self.see("#jobs caption", "1 to 50 of 50 jobs")
+        self.browser.choose("#filter-state", "blocked")
+        self.see("#jobs caption", "No job is like that.")
+        self.browser.choose("#filter-state", "")
+        self.browser.type("#filter-id", "17")
+        self.browser.press("Enter")
+        self.see_rows("#jobs", [[17, 4]])
+        self.browser.type("#filter-id", "17")
+        self.browser.press("Enter")
+        self.see("#jobs caption", "There is no job 1717.")
+
+    def test_the_table_is_in_order_of_time_in_the_stage(self):
+        self.set_jobs([1, 2, 3])
+        self.clock.advance(10)
+        self.update(self.get(0), 0)
+        self.show()
+        self.see_rows("#jobs", [[1], [2], [3]])
+        self.browser.choose("#order", "time")
+        self.see_rows("#jobs", [[2], [3], [1]])
+
+    def test_100000_jobs_are_paged_by_the_server(self):
+        entries = [dict(jobman.read_entry({"jobstage": 0, "jobcmd": "c"}),
+                        jobid=jobid) for jobid in range(1, 10**5 + 1)]
+        self.store.set(self.jobix, entries)
+        self.show()
+        self.see("#jobs caption", "1 to 100 of 100,000 jobs")
+        self.assertEqual(100, len(self.browser.rows("#jobs")))
+        self.browser.click("#next")
+        self.see("#jobs caption", "101 to 200 of 100,000 jobs")
+        self.browser.click("#next")
+        self.see("#jobs caption", "201 to 300 of 100,000 jobs")
+        self.assertEqual("201", self.browser.rows("#jobs")[0][0])
+        self.browser.click("#previous")
+        self.see("#jobs caption", "101 to 200")
+        self.browser.click("#first")
+        self.see("#jobs caption", "1 to 100 of")
+        self.assertTrue(self.browser.script(
+            "return document.querySelector('#previous').disabled"))
+        paths = [u for u in self.browser.requests() if "/jobs?order" in u]
+        self.assertTrue(all("limit=100" in url for url in paths), paths)
+
+    def test_the_last_page_has_no_next(self):
+        self.set_jobs(range(150))
+        self.show()
+        self.see("#jobs caption", "1 to 100 of 150")
+        self.browser.click("#next")
+        self.see("#jobs caption", "101 to 150 of 150")
+        self.assertTrue(self.browser.script(
+            "return document.querySelector('#next').disabled"))
+
+    # What it can do
+
+    def open_job(self, jobid):
+        """Open a job of the table."""
+        self.browser.script(
+            "[...document.querySelectorAll('#jobs tbody button')].find("
+            "node => node.innerText === arguments[0]).click()", str(jobid))
+        self.see("#job", "Attempts")
+
+    def test_a_retry_asks_first_and_says_what_happened(self):
+        self.set_jobs([5], max_attempts=1)
+        self.fail(self.get(0))
+        self.show()
+        self.see_rows("#failed", [[5]])
+        self.open_job(5)
+        self.browser.click("#job [data-act=retry]")
+        self.assertIn("Retry job 5?", self.see("#confirm", "No"))
+        self.browser.click("#confirm-no")
+        self.assertEqual({(0, "failed"): 1}, self.states())
+        self.browser.click("#job [data-act=retry]")
+        self.agree()
+        self.see("#message", "1 job put back.")
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+        self.see("#job", "waiting")
+        self.see_rows("#failed", [])
+
+    def test_jobs_are_cancelled_one_or_all_that_are_shown(self):
+        self.set_jobs(range(5))
+        self.set_jobs(range(5, 9), stage=2)
+        self.show()
+        self.open_job(3)
+        self.browser.click("#job [data-act=cancel]")
+        self.assertIn("Cancel job 3?", self.agree())
+        self.see("#message", "1 job cancelled.")
+        self.browser.click("#job-close")
+        self.browser.choose("#filter-stage", "2")
+        self.see("#jobs caption", "1 to 4 of 4")
+        self.browser.click("#jobs-actions [data-act=cancel]")
+        self.assertIn("Cancel 4 jobs?", self.agree())
+        self.see("#message", "4 jobs cancelled.")
+        self.assertEqual({(0, "waiting"): 4, (0, "cancelled"): 1,
+                          (2, "cancelled"): 4}, self.states())
+
+    def test_jobs_are_released(self):
+        self.set_jobs(range(4))
+        self.get(0, n=3, lease=600)
+        self.show()
+        self.browser.click("#jobs-actions [data-act=release]")
+        self.assertIn("Release 3 jobs?", self.agree())
+        self.see("#message", "3 jobs released.")
+        self.assertEqual({(0, "waiting"): 4}, self.states())
+
+    def test_a_refusal_is_said_as_the_server_says_it(self):
+        self.set_jobs([1])
+        self.get(0, lease=600)
+        self.show()
+        self.see("#jobs", "working")
+        self.browser.click("#jobs-actions [data-act=release]")
+        self.see("#confirm", "Release")
+        self.ok("/release_job/1", {})
+        self.agree()
+        self.see("#message", "0 jobs released. Nobody has claimed job 1.")
+        self.faults.append("409")
+
+    def test_expired_jobs_are_moved_back(self):
+        self.ok("/init/0/1/0/0")
+        self.set_jobs(range(3))
+        self.get(0, n=2)
+        self.clock.advance(61)
+        self.store.tick()
+        self.show()
+        self.browser.click("[data-act=move]")
+        self.assertIn("Move 2 expired jobs of stage 1?", self.agree())
+        self.see("#message", "2 jobs moved to stage 0.")
+        self.assertEqual({(0, "waiting"): 3}, self.states())
+
+    def test_a_lifetime_is_changed(self):
+        self.set_jobs([1])
+        self.show()
+        self.see("#stages", "Stage 0")
+        self.browser.click("[data-act=lifetime]")
+        self.agree(90)
+        self.see("#message", "90 minutes")
+        self.see("#stages", "lifetime 1 h 30 min")
+        self.assertEqual(90, self.ok("/lifetime/0"))
+
+    def test_a_stage_is_paused_and_resumed(self):
+        self.set_jobs([1])
+        self.show()
+        self.see("#stages", "Stage 0")
+        self.browser.click("[data-act=pause]")
+        self.agree()
+        self.see("#stages", "paused")
+        self.assertEqual("nada", self.get(0))
+        self.browser.click("[data-act=resume]")
+        self.agree()
+        self.see("#message", "Stage 0 goes on.")
+        self.assertEqual(1, self.get(0)["jobid"])
+
+    def test_a_worker_is_drained_and_undrained(self):
+        beat = {"worker": "a/b <c>", "lease": 9, "claims": [], "busy": 1}
+        self.ok("/heartbeat", beat)
+        self.show()
+        self.see("#workers", "a/b <c>")
+        self.browser.click("[data-act=drain]")
+        self.agree()
+        self.see("#workers", "draining", "Undrain")
+        self.assertTrue(self.ok("/heartbeat", beat)["drain"])
+        self.browser.click("[data-act=undrain]")
+        self.agree()
+        self.see("#message", "goes on")
+        self.assertFalse(self.ok("/heartbeat", beat)["drain"])
+
+    # Who gets in
+
+    def test_the_jobix_is_kept_for_the_session_and_nowhere_else(self):
+        self.set_jobs([1])
+        self.show()
+        self.assertEqual(self.origin + "get",
+                         self.browser.script("return location.href"))
+        kept = self.browser.script(
+            "return [sessionStorage.jobman, localStorage.length,"
+            " document.cookie, document.documentElement.outerHTML]")
+        self.assertIn("4711", kept[0])
+        self.assertEqual([0, ""], kept[1:3])
+        self.assertNotIn("4711", kept[3])
+        self.browser.call("POST", "/refresh")
+        self.see("#overall", "0 of 1 job done")
+        self.assertFalse([u for u in self.browser.requests() if "4711" in
+                          u.partition("#")[0]])
+
+    def test_it_asks_for_a_jobix_that_is_missing(self):
+        self.jobix = jobman.MAX_JOBIX  # beyond a script's numbers
+        self.set_jobs([1, 2])
+        self.browser.open(self.origin + "get")
+        self.see("#login", "Your jobix")
+        self.assertEqual("", self.browser.text("#main"))
+        self.browser.type("#login-jobix", str(self.jobix))
+        self.browser.press("Enter")
+        self.see("#overall", "0 of 2 jobs done")
+
+    def test_it_asks_again_where_a_jobix_is_wrong(self):
+        self.store.open_to_all = False
+        self.faults.append("403")
+        self.browser.open(self.origin + "get#jobix=77")
+        self.see("#login", "This server doesn't take that jobix.")
+        self.jobix = self.store.jobix
+        self.set_jobs([1, 2])
+        self.browser.type("#login-jobix", str(self.jobix))
+        self.browser.press("Enter")
+        self.see("#overall", "0 of 2 jobs done")
+        for odd in ("x", "-1", "1" * 30, "\u00e9"):
+            self.browser.open(self.origin + "get#jobix=" + odd)
+            self.see("#login", "jobix", "number")
+
+    def test_several_jobix_stand_side_by_side(self):
+        self.set_jobs([1], laststage=1)
+        self.get(0)
+        self.call("/update_job/1/1")
+        self.post("/set", {1: {"jobstage": 0}, 2: {"jobstage": 0}}, jobix=8)
+        self.show("jobix=4711,8&name=mine,theirs")
+        self.see("#tabs", "mine 100 %", "theirs 0 %")
+        self.see("#overall", "0 of 2 jobs done")
+        self.browser.click("#tabs button")
+        self.see("#overall", "1 of 1 job done")
+        self.browser.press("Right")
+        self.see("#overall", "0 of 2 jobs done")
+        self.browser.click("#forget")
+        self.see("#overall", "1 of 1 job done")
+        self.assertEqual("", self.browser.text("#tabs"))
+        self.browser.click("#add")
+        self.browser.type("#login-jobix", "8")
+        self.browser.press("Enter")
+        self.see("#overall", "0 of 2 jobs done")
+
+    # How it asks
+
+    def test_it_asks_once_a_second_and_takes_304_for_an_answer(self):
+        self.set_jobs([1])
+        self.show()
+        self.see("#jobs caption", "1 to 1")
+        statuses = []
+        respond = jobman.respond
+
+        def counted(store, request):
+            response = respond(store, request)
+            statuses.append((request.path, response.status, time.monotonic()))
+            return response
+
+        self.replace("respond", counted)
+
+        def seen(path):
+            return [s for s in statuses if s[0] == path]
+
+        wait_for(lambda: len(seen("/status")) >= 4, "four polls")
+        self.assertEqual({304}, {s[1] for s in seen("/status")[1:]})
+        times = [s[2] for s in seen("/status")]
+        for before, after in zip(times, times[1:]):
+            self.assertTrue(0.9 < after - before < 2, times)
+        self.assertLess(len(seen("/jobs")), 3)
+        self.browser.devtools("Page.enable")
+        other = self.browser.call("POST", "/window/new", type="tab")
+        mine = self.browser.call("GET", "/window")
+        self.browser.call("POST", "/window", handle=other["handle"])
+        hidden = wait_for(lambda: self.browser.script(
+            "return document.visibilityState") == "visible", "a tab")
+        self.assertTrue(hidden)
+        n = len(seen("/status"))
+        self.clock.advance(1)
+        end = time.monotonic() + 3
+        wait_for(lambda: time.monotonic() > end, "three seconds")
+        self.assertLessEqual(len(seen("/status")), n + 1)
+        self.browser.call("DELETE", "/window")
+        self.browser.call("POST", "/window", handle=mine)
+        wait_for(lambda: len(seen("/status")) > n + 1, "it is seen again")
+
+    def test_a_server_that_is_gone_and_comes_back(self):
+        self.closing.close()
+        process, address = self.serve("--db", self.path("jobs.db"))
+        self.origin = "http://%s:%d/" % address
+        self.show()
+        self.assertEqual("", self.browser.text("#stale"))
+        self.reap(process)  # kill -9
+        self.see("#stale", "No answer from the server since",
+                 "The figures are from then")
+        self.assertTrue(self.browser.script(
+            "return document.querySelector('#stale time').title"))
+        self.shoot("gone", whole=False)
+        self.faults.append("ERR_CONNECTION_REFUSED|ERR_EMPTY_RESPONSE"
+                           "|ERR_CONNECTION_RESET|Failed to load resource")
+        self.serve("--db", self.path("jobs.db"), port=address[1])
+        wait_for(lambda: self.browser.text("#stale") == "", "its recovery")
+        self.see("#message", "The server answers again.")
+
+    # For every person
+
+    def test_hostile_texts_are_only_texts(self):
+        self.set_jobs({1: HOSTILE, 2: [HOSTILE]}, filename=HOSTILE,
+                      max_attempts=1)
+        self.ok("/heartbeat", {"worker": HOSTILE, "host": HOSTILE, "lease": 9,
+                               "claims": [], "quarantine": HOSTILE})
+        job = self.get(0)
+        self.fail(job, error=HOSTILE, stderr=HOSTILE, exit_code=1)
+        self.show("jobix=4711,8&name=%3Cimg%20src%3Dx%3E,x")
+        self.browser.click("#tabs button")
+        for css in ("#workers", "#failures", "#failed", "#jobs"):
+            self.see(css, HOSTILE)
+        self.see("#tabs", "<img src=x>")
+        self.open_job(1)
+        self.see("#job", HOSTILE)
+        self.assertEqual(0, self.browser.script(
+            "return document.querySelectorAll('img, main script').length"))
+        self.assertNotIn("innerHTML", read("dashboard.html").decode())
+
+    def test_the_keyboard_alone_is_enough(self):
+        self.set_jobs(range(3))
+        self.show()
+        self.see_rows("#jobs", [[0], [1], [2]])
+        focus = "return document.activeElement.id ||" \
+            " document.activeElement.innerText"
+        for _ in range(40):
+            self.browser.press("Tab")
+            if self.browser.script(focus) == "filter-stage":
+                break
+        self.assertEqual("filter-stage", self.browser.script(focus))
+        outline = self.browser.script(
+            "return getComputedStyle(document.activeElement).outlineStyle")
+        self.assertEqual("solid", outline)
+        while self.browser.script(focus) != "1":
+            self.browser.press("Tab")
+        self.browser.press("Enter")
+        self.see("#job", "Job 1")
+        self.browser.press("Escape")
+        self.assertEqual("", self.browser.text("#job"))
+        self.assertEqual("1", self.browser.script(focus))
+
+    def test_the_focus_stays_while_figures_change(self):
+        self.set_jobs(range(3))
+        self.show()
+        self.see_rows("#jobs", [[0], [1], [2]])
+        self.browser.script(
+            "document.querySelectorAll('#jobs tbody button')[1].focus()")
+        self.get(0)
+        self.see("#overall-counts", "1 working")
+        self.see("#jobs", "working")
+        self.assertEqual("1", self.browser.script(
+            "return document.activeElement.innerText"))
+
+    CONTRASTS = """
+        function rgb(text) { return text.match(/[\\d.]+/g).map(Number) }
+        function light(text) {
+          const [r, g, b] = rgb(text).slice(0, 3).map(c => c / 255).map(
+            c => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4);
+          return .2126 * r + .7152 * g + .0722 * b;
+        }
+        function under(node) {
+          for (; node; node = node.parentElement) {
+            const colour = getComputedStyle(node).backgroundColor;
+            if (rgb(colour)[3] !== 0) return colour;
+          }
+          return getComputedStyle(document.body).backgroundColor;
+        }
+        return [...document.querySelectorAll('body *')].filter(node =>
+          [...node.childNodes].some(child => child.nodeType === 3 &&
+            child.data.trim()) && node.checkVisibility() &&
+          !node.closest('svg, script') && !node.disabled).map(node => {
+          const [a, b] = [light(getComputedStyle(node).color),
+                          light(under(node))].sort((x, y) => y - x);
+          return [(a + .05) / (b + .05), node.outerHTML.slice(0, 80)];
+        }).filter(([ratio]) => ratio < 4.5)"""
+
+    def test_contrast_is_aa_in_dark_and_in_light(self):
+        self.pipeline()
+        self.clock.advance(61)
+        self.store.tick()
+        self.show()
+        self.see("#expired caption", "50 jobs")
+        for scheme in ("light", "dark"):
+            self.browser.scheme(scheme)
+            self.assertEqual([], self.browser.script(self.CONTRASTS), scheme)
+        page = self.browser.script(
+            "return getComputedStyle(document.body).backgroundColor")
+        self.assertEqual("rgb(15, 19, 24)", page)
+
+    def test_it_fits_a_phone(self):
+        self.pipeline()
+        self.browser.resize(360, 740)
+        self.show()
+        self.see("#failed caption", "10 jobs")
+        self.assertEqual(360, self.browser.script(
+            "return document.documentElement.scrollWidth"))
+        self.shoot("360px")
+
+    def test_screen_readers_get_headings_tables_and_names(self):
+        self.pipeline()
+        self.show()
+        self.see("#failed caption", "10 jobs")
+        count = "return document.querySelectorAll(arguments[0]).length"
+        for css, n in (
+            ("h1", 1), ("main h2", 7), ("[aria-live=polite]", 2),
+            ("table:not(:has(caption))", 0), ("thead th:not([scope=col])", 0),
+            ("tbody th:not([scope=row])", 0), ("html[lang=en]", 1),
+            ("main section:not([aria-labelledby])", 0),
+        ):
+            self.assertEqual(n, self.browser.script(count, css), css)
+        self.assertEqual([], self.browser.script(
+            "return [...document.querySelectorAll('button, input, select')]"
+            ".filter(node => !(node.innerText.trim() || node.ariaLabel ||"
+            " (node.labels || []).length || node.id.startsWith('confirm')))"
+            ".map(node => node.outerHTML)"))
+        self.assertRegex(self.browser.script(
+            "return document.querySelector('#jobs time').title"),
+            r"\A2020-09-13T12:2\d:40.000Z\Z")
+
+    def test_a_million_jobs_are_shown_at_once(self):
+        entry = jobman.read_entry({"jobstage": 0, "jobcmd": "run"})
+        for start in range(0, 10**6, 10**5):
+            self.store.set(self.jobix, [
+                dict(entry, jobid=jobid, jobstage=jobid % 5 * 2)
+                for jobid in range(start, start + 10**5)])
+        began = time.monotonic()
+        self.show()
+        self.see("#overall", "0 of 1,000,000 jobs done")
+        self.see("#jobs caption", "1 to 100 of 1,000,000")
+        self.browser.choose("#filter-stage", "8")
+        self.see("#jobs caption", "1 to 100 of 200,000")
+        self.browser.choose("#order", "time")
+        self.see_rows("#jobs", [[4 + 5 * i, 8] for i in range(100)])
+        self.assertLess(time.monotonic() - began, 8)
+        self.shoot("million", whole=False)
+
+    # A snapshot
+
+    def test_a_snapshot_is_shown_without_a_server(self):
+        self.pipeline()
+        path = jobman.write_snapshot(
+            self.folder, jobman.glance(self.store, self.jobix))
+        self.origin = "file://" + self.folder
+        self.browser.open("file://" + path)
+        self.see("#message", "A snapshot of")
+        self.see("#percent", "20 %")
+        self.see_rows("#failures", [[10, 0, 3, "no space left", "node7"]])
+        self.see("#workers", "node7-1")
+        self.browser.click("#pace-all")
+        self.assertEqual(0, self.browser.script(
+            "return document.querySelectorAll('[data-act], .link').length"))
+        self.shoot("snapshot")
 
 
 # ----------------------------------------------------------------- house ---
