@@ -3914,6 +3914,62 @@ class WorkerTest(WorkerCase):
         self.assertEqual(b"once\n", read(self.path("log")))
         self.assertEqual(["done"], self.outcomes())
 
+    def heard(self, name, *, after, **what):
+        """Wait until a worker has beaten `after` a time, saying `what`."""
+        return wait_for(lambda: [
+            found for found in self.client.workers()["workers"]
+            if found["name"] == name and found["heard"] > after
+            and what.items() <= found.items()
+        ], "a heartbeat of %s" % name)
+
+    def test_drained_worker_finishes_and_claims_again_when_undrained(self):
+        self.add("echo $$ > pids; while [ ! -e go ]; do sleep 0.02; done")
+        process = self.start(
+            "--lease", "1", "--idle-timeout", "60", "--name", "a/b")
+        self.pids(1)
+        self.client.drain("a/b")
+        self.heard("a/b", after=time.time(), busy=1, drain=True)
+        open(self.path("go"), "w").close()
+        self.client.set({2: {"jobstage": 0, "jobcmd": "true"}})
+        self.heard("a/b", after=time.time(), busy=0, done=1)
+        self.heard("a/b", after=time.time(), busy=0, done=1)
+        self.assertEqual(["done", "waiting"], self.states())
+        self.assertEqual(["done"], self.outcomes())
+        undrained = time.time()
+        self.client.undrain("a/b")
+        wait_for(lambda: self.outcomes(2) == ["done"], "the other job")
+        self.assertGreater(self.attempts(2)[0]["started"], undrained)
+        process.terminate()
+        _, _, err = self.finish(process)
+        self.assertRegex(err, r"(?s)\Aworker\.py: Drained: [^\n]+\n"
+                         r"worker\.py: It claims jobs again\.\n\Z")
+
+    def test_drained_worker_gives_back_what_it_has_not_begun(self):
+        self.add(*["while [ ! -e go ]; do sleep 0.02; done"] * 3)
+        process = self.start_with(
+            "worker.Worker.HOARD = 60; worker.Worker.ahead = lambda self: 5",
+            "--lease", "1", "--name", "a", "--idle-timeout", "0.5")
+        wait_for(lambda: self.states() == ["working"] * 3, "its claims")
+        self.client.drain("a")
+        wait_for(lambda: self.states()[1:] == ["waiting"] * 2, "two back")
+        open(self.path("go"), "w").close()
+        status, _, err = self.finish(process)
+        self.assertEqual(0, status, err)
+        self.assertEqual(["done", "waiting", "waiting"], self.states())
+
+    def test_drained_worker_ends_when_it_is_idle_though_jobs_wait(self):
+        self.add("echo $$ > pids; while [ ! -e go ]; do sleep 0.02; done")
+        process = self.start(
+            "--lease", "1", "--idle-timeout", "0.2", "--name", "a")
+        self.pids(1)
+        self.client.drain("a")
+        self.heard("a", after=time.time(), drain=True)
+        self.client.set({2: {"jobstage": 0, "jobcmd": "true"}})
+        open(self.path("go"), "w").close()
+        self.assertEqual(0, self.finish(process)[0])
+        self.assertEqual(["done", "waiting"], self.states())
+        self.assertEqual([], self.client.workers()["workers"])
+
     def check_signal(self, number):
         """Check that a signal to a worker ends all and loses nothing."""
         self.add("sleep 60 & echo $! >> pids; echo $$ >> pids; wait")
@@ -5917,6 +5973,21 @@ class LibraryTest(WorkerCase):
             "    job.done()\n")
         self.assertEqual(["done"], self.outcomes())
         self.assertEqual("done", self.job()["state"])
+
+    def test_drained_program_gets_no_more_jobs(self):
+        self.add("a", "b")
+        self.over(
+            "client = worker.Client()\n"
+            "def drained():\n"
+            "    found, = client.workers()['workers']\n"
+            "    return found['heard'] > began + 0.1\n"
+            "for job in worker.claim_jobs(lease=1, name='me', **options):\n"
+            "    client.drain('me')\n"
+            "    began = time.time()\n"
+            "    while not drained():\n"
+            "        time.sleep(0.02)\n"
+            "    job.done()\n")
+        self.assertEqual(["done", "waiting"], self.states())
 
     def test_exception_in_the_loop_fails_the_attempt_and_goes_on_up(self):
         self.add("x", max_attempts=1)

@@ -824,19 +824,23 @@ class Claims:
     One thread renews all leases, one delivers outcomes; both take turns on
     the connection of `client`, which has no patience. What can't be
     delivered waits on disk, in `spool`. `about()` gives what a heartbeat
-    says of the worker; `lost(jobid, claim)` is called for a lost claim.
+    says of the worker; `lost(jobid, claim)` is called for a lost claim, and
+    `drained(whether)` after each heartbeat.
     """
 
     LINGER = 0.02  # seconds in which outcomes gather for one call
     LAST = 5  # seconds that the end may take when the server is away
 
-    def __init__(self, client, spool, name, lease, *, about, lost, say):
+    def __init__(
+        self, client, spool, name, lease, *, about, lost, drained, say
+    ):
         self.client = client
         self.spool = spool
         self.name = name
         self.lease = lease
         self.about = about
         self.lost = lost
+        self.drained = drained
         self.say = say
         self.news = threading.Condition()  # guards the next five
         self.held = {}  # jobid: newest token, until its outcome is told
@@ -1011,7 +1015,7 @@ class Claims:
         self.due.set()
 
     def beat(self, **about):
-        """Renew all leases; tell which claims are lost."""
+        """Renew all leases; tell which claims are lost, if it is drained."""
         with self.news:
             claims = sorted(self.held.items())
         about = dict(self.about(), **about)
@@ -1019,7 +1023,7 @@ class Claims:
             answer = self.client.heartbeat(
                 self.name, self.lease, claims, **about
             )
-            lost = set(answer["lost"])
+            lost, drained = set(answer["lost"]), bool(answer.get("drain"))
         except Unreachable:
             self.missed = True
             return
@@ -1031,6 +1035,7 @@ class Claims:
         for jobid, claim in claims:
             if jobid in lost:
                 self.lost(jobid, claim)
+        self.drained(drained)
 
 
 # ----------------------------------------------------------------- guard ---
@@ -1529,6 +1534,7 @@ class Claimer:
         self.trip = 0.01  # seconds that a claim takes
         self.usual = {}  # stage: seconds that most of its commands need
         self.looked = None  # when these were fresh
+        self.drained = False  # claim nothing for now
         self.ending = threading.Event()
         self.wanted = queue.Queue()
         self.thread = threading.Thread(target=self.claim_on, daemon=True)
@@ -1579,7 +1585,7 @@ class Claimer:
                 return jobs
             now, idle = time.monotonic(), not self.busy()
             if idle and now >= busy + self.options.idle_timeout:
-                if not self.delayed():
+                if self.drained or not self.delayed():
                     return None
                 idle = False
             if not idle:
@@ -1588,6 +1594,9 @@ class Claimer:
 
     def ask(self, stages, n, wait):
         """Make one call; return its jobs."""
+        if self.drained:
+            self.ending.wait(min(wait, 1))
+            return []
         began = time.monotonic()
         jobs = self.client.get(
             stages, worker=self.name, lease=self.options.lease, n=n, wait=wait
@@ -1792,6 +1801,7 @@ class Worker:
             client, Spool(spool, self.files),
             self.name, self.options.lease, about=self.about, say=self.say,
             lost=lambda *claim: self.call(self.lost, *claim),
+            drained=lambda whether: self.call(self.heed_drain, whether),
         )
         self.claimer.start()
         if self.printer:
@@ -1920,7 +1930,7 @@ class Worker:
             else:
                 attempt = self.attempts[job["jobid"]] = Attempt(job)
                 self.ready.append(attempt)
-        if self.claimer.ending.is_set():
+        if self.claimer.ending.is_set() or self.claimer.drained:
             self.give_back()
         elif self.ready:
             self.schedule.enter(self.HOARD, 0, self.unhoard)
@@ -2292,6 +2302,15 @@ class Worker:
         else:
             attempt.reason = "lost"
 
+    def heed_drain(self, drained):
+        """Claim nothing while the server says so; what runs may end."""
+        if drained != self.claimer.drained:
+            self.claimer.drained = drained
+            self.say("Drained: it claims no more for now." if drained
+                     else "It claims jobs again.")
+            if drained:
+                self.give_back()
+
     def drain(self, number, status):
         """Claim no more, end what runs by a signal, and give it back.
 
@@ -2464,16 +2483,15 @@ def claim_jobs(
         stage=[stage], lease=lease, idle_timeout=idle_timeout, until=None
     )
     client, name = Client(access, patience=None), name or own_name()
+    claimer = Claimer(options, client, name, busy=lambda: False, say=say)
     about = {"host": socket.gethostname(), "slots": 1, "stages": [stage]}
     claims = Claims(
         Client(access, patience=0),
         Spool(spool or beside(client.access, "spool"),
               file_name(name, client.jobix)),
-        name, lease, about=lambda: about, lost=lambda *claim:
-        claims.forget(*claim), say=say,
-    )
-    claimer = Claimer(
-        options, client, name, busy=lambda: False, say=say
+        name, lease, about=lambda: about, say=say,
+        lost=lambda *claim: claims.forget(*claim),
+        drained=lambda whether: setattr(claimer, "drained", whether),
     )
     jobs = each_job(claimer, claims, lag)
     atexit.register(jobs.close)  # at last: later our threads are gone
