@@ -304,7 +304,7 @@ drop index job_age;
 class SQL:
     """Every statement that runs on an open database, a line on each."""
 
-    # the jobix that this database's server made for itself
+    # the jobix that this database's server made, and one to read with
     SETTING = "select value from setting where name = :name"
     KEEP_SETTING = "insert or ignore into setting values (:name, :value)"
 
@@ -1283,7 +1283,8 @@ class Store:
                 connection, turns, clock, self.do_due, self.committed
             )
             with self.writer.transaction(self.renew_all) as tx:
-                self.jobix = self.own_jobix(tx)
+                self.jobix = self.own_number(tx, "jobix")
+                self.reading_jobix = self.own_number(tx, "reading jobix")
             undo.pop_all()
 
     def close(self):
@@ -1296,11 +1297,18 @@ class Store:
         self.writer.close()
         self.lock.close()
 
-    def admits(self, jobix):
-        """Return whether a jobix may come in: any, or the own one alone."""
-        return self.open_to_all or secrets.compare_digest(
-            str(jobix), str(self.jobix)
-        )
+    def admit(self, jobix):
+        """Return the jobix that a caller's stands for, and if it only reads.
+
+        Any may come in, or the own ones alone: else Error 403.
+        """
+        given = str(jobix)
+        if secrets.compare_digest(given, str(self.reading_jobix)):
+            return self.jobix, True
+        own = secrets.compare_digest(given, str(self.jobix))
+        if not (own or self.open_to_all):
+            raise Error(403, "This server doesn't take that jobix.")
+        return jobix, False
 
     def committed(self, counts):
         """Ring for the jobs that a commit has set free."""
@@ -1312,14 +1320,14 @@ class Store:
         """Give every live lease its full time again, as a server starts."""
         tx.execute(SQL.RENEW_ALL, {"now": tx.now})
 
-    def own_jobix(self, tx):
-        """Return the jobix that belongs to this database; make it at first.
+    def own_number(self, tx, name):
+        """Return a jobix that belongs to this database; make it at first.
 
         It is kept as text: what is secret is no number to compute with.
         """
         made = str(secrets.randbelow(MAX_JOBIX) + 1)
-        tx.execute(SQL.KEEP_SETTING, {"name": "jobix", "value": made})
-        kept = tx.execute(SQL.SETTING, {"name": "jobix"}).fetchone()
+        tx.execute(SQL.KEEP_SETTING, {"name": name, "value": made})
+        kept = tx.execute(SQL.SETTING, {"name": name}).fetchone()
         return int(kept["value"])
 
     # How a job moves
@@ -2231,15 +2239,17 @@ class Request:
         self.body = body
         self.gone = gone
         self.jobix = None
+        self.readonly = False
 
     def identify(self, store):
-        """Read `jobix`, the caller's namespace and secret; or Error 403."""
+        """Read `jobix`, the caller's namespace and secret; or Error 403.
+
+        One that is only for reading stands for the jobix that it shows.
+        """
         jobix = number(self.headers.get("jobix", "").strip())
         if type(jobix) is not int or not 0 <= jobix <= MAX_JOBIX:
             raise Error(403, "The header jobix must hold your number.")
-        if not store.admits(jobix):
-            raise Error(403, "This server doesn't take that jobix.")
-        self.jobix = jobix
+        self.jobix, self.readonly = store.admit(jobix)
 
     def options(self, **kinds):
         """Return the query's values, read by `kinds`; None where missing.
@@ -2929,6 +2939,7 @@ def pace(store, request):
 def status(store, request):
     """Show the figures."""
     figures = store.status(request.jobix)
+    figures["readonly"] = request.readonly
     return timed(request, figures.pop("time"), figures)
 
 
@@ -3250,6 +3261,9 @@ ROUTES = (
     ("GET", "/job/<jobid>", job),
 )
 PUBLIC = frozenset((greet, health, dashboard, lifetime_page))
+READING = frozenset((
+    lifetimes, status, pace, workers, failures, jobs, job, *PUBLIC
+))
 
 
 def fits(names, texts):
@@ -3317,6 +3331,8 @@ def respond(store, request):
         endpoint, arguments = find_route(request)
         if endpoint not in PUBLIC:
             request.identify(store)  # or Error 403 before anything else
+        if request.readonly and endpoint not in READING:
+            raise Error(403, "This jobix is only for reading.")
         return deflated(request, endpoint(store, request, *arguments))
     except Error as error:
         return refusal(error)
@@ -3628,11 +3644,12 @@ def replace_file(path, data, mode):
         remove(draft)
 
 
-def write_access(path, url, jobix):
+def write_access(path, url, store):
     """Write the file by which workers find a server; return its content."""
     access = {
         "url": url,
-        "jobix": jobix,
+        "jobix": store.jobix,
+        "reading_jobix": store.reading_jobix,
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
@@ -3747,7 +3764,7 @@ def serving(options, access_file):
     )
     server.start()
     try:
-        access = write_access(access_file, url, server.store.jobix)
+        access = write_access(access_file, url, server.store)
         try:
             yield server, access
         finally:
@@ -3787,20 +3804,22 @@ jobman %(version)s listens at %(url)s
   database     %(db)s
   access file  %(access)s
   page         %(page)s
+  to look only %(reading)s
 Add a job, then run what waits, here or on any node that sees this home:
   python3 -c %(program)s
   python3 worker.py --stage 0%(option)s"""
 
 
-def page_address(access, stream):
+def page_address(access, key, stream):
     """Return where the page is, to be shown on `stream`.
 
-    What comes after # is seen by no server; it is shown on a terminal alone.
+    `key` is that of a jobix in the access file. What comes after # is seen
+    by no server; it is shown on a terminal alone.
     """
     page = access["url"] + "/get"
     if stream.isatty():
-        return "%s#jobix=%d" % (page, access["jobix"])
-    return page + " (it asks for the jobix in the access file)"
+        return "%s#jobix=%d" % (page, access[key])
+    return "%s (it asks for the %s in the access file)" % (page, key)
 
 
 def announcement(options, access_file, access):
@@ -3813,7 +3832,8 @@ def announcement(options, access_file, access):
         "url": access["url"],
         "db": os.path.abspath(options.db),
         "access": access_file,
-        "page": page_address(access, sys.stdout),
+        "page": page_address(access, "jobix", sys.stdout),
+        "reading": page_address(access, "reading_jobix", sys.stdout),
         "program": shlex.quote(program),
         "option": "" if usual else " --access " + shlex.quote(access_file),
     }
@@ -4328,7 +4348,7 @@ def run(options):
     access_file = options.db + ".access"
     progress = Progress(sys.stderr)
     with serving(options, access_file) as (server, access):
-        say("Watch it at " + page_address(access, sys.stderr))
+        say("Watch it at " + page_address(access, "jobix", sys.stderr))
         command = from_utf8(os.fsencode(" ".join(options.words)))
         this = Run(server.store, command, options.retries)
         this.put_others_aside()

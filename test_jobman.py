@@ -402,6 +402,30 @@ class ContractTest(StoreCase):
         )
         self.assertIn("<html", reply.text)
 
+    def test_a_jobix_for_reading_reads_and_does_nothing_else(self):
+        self.jobix = self.store.jobix
+        self.set_jobs([1])
+        before = self.ok("/jobs")
+        reading = dict(jobix=self.store.reading_jobix)
+        self.assertEqual(before, self.ok("/jobs", **reading))
+        self.assertTrue(self.ok("/status", **reading)["readonly"])
+        self.assertFalse(self.ok("/status")["readonly"])
+        self.assertIn("<td>0</td>", self.call("/get?plain=1", **reading).text)
+        readable = {"/init", "/status", "/pace", "/workers", "/failures",
+                    "/jobs", "/job/<jobid>"}
+        for method, pattern, endpoint in jobman.ROUTES:
+            path = re.sub("<[^>]*>", "1", pattern)
+            body = b"{}" if method == "POST" else None
+            reply = self.call(path, body, method=method, **reading)
+            may = pattern in readable or endpoint in jobman.PUBLIC
+            self.assertEqual(200 if may else 403, reply.status, pattern)
+            self.assertNotIn(str(self.jobix), reply.text)
+        self.assertEqual(before, self.ok("/jobs"))
+        self.restart()
+        self.assertEqual(before, self.ok("/jobs", **reading))
+        self.assertEqual(3, len({
+            self.jobix, self.store.reading_jobix, 4711}))
+
     def test_every_call_but_the_public_ones_needs_a_jobix(self):
         for method, pattern, endpoint in jobman.ROUTES:
             path = re.sub("<[^>]*>", "1", pattern)
@@ -6735,8 +6759,9 @@ class StartTest(TemporaryFolder):
         while b"--stage 0" not in shown:
             shown += os.read(screen, 65536)
         access = self.access()
-        page = "%s/get#jobix=%d\r\n" % (access["url"], access["jobix"])
-        self.assertIn(page, shown.decode())
+        for key in ("jobix", "reading_jobix"):
+            page = "%s/get#jobix=%d\r\n" % (access["url"], access[key])
+            self.assertIn(page, shown.decode())
         process.terminate()
         self.assertEqual(0, process.wait(PATIENCE))
         process = self.spawn(JOBMAN, "serve", "--port", "0")
@@ -6745,7 +6770,8 @@ class StartTest(TemporaryFolder):
         access = self.access()
         _, out, err = self.stop(process)
         self.assertIn(access["url"] + "/get (it asks for the jobix", out)
-        self.assertNotIn(str(access["jobix"]), out + err)
+        for key in ("jobix", "reading_jobix"):
+            self.assertNotIn(str(access[key]), out + err)
 
     def test_a_snapshot_shows_what_there_is_and_no_secret(self):
         _, address = self.serve("--snapshot", "shots")
@@ -8394,6 +8420,22 @@ class BrowserTest(StoreCase):
         for odd in ("x", "-1", "1" * 30, "\u00e9"):
             self.browser.open(self.origin + "get#jobix=" + odd)
             self.see("#login", "jobix", "number")
+
+    def test_a_jobix_for_reading_shows_no_buttons_that_do_something(self):
+        self.jobix = self.store.jobix
+        self.pipeline()
+        self.clock.advance(61)
+        self.store.tick()
+        self.show("jobix=%d" % self.store.reading_jobix)
+        self.see("#expired caption", "50 jobs")
+        self.see("#failed caption", "10 jobs")
+        self.see("#jobs caption", "1 to 100")
+        self.open_job(50)
+        acts = "return document.querySelectorAll('[data-act]').length"
+        self.assertEqual(0, self.browser.script(acts))
+        self.show("jobix=%d" % self.jobix)
+        self.see("#expired caption", "50 jobs")
+        self.assertLess(9, self.browser.script(acts))
 
     def test_several_jobix_stand_side_by_side(self):
         self.set_jobs([1], laststage=1)
