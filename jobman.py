@@ -521,10 +521,10 @@ class SQL:
         and stage = :stage and state = :state and expired = :expired
         and since > :since order by since, jobid limit :limit"""
 
-    # the latest failures of a stage, each with its last attempt
+    # the latest failures of a stage, each with the end of its last attempt
     FAILURES = """
-        select jobid, job.stage, exit_code, error, stderr, attempt.worker,
-            host
+        select jobid, job.stage, exit_code, substr(error, -1000) as error,
+            substr(stderr, -1000) as stderr, attempt.worker, host
         from job left join attempt on attempt.row = (
             select max(row) from attempt where job = job.row)
         where jobix = :jobix and job.stage = :stage and state = 'failed'
@@ -1126,7 +1126,7 @@ LAPSES_SPENT = (
     "%d leases lapsed in this stage: its workers were not heard of in time."
 )
 PACE_POINTS = 360  # at most, of the line that /pace draws
-FAILURES_READ = 2000  # failed jobs that are grouped, the latest
+FAILURES_READ = 1000  # failed jobs that are grouped, the latest
 PAGE_TEXT = 8 * 2**20  # characters of text after which a page ends
 ATTEMPTS_SHOWN = 100  # of one job, the last
 JSON_COLUMNS = "jobcmd", "filename", "files", "cwd", "outputs"
@@ -3166,7 +3166,7 @@ def dashboard_file():
             return file.read()
 
 
-LINK = """<p><a href="/get?plain=1">Show my jobs</a> (the password is your
+LINK = """<p><a href="get?plain=1">Show my jobs</a> (the password is your
 jobix, the user name any).</p>"""
 
 

@@ -772,7 +772,7 @@ class ContractTest(StoreCase):
         self.replace("beside", self.path)
         self.assertIn("<td>77</td>", self.call("/get").text)
         page = exchange(self.address, "GET", "/get").text
-        self.assertIn('href="/get?plain=1"', page)
+        self.assertIn('href="get?plain=1"', page)
         self.assertNotIn("77", page)
         with open(self.path("dashboard.html"), "wb") as file:
             file.write(b"\xff")
