@@ -2763,10 +2763,9 @@ def drain(store, request, *name):
 
     A name with slashes in it comes as several parts.
     """
-    name = "/".join(name)
-    drain = request.path.startswith("/drain/")
-    store.drain(request.jobix, name, drain=drain)
-    return Response.json({"worker": name, "drain": drain})
+    name, drained = "/".join(name), request.path.startswith("/drain/")
+    store.drain(request.jobix, name, drain=drained)
+    return Response.json({"worker": name, "drain": drained})
 
 
 def pause(store, request, stage):

@@ -8498,6 +8498,49 @@ class BrowserTest(StoreCase):
         self.browser.call("POST", "/window", handle=mine)
         wait_for(lambda: len(seen("/status")) > n + 1, "it is seen again")
 
+    def test_it_asks_less_often_where_the_server_is_slow(self):
+        self.show()
+        times, respond = [], jobman.respond
+
+        def slow(store, request):
+            if request.path == "/status":
+                times.append(time.monotonic())
+                time.sleep(0.3)
+            return respond(store, request)
+
+        self.replace("respond", slow)
+        wait_for(lambda: len(times) >= 3, "three polls")
+        self.assertGreater(times[2] - times[1], 3)
+
+    def test_long_answers_come_to_it_deflated(self):
+        self.set_jobs(range(100))
+        encodings, respond = {}, jobman.respond
+
+        def noted(store, request):
+            response = respond(store, request)
+            headers = dict(response.headers)
+            encodings[request.path] = headers.get("Content-Encoding")
+            return response
+
+        self.replace("respond", noted)
+        self.show()
+        self.see("#jobs caption", "1 to 100 of 100 jobs")
+        self.assertEqual("deflate", encodings["/get"])
+        self.assertEqual("deflate", encodings["/jobs"])
+
+    def test_times_are_in_the_viewers_zone(self):
+        self.set_jobs([1])
+        self.browser.devtools(
+            "Emulation.setTimezoneOverride", timezoneId="Asia/Tokyo")
+        try:
+            self.show()
+            self.see("#jobs", "9:26 PM")
+        finally:
+            self.browser.devtools(
+                "Emulation.setTimezoneOverride", timezoneId="UTC")
+        self.assertEqual("2020-09-13T12:26:40.000Z", self.browser.script(
+            "return document.querySelector('#jobs time').dateTime"))
+
     def test_a_server_that_is_gone_and_comes_back(self):
         self.closing.close()
         process, address = self.serve("--db", self.path("jobs.db"))
