@@ -8437,6 +8437,19 @@ class BrowserTest(StoreCase):
         self.see("#expired caption", "50 jobs")
         self.assertLess(9, self.browser.script(acts))
 
+    def test_one_of_two_jobix_that_is_wrong_is_forgotten(self):
+        self.store.open_to_all = False
+        self.faults.append("403")
+        self.jobix = self.store.jobix
+        self.set_jobs([1, 2])
+        self.browser.open(
+            self.origin + "get#jobix=77,%d" % self.store.jobix)
+        self.see("#login", "This server doesn't take that jobix.")
+        self.browser.click("#login-cancel")
+        self.see("#overall", "0 of 2 jobs done")
+        self.browser.click("#add")
+        self.see("#login", "It is in the server's access file.")
+
     def test_several_jobix_stand_side_by_side(self):
         self.set_jobs([1], laststage=1)
         self.get(0)
@@ -8447,7 +8460,7 @@ class BrowserTest(StoreCase):
         self.see("#overall", "0 of 2 jobs done")
         self.browser.click("#tabs button")
         self.see("#overall", "1 of 1 job done")
-        self.browser.press("Right")
+        self.browser.press("Tab", "Enter")
         self.see("#overall", "0 of 2 jobs done")
         self.browser.click("#forget")
         self.see("#overall", "1 of 1 job done")
@@ -8602,16 +8615,27 @@ class BrowserTest(StoreCase):
         self.assertEqual("1", self.browser.script(focus))
 
     def test_the_focus_stays_while_figures_change(self):
-        self.set_jobs(range(3))
+        self.ok("/init/1/0/0")
+        self.set_jobs(range(9), max_attempts=1)
+        self.fail(self.get(0), error="bad")
+        self.clock.advance(61)
+        self.store.tick()
         self.show()
-        self.see_rows("#jobs", [[0], [1], [2]])
-        self.browser.script(
-            "document.querySelectorAll('#jobs tbody button')[1].focus()")
-        self.get(0)
-        self.see("#overall-counts", "1 working")
-        self.see("#jobs", "working")
-        self.assertEqual("1", self.browser.script(
-            "return document.activeElement.innerText"))
+        self.see("#failed caption", "1 job")
+        self.see("#expired caption", "9 jobs")
+        for n, css in enumerate((
+            "#jobs tbody tr:nth-child(9) button", "#stages [data-act=pause]",
+            "#jobs-actions [data-act=cancel]", "#failures [data-act=retry]",
+            "#expired-actions [data-act=move]", "#filter-stage",
+        ), 1):
+            self.browser.script(
+                "window.kept = document.querySelector(arguments[0]);"
+                "window.kept.focus()", css)
+            self.fail(self.get(0), error="bad")
+            self.see("#overall-counts", "%d failed" % (n + 1))
+            self.see("#failures", "%d\t0" % (n + 1))
+            self.assertTrue(self.browser.script(
+                "return window.kept === document.activeElement"), css)
 
     CONTRASTS = """
         function rgb(text) { return text.match(/[\\d.]+/g).map(Number) }
