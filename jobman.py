@@ -326,11 +326,12 @@ class SQL:
         where jobix = :jobix and stage = :stage and state in ('waiting',
             'delayed', 'blocked', 'working', 'done', 'failed', 'cancelled',
             'aborted') """
-    EXPIRED = MOVABLE + IN_STAGE + "and expired = 1"
-    # one range of job_queue, for each lane that the state has
+    # SQLite 3.7.17 would walk over the whole stage instead
+    EXPIRED = MOVABLE + "indexed by job_age" + IN_STAGE + "and expired = 1"
+    # one range of job_age
     GROUP = """
         select jobid from job where jobix = :jobix and stage = :stage
-        and free = :lane and state = :state"""
+        and state = :state"""
     # one look-up in job_queue at any number of jobs
     FREE = """
         select * from job
@@ -507,9 +508,9 @@ class SQL:
         and state = :state order by jobid limit :limit"""
     # … of the expired of a group, which are sorted …
     EXPIRED_PAGE = """
-        select jobid from job where jobix = :jobix and stage = :stage
-        and state = :state and expired = 1 and jobid > :after
-        order by jobid limit :limit"""
+        select jobid from job indexed by job_age where jobix = :jobix
+        and stage = :stage and state = :state and expired = 1
+        and jobid > :after order by jobid limit :limit"""
     # … and by time in their stage: one range of job_age, then another
     SAME_AGE = """
         select since, jobid from job where jobix = :jobix
@@ -1895,12 +1896,11 @@ class Store:
     @query
     def ids_in(self, execute, jobix, *, states, stage):
         """Return the ids of all jobs in `states` and a stage, None: any."""
-        ids = []
-        for group in self.groups(execute, jobix, states, stage):
-            for lane in lanes(group["state"]):
-                found = execute(SQL.GROUP, dict(group, lane=lane))
-                ids += [row["jobid"] for row in found]
-        return ids
+        return [
+            row["jobid"]
+            for group in self.groups(execute, jobix, states, stage)
+            for row in execute(SQL.GROUP, group)
+        ]
 
     def groups(self, execute, jobix, states, stage):
         """Return the groups of jobs in `states` and a stage, None: any.

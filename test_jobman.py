@@ -3506,6 +3506,8 @@ class CostTest(StoreCase):
                                 state=None),
         "jobs in a state": dict(order="id", after=None, stage=0,
                                 state="working"),
+        "expired jobs": dict(order="id", after=None, stage=0,
+                             state="expired"),
         "jobs by time": dict(order="time", after=None, stage=None,
                              state=None),
         "jobs by time later": dict(order="time", stage=0, state="waiting",
@@ -3528,6 +3530,8 @@ class CostTest(StoreCase):
             "status": self.steps(lambda: self.store.status(self.jobix)),
             "check_stages": self.steps(
                 lambda: self.store.check_stages(self.jobix)),
+            "move_expired": self.steps(
+                lambda: self.store.move_expired(self.jobix, 0, 2)),
             "tick": self.steps(self.store.tick),
             "heartbeat": self.steps(
                 lambda: self.store.heartbeat(
@@ -3582,6 +3586,9 @@ class CostTest(StoreCase):
                 if name in ("FREE", "DUE", "NEXT_DUE", "PAGE", "GROUP_PAGE",
                             "SAME_AGE", "YOUNGER"):
                     self.assertNotIn("TEMP B-TREE", row["detail"], name)
+                if name in ("EXPIRED", "OVERDUE", "FLAG", "EXPIRED_PAGE"):
+                    self.assertNotRegex(
+                        row["detail"], "job USING.*(queue|auto)", name)
 
 
 # ------------------------------------------------------------- processes ---
