@@ -8263,6 +8263,49 @@ class BrowserTest(StoreCase):
         paths = [u for u in self.browser.requests() if "/jobs?order" in u]
         self.assertTrue(all("limit=100" in url for url in paths), paths)
 
+    def test_next_twice_is_next_once(self):
+        self.set_jobs(range(350))
+        self.show()
+        self.see("#jobs caption", "1 to 100 of 350")
+        self.browser.script("const next = document.querySelector('#next');"
+                            "next.click(); next.click()")
+        self.see("#jobs caption", "101 to 200 of 350")
+        self.assertEqual("100", self.browser.rows("#jobs")[0][0])
+
+    def test_a_short_page_is_counted_as_it_is(self):
+        self.replace("PAGE_TEXT", 20000)
+        self.set_jobs(dict.fromkeys(range(50), "x" * 1000))
+        self.show()
+        self.see("#jobs caption", "1 to 20 of 50")
+        self.browser.click("#next")
+        self.see("#jobs caption", "21 to 40 of 50")
+        self.browser.click("#previous")
+        self.see("#jobs caption", "1 to 20 of 50")
+
+    def test_the_table_is_renewed_when_jobs_expire(self):
+        self.ok("/init/1/0")
+        self.set_jobs(range(3))
+        self.show()
+        self.browser.choose("#filter-state", "expired")
+        self.see("#jobs caption", "No job is like that.")
+        self.browser.script("for (const part of PARTS) part.every = 100")
+        self.clock.advance(61)
+        self.store.tick()
+        self.see("#jobs caption", "1 to 3 of 3")
+
+    def test_odd_numbers_find_no_job_and_nothing_is_amiss(self):
+        self.set_jobs([2, 7])
+        self.show()
+        for text, said in (("002", "Job 2"), ("9" * 22, "There is no job 99"),
+                           ("x", "There is no job x"), ("0", "There is no"),
+                           ("7", "Job 7")):
+            self.browser.script(
+                "document.querySelector('#filter-id').value = ''")
+            self.browser.type("#filter-id", text)
+            self.browser.press("Enter")
+            self.see("#jobs caption", said)
+        self.assertEqual("", self.browser.text("#stale"))
+
     def test_the_last_page_has_no_next(self):
         self.set_jobs(range(150))
         self.show()
@@ -8308,6 +8351,9 @@ class BrowserTest(StoreCase):
         self.assertIn("Cancel job 3?", self.agree())
         self.see("#message", "1 job cancelled.")
         self.browser.click("#job-close")
+        self.browser.click("#jobs-actions [data-act=cancel]")
+        self.assertIn("Cancel 8 jobs?", self.see("#confirm", "No"))
+        self.browser.click("#confirm-no")
         self.browser.choose("#filter-stage", "2")
         self.see("#jobs caption", "1 to 4 of 4")
         self.browser.click("#jobs-actions [data-act=cancel]")
@@ -8315,6 +8361,24 @@ class BrowserTest(StoreCase):
         self.see("#message", "4 jobs cancelled.")
         self.assertEqual({(0, "waiting"): 4, (0, "cancelled"): 1,
                           (2, "cancelled"): 4}, self.states())
+
+    def test_failed_jobs_are_retried_and_done_ones_if_asked_for(self):
+        self.set_jobs(range(6), laststage=2, max_attempts=1)
+        for job in self.get(0, n=2):
+            self.fail(job)
+        for job in self.get(0, n=3):
+            self.update(job, 2)
+        self.show()
+        self.see("#jobs-actions", "Retry failed")
+        self.browser.click("#jobs-actions [data-act=retry]")
+        self.assertIn("Retry 2 jobs?", self.agree())
+        self.see("#message", "2 jobs put back.")
+        self.browser.choose("#filter-state", "done")
+        self.see("#jobs caption", "1 to 3 of 3")
+        self.browser.click("#jobs-actions [data-act=retry]")
+        self.assertIn("Retry 3 jobs?", self.agree())
+        self.see("#message", "3 jobs put back.")
+        self.assertEqual({(0, "waiting"): 6}, self.states())
 
     def test_jobs_are_released(self):
         self.set_jobs(range(4))
@@ -8457,6 +8521,51 @@ class BrowserTest(StoreCase):
         self.browser.click("#add")
         self.see("#login", "It is in the server's access file.")
 
+    def test_what_is_agreed_to_is_done_to_the_jobix_that_was_shown(self):
+        self.set_jobs(range(3))
+        self.post("/set", {i: {"jobstage": 0} for i in range(4)}, jobix=8)
+        self.show()
+        self.browser.click("#jobs-actions [data-act=cancel]")
+        self.see("#confirm", "Cancel 3 jobs?")
+        self.browser.script("location.hash = '#jobix=8'")
+        self.see("#overall", "0 of 4 jobs done")
+        self.assertEqual("", self.browser.text("#confirm"))
+        self.assertEqual({(0, "waiting"): 3}, self.states())
+        self.assertEqual({(0, "waiting"): 4}, self.states(jobix=8))
+
+    def test_nothing_of_another_jobix_stays_when_the_tab_is_changed(self):
+        self.pipeline()
+        self.clock.advance(61)
+        self.store.tick()
+        self.post("/set", {1: {"jobstage": 0}}, jobix=8)
+        self.show("jobix=4711")
+        for css in ("#expired", "#failures", "#failed", "#jobs", "#workers"):
+            self.see(css + " tbody")
+            wait_for(lambda css=css: self.browser.rows(css), css)
+        ready, respond = threading.Event(), jobman.respond
+        self.addCleanup(ready.set)
+
+        def stopped(store, request):
+            if request.path not in ("/status", "/get"):
+                ready.wait(PATIENCE)
+            return respond(store, request)
+
+        self.replace("respond", stopped)
+        self.browser.script("location.hash = '#jobix=8'")
+        self.see("#overall", "0 of 1 job done")
+        for css in ("#expired", "#failures", "#failed", "#jobs", "#workers"):
+            self.assertEqual([], self.browser.rows(css), css)
+        self.assertEqual("", self.browser.text("#expired-actions"))
+        ready.set()
+        self.see_rows("#jobs", [[1, 0]])
+        self.browser.click("#forget")
+        self.see("#overall", "of 100 jobs done")
+        self.browser.click("#forget")
+        self.see("#login", "Your jobix")
+        self.assertEqual("jobman", self.browser.script(
+            "return document.title + document.querySelector('#jobs tbody')"
+            ".textContent"))
+
     def test_several_jobix_stand_side_by_side(self):
         self.set_jobs([1], laststage=1)
         self.get(0)
@@ -8561,6 +8670,26 @@ class BrowserTest(StoreCase):
         self.assertEqual("2020-09-13T12:26:40.000Z", self.browser.script(
             "return document.querySelector('#jobs time').dateTime"))
 
+    def test_what_is_refused_of_one_part_keeps_no_other_away(self):
+        self.set_jobs([1])
+        self.faults.append("503")
+        refused, respond = threading.Event(), jobman.respond
+
+        def partly(store, request):
+            if request.path == "/pace" and not refused.is_set():
+                return jobman.refusal(jobman.Unavailable("it is tired"))
+            if request.path == "/status" and refused.is_set():
+                return jobman.refusal(jobman.Unavailable("it is full"))
+            return respond(store, request)
+
+        self.replace("respond", partly)
+        self.show()
+        self.see("#message", "The server can't do that now (it is tired)")
+        self.see_rows("#jobs", [[1]])
+        self.assertEqual("", self.browser.text("#stale"))
+        refused.set()
+        self.see("#stale", "(it is full)", "The figures are from")
+
     def test_a_server_that_is_gone_and_comes_back(self):
         self.closing.close()
         process, address = self.serve("--db", self.path("jobs.db"))
@@ -8568,8 +8697,8 @@ class BrowserTest(StoreCase):
         self.show()
         self.assertEqual("", self.browser.text("#stale"))
         self.reap(process)  # kill -9
-        self.see("#stale", "No answer from the server since",
-                 "The figures are from then")
+        self.see("#stale", "No answer from the server.",
+                 "The figures are from")
         self.assertTrue(self.browser.script(
             "return document.querySelector('#stale time').title"))
         self.shoot("gone", whole=False)
@@ -8668,6 +8797,49 @@ class BrowserTest(StoreCase):
           return [(a + .05) / (b + .05), node.outerHTML.slice(0, 80)];
         }).filter(([ratio]) => ratio < 4.5)"""
 
+    def focus(self):
+        """Return what has the focus: its id, else its text."""
+        return self.browser.script(
+            "return document.activeElement.id ||"
+            " document.activeElement.innerText")
+
+    def test_an_action_by_keys_leaves_the_focus_on_its_button(self):
+        self.set_jobs([1])
+        self.show()
+        self.see("#stages", "Pause")
+        self.browser.script(
+            "document.querySelector('[data-act=pause]').focus()")
+        self.browser.press("Enter")
+        self.see("#confirm", "Pause stage 0?")
+        self.assertEqual("confirm-no", self.focus())
+        self.browser.press("Shift", "Tab", "Enter")
+        self.see("#message", "Stage 0 is paused.")
+        wait_for(lambda: self.focus() == "Resume", "its button")
+
+    def test_the_focus_stays_when_a_row_above_goes(self):
+        self.set_jobs(range(5))
+        self.show()
+        self.browser.choose("#filter-state", "waiting")
+        self.see("#jobs caption", "1 to 5 of 5")
+        self.browser.script(
+            "for (const part of PARTS) part.every = 100;"
+            "document.querySelectorAll('#jobs tbody button')[2].focus()")
+        self.get(0)
+        self.see("#jobs caption", "1 to 4 of 4")
+        self.assertEqual("2", self.focus())
+
+    def test_what_happened_is_told_in_an_open_job_too(self):
+        self.set_jobs([1])
+        self.show()
+        self.open_job(1)
+        self.browser.click("#job [data-act=cancel]")
+        self.agree()
+        self.see("#job #message", "1 job cancelled.")
+        self.browser.click("#job-close")
+        self.see("#notes-place #message", "1 job cancelled.")
+        self.browser.click("#dismiss")
+        self.assertEqual("", self.browser.text("#note"))
+
     def test_contrast_is_aa_in_dark_and_in_light(self):
         self.pipeline()
         self.clock.advance(61)
@@ -8676,6 +8848,11 @@ class BrowserTest(StoreCase):
         self.see("#expired caption", "50 jobs")
         for scheme in ("light", "dark"):
             self.browser.scheme(scheme)
+            self.assertEqual([], self.browser.script(self.CONTRASTS), scheme)
+            self.browser.call("POST", "/actions", actions=[{
+                "type": "pointer", "id": "mouse", "actions": [{
+                    "type": "pointerMove", "x": 0, "y": 0, "origin": {
+                        Browser.ELEMENT: self.browser.find("#pace-hour")}}]}])
             self.assertEqual([], self.browser.script(self.CONTRASTS), scheme)
         page = self.browser.script(
             "return getComputedStyle(document.body).backgroundColor")
