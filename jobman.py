@@ -506,6 +506,11 @@ class SQL:
         select jobid from job where jobix = :jobix and stage = :stage
         and free = :lane and priority = :priority and jobid > :after
         and state = :state order by jobid limit :limit"""
+    # … of the rest, where there are too many priorities: they are sorted …
+    REST_PAGE = """
+        select jobid from job indexed by job_queue where jobix = :jobix
+        and stage = :stage and free = :lane and priority <= :priority
+        and jobid > :after and state = :state order by jobid limit :limit"""
     # … of the expired of a group, which are sorted …
     EXPIRED_PAGE = """
         select jobid from job indexed by job_age where jobix = :jobix
@@ -522,14 +527,18 @@ class SQL:
         and stage = :stage and state = :state and expired = :expired
         and since > :since order by since, jobid limit :limit"""
 
-    # the latest failures of a stage, each with the end of its last attempt
-    FAILURES = """
+    # those of a group that came into their state of late: one range of job_age
+    LATEST = """
+        select since, jobid from job where jobix = :jobix
+        and stage = :stage and state = :state and expired = :expired
+        order by since desc, jobid desc limit :limit"""
+    # the end of a job's last attempt
+    LAST_END = """
         select jobid, job.stage, exit_code, substr(error, -1000) as error,
             substr(stderr, -1000) as stderr, attempt.worker, host
         from job left join attempt on attempt.row = (
             select max(row) from attempt where job = job.row)
-        where jobix = :jobix and job.stage = :stage and state = 'failed'
-        and expired = :expired order by since desc limit :limit"""
+        where jobix = :jobix and jobid = :jobid"""
 
     # a job with its last attempt
     LAST_ATTEMPT = """
@@ -1126,6 +1135,7 @@ BLANK_REPORT = dict.fromkeys(("exit_code", "error", "stderr", "seconds"))
 LAPSES_SPENT = (
     "%d leases lapsed in this stage: its workers were not heard of in time."
 )
+PRIORITIES_MERGED = 20  # of a group, for a page in order of ids
 PACE_POINTS = 360  # at most, of the line that /pace draws
 FAILURES_READ = 1000  # failed jobs that are grouped, the latest
 PAGE_TEXT = 8 * 2**20  # characters of text after which a page ends
@@ -2096,10 +2106,13 @@ class Store:
         for group in self.groups(execute, key["jobix"], states, stage):
             for lane in lanes(group["state"]):
                 part = dict(group, lane=lane, priority=2**31, **key)
-                while part["priority"] is not None:
-                    yield execute(SQL.GROUP_PAGE, part)
+                for _ in range(PRIORITIES_MERGED):
                     found = execute(SQL.NEXT_PRIORITY, part).fetchone()
                     part["priority"] = found[0]
+                    yield execute(SQL.GROUP_PAGE, part)
+                if part["priority"] is not None:
+                    part["priority"] -= 1
+                    yield execute(SQL.REST_PAGE, part)
 
     def places_by_time(self, execute, jobix, stage, state, after, limit):
         """Return up to `limit` pairs (since, id) that follow `after`."""
@@ -2140,14 +2153,17 @@ class Store:
         The latter are rows with jobid, stage, exit_code, error, stderr,
         worker and host, at most FAILURES_READ.
         """
-        failed, rows = 0, []
+        failed, places = 0, []
         for group in self.groups(execute, jobix, ("failed",), None):
             failed += group["jobs"]
             for expired in (0, 1):
-                limit = FAILURES_READ - len(rows)
-                key = dict(group, expired=expired, limit=limit)
-                rows += execute(SQL.FAILURES, key).fetchall()
-        return failed, rows
+                key = dict(group, expired=expired, limit=FAILURES_READ)
+                places += map(tuple, execute(SQL.LATEST, key))
+        keys = (
+            {"jobix": jobix, "jobid": jobid}
+            for _, jobid in sorted(places, reverse=True)[:FAILURES_READ]
+        )
+        return failed, [execute(SQL.LAST_END, key).fetchone() for key in keys]
 
     @query
     def some_failed(self, execute, jobix, *, limit):
@@ -2787,12 +2803,14 @@ def check_stages(store, request, old=None, new=None):
     return Response.json(answer)
 
 
-def lifetime(store, request, stage, minutes=None):
-    """Show or set the lifetime of a stage."""
-    if minutes is None:
-        minutes = store.lifetime(request.jobix, stage)
-    else:
-        store.set_lifetime(request.jobix, stage, minutes)
+def lifetime(store, request, stage):
+    """Show the lifetime of a stage."""
+    return Response.json(store.lifetime(request.jobix, stage))
+
+
+def set_lifetime(store, request, stage, minutes):
+    """Set the lifetime of a stage."""
+    store.set_lifetime(request.jobix, stage, minutes)
     return Response.json(minutes)
 
 
@@ -3009,6 +3027,13 @@ def plain(content, title="jobman"):
     return PLAIN % {"content": content, "title": html.escape(title)}
 
 
+def renewed(page, seconds, *more):
+    """Return a page that loads itself again; `more` is for its head."""
+    meta = '<meta charset="utf-8">'
+    renew = '<meta http-equiv="refresh" content="%d">' % seconds
+    return page.replace(meta, "\n".join((meta, renew, *more)), 1)
+
+
 def row(cell, values):
     """Return the markup of a row of a table; `cell` is that of each value."""
     texts = ("" if value is None else str(value) for value in values)
@@ -3035,8 +3060,8 @@ def span(period):
 
 
 def clock_time(moment):
-    """Return a moment as date and time where this runs."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+    """Return a moment as date, time and zone where this runs."""
+    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(moment))
 
 
 # What is seen of jobs at a glance: a name, the call that gives it, options.
@@ -3085,10 +3110,24 @@ def stages_table(figures):
     for stage in [*figures["stages"], dict(figures["totals"], stage="all")]:
         name = "%s%s" % (stage["stage"], ", paused" * stage.get("paused", 0))
         counts = [stage["states"][state] for state in STATES]
-        lifetime = stage.get("lifetime") or ""
-        rows.append([name, stage["jobs"], stage["expired"], *counts, lifetime])
-    heads = "stage", "jobs", "expired", *STATES, "lifetime in minutes"
-    return table("Stages", heads, rows)
+        took = stage.get("runtime") or {"median": None, "p90": None}
+        rows.append([
+            name, stage["jobs"], stage["expired"], *counts,
+            stage.get("lifetime") or "",
+            *("%.3g" % s if s else "" for s in (took["median"], took["p90"])),
+        ])
+    heads = "lifetime in minutes", "median of seconds", "nine in ten within"
+    return table("Stages", ("stage", "jobs", "expired", *STATES, *heads), rows)
+
+
+def pace_line(pace):
+    """Return a sentence on what became done in the last hour."""
+    return (
+        "In the last hour %d attempts and %d jobs became done, of these %d"
+        " and %d in the last full minute." % (
+            sum(pace["updates"]), sum(pace["done"]),
+            pace["updates"][-2], pace["done"][-2])
+    )
 
 
 def workers_table(heard):
@@ -3121,7 +3160,7 @@ def jobs_table(name, page):
 
 
 def plain_view(seen):
-    """Return what `glance` has seen as a page that renews itself."""
+    """Return what `glance` has seen as a page without a script."""
     figures, failures = seen["status"], seen["failures"]
     groups = [
         [group[name] for name in ("jobs", "stage", "exit_code", "message",
@@ -3131,9 +3170,9 @@ def plain_view(seen):
     heads = "jobs", "stage", "exit code", "message", "host"
     line = progress_line(figures)
     return plain("\n".join((
-        '<meta http-equiv="refresh" content="10">',
         "<h1>jobman %s</h1>" % figures["version"],
-        "<p>%s<p>As of %s." % (line, clock_time(figures["time"])),
+        "<p>%s<p>%s" % (line, pace_line(seen["hour"])),
+        "<p>As of %s." % clock_time(figures["time"]),
         stages_table(figures),
         workers_table(seen["workers"]),
         jobs_table("Expired jobs", seen["expired"]),
@@ -3180,7 +3219,7 @@ def dashboard(store, request):
         return show(page)
     jobix = caller(store, request)
     if jobix is not None:
-        return show(plain_view(glance(store, jobix)))
+        return show(renewed(plain_view(glance(store, jobix)), 10))
     if not wanted:
         return show(plain(LINK))
     challenge = ("WWW-Authenticate", 'Basic realm="jobix as password"')
@@ -3232,7 +3271,7 @@ ROUTES = (
     ("GET", "/init", lifetimes),
     ("GET", "/init/<minutes…>", init),
     ("GET", "/lifetime/<stage>", lifetime),
-    ("GET", "/lifetime/<stage>/<minutes>", lifetime),
+    ("GET", "/lifetime/<stage>/<minutes>", set_lifetime),
     ("POST", "/set", set_jobs),
     ("POST", "/submit", submit),
     ("GET", "/get/<stages>", get_job),
@@ -3261,7 +3300,7 @@ ROUTES = (
 )
 PUBLIC = frozenset((greet, health, dashboard, lifetime_page))
 READING = frozenset((
-    lifetimes, status, pace, workers, failures, jobs, job, *PUBLIC
+    lifetimes, lifetime, status, pace, workers, failures, jobs, job, *PUBLIC
 ))
 
 
@@ -3684,11 +3723,8 @@ def snapshot_page(seen):
     else:
         data = to_json(seen).replace("<", "\\u003c")
         page = page.replace(SLOT, SLOT + data, 1)
-    meta = '<meta charset="utf-8">'
-    return page.replace(meta, """%s
-<meta http-equiv="Content-Security-Policy" content="%s">
-<meta http-equiv="refresh" content="%d">""" % (
-        meta, policy(page), SNAPSHOT_EVERY), 1)
+    guard = '<meta http-equiv="Content-Security-Policy" content="%s">'
+    return renewed(page, SNAPSHOT_EVERY, guard % policy(page))
 
 
 def write_snapshot(folder, seen):

@@ -411,7 +411,7 @@ class ContractTest(StoreCase):
         self.assertTrue(self.ok("/status", **reading)["readonly"])
         self.assertFalse(self.ok("/status")["readonly"])
         self.assertIn("<td>0</td>", self.call("/get?plain=1", **reading).text)
-        readable = {"/init", "/status", "/pace", "/workers", "/failures",
+        readable = {"/init", "/lifetime/<stage>", "/status", "/pace", "/workers", "/failures",
                     "/jobs", "/job/<jobid>"}
         for method, pattern, endpoint in jobman.ROUTES:
             path = re.sub("<[^>]*>", "1", pattern)
@@ -796,6 +796,8 @@ class ContractTest(StoreCase):
         for text in (
             '<meta http-equiv="refresh" content="10">',
             "33 %: 1 of 3 jobs done", cells(0, 2, 1, 1, 0),
+            "In the last hour 1 attempts and 1 jobs became done, of these 1"
+            " and 1 in the last full minute.", cells(1, "0.001", "0.001"),
             cells("1, paused", 0), "<h2>Expired jobs</h2>",
             cells(3, 0, "waiting", "2020-")[:-5],
             cells("late", "out&lt;1&gt;"), "<h2>Failures</h2>",
@@ -2175,6 +2177,10 @@ class ShowTest(StoreCase):
                     (query, order),
                 )
 
+    def test_pages_are_in_order_with_more_priorities_than_are_merged(self):
+        self.replace("PRIORITIES_MERGED", 2)
+        self.test_pages_are_in_order_whatever_is_chosen()
+
     def test_pages_by_time_pass_over_no_job_of_one_moment(self):
         self.set_jobs(range(7))
         self.clock.advance(1)
@@ -2439,6 +2445,17 @@ class SweepTest(StoreCase):
         self.failed([self.get(0)], error="second")
         group, = self.ok("/failures")["groups"]
         self.assertEqual(("second", [1]), (group["message"], group["ids"]))
+
+    def test_the_latest_failures_of_all_stages_are_grouped(self):
+        self.replace("FAILURES_READ", 3)
+        self.set_jobs(range(5), max_attempts=1)
+        self.set_jobs(range(5, 7), stage=2, max_attempts=1)
+        self.failed(self.get(0, n=4))
+        self.failed(self.get(2, n=2))
+        self.failed(self.get(0, n=1))
+        groups = self.ok("/failures")["groups"]
+        self.assertEqual({2: [6, 5], 0: [4]},
+                         {g["stage"]: g["ids"] for g in groups})
 
     def test_a_bounded_number_of_failures_is_grouped_the_latest_first(self):
         self.replace("FAILURES_READ", 3)
@@ -3586,7 +3603,8 @@ class CostTest(StoreCase):
                 if name in ("FREE", "DUE", "NEXT_DUE", "PAGE", "GROUP_PAGE",
                             "SAME_AGE", "YOUNGER"):
                     self.assertNotIn("TEMP B-TREE", row["detail"], name)
-                if name in ("EXPIRED", "OVERDUE", "FLAG", "EXPIRED_PAGE"):
+                if name in ("EXPIRED", "OVERDUE", "FLAG", "EXPIRED_PAGE",
+                            "LATEST"):
                     self.assertNotRegex(
                         row["detail"], "job USING.*(queue|auto)", name)
 
@@ -6848,6 +6866,7 @@ class StartTest(TemporaryFolder):
         self.assertEqual(0, self.command(*alone)[0])
         page = read(self.path("out", "status.html")).decode()
         self.assertIn("0 of 0 jobs done", page)
+        self.assertEqual(1, page.count("refresh"))
         self.assertIn("Content-Security-Policy", page)
         status, out, err = self.command(
             JOBMAN, "snapshot", self.path("jobman.py"))
