@@ -47,7 +47,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 __version__ = "0.1.0"
@@ -80,6 +80,13 @@ class Error(Exception):
         self.headers = {
             name.replace("_", "-"): value for name, value in headers.items()
         }
+
+
+class Stranger(Error):
+    """Refuse a jobix that isn't taken here: status 403."""
+
+    def __init__(self):
+        super().__init__(403, "This server doesn't take that jobix.")
 
 
 class Trouble(Exception):
@@ -1122,6 +1129,56 @@ class Bell:
                     ear.ring()
 
 
+class Brake:
+    """Hold up an address that brings wrong jobix, and nobody else.
+
+    The first few wrong ones cost nothing. Each one more costs twice the time
+    of the one before, until there was none for a while. `clock` gives
+    seconds.
+    """
+
+    FREE = 10  # wrong ones that cost nothing
+    LONGEST = 5  # seconds that a wrong one is held up
+    FORGET = 60  # seconds without a wrong one
+    ADDRESSES = 10000  # that are remembered, those of late
+    HELD = 100  # refusals that are held up at a time
+
+    def __init__(self, clock=time.monotonic):
+        self.clock = clock
+        self.mutex = threading.Lock()  # guards all below
+        self.wrong = OrderedDict()  # address: (how many, when the last was)
+        self.held = 0
+
+    def count(self, address):
+        """Note one more wrong one; return the seconds that it costs."""
+        now = self.clock()
+        with self.mutex:
+            wrong, last = self.wrong.pop(address, (0, now))
+            wrong = 1 if now - last > self.FORGET else wrong + 1
+            self.wrong[address] = wrong, now
+            if len(self.wrong) > self.ADDRESSES:
+                self.wrong.popitem(last=False)
+        if wrong <= self.FREE:
+            return 0
+        return min(self.LONGEST, 0.05 * 2 ** min(wrong - self.FREE, 10))
+
+    def hold(self, address, ending):
+        """Wait for what a wrong one costs, or until the event `ending`.
+
+        Not when too many wait already: they must not take all threads.
+        """
+        seconds = self.count(address)
+        with self.mutex:
+            if not seconds or self.held >= self.HELD:
+                return
+            self.held += 1
+        try:
+            ending.wait(seconds)
+        finally:
+            with self.mutex:
+                self.held -= 1
+
+
 # ----------------------------------------------------------------- store ---
 
 UNENDED = ("waiting", "delayed", "blocked", "working")
@@ -1266,13 +1323,15 @@ class Store:
 
     Methods speak the contract's words. Those marked `change` go through the
     Writer, are on disk when they return, and raise Error when refused; those
-    marked `query` only read. `clock` gives seconds since 1970. A job fails at
-    its `max_attempts`, where it says nothing else, or at `max_lapses`.
+    marked `query` only read. `clock` gives seconds since 1970. `jobix` is the
+    own one, if not that which the database has made. A job fails at its
+    `max_attempts`, where it says nothing else, or at `max_lapses`.
     """
 
     def __init__(
         self, path, *, clock=time.time, shared=False, waiters=20000,
-        open_to_all=True, max_attempts=MAX_ATTEMPTS, max_lapses=MAX_LAPSES
+        jobix=None, open_to_all=True, max_attempts=MAX_ATTEMPTS,
+        max_lapses=MAX_LAPSES
     ):
         self.clock = clock
         self.max_attempts = max_attempts
@@ -1280,6 +1339,7 @@ class Store:
         self.shared = shared
         self.open_to_all = open_to_all
         self.bell = Bell(waiters)
+        self.brake = Brake()
         self.ending = threading.Event()
         self.ticker = None
         self.readers = Readers(path)
@@ -1294,16 +1354,21 @@ class Store:
                 connection, turns, clock, self.do_due, self.committed
             )
             with self.writer.transaction(self.renew_all) as tx:
-                self.jobix = self.own_number(tx, "jobix")
+                made = self.own_number(tx, "jobix")
+                self.jobix = made if jobix is None else jobix
                 self.reading_jobix = self.own_number(tx, "reading jobix")
             undo.pop_all()
 
-    def close(self):
-        """Answer the long polls, end the last commit, close the database."""
+    def wake_all(self):
+        """Answer the long polls, and who is held up, now and from now on."""
         self.ending.set()
+        self.bell.close()
+
+    def close(self):
+        """Answer who waits, end the last commit, close the database."""
+        self.wake_all()
         if self.ticker:
             self.ticker.join()
-        self.bell.close()
         self.readers.close()
         self.writer.close()
         self.lock.close()
@@ -1318,7 +1383,7 @@ class Store:
             return self.jobix, True
         own = secrets.compare_digest(given, str(self.jobix))
         if not (own or self.open_to_all):
-            raise Error(403, "This server doesn't take that jobix.")
+            raise Stranger
         return jobix, False
 
     def committed(self, counts):
@@ -2244,16 +2309,20 @@ class Request:
     """What a front door makes of a call, whatever its protocol.
 
     `path` is percent-decoded, `headers` have lower-case names, `body` is
-    bytes. `gone()` tells whether the caller has hung up.
+    bytes. `gone()` tells whether the caller has hung up; `address` is where
+    the call comes from.
     """
 
-    def __init__(self, method, path, query, headers, body, gone):
+    def __init__(
+        self, method, path, query, headers, body, gone, address=None
+    ):
         self.method = method
         self.path = path
         self.query = query
         self.headers = headers
         self.body = body
         self.gone = gone
+        self.address = address
         self.jobix = None
         self.readonly = False
 
@@ -3192,8 +3261,12 @@ def caller(store, request):
         with contextlib.suppress(ValueError):
             _, _, password = base64.b64decode(login).partition(b":")
             request.headers["jobix"] = password.decode("ascii")
-    with contextlib.suppress(Error):
+    try:
         request.identify(store)
+    except Stranger:
+        store.brake.hold(request.address, store.ending)
+    except Error:
+        pass
     return request.jobix
 
 
@@ -3372,6 +3445,9 @@ def respond(store, request):
         if request.readonly and endpoint not in READING:
             raise Error(403, "This jobix is only for reading.")
         return deflated(request, endpoint(store, request, *arguments))
+    except Stranger as error:
+        store.brake.hold(request.address, store.ending)
+        return refusal(error)
     except Error as error:
         return refusal(error)
     except sqlite3.Error as error:
@@ -3379,6 +3455,62 @@ def respond(store, request):
     except Exception:
         traceback.print_exc()
         return refusal(Error(500, "jobman has a fault here; see its log."))
+
+
+# ----------------------------------------------------------- access file ---
+
+
+def access_path():
+    """Return where the access file is, unless an option says otherwise."""
+    default = os.path.join(os.path.expanduser("~"), ".jobman", "access.json")
+    return os.environ.get("JOBMAN_ACCESS") or default
+
+
+def replace_file(path, data, mode):
+    """Write a file in one step: a reader sees the old or the new one.
+
+    Makes its folder. Raises OSError; no draft is left then.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, mode | (mode & 0o444) >> 2, exist_ok=True)
+    draft = "%s.%d" % (path, os.getpid())
+    try:
+        remove(draft)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with open(os.open(draft, flags, mode), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        remove(draft)
+
+
+def write_access(path, url, store):
+    """Write the file by which workers find a server; return its content."""
+    access = {
+        "url": url,
+        "jobix": store.jobix,
+        "reading_jobix": store.reading_jobix,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+    try:
+        replace_file(path, utf8(to_json(access) + "\n"), 0o600)
+    except OSError as error:
+        raise Trouble(
+            "The access file %s can't be written: %s." % (path, error.strerror)
+        ) from None
+    return access
+
+
+def remove_access(path, access):
+    """Remove the access file if it is still this server's own."""
+    with contextlib.suppress(OSError, ValueError):
+        with open(path) as file:
+            own = json.load(file) == access
+        if own:
+            os.unlink(path)
 
 
 # ----------------------------------------------------------- front doors ---
@@ -3433,7 +3565,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             known = name in headers
             headers[name] = headers[name] + ", " + value if known else value
         request = Request(
-            self.command, unquote(path), query, headers, body, self.gone
+            self.command, unquote(path), query, headers, body, self.gone,
+            self.client_address[0],
         )
         with self.server.answering():
             self.send(respond(self.server.store, request))
@@ -3568,18 +3701,34 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         self.ending = True
         self.shutdown()
         self.server_close()
-        self.store.bell.close()
+        self.store.wake_all()
         with self.idle:
             self.idle.wait_for(lambda: not self.busy, timeout=5)
         self.store.close()
+
+
+def read_jobix(text, source):
+    """Return the jobix that a text is; raise Trouble where it is none."""
+    jobix = number(text.strip())
+    if type(jobix) is not int or not 0 <= jobix <= MAX_JOBIX:
+        raise Trouble("%s holds no number from 0 to 2^63-1." % source)
+    return jobix
+
+
+def given_jobix():
+    """Return the jobix in the environment, None where there is none."""
+    text = os.environ.get("JOBMAN_JOBIX")
+    return None if text is None else read_jobix(text, "JOBMAN_JOBIX")
 
 
 class Application:
     """The WSGI front door: `application`, made at its first call.
 
     The environment (of the process, set by the .wsgi file) has JOBMAN_DB,
-    the database, and JOBMAN_WAITERS, how many of a process' threads long
-    polls may take (default 2).
+    the database, JOBMAN_JOBIX, the one that is admitted if not that which
+    the database makes, JOBMAN_OPEN=1 to admit any, JOBMAN_URL, for an access
+    file that leads here, and JOBMAN_WAITERS, how many of a process' threads
+    long polls may take (default 2).
     """
 
     def __init__(self):
@@ -3624,8 +3773,15 @@ class Application:
         waiters = number(os.environ.get("JOBMAN_WAITERS", "2"))
         if type(waiters) is not int:
             raise Trouble("JOBMAN_WAITERS must be a number of long polls.")
-        path = os.environ.get("JOBMAN_DB", "jobman.db")
-        return Store(path, shared=True, waiters=waiters)
+        store = Store(
+            os.environ.get("JOBMAN_DB", "jobman.db"), shared=True,
+            waiters=waiters, jobix=given_jobix(),
+            open_to_all=os.environ.get("JOBMAN_OPEN") == "1",
+        )
+        store.brake.HELD = waiters  # those take threads too
+        if "JOBMAN_URL" in os.environ:
+            write_access(access_path(), os.environ["JOBMAN_URL"], store)
+        return store
 
     def read(self, environ):
         """Return the Request in a WSGI environment."""
@@ -3647,66 +3803,11 @@ class Application:
             headers,
             body,
             lambda: False,
+            environ.get("REMOTE_ADDR"),
         )
 
 
 application = Application()
-
-
-# ----------------------------------------------------------- access file ---
-
-
-def access_path():
-    """Return where the access file is, unless an option says otherwise."""
-    default = os.path.join(os.path.expanduser("~"), ".jobman", "access.json")
-    return os.environ.get("JOBMAN_ACCESS") or default
-
-
-def replace_file(path, data, mode):
-    """Write a file in one step: a reader sees the old or the new one.
-
-    Makes its folder. Raises OSError; no draft is left then.
-    """
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, mode | (mode & 0o444) >> 2, exist_ok=True)
-    draft = "%s.%d" % (path, os.getpid())
-    try:
-        remove(draft)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        with open(os.open(draft, flags, mode), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        remove(draft)
-
-
-def write_access(path, url, store):
-    """Write the file by which workers find a server; return its content."""
-    access = {
-        "url": url,
-        "jobix": store.jobix,
-        "reading_jobix": store.reading_jobix,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-    }
-    try:
-        replace_file(path, utf8(to_json(access) + "\n"), 0o600)
-    except OSError as error:
-        raise Trouble(
-            "The access file %s can't be written: %s." % (path, error.strerror)
-        ) from None
-    return access
-
-
-def remove_access(path, access):
-    """Remove the access file if it is still this server's own."""
-    with contextlib.suppress(OSError, ValueError):
-        with open(path) as file:
-            own = json.load(file) == access
-        if own:
-            os.unlink(path)
 
 
 # -------------------------------------------------------------- snapshot ---
@@ -3776,17 +3877,18 @@ def listen(host, port):
 
 
 @contextlib.contextmanager
-def serving(options, access_file):
+def serving(options, access_file, jobix=None):
     """Serve `options.db` at `options.host` and port while the body runs.
 
-    Hands out the Server and the content of its access file.
+    `jobix` is the own one, if not that of the database. Hands out the Server
+    and the content of its access file.
     """
     server = listen(options.host, options.port)
     try:
         address = ipaddress.ip_address(server.server_address[0])
         server.store = Store(
             options.db, shared=options.shared,
-            open_to_all=address.is_loopback,
+            jobix=jobix, open_to_all=options.open or address.is_loopback,
             max_attempts=options.retries + 1, max_lapses=options.lapses,
         )
     except BaseException:
@@ -3874,13 +3976,33 @@ def announcement(options, access_file, access):
     }
 
 
+def own_jobix(options):
+    """Return the jobix that serve is given, None where there is none."""
+    path = options.jobix_file
+    if path is None:
+        return given_jobix()
+    try:
+        with open(path) as file:
+            if os.fstat(file.fileno()).st_mode & 0o077:
+                raise Trouble(
+                    "Others can read %s: chmod 600 it, and put a new number"
+                    " there if somebody may have." % path)
+            return read_jobix(file.read(100), path)
+    except OSError as error:
+        raise Trouble("%s: %s." % (path, error.strerror)) from None
+    except UnicodeDecodeError:
+        return read_jobix("", path)
+
+
 def serve(options):
     """Serve a database until a signal ends it."""
+    jobix = own_jobix(options)
     raise_file_limit()
     ending = until_signal()
     access_file = options.access or access_path()
     with contextlib.ExitStack() as stack:
-        server, access = stack.enter_context(serving(options, access_file))
+        server, access = stack.enter_context(
+            serving(options, access_file, jobix))
         if options.snapshot is not None:
             store = server.store
             write_snapshot(options.snapshot, glance(store, store.jobix))
@@ -4523,6 +4645,10 @@ def add_serve(commands):
     add("--access", metavar="FILE",
         help="where workers find the server (~/.jobman/access.json)")
     add("--url", help="the address for the access file, if not our guess")
+    add("--jobix-file", metavar="FILE",
+        help="the jobix that is admitted, if not one that we make")
+    add("--open", action="store_true",
+        help="admit any jobix, as on loopback, wherever it listens")
     add("--shared", action="store_true",
         help="other servers of this host may serve the same database")
     add("--snapshot", metavar="DIR",
@@ -4553,7 +4679,7 @@ def add_run(commands):
     )
     command.set_defaults(
         act=run, host="127.0.0.1", port=0, url=None, shared=False,
-        lapses=MAX_LAPSES,
+        lapses=MAX_LAPSES, open=False,
     )
     add = command.add_argument
     add("words", nargs=argparse.REMAINDER, metavar="COMMAND",

@@ -411,8 +411,8 @@ class ContractTest(StoreCase):
         self.assertTrue(self.ok("/status", **reading)["readonly"])
         self.assertFalse(self.ok("/status")["readonly"])
         self.assertIn("<td>0</td>", self.call("/get?plain=1", **reading).text)
-        readable = {"/init", "/lifetime/<stage>", "/status", "/pace", "/workers", "/failures",
-                    "/jobs", "/job/<jobid>"}
+        readable = {"/init", "/lifetime/<stage>", "/status", "/pace",
+                    "/workers", "/failures", "/jobs", "/job/<jobid>"}
         for method, pattern, endpoint in jobman.ROUTES:
             path = re.sub("<[^>]*>", "1", pattern)
             body = b"{}" if method == "POST" else None
@@ -2791,6 +2791,78 @@ class WaitTest(StoreCase):
         self.assertLess(time.monotonic() - began, PATIENCE)
 
 
+class BrakeTest(StoreCase):
+    """Wrong jobix are slowed by address, and nobody else is."""
+
+    def setUp(self):
+        super().setUp()
+        self.store.open_to_all = False
+        self.right = {"jobix": str(self.store.jobix)}
+
+    def wrong(self, path="/status"):
+        """Bring a wrong jobix."""
+        self.assertEqual(403, exchange(
+            self.address, "GET", path, headers={"jobix": "1"}).status)
+
+    def test_wrong_ones_cost_more_and_more_up_to_a_bound(self):
+        brake = jobman.Brake(self.clock)
+        costs = [brake.count("a") for _ in range(brake.FREE + 12)]
+        self.assertEqual([0] * brake.FREE, costs[: brake.FREE])
+        self.assertEqual([0.1, 0.2, 0.4], costs[brake.FREE :][:3])
+        self.assertEqual({5}, set(costs[-5:]))
+        self.assertEqual(0, brake.count("b"))
+        self.clock.advance(brake.FORGET + 1)
+        self.assertEqual(0, brake.count("a"))
+
+    def test_a_bounded_number_of_addresses_is_remembered(self):
+        brake = jobman.Brake(self.clock)
+        brake.ADDRESSES = 3
+        for address in "abcdabc":
+            brake.count(address)
+        self.assertEqual(["a", "b", "c"], list(brake.wrong))
+
+    def test_only_who_brings_wrong_ones_is_held_up(self):
+        self.store.brake.FREE = 0
+        self.store.brake.LONGEST = PATIENCE
+        for _ in range(9):
+            self.store.brake.count("127.0.0.1")
+        waiting = threading.Thread(target=self.wrong)
+        waiting.start()
+        wait_for(lambda: self.store.brake.held, "a wrong one")
+        reply = exchange(self.address, "GET", "/status", headers=self.right)
+        self.assertEqual(200, reply.status)
+        self.assertTrue(waiting.is_alive())
+        self.store.wake_all()
+        waiting.join(PATIENCE)
+        self.assertFalse(waiting.is_alive())
+
+    def test_a_password_that_is_wrong_counts_too(self):
+        login = base64.b64encode(b":1").decode()
+        headers = {"Authorization": "Basic " + login}
+        for _ in range(3):
+            exchange(self.address, "GET", "/get?plain=1", headers=headers)
+        self.wrong()
+        self.assertEqual(4, self.store.brake.wrong["127.0.0.1"][0])
+        exchange(self.address, "GET", "/status", headers=self.right)
+        exchange(self.address, "GET", "/status")  # none is no wrong one
+        self.assertEqual(4, self.store.brake.wrong["127.0.0.1"][0])
+
+    def test_they_do_not_take_all_threads(self):
+        brake = self.store.brake
+        brake.FREE, brake.LONGEST, brake.HELD = 0, PATIENCE, 2
+        for _ in range(9):
+            brake.count("127.0.0.1")
+        waiting = [threading.Thread(target=self.wrong) for _ in range(2)]
+        for thread in waiting:
+            thread.start()
+        wait_for(lambda: brake.held == 2, "two of them")
+        self.wrong()
+        self.assertTrue(all(thread.is_alive() for thread in waiting))
+        self.store.wake_all()
+        for thread in waiting:
+            thread.join(PATIENCE)
+
+
 class SocketTest(StoreCase):
     """Requests as bytes, and what comes back."""
 
@@ -2890,6 +2962,12 @@ class SocketTest(StoreCase):
             self.assertIn(b" 408 ", client.recv(100))
 
 
+class WsgiBrakeTest(BrakeTest):
+    """The same behind WSGI."""
+
+    front = WsgiFront
+
+
 class WsgiClaimTest(ClaimTest):
     """The same through the WSGI door."""
 
@@ -2922,8 +3000,10 @@ class ApplicationTest(TemporaryFolder):
         return started[0][0]
 
     def open(self, **variables):
+        """Make an application that admits any jobix, if not told else."""
         application = jobman.Application()
-        patched = dict(self.environment, **variables)
+        patched = dict(self.environment, JOBMAN_OPEN="1")
+        patched.update(variables)
         with replaced_environment(patched):
             first = self.call("/get/0", application)
         self.addCleanup(application.close)
@@ -3002,6 +3082,32 @@ class ApplicationTest(TemporaryFolder):
             "404", self.call("/\xff", application)[0][:3]
         )
 
+    def test_it_admits_one_jobix_alone_unless_it_is_open(self):
+        database = self.path("wsgi.db")
+        for variables, status in (
+            ({}, "403"), ({"JOBMAN_OPEN": "0"}, "403"),
+            ({"JOBMAN_JOBIX": "8"}, "403"), ({"JOBMAN_JOBIX": " 7\n"}, "200"),
+            ({"JOBMAN_OPEN": "1"}, "200"),
+        ):
+            kept = {"JOBMAN_DB": database, "JOBMAN_OPEN": "", **variables}
+            application, first = self.open(**kept)
+            self.assertEqual(status, first[0][:3], variables)
+            application.close()
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            _, (status, _) = self.open(JOBMAN_JOBIX="7x")
+        self.assertEqual("503", status[:3])
+        self.assertIn("JOBMAN_JOBIX holds no number", log.getvalue())
+        self.assertNotIn("7x", log.getvalue())
+
+    def test_it_writes_an_access_file_when_it_knows_its_address(self):
+        path = self.path("access.json")
+        application, _ = self.open(
+            JOBMAN_DB=self.path("wsgi.db"), JOBMAN_OPEN="",
+            JOBMAN_URL="http://here:80/jobs", JOBMAN_ACCESS=path)
+        self.assertEqual(
+            ("http://here:80/jobs", application.store.jobix),
+            worker.read_access(path))
+
     def test_a_bad_number_of_long_polls_is_503(self):
         with contextlib.redirect_stderr(io.StringIO()) as log:
             _, (status, _) = self.open(JOBMAN_WAITERS="many")
@@ -3038,7 +3144,8 @@ class ApplicationTest(TemporaryFolder):
         application, _ = self.open(JOBMAN_DB=self.path("wsgi.db"))
         application.close()
         with replaced_environment(
-            dict(self.environment, JOBMAN_DB=self.path("wsgi.db"))
+            dict(self.environment, JOBMAN_DB=self.path("wsgi.db"),
+                 JOBMAN_OPEN="1")
         ):
             self.assertEqual(
                 ("200 OK", b'"nada"'), self.call("/get/0", application))
@@ -6686,6 +6793,66 @@ class StartTest(TemporaryFolder):
         _, here = self.serve("--db", "other.db")
         reply = exchange(here, "GET", "/status", headers={"jobix": "7"})
         self.assertEqual(200, reply.status)
+
+    def secret(self, text, mode=0o600):
+        """Write a file with a jobix; return its path."""
+        path = self.path("secret")
+        with open(path, "wb") as file:
+            file.write(text)
+        os.chmod(path, mode)
+        return path
+
+    def comes_in(self, address, jobix):
+        """Return the status of a call with a jobix."""
+        headers = {"jobix": str(jobix)}
+        return exchange(address, "GET", "/status", headers=headers).status
+
+    def test_a_given_jobix_comes_in_alone(self):
+        beyond = "--host", "0.0.0.0"
+        path = self.secret(b" 4711\n")
+        process, (_, port) = self.serve(*beyond, "--jobix-file", path)
+        here = "127.0.0.1", port
+        self.assertEqual(4711, self.access()["jobix"])
+        self.assertEqual(200, self.comes_in(here, 4711))
+        self.assertEqual(403, self.comes_in(here, 4712))
+        self.stop(process)
+        self.environment["JOBMAN_JOBIX"] = "4712"
+        process, (_, port) = self.serve(*beyond)
+        self.assertEqual(200, self.comes_in(("127.0.0.1", port), 4712))
+        self.assertEqual(403, self.comes_in(("127.0.0.1", port), 4711))
+        self.stop(process)
+        del self.environment["JOBMAN_JOBIX"]
+        process, (_, port) = self.serve(*beyond)
+        self.assertEqual(403, self.comes_in(("127.0.0.1", port), 4711))
+        self.stop(process)
+        _, (_, port) = self.serve(*beyond, "--open")
+        self.assertEqual(200, self.comes_in(("127.0.0.1", port), 4711))
+
+    def test_a_jobix_file_that_is_no_good_is_refused(self):
+        for text, mode, said in (
+            (b"4711", 0o640, "chmod 600"), (b"4711", 0o604, "chmod 600"),
+            (b"47x11", 0o600, "no number"), (b"", 0o600, "no number"),
+            (b"\xff", 0o600, "no number"), (b"-1", 0o600, "no number"),
+            (b"9223372036854775808", 0o600, "no number"),
+        ):
+            sentence = self.refused("--jobix-file", self.secret(text, mode))
+            self.assertIn(said, sentence)
+            self.assertNotIn("47", sentence)
+        self.assertIn(
+            "No such file", self.refused("--jobix-file", self.path("none")))
+        self.assertFalse(os.path.exists(self.path("jobman.db")))
+
+    def test_an_access_file_that_others_can_read_is_refused(self):
+        self.serve()
+        path = self.path(".jobman", "access.json")
+        for mode in (0o640, 0o604, 0o620):
+            os.chmod(path, mode)
+            status, out, err = self.command(WORKER, "--idle-timeout", "0")
+            self.assertEqual((1, ""), (status, out))
+            self.assertRegex(err, r"\Aworker\.py: [^\n]+ chmod 600 [^\n]+\n\Z")
+        os.chmod(path, 0o600)
+        self.assertEqual(
+            0, self.command(WORKER, "--idle-timeout", "0.1")[0])
 
     def test_announced_commands_work_as_they_stand(self):
         _, said = self.announced()

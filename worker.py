@@ -87,6 +87,8 @@ def read_access(path):
     """Return (url, jobix) from an access file; raise Trouble without one."""
     try:
         with open(path, encoding="utf-8") as file:
+            if os.fstat(file.fileno()).st_mode & 0o077:
+                raise ValueError("others can read it: chmod 600 it")
             access = json.load(file)
         if not re.match(r"\d+\Z", str(access["jobix"]), re.A):
             raise ValueError("its jobix is no number")
