@@ -4083,6 +4083,7 @@ class WorkerTest(WorkerCase):
         process = self.start(
             "--lease", "1", "--idle-timeout", "60", "--name", "a/b")
         self.pids(1)
+        self.heard("a/b", after=0)
         self.client.drain("a/b")
         self.heard("a/b", after=time.time(), busy=1, drain=True)
         open(self.path("go"), "w").close()
@@ -4106,6 +4107,7 @@ class WorkerTest(WorkerCase):
             "worker.Worker.HOARD = 60; worker.Worker.ahead = lambda self: 5",
             "--lease", "1", "--name", "a", "--idle-timeout", "0.5")
         wait_for(lambda: self.states() == ["working"] * 3, "its claims")
+        self.heard("a", after=0)
         self.client.drain("a")
         wait_for(lambda: self.states()[1:] == ["waiting"] * 2, "two back")
         open(self.path("go"), "w").close()
@@ -4118,6 +4120,7 @@ class WorkerTest(WorkerCase):
         process = self.start(
             "--lease", "1", "--idle-timeout", "0.2", "--name", "a")
         self.pids(1)
+        self.heard("a", after=0)
         self.client.drain("a")
         self.heard("a", after=time.time(), drain=True)
         self.client.set({2: {"jobstage": 0, "jobcmd": "true"}})
@@ -6134,14 +6137,15 @@ class LibraryTest(WorkerCase):
         self.add("a", "b")
         self.over(
             "client = worker.Client()\n"
-            "def drained():\n"
-            "    found, = client.workers()['workers']\n"
-            "    return found['heard'] > began + 0.1\n"
-            "for job in worker.claim_jobs(lease=1, name='me', **options):\n"
-            "    client.drain('me')\n"
-            "    began = time.time()\n"
-            "    while not drained():\n"
+            "def heard(after):\n"
+            "    while not any(found['heard'] > after for found in"
+            " client.workers()['workers']):\n"
             "        time.sleep(0.02)\n"
+            "for job in worker.claim_jobs(lease=1, name='me', **options):\n"
+            "    heard(0)\n"
+            "    client.drain('me')\n"
+            "    heard(time.time())\n"
+            "    heard(time.time())\n"
             "    job.done()\n")
         self.assertEqual(["done", "waiting"], self.states())
 
