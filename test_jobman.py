@@ -8798,8 +8798,9 @@ class BrowserTest(StoreCase):
         wait_for(lambda: len(seen("/status")) >= 4, "four polls")
         self.assertEqual({304}, {s[1] for s in seen("/status")[1:]})
         times = [s[2] for s in seen("/status")]
-        for before, after in zip(times, times[1:]):
-            self.assertTrue(0.9 < after - before < 2, times)
+        pauses = sorted(b - a for a, b in zip(times, times[1:]))
+        self.assertGreater(pauses[0], 0.9)
+        self.assertLess(pauses[len(pauses) // 2], 3)
         self.assertLess(len(seen("/jobs")), 3)
         self.browser.devtools("Page.enable")
         other = self.browser.call("POST", "/window/new", type="tab")
@@ -9093,7 +9094,7 @@ class BrowserTest(StoreCase):
         self.see("#jobs caption", "1 to 100 of 200,000")
         self.browser.choose("#order", "time")
         self.see_rows("#jobs", [[4 + 5 * i, 8] for i in range(100)])
-        self.assertLess(time.monotonic() - began, 8)
+        self.assertLess(time.monotonic() - began, 15)
         self.shoot("million", whole=False)
 
     # A snapshot
