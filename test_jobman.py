@@ -7991,26 +7991,23 @@ class Browser:
     ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
     def __init__(self, folder):
-        environment = dict(os.environ, HOME=folder, TZ="UTC", LANG="en_GB")
-        self.process = subprocess.Popen(
-            ["chromedriver", "--port=0"], stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env=environment,
-            start_new_session=True,
-        )
+        self.home = "HOME=" + folder
         self.opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}))
-        self.url = "http://127.0.0.1:%s" % self.driver_port()
-        options = {
-            "args": [*self.ARGUMENTS, "--user-data-dir=" + folder],
-            "binary": shutil.which("chromium"),
-        }
-        wanted = {
-            "goog:chromeOptions": options,
-            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
-        }
-        session = self.call("POST", "/session", capabilities={
-            "alwaysMatch": wanted})
-        self.url += "/session/" + session["sessionId"]
+        environment = dict(os.environ, HOME=folder, TMPDIR=folder, TZ="UTC",
+                           LANG="en_GB")
+        self.process = subprocess.Popen(
+            ["chromedriver", "--port=0"], stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        with contextlib.ExitStack() as ending:
+            ending.callback(self.kill)
+            self.url = "http://127.0.0.1:%d" % self.driver_port()
+            self.url += "/session/" + self.begin(folder)
+            ending.callback(self.quit)
+            self.close = ending.pop_all().close
+        atexit.register(self.close)  # also where a test run is interrupted
 
     def driver_port(self):
         """Return the port that the driver says it listens at."""
@@ -8019,6 +8016,37 @@ class Browser:
             if found:
                 return int(found.group(1))
         raise AssertionError("chromedriver didn't start")
+
+    def begin(self, folder):
+        """Start the browser; return the session's id."""
+        options = {
+            "args": [*self.ARGUMENTS, "--user-data-dir=" + folder],
+            "binary": shutil.which("chromium"),
+        }
+        return self.call("POST", "/session", capabilities={"alwaysMatch": {
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+        }})["sessionId"]
+
+    def quit(self):
+        """Let the browser end."""
+        with contextlib.suppress(AssertionError, OSError):
+            self.call("DELETE", "")
+
+    def kill(self):
+        """End the driver, and what there still is of the browser."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def processes(self):
+        """Return the ids of all processes of driver and browser."""
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return [pid for pid in pids
+                if os.fsencode(self.home) in environment_of(pid)]
 
     def call(self, method, path, **values):
         """Make a call of the protocol; return its value."""
@@ -8034,15 +8062,6 @@ class Browser:
             with error:
                 message = json.loads(error.read().decode("utf-8"))["value"]
             raise AssertionError(message["message"]) from None
-
-    def close(self):
-        """End browser and driver."""
-        with contextlib.suppress(AssertionError, OSError):
-            self.call("DELETE", "")
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.process.stdout.close()
 
     def open(self, url):
         """Go to an address, also one that differs in its fragment alone."""
@@ -8156,16 +8175,18 @@ class BrowserTest(StoreCase):
 
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.mkdtemp()
-        cls.browser = None
-        cls.undo = contextlib.ExitStack()
-        cls.undo.callback(shutil.rmtree, folder, ignore_errors=True)
-        cls.browser = Browser(folder)
-        cls.undo.callback(cls.browser.close)
+        cls.browser_folder = tempfile.mkdtemp(prefix="jobman-test-")
+        try:
+            cls.browser = Browser(cls.browser_folder)
+        except BaseException:
+            shutil.rmtree(cls.browser_folder, ignore_errors=True)
+            raise
 
     @classmethod
     def tearDownClass(cls):
-        cls.undo.close()
+        cls.browser.close()
+        wait_for(lambda: not cls.browser.processes(), "no process left")
+        shutil.rmtree(cls.browser_folder, ignore_errors=True)
 
     def setUp(self):
         super().setUp()
