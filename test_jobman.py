@@ -38,6 +38,7 @@ import threading
 import time
 import unittest
 import urllib.error
+import urllib.parse
 import urllib.request
 import wsgiref.simple_server
 import wsgiref.util
@@ -8150,6 +8151,30 @@ class Browser:
             if event["method"] == "Network.requestWillBeSent"
         ]
 
+    def watch(self, css):
+        """Begin to note which elements within `css` change."""
+        self.script("""
+            window.changed = new Set();
+            new MutationObserver(records => records.forEach(record => {
+              const node = record.target, name = record.attributeName;
+              if (name && node.getAttribute(name) === record.oldValue) return;
+              changed.add((node.closest("[id]") || node).id);
+            })).observe(document.querySelector(arguments[0]), {
+              attributeOldValue: true, childList: true, subtree: true});
+            """, css)
+
+    def changed(self):
+        """Return the ids of the elements that changed since `watch`."""
+        return set(self.script("return [...changed]"))
+
+    def names(self):
+        """Return (role, name) of all that a screen reader is told of."""
+        tree = self.devtools("Accessibility.getFullAXTree")["nodes"]
+        return [
+            (node["role"]["value"], node.get("name", {}).get("value", ""))
+            for node in tree if not node["ignored"]
+        ]
+
     def picture(self, whole=True):
         """Return a PNG of the page, all of it or what is in the window."""
         if not whole:
@@ -8164,7 +8189,10 @@ class Browser:
 
 
 MISSING = [name for name in Browser.PROGRAMS if shutil.which(name) is None]
-HOSTILE = "<img src=x onerror=\"window.hit=1\"></script><script>window.hit=2"
+HOSTILE = (
+    "<img src=x onerror=\"window.hit=1\"></script><script>window.hit=2"
+    "</script><!--<script>&lt;"
+)
 
 
 @unittest.skipIf(MISSING, "needs Debian's " + " and ".join(MISSING))
@@ -8247,12 +8275,12 @@ class BrowserTest(StoreCase):
         self.browser.click("#confirm-yes")
         return question
 
-    def shoot(self, name, whole=True):
+    def shoot(self, name):
         """Keep a picture of what there is to see, where that is wanted."""
         folder = os.environ.get("JOBMAN_SHOTS")
         if folder:
             with open(os.path.join(folder, name + ".png"), "wb") as file:
-                file.write(self.browser.picture(whole))
+                file.write(self.browser.picture(whole=False))
 
     def pipeline(self):
         """Bring about a bit of all there is to see."""
@@ -8272,6 +8300,18 @@ class BrowserTest(StoreCase):
                       error="exit status 3")
         for job in self.get(2, n=20, worker="node8-2", lease=900):
             self.update(job, 4, body=packed({"files": made("b%d.bam" % 7)}))
+
+    def history(self):
+        """Let 40 minutes go by in which jobs are done."""
+        self.set_jobs(range(1001, 2001), stage=6, laststage=8)
+        for minute in range(40):
+            updates = [
+                {"jobid": job["jobid"], "jobstage": 8, "claim": job["claim"]}
+                for job in self.get(6, n=10 + minute * 7 % 13)
+            ]
+            self.ok("/update_jobs", updates)
+            self.clock.advance(60)
+        self.store.tick()
 
     # What it shows
 
@@ -8293,11 +8333,6 @@ class BrowserTest(StoreCase):
         self.assertTrue(self.browser.script("return window.same"))
         self.assertEqual("40", self.browser.script(
             "return document.querySelector('#overall-bar').ariaValueNow"))
-        self.shoot("light")
-        self.browser.scheme("dark")
-        self.shoot("dark")
-        self.browser.resize(2560, 1440)
-        self.shoot("wall", whole=False)
 
     def test_it_shows_a_bar_for_each_stage(self):
         self.pipeline()
@@ -8379,6 +8414,8 @@ class BrowserTest(StoreCase):
             [150, 0, 1, "no space left", "w"],
             [100, 0, 1, "out of memory", "w"], [50, 0, 1, "bad input", "w"]])
         self.see("#failed caption", "The first 100 of 300")
+        self.browser.script(
+            "document.querySelector('#failures').scrollIntoView()")
         self.shoot("failures")
         self.browser.click("#failures tbody tr:nth-child(2) "
                            "[data-act=retry]")
@@ -8416,6 +8453,37 @@ class BrowserTest(StoreCase):
         self.assertLess(attempts.index("w1"), attempts.index("w2"))
         self.browser.click("#job-close")
         self.assertEqual("", self.browser.text("#job"))
+
+    def test_a_long_command_is_cut_in_the_table_alone(self):
+        self.set_jobs({1: "a" * 10**5 + "z"})
+        self.show()
+        self.see("#jobs", "aaa")
+        self.assertLess(len(self.browser.text("#jobs")), 1000)
+        self.open_job(1)
+        self.see("#job", "a" * 10**5 + "z")
+
+    def test_without_a_script_there_is_a_plain_page(self):
+        self.pipeline()
+        self.clock.advance(61)
+        self.store.tick()
+        self.browser.devtools(
+            "Emulation.setScriptExecutionDisabled", value=True)
+        try:
+            self.browser.open(self.origin + "get")
+            self.assertIn("needs a script", self.browser.text("noscript"))
+            plain = self.browser.script(
+                "return document.querySelector('noscript a').href")
+            self.browser.open(plain.replace("//", "//any:4711@"))
+            shown = self.browser.text("body")
+            self.assertTrue(self.browser.script(
+                "return document.querySelector('meta[http-equiv=refresh]')"))
+        finally:
+            self.browser.devtools(
+                "Emulation.setScriptExecutionDisabled", value=False)
+        for text in ("20 %", "no space left", "node7-1", "Expired jobs"):
+            self.assertIn(text, shown)
+        for url in self.browser.requests():
+            self.assertIn("%s:%d/get" % self.address, url)
 
     # The table of jobs
 
@@ -8553,6 +8621,19 @@ class BrowserTest(StoreCase):
         self.see("#job", "waiting")
         self.see_rows("#failed", [])
 
+    def test_all_jobs_that_the_filter_shows_are_retried(self):
+        self.pipeline()
+        self.show()
+        self.browser.choose("#filter-stage", "0")
+        self.browser.choose("#filter-state", "failed")
+        self.see("#jobs caption", "1 to 10 of 10")
+        self.browser.click("#jobs-actions [data-act=retry]")
+        self.assertIn("Retry 10 jobs?", self.agree())
+        self.see("#message", "10 jobs put back.")
+        self.see("#jobs caption", "No job is like that.")
+        self.assertEqual({(0, "waiting"): 50, (1, "working"): 10,
+                          (2, "waiting"): 20, (4, "done"): 20}, self.states())
+
     def test_jobs_are_cancelled_one_or_all_that_are_shown(self):
         self.set_jobs(range(5))
         self.set_jobs(range(5, 9), stage=2)
@@ -8679,8 +8760,18 @@ class BrowserTest(StoreCase):
         self.assertFalse([u for u in self.browser.requests() if "4711" in
                           u.partition("#")[0]])
 
+    def test_a_jobix_can_be_larger_than_a_scripts_numbers(self):
+        largest = jobman.MAX_JOBIX
+        for jobix, n in ((largest, 3), (largest - 1, 5)):
+            self.post("/set", {i: {"jobstage": 0} for i in range(n)},
+                      jobix=jobix)
+        self.show("jobix=%d,%d" % (largest, largest - 1))
+        self.see("#overall", "0 of 5 jobs done")
+        self.browser.click("#tabs button")
+        self.see("#overall", "0 of 3 jobs done")
+
     def test_it_asks_for_a_jobix_that_is_missing(self):
-        self.jobix = jobman.MAX_JOBIX  # beyond a script's numbers
+        self.jobix = jobman.MAX_JOBIX
         self.set_jobs([1, 2])
         self.browser.open(self.origin + "get")
         self.see("#login", "Your jobix")
@@ -8796,8 +8887,18 @@ class BrowserTest(StoreCase):
         self.browser.type("#login-jobix", "8")
         self.browser.press("Enter")
         self.see("#overall", "0 of 2 jobs done")
+        self.browser.script("location.hash = '#jobix=4711'")
+        self.see("#overall", "1 of 1 job done")
+        self.assertEqual(self.origin + "get",
+                         self.browser.script("return location.href"))
 
     # How it asks
+
+    def polls(self):
+        """Return how often the page has asked for the figures."""
+        return self.browser.script(
+            "return performance.getEntriesByType('resource').filter("
+            "one => one.name.endsWith('/status')).length")
 
     def test_it_asks_once_a_second_and_takes_304_for_an_answer(self):
         self.set_jobs([1])
@@ -8902,18 +9003,47 @@ class BrowserTest(StoreCase):
         refused.set()
         self.see("#stale", "(it is full)", "The figures are from")
 
-    def test_a_server_that_is_gone_and_comes_back(self):
+    def test_only_what_is_new_is_drawn(self):
+        self.pipeline()
+        self.show()
+        self.see("#failed caption", "10 jobs")
+        self.see("#jobs caption", "1 to 100")
+        self.browser.watch("main")
+        n = self.polls()
+        wait_for(lambda: self.polls() >= n + 3, "three more polls")
+        self.assertLessEqual(
+            self.browser.changed(), {"as-of", "left", "workers"})
+        self.assertEqual("", self.browser.text("#live"))
+        for job in self.get(0, n=1):
+            self.fail(job, exit_code=3)
+        self.see("#live", "1 job failed.")
+
+    def test_a_server_that_hangs_is_noticed(self):
         self.closing.close()
         process, address = self.serve("--db", self.path("jobs.db"))
         self.origin = "http://%s:%d/" % address
         self.show()
+        self.addCleanup(process.send_signal, signal.SIGCONT)
+        process.send_signal(signal.SIGSTOP)
+        self.see("#stale", "No answer from the server.")
+        process.send_signal(signal.SIGCONT)
+        wait_for(lambda: self.browser.text("#stale") == "", "its recovery")
+
+    def test_a_server_that_is_gone_and_comes_back(self):
+        self.closing.close()
+        process, address = self.serve("--db", self.path("jobs.db"))
+        self.address = address
+        self.origin = "http://%s:%d/" % address
+        self.pipeline()
+        self.show()
+        self.see("#failed caption", "10 jobs")
         self.assertEqual("", self.browser.text("#stale"))
         self.reap(process)  # kill -9
         self.see("#stale", "No answer from the server.",
                  "The figures are from")
         self.assertTrue(self.browser.script(
             "return document.querySelector('#stale time').title"))
-        self.shoot("gone", whole=False)
+        self.shoot("gone")
         self.faults.append("ERR_CONNECTION_REFUSED|ERR_EMPTY_RESPONSE"
                            "|ERR_CONNECTION_RESET|Failed to load resource")
         self.serve("--db", self.path("jobs.db"), port=address[1])
@@ -8940,16 +9070,32 @@ class BrowserTest(StoreCase):
             "return document.querySelectorAll('img, main script').length"))
         self.assertNotIn("innerHTML", read("dashboard.html").decode())
 
+    def test_what_its_policy_forbids_is_not_done(self):
+        self.show()
+        self.browser.script("""
+            const script = document.createElement("script");
+            script.textContent = "window.hit = 1";
+            document.body.append(script);
+            document.body.setAttribute("onclick", "window.hit = 2");
+            document.body.click();
+            return fetch("http://127.0.0.2:1/").catch(() => {});""")
+        self.faults.append("Content Security Policy")
+        said = [entry["message"] for entry in self.browser.log("browser")]
+        self.assertEqual(3, len([
+            text for text in said if "violates the following" in text]), said)
+        self.assertIsNone(self.browser.script("return window.hit || null"))
+
     def test_the_keyboard_alone_is_enough(self):
         self.set_jobs(range(3))
         self.show()
         self.see_rows("#jobs", [[0], [1], [2]])
         focus = "return document.activeElement.id ||" \
             " document.activeElement.innerText"
-        for _ in range(40):
-            self.browser.press("Tab")
-            if self.browser.script(focus) == "filter-stage":
-                break
+        self.browser.press("Tab")
+        self.assertEqual("Go to the table of jobs", self.browser.script(focus))
+        self.browser.press("Enter")
+        self.assertEqual("section-jobs", self.browser.script(focus))
+        self.browser.press("Tab")
         self.assertEqual("filter-stage", self.browser.script(focus))
         outline = self.browser.script(
             "return getComputedStyle(document.activeElement).outlineStyle")
@@ -8961,6 +9107,27 @@ class BrowserTest(StoreCase):
         self.browser.press("Escape")
         self.assertEqual("", self.browser.text("#job"))
         self.assertEqual("1", self.browser.script(focus))
+
+    def test_a_question_has_the_focus_until_it_is_answered(self):
+        self.set_jobs([1])
+        self.show()
+        self.see("#stages", "Stage 0")
+        focus = "return document.activeElement.id ||" \
+            " document.activeElement.innerText"
+        self.browser.script("document.querySelector('[data-act=pause]')"
+                            ".focus()")
+        self.browser.press("Enter")
+        self.see("#confirm", "Pause stage 0?")
+        self.assertEqual("confirm-no", self.browser.script(focus))
+        seen = set()
+        for _ in range(6):
+            self.browser.press("Tab")
+            seen.add(self.browser.script("return document.activeElement.id"))
+        self.assertEqual({"confirm-yes", "confirm-no", ""}, seen)
+        self.browser.press("Escape")
+        self.assertEqual("", self.browser.text("#confirm"))
+        self.assertEqual("Pause", self.browser.script(focus))
+        self.assertFalse(self.ok("/status")["stages"][0]["paused"])
 
     def test_the_focus_stays_while_figures_change(self):
         self.ok("/init/1/0/0")
@@ -9003,9 +9170,11 @@ class BrowserTest(StoreCase):
         return [...document.querySelectorAll('body *')].filter(node =>
           [...node.childNodes].some(child => child.nodeType === 3 &&
             child.data.trim()) && node.checkVisibility() &&
-          !node.closest('svg, script') && !node.disabled).map(node => {
-          const [a, b] = [light(getComputedStyle(node).color),
-                          light(under(node))].sort((x, y) => y - x);
+          !node.closest('script') && !node.disabled).map(node => {
+          const style = getComputedStyle(node);
+          const colour = node.closest('svg') ? style.fill : style.color;
+          const [a, b] = [light(colour), light(under(node))].sort(
+            (x, y) => y - x);
           return [(a + .05) / (b + .05), node.outerHTML.slice(0, 80)];
         }).filter(([ratio]) => ratio < 4.5)"""
 
@@ -9058,27 +9227,74 @@ class BrowserTest(StoreCase):
         self.store.tick()
         self.show()
         self.see("#expired caption", "50 jobs")
-        for scheme in ("light", "dark"):
-            self.browser.scheme(scheme)
-            self.assertEqual([], self.browser.script(self.CONTRASTS), scheme)
-            self.browser.call("POST", "/actions", actions=[{
-                "type": "pointer", "id": "mouse", "actions": [{
-                    "type": "pointerMove", "x": 0, "y": 0, "origin": {
-                        Browser.ELEMENT: self.browser.find("#pace-hour")}}]}])
-            self.assertEqual([], self.browser.script(self.CONTRASTS), scheme)
+        self.assertContrast()
+        self.open_job(41)
+        self.assertContrast()
+        self.browser.click("#job [data-act=retry]")
+        self.see("#confirm", "Retry job 41?")
+        self.assertContrast()
+        self.browser.click("#confirm-yes")
+        self.see("#message", "1 job put back.")
+        self.browser.click("#job-close")
+        self.browser.click("#pace-all")  # and the mouse stays there
+        self.see("#pace [aria-pressed=true]", "all")
+        self.assertContrast()
+        self.browser.script("document.querySelector('#stale').hidden = false;"
+                            "document.querySelector('#add').click()")
+        self.see("#login", "jobix")
+        self.assertContrast()
         page = self.browser.script(
             "return getComputedStyle(document.body).backgroundColor")
         self.assertEqual("rgb(15, 19, 24)", page)
 
+    def assertContrast(self):
+        """Assert that all text can be read, by day and by night."""
+        for scheme in ("light", "dark"):
+            self.browser.scheme(scheme)
+            self.assertEqual([], self.browser.script(self.CONTRASTS), scheme)
+
+    def test_it_fits_a_wall_and_uses_it(self):
+        self.pipeline()
+        self.history()
+        for name, width, height in (
+            ("light", 1280, 2000), ("dark", 1280, 2000), ("wall", 2560, 1440),
+        ):
+            self.browser.resize(width, height)
+            self.browser.scheme("dark" if name == "dark" else "light")
+            self.show()
+            self.see("#jobs caption", "1 to 100")
+            self.see("#failed caption", "10 jobs")
+            self.assertFits(width)
+            self.shoot(name)
+        edges = self.browser.script(
+            "return ['progress', 'pace'].map(id => document.getElementById("
+            "id).getBoundingClientRect()).map(box => [box.top, box.right])")
+        self.assertEqual(edges[0][0], edges[1][0])  # side by side
+        self.assertGreater(edges[1][1], 2400)
+
     def test_it_fits_a_phone(self):
         self.pipeline()
-        self.browser.resize(360, 740)
+        self.set_jobs({0: "x" * 500}, stage=5, filename="y" * 500)
+        self.browser.resize(360, 2000)
         self.show()
         self.see("#failed caption", "10 jobs")
-        self.assertTrue(self.browser.script(
-            "const page = document.documentElement;"
-            "return innerWidth === 360 && page.scrollWidth <= 360"))
+        self.assertFits(360)
         self.shoot("360px")
+        self.open_job(0)
+        self.see("#job", "yyy")
+        self.assertFits(360)
+        self.browser.click("#job [data-act=retry]")
+        self.see("#confirm", "Retry job 0?")
+        self.assertFits(360)
+
+    def assertFits(self, width):
+        """Assert that nothing is wider than a window of that width."""
+        self.assertEqual((width, []), tuple(self.browser.script(
+            "return [innerWidth, [document.documentElement,"
+            " ...document.querySelectorAll('dialog')].filter("
+            "node => node.scrollWidth > innerWidth ||"
+            " (node.open && node.scrollWidth > node.clientWidth)).map("
+            "node => [node.id, node.scrollWidth])]")))
 
     def test_screen_readers_get_headings_tables_and_names(self):
         self.pipeline()
@@ -9092,14 +9308,29 @@ class BrowserTest(StoreCase):
             ("main section:not([aria-labelledby])", 0),
         ):
             self.assertEqual(n, self.browser.script(count, css), css)
-        self.assertEqual([], self.browser.script(
-            "return [...document.querySelectorAll('button, input, select')]"
-            ".filter(node => !(node.innerText.trim() || node.ariaLabel ||"
-            " (node.labels || []).length || node.id.startsWith('confirm')))"
-            ".map(node => node.outerHTML)"))
+        self.assertNames()
         self.assertRegex(self.browser.script(
             "return document.querySelector('#jobs time').title"),
             r"\A2020-09-13T12:2\d:40.000Z\Z")
+        self.open_job(41)
+        self.assertEqual(0, self.browser.script(
+            count, "#job table:not(:has(caption)), #job thead th:not("
+            "[scope=col]), #job tbody th:not([scope=row])"))
+        self.assertIn(("dialog", "Job 41"), self.assertNames())
+        self.browser.click("#job [data-act=retry]")
+        self.see("#confirm", "Retry job 41?")
+        self.assertIn(("dialog", "Retry job 41?"), self.assertNames())
+
+    def assertNames(self):
+        """Assert that all that can be used has a name; return the names."""
+        named = self.browser.names()
+        usable = {"button", "checkbox", "combobox", "dialog", "link",
+                  "progressbar", "radio", "region", "spinbutton", "tab",
+                  "table", "textbox", "image"}
+        self.assertEqual([], [
+            role for role, name in named if role in usable and not name])
+        self.assertIn("button", {role for role, _ in named})
+        return named
 
     def test_a_million_jobs_are_shown_at_once(self):
         entry = jobman.read_entry({"jobstage": 0, "jobcmd": "run"})
@@ -9116,7 +9347,7 @@ class BrowserTest(StoreCase):
         self.browser.choose("#order", "time")
         self.see_rows("#jobs", [[4 + 5 * i, 8] for i in range(100)])
         self.assertLess(time.monotonic() - began, 15)
-        self.shoot("million", whole=False)
+        self.shoot("million")
 
     # A snapshot
 
@@ -9134,6 +9365,19 @@ class BrowserTest(StoreCase):
         self.assertEqual(0, self.browser.script(
             "return document.querySelectorAll('[data-act], .link').length"))
         self.shoot("snapshot")
+
+    def test_hostile_texts_are_only_texts_in_a_snapshot(self):
+        self.set_jobs({1: HOSTILE}, filename=HOSTILE, max_attempts=1)
+        job = self.get(0, worker=urllib.parse.quote(HOSTILE))
+        self.fail(job, stderr=HOSTILE)
+        path = jobman.write_snapshot(
+            self.folder, jobman.glance(self.store, self.jobix))
+        self.origin = "file://" + self.folder
+        self.browser.open("file://" + path)
+        self.see("#failures", HOSTILE)
+        self.see("#failed", HOSTILE)
+        self.assertEqual(0, self.browser.script(
+            "return document.querySelectorAll('img, main script').length"))
 
 
 # ----------------------------------------------------------------- house ---
