@@ -8790,7 +8790,7 @@ class BrowserTest(StoreCase):
         self.browser.type("#login-jobix", str(self.jobix))
         self.browser.press("Enter")
         self.see("#overall", "0 of 2 jobs done")
-        for odd in ("x", "-1", "1" * 30, "\u00e9"):
+        for odd in ("x", "-1", "1" * 30, "\u00e9", "\u4e2d", "1 2"):
             self.browser.open(self.origin + "get#jobix=" + odd)
             self.see("#login", "jobix", "number")
 
@@ -9018,6 +9018,22 @@ class BrowserTest(StoreCase):
             self.fail(job, exit_code=3)
         self.see("#live", "1 job failed.")
 
+    def test_notices_do_not_cover_each_other(self):
+        self.pipeline()
+        self.show()
+        self.see("#jobs caption", "1 to 100")
+        self.assertEqual([], self.browser.script("""
+            say("message");
+            const notices = [$("stale"), $("message")];
+            notices[0].hidden = false;
+            notices[0].textContent = "stale";
+            scrollTo(0, 3000);
+            return notices.filter(node => {
+              const {x, y, width, height} = node.getBoundingClientRect();
+              return document.elementFromPoint(
+                x + width / 2, y + height / 2) !== node;
+            }).map(node => node.id);"""))
+
     def test_a_server_that_hangs_is_noticed(self):
         self.closing.close()
         process, address = self.serve("--db", self.path("jobs.db"))
@@ -9089,36 +9105,32 @@ class BrowserTest(StoreCase):
         self.set_jobs(range(3))
         self.show()
         self.see_rows("#jobs", [[0], [1], [2]])
-        focus = "return document.activeElement.id ||" \
-            " document.activeElement.innerText"
         self.browser.press("Tab")
-        self.assertEqual("Go to the table of jobs", self.browser.script(focus))
+        self.assertEqual("skip", self.focus())
         self.browser.press("Enter")
-        self.assertEqual("section-jobs", self.browser.script(focus))
+        self.assertEqual("section-jobs", self.focus())
         self.browser.press("Tab")
-        self.assertEqual("filter-stage", self.browser.script(focus))
+        self.assertEqual("filter-stage", self.focus())
         outline = self.browser.script(
             "return getComputedStyle(document.activeElement).outlineStyle")
         self.assertEqual("solid", outline)
-        while self.browser.script(focus) != "1":
+        while self.focus() != "1":
             self.browser.press("Tab")
         self.browser.press("Enter")
         self.see("#job", "Job 1")
         self.browser.press("Escape")
         self.assertEqual("", self.browser.text("#job"))
-        self.assertEqual("1", self.browser.script(focus))
+        self.assertEqual("1", self.focus())
 
     def test_a_question_has_the_focus_until_it_is_answered(self):
         self.set_jobs([1])
         self.show()
         self.see("#stages", "Stage 0")
-        focus = "return document.activeElement.id ||" \
-            " document.activeElement.innerText"
         self.browser.script("document.querySelector('[data-act=pause]')"
                             ".focus()")
         self.browser.press("Enter")
         self.see("#confirm", "Pause stage 0?")
-        self.assertEqual("confirm-no", self.browser.script(focus))
+        self.assertEqual("confirm-no", self.focus())
         seen = set()
         for _ in range(6):
             self.browser.press("Tab")
@@ -9126,8 +9138,12 @@ class BrowserTest(StoreCase):
         self.assertEqual({"confirm-yes", "confirm-no", ""}, seen)
         self.browser.press("Escape")
         self.assertEqual("", self.browser.text("#confirm"))
-        self.assertEqual("Pause", self.browser.script(focus))
+        self.assertEqual("Pause", self.focus())
         self.assertFalse(self.ok("/status")["stages"][0]["paused"])
+        self.browser.press("Enter")
+        self.see("#confirm", "Pause stage 0?")
+        self.browser.press("Shift", "Tab", "Enter")
+        self.see("#message", "Stage 0 is paused.")
 
     def test_the_focus_stays_while_figures_change(self):
         self.ok("/init/1/0/0")
