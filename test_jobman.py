@@ -2729,6 +2729,17 @@ class WaitTest(StoreCase):
         self.set_jobs([3])
         self.assertEqual({1, 2, 3}, {a()["jobid"] for a in answers})
 
+    def test_jobs_of_a_paused_stage_wake_nobody_in_another_process(self):
+        self.set_jobs([1])
+        self.ok("/pause/0", {})
+        key = self.jobix, 0
+        with self.store.bell.listen([key]) as ear:
+            self.store.ring_for_others([key])
+            self.assertFalse(ear.rung)
+            self.ok("/resume/0", {})
+            self.store.ring_for_others([key])
+            self.assertTrue(ear.rung)
+
     def test_a_claim_without_lease_wakes_who_waits_in_its_new_stage(self):
         answer = self.ask("/get/7?wait=60")
         self.listening(1)
@@ -3540,10 +3551,16 @@ insert into job (jobix, jobid, stage, state, free, priority, since, due,
         lease, origin, held, claim, worker, attempt)
     values (4711, 2, 3, 'working', 0, 0, 1.5e9, 1.5e9, 60, 2, 3, 'token',
         'w', 1);
+insert into job (jobix, jobid, stage, state, free, priority, since, due)
+    values (4711, 3, 8, 'delayed', 0, 0, 1.5e9, 9e9),
+        (4711, 4, 8, 'failed', 0, 0, 1.5e9, null),
+        (4711, 5, 8, 'cancelled', 0, 0, 1.5e9, null);
 insert into attempt (job, claim, attempt, stage, started, ended, outcome)
     values (1, 'earlier', 1, 0, 1.4e9, 1.5e9, 'failed');
 insert into tally values (4711, 0, 'waiting', 1, 0);
 insert into tally values (4711, 3, 'working', 1, 0);
+insert into tally values (4711, 8, 'delayed', 1, 0), (4711, 8, 'failed', 1, 0),
+    (4711, 8, 'cancelled', 1, 0);
 """
 
 
@@ -3569,10 +3586,16 @@ class UpgradeTest(StoreCase):
                 ) for pair in names.fetchall()
             }
 
+    ASIDE = {(8, state): 1 for state in ("delayed", "failed", "cancelled")}
+
     def test_its_jobs_go_on(self):
         self.assertEqual(
-            {(0, "waiting"): 1, (3, "working"): 1}, self.states()
+            {(0, "waiting"): 1, (3, "working"): 1, **self.ASIDE},
+            self.states()
         )
+        for jobid, state in enumerate(("delayed", "failed", "cancelled"), 3):
+            page = self.ok("/jobs?state=%s&stage=8" % state)["jobs"]
+            self.assertEqual([jobid], [job["jobid"] for job in page])
         self.assertReply(200, self.call("/update_job/2/4?claim=token"))
         self.assertEqual("old", self.get(0)["jobcmd"])
         self.assertEqual(
@@ -3580,7 +3603,8 @@ class UpgradeTest(StoreCase):
         )
         self.restart()
         self.assertEqual(
-            {(1, "working"): 1, (4, "waiting"): 1}, self.states()
+            {(1, "working"): 1, (4, "waiting"): 1, **self.ASIDE},
+            self.states()
         )
 
     def test_it_is_then_as_a_new_one(self):
@@ -7010,14 +7034,20 @@ class StartTest(TemporaryFolder):
         self.replace("SNAPSHOT_EVERY", 0.02)
         folder = self.path("shots")
         ending = threading.Event()
-        said = io.StringIO()
+        said, tried, write = io.StringIO(), [], jobman.write_snapshot
+
+        def noted(*args):
+            tried.append(args)
+            return write(*args)
+
+        self.replace("write_snapshot", noted)
         open(folder, "w").close()
         with contextlib.redirect_stderr(said):
             keeper = threading.Thread(
                 target=jobman.keep_snapshots, args=(store, folder, ending))
             keeper.start()
             try:
-                wait_for(said.getvalue, "a complaint")
+                wait_for(lambda: len(tried) > 3, "some attempts")
                 os.remove(folder)
                 path = os.path.join(folder, "status.html")
                 wait_for(lambda: os.path.exists(path), "a snapshot")
@@ -7044,6 +7074,11 @@ class StartTest(TemporaryFolder):
             JOBMAN, "snapshot", self.path("jobman.py"))
         self.assertEqual((1, ""), (status, out))
         self.assertIn("can't be written", err)
+        with open(self.path("dashboard.html"), "w") as file:
+            file.write("<p>another page</p>")
+        self.assertEqual(0, self.command(*alone)[0])
+        page = read(self.path("out", "status.html")).decode()
+        self.assertIn("0 of 0 jobs done", page)
 
     # Two of them
 
