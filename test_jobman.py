@@ -3054,6 +3054,7 @@ class ApplicationTest(TemporaryFolder):
             JOBMAN_DB=self.path("wsgi.db"), JOBMAN_WAITERS="7"
         )
         self.assertEqual(7, application.store.bell.limit)
+        self.assertEqual(7, application.store.brake.HELD)
 
     def test_it_shares_its_database_with_another_process(self):
         database = self.path("wsgi.db")
@@ -4139,6 +4140,17 @@ class WorkerTest(WorkerCase):
         status, _, err = self.finish(process)
         self.assertEqual(0, status, err)
         self.assertEqual(["done", "waiting", "waiting"], self.states())
+
+    def test_drained_worker_gives_back_what_its_long_poll_brings(self):
+        self.start("--lease", "1", "--idle-timeout", "60", "--name", "a")
+        self.heard("a", after=0)
+        self.client.drain("a")
+        self.heard("a", after=time.time(), drain=True)
+        self.add("echo $$ > pids")
+        wait_for(lambda: self.outcomes() == ["released"], "it to come back")
+        self.heard("a", after=time.time(), drain=True, busy=0)
+        self.assertEqual(["waiting"], self.states())
+        self.assertEqual(b"", read(self.path("pids")))
 
     def test_drained_worker_ends_when_it_is_idle_though_jobs_wait(self):
         self.add("echo $$ > pids; while [ ! -e go ]; do sleep 0.02; done")
