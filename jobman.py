@@ -3486,10 +3486,11 @@ def replace_file(path, data, mode):
         remove(draft)
 
 
-def write_access(path, url, store):
+def write_access(path, url, store, fingerprint=None):
     """Write the file by which workers find a server; return its content."""
     access = {
         "url": url,
+        "fingerprint": fingerprint,
         "jobix": store.jobix,
         "reading_jobix": store.reading_jobix,
         "host": socket.gethostname(),
@@ -3511,6 +3512,114 @@ def remove_access(path, access):
             own = json.load(file) == access
         if own:
             os.unlink(path)
+
+
+# ------------------------------------------------------------------- TLS ---
+
+
+def make_certificate(path):
+    """Make a key and a certificate for it, `path`.key and `path`.crt.
+
+    The first has both: made in a draft and moved, they always go together.
+    Raises Trouble where that can't be done.
+    """
+    drafts = ["%s.new.%s" % (path, secrets.token_hex(4)) for _ in "12"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-sha256",
+               "-nodes", "-days", "3650", "-subj", "/CN=jobman",
+               "-keyout", drafts[0], "-out", drafts[1]]
+    try:
+        for draft in drafts:
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+            os.close(os.open(draft, flags, 0o600))
+        subprocess.run(
+            command, check=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )
+        with open(drafts[0], "ab") as key, open(drafts[1], "rb") as file:
+            key.write(file.read())
+            key.flush()
+            os.fsync(key.fileno())
+        os.replace(drafts[1], path + ".crt")
+        os.replace(drafts[0], path + ".key")
+    finally:
+        for draft in drafts:
+            remove(draft)
+
+
+def own_certificate(path):
+    """Return the name of the file `path`.key, made if it isn't there."""
+    if os.path.exists(path + ".key"):
+        return path + ".key"
+    if shutil.which("openssl") is None:
+        raise Trouble(
+            "--tls needs the program openssl, which isn't here; a certificate"
+            " that was made elsewhere can be given by --certfile."
+        )
+    try:
+        make_certificate(os.path.abspath(path))
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode("utf-8", "replace").split("\n")
+        reason = " ".join(said).strip()[-300:]
+    except OSError as error:
+        reason = error.strerror
+    else:
+        return path + ".key"
+    raise Trouble("The certificate %s.crt can't be made: %s." % (path, reason))
+
+
+def read_fingerprint(certfile):
+    """Return the SHA-256 of the first certificate in a file, in hex."""
+    with open(certfile, "rb") as file:
+        found = re.search(
+            b"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----",
+            file.read(), re.S,
+        )
+    if not found:
+        raise ValueError("there is none in it")
+    return hashlib.sha256(base64.b64decode(found.group(1))).hexdigest()
+
+
+def no_password():
+    """Refuse a key that needs a password: nobody may be there to ask."""
+    raise ValueError("its key has a password")
+
+
+def tls_context(certfile, keyfile):
+    """Return an SSLContext for a server with a certificate, or Trouble.
+
+    The key is in `keyfile`, or with the certificate where that is None.
+    Python may have been built without ssl, so nothing but TLS needs it.
+    """
+    try:
+        import ssl
+    except ImportError:
+        raise Trouble(
+            "This Python has no ssl module, so it can't speak TLS."
+        ) from None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    if hasattr(context, "minimum_version"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # Python 3.6
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    context.load_cert_chain(certfile, keyfile, no_password)
+    return context
+
+
+def credentials(options):
+    """Return (SSLContext, fingerprint), each None without TLS; or Trouble."""
+    certfile = options.certfile
+    if options.tls:
+        certfile = own_certificate(options.db)
+    if certfile is None:
+        return None, None
+    try:
+        context = tls_context(certfile, options.keyfile)
+        return context, read_fingerprint(certfile)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Trouble(
+            "The certificate %s can't be used: %s." % (certfile, reason)
+        ) from None
 
 
 # ----------------------------------------------------------- front doors ---
@@ -3547,6 +3656,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     timeout = 300  # seconds that a kept-open connection may be silent
     LINGER = 2  # seconds to read on after a refusal
+    HANDSHAKE = 10  # seconds that it may take
+
+    def setup(self):
+        """Shake hands first, where TLS is spoken; raise OSError if we can't.
+
+        That is done here, as this is the connection's own thread.
+        """
+        if self.server.tls:
+            self.connection = self.request
+            self.connection.settimeout(self.HANDSHAKE)
+            try:
+                self.connection.do_handshake()
+            except OSError:
+                self.linger()
+                raise
+        super().setup()
 
     def answer(self):
         """Read one request, answer it."""
@@ -3558,7 +3683,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send(refusal(error))
             return self.linger()
         path, _, query = self.path.partition("?")
-        path = re.sub("^http://[^/]*", "", path, flags=re.I) or "/"
+        path = re.sub("^https?://[^/]*", "", path, flags=re.I) or "/"
         headers = {}
         for name, value in self.headers.items():
             name = name.lower()
@@ -3613,14 +3738,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def gone(self):
         """Return whether the client has hung up."""
         poll = select.poll()  # select() fails beyond 1,024 files
-        poll.register(self.connection, select.POLLIN)
-        try:
-            waiting = poll.poll(0)
-            return bool(waiting) and not self.connection.recv(
-                1, socket.MSG_PEEK
-            )
-        except OSError:
-            return True
+        poll.register(self.connection, select.POLLRDHUP)  # also beneath TLS
+        return bool(poll.poll(0))
 
     def send(self, response):
         """Write a whole answer at once."""
@@ -3661,6 +3780,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def __init__(self, address, store=None):
         self.store = store
+        self.tls = None  # the SSLContext, where TLS is spoken
         self.ending = False
         self.busy = 0
         self.idle = threading.Condition()
@@ -3670,6 +3790,15 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """Bind without asking the DNS for our name, which can hang."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]
+
+    def get_request(self):
+        """Accept a connection; its handler shakes hands."""
+        connection, address = super().get_request()
+        if self.tls:
+            connection = self.tls.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
+        return connection, address
 
     def handle_error(self, request, client_address):
         """Say nothing of connections that break: clients may hang up."""
@@ -3876,6 +4005,11 @@ def listen(host, port):
         ) from None
 
 
+def is_local(server):
+    """Return whether a server can be reached from this host alone."""
+    return ipaddress.ip_address(server.server_address[0]).is_loopback
+
+
 @contextlib.contextmanager
 def serving(options, access_file, jobix=None):
     """Serve `options.db` at `options.host` and port while the body runs.
@@ -3883,25 +4017,29 @@ def serving(options, access_file, jobix=None):
     `jobix` is the own one, if not that of the database. Hands out the Server
     and the content of its access file.
     """
+    tls, fingerprint = credentials(options)
     server = listen(options.host, options.port)
+    server.tls = tls
     try:
-        address = ipaddress.ip_address(server.server_address[0])
         server.store = Store(
             options.db, shared=options.shared,
-            jobix=jobix, open_to_all=options.open or address.is_loopback,
+            jobix=jobix, open_to_all=options.open or is_local(server),
             max_attempts=options.retries + 1, max_lapses=options.lapses,
         )
     except BaseException:
         server.server_close()
         raise
-    url = options.url or "http://%s:%d" % (
+    url = options.url or "%s://%s:%d" % (
+        "https" if tls else "http",
         socket.gethostname() if options.host in ("", "0.0.0.0")
         else options.host,
         server.server_port,
     )
     server.start()
     try:
-        access = write_access(access_file, url, server.store)
+        access = write_access(
+            access_file, url, server.store, fingerprint
+        )
         try:
             yield server, access
         finally:
@@ -3945,6 +4083,12 @@ jobman %(version)s listens at %(url)s
 Add a job, then run what waits, here or on any node that sees this home:
   python3 -c %(program)s
   python3 worker.py --stage 0%(option)s"""
+
+
+PLAIN_HTTP = (
+    "jobman.py: This is plain HTTP: who can read the network's traffic can"
+    " read the jobix, and use it (see --tls)."
+)
 
 
 def page_address(access, key, stream):
@@ -4012,6 +4156,8 @@ def serve(options):
             keeper.start()
             stack.callback(keeper.join)
         print(announcement(options, access_file, access), flush=True)
+        if not server.tls and not is_local(server):
+            say(PLAIN_HTTP)
         while not ending.wait(1):  # a signal just before it goes unheard
             pass
     return 0
@@ -4651,6 +4797,12 @@ def add_serve(commands):
         help="admit any jobix, as on loopback, wherever it listens")
     add("--shared", action="store_true",
         help="other servers of this host may serve the same database")
+    add("--tls", action="store_true",
+        help="speak HTTPS, with a certificate that openssl makes once")
+    add("--certfile", metavar="FILE",
+        help="speak HTTPS, with the certificate in FILE (PEM)")
+    add("--keyfile", metavar="FILE",
+        help="the certificate's key, if it isn't in the same file")
     add("--snapshot", metavar="DIR",
         help="write DIR/status.html, a page for colleagues, every minute")
     add("--retries", type=int, default=MAX_ATTEMPTS - 1, metavar="N",
@@ -4667,6 +4819,13 @@ def check_serve(parser, options):
         parser.error("--retries can't be negative")
     if options.lapses < 1:
         parser.error("--lapses must be at least 1")
+    if options.keyfile and not options.certfile:
+        parser.error("--keyfile goes with --certfile")
+    if options.tls and options.certfile:
+        parser.error("give --tls or --certfile, not both")
+    if options.tls or options.certfile:
+        if options.url and not options.url.lower().startswith("https://"):
+            parser.error("with TLS the --url begins with https://")
 
 
 def add_run(commands):
@@ -4679,7 +4838,7 @@ def add_run(commands):
     )
     command.set_defaults(
         act=run, host="127.0.0.1", port=0, url=None, shared=False,
-        lapses=MAX_LAPSES, open=False,
+        lapses=MAX_LAPSES, open=False, tls=False, certfile=None, keyfile=None,
     )
     add = command.add_argument
     add("words", nargs=argparse.REMAINDER, metavar="COMMAND",

@@ -183,7 +183,7 @@ class TemporaryFolder(unittest.TestCase):
         """Start `jobman.py serve`; return (process, address) when it's up."""
         process = self.spawn(JOBMAN, "serve", "--port", str(port), *argv)
         line = process.stdout.readline().decode()
-        found = re.search(r"http://([\w.-]+):(\d+)", line)
+        found = re.search(r"https?://([\w.-]+):(\d+)", line)
         if not found:
             process.kill()
             self.fail("no server: %r %r" % (line, process.stderr.read()))
@@ -3118,7 +3118,7 @@ class ApplicationTest(TemporaryFolder):
             JOBMAN_DB=self.path("wsgi.db"), JOBMAN_OPEN="",
             JOBMAN_URL="http://here:80/jobs", JOBMAN_ACCESS=path)
         self.assertEqual(
-            ("http://here:80/jobs", application.store.jobix),
+            ("http://here:80/jobs", application.store.jobix, None),
             worker.read_access(path))
 
     def test_a_bad_number_of_long_polls_is_503(self):
@@ -9476,7 +9476,7 @@ class HouseTest(TemporaryFolder):
             if callable(method) and not name.startswith("_")
         }
         machinery = {"locate", "call", "persist", "exchange", "connect",
-                     "close", "abort"}
+                     "secure", "close", "abort"}
         self.assertEqual(verbs - {""}, methods - machinery)
 
     def test_importing_does_nothing_and_needs_no_packages(self):

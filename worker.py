@@ -74,7 +74,13 @@ class Unreachable(Trouble):
     """Say that the server can't be reached."""
 
 
+class Impostor(OSError):
+    """Say that a server's certificate is not the one it should have."""
+
+
 # ---------------------------------------------------------------- client ---
+
+PORTS = {"http": 80, "https": 443}
 
 
 def access_path():
@@ -84,7 +90,10 @@ def access_path():
 
 
 def read_access(path):
-    """Return (url, jobix) from an access file; raise Trouble without one."""
+    """Return (url, jobix, fingerprint) from an access file, or Trouble.
+
+    The fingerprint is None where there is none.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
@@ -92,7 +101,8 @@ def read_access(path):
             access = json.load(file)
         if not re.match(r"\d+\Z", str(access["jobix"]), re.A):
             raise ValueError("its jobix is no number")
-        return str(access["url"]), int(access["jobix"])
+        url, fingerprint = str(access["url"]), access.get("fingerprint")
+        return url, int(access["jobix"]), fingerprint
     except FileNotFoundError:
         raise Trouble(
             "There is no access file %s: start a server with `python3"
@@ -113,34 +123,103 @@ def backoff():
         longest = min(10, longest * 2)
 
 
+def read_fingerprint(text, scheme):
+    """Return a certificate's SHA-256 as 64 hex digits, None where it's empty.
+
+    Colons and capitals, as openssl prints them, are taken. Raises Trouble
+    for anything else, and where it would be of no use.
+    """
+    if not text:
+        return None
+    digits = str(text).replace(":", "").lower()
+    if not re.match(r"[0-9a-f]{64}\Z", digits):
+        raise Trouble("The server's fingerprint is not a SHA-256.")
+    if scheme != "https":
+        raise Trouble("A server with a fingerprint must be at https://...")
+    return digits
+
+
+def tls_context(fingerprint):
+    """Return an SSLContext that trusts what CAs say.
+
+    With a fingerprint it trusts all, and the caller looks at that. Python
+    may have been built without ssl, so nothing but https needs it.
+    """
+    try:
+        import ssl
+    except ImportError:
+        raise Trouble(
+            "This Python has no ssl module, so it can't speak https."
+        ) from None
+    context = ssl.create_default_context()
+    if fingerprint:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if hasattr(context, "minimum_version"):
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+    else:  # Python 3.6
+        context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    return context
+
+
+def shake_hands(sock, fingerprint):
+    """Let an SSLSocket find out who is there; raise Impostor, OSError.
+
+    Nothing may be sent before.
+    """
+    try:
+        sock.do_handshake()
+    except (OSError, ValueError) as error:  # ValueError: Python 3.6
+        reason = getattr(error, "reason", None)
+        vouched = reason != "CERTIFICATE_VERIFY_FAILED"
+        if vouched and not isinstance(error, ValueError):
+            raise
+        reason = "its certificate can't be trusted (%s)" % error
+        raise Impostor(reason) from None
+    if fingerprint:
+        shown = hashlib.sha256(sock.getpeercert(binary_form=True)).hexdigest()
+        if shown != fingerprint:
+            raise Impostor("its fingerprint is %s" % shown)
+
+
 class Client:
     """Speak to a server: one method for each of its calls.
 
     `access` names the access file (default: $JOBMAN_ACCESS, else
     ~/.jobman/access.json); `url` and `jobix` (or $JOBMAN_URL and
-    $JOBMAN_JOBIX) do without one. One connection is kept open; threads take
-    turns on it. What is safe to repeat is repeated for up to `patience`
-    seconds (None: for ever) when the server can't be reached, with growing,
-    random pauses; the access file is read again each time, for the server
-    may have moved. Every method raises Refused when the server says no, and
-    Unreachable when it can't be reached.
+    $JOBMAN_JOBIX) do without one. An https server is known by the SHA-256 of
+    its certificate, which the access file has, or `fingerprint` (or
+    $JOBMAN_FINGERPRINT); without one CAs and its host's name vouch for it.
+    One connection is kept open; threads take turns on it. What is safe to
+    repeat is repeated for up to `patience` seconds (None: for ever) when the
+    server can't be reached, with growing, random pauses; the access file is
+    read again each time, for the server may have moved. Every method raises
+    Refused when the server says no, and Unreachable when it can't be
+    reached.
     """
 
     CONNECT_TIMEOUT = 10  # seconds
     TIMEOUT = 60  # seconds without a byte before a connection is given up
+    SETTLE = 1  # seconds until a server that starts has its access file
 
-    def __init__(self, access=None, *, url=None, jobix=None, patience=60):
+    def __init__(
+        self, access=None, *, url=None, jobix=None, fingerprint=None,
+        patience=60
+    ):
         self.access = access or access_path()
         if access is None and url is None:
             url = os.environ.get("JOBMAN_URL")
             jobix = os.environ.get("JOBMAN_JOBIX")
+            fingerprint = os.environ.get("JOBMAN_FINGERPRINT")
         if url is not None and not re.match(r"\d+\Z", str(jobix), re.A):
             raise Trouble("A url needs a jobix too ($JOBMAN_JOBIX), a number.")
-        self.fixed = None if url is None else (url, int(jobix))
+        self.fixed = None if url is None else (url, int(jobix), fingerprint)
         self.patience = patience
         self.mutex = threading.Lock()  # guards the connection
         self.connection = None
         self.sent = False  # whether a call has gone out on it
+        self.met = False  # whether our server has ever been at the address
         self.aborted = threading.Event()
         self.jobix = None
         self.locate()
@@ -150,17 +229,22 @@ class Client:
 
         Once found it is that jobix for good: another has other jobs.
         """
-        url, jobix = self.fixed or read_access(self.access)
+        url, jobix, fingerprint = self.fixed or read_access(self.access)
         try:
             parts = urlsplit(url)
-            address = parts.hostname, parts.port or 80
+            address = parts.hostname, parts.port or PORTS.get(parts.scheme)
         except ValueError:
             parts = None
-        if parts is None or parts.scheme != "http" or not parts.hostname:
-            raise Trouble("The server's address %r is not http://..." % url)
+        if parts is None or parts.scheme not in PORTS or not parts.hostname:
+            raise Trouble(
+                "The server's address %r is neither http://... nor https://..."
+                % url)
+        fingerprint = read_fingerprint(fingerprint, parts.scheme)
         if self.jobix not in (None, jobix):
             raise Trouble("The access file is another server's now.")
+        tls = tls_context(fingerprint) if parts.scheme == "https" else None
         self.jobix, self.address = jobix, address
+        self.tls, self.fingerprint = tls, fingerprint
         self.prefix = parts.path.rstrip("/")
 
     # The calls, in the order of the server's route table
@@ -364,6 +448,7 @@ class Client:
     def persist(self, method, path, body, repeat, timeout):
         """Make a call, again and again while that is safe and may help."""
         end = time.monotonic() + (self.patience or 0)
+        settled = time.monotonic() + self.SETTLE
         for pause in backoff():
             try:
                 answer = self.exchange(method, path, body, timeout)
@@ -377,10 +462,17 @@ class Client:
                 error = "The server at %s:%d can't be reached (%s)." % (
                     *self.address, lost or type(lost).__name__
                 )
+                stranger = isinstance(lost, Impostor)
+                if stranger:
+                    error = "At %s:%d is another server than ours: %s." % (
+                        *self.address, lost
+                    )
                 with contextlib.suppress(Trouble):  # it may be in the writing
                     self.locate()
                 if sent and not repeat:
                     raise Unreachable(error) from None
+                if stranger and not self.met and time.monotonic() >= settled:
+                    raise Trouble(error) from None  # ours was never there
             late = self.patience is not None and time.monotonic() >= end
             if late or self.aborted.wait(pause):
                 raise Unreachable(error)
@@ -415,8 +507,24 @@ class Client:
             self.connection = http.client.HTTPConnection(
                 *self.address, timeout=self.CONNECT_TIMEOUT
             )
-            self.connection.connect()
+            self.connection.auto_open = 0  # it would do without TLS
+            try:
+                self.connection.connect()
+                self.secure(self.connection)
+            except BaseException:  # nothing may go out on it
+                self.close()
+                raise
         self.connection.sock.settimeout(timeout)
+
+    def secure(self, connection):
+        """Speak TLS on a new connection, where the address says so."""
+        if self.tls is not None:
+            connection.sock = self.tls.wrap_socket(
+                connection.sock, do_handshake_on_connect=False,
+                server_hostname=None if self.fingerprint else self.address[0],
+            )
+            shake_hands(connection.sock, self.fingerprint)
+        self.met = True
 
     def close(self):
         """Close the connection; return whether a call was sent on it."""
@@ -432,8 +540,9 @@ class Client:
         shouldn't hand out jobs any more; SHUT_RDWR ends that too.
         """
         self.aborted.set()
-        with contextlib.suppress(OSError, AttributeError):
-            self.connection.sock.shutdown(how)
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            # beneath TLS, whose own shutdown would end the reading too
+            socket.socket.shutdown(self.connection.sock, how)
 
 
 # ----------------------------------------------------------------- files ---
