@@ -3716,6 +3716,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Closing a socket with unread bytes resets the connection, and the
         client's kernel may throw away our answer.
         """
+        self.server.end_tls(self.connection)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             end = time.monotonic() + self.LINGER
@@ -3799,6 +3800,18 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 connection, server_side=True, do_handshake_on_connect=False
             )
         return connection, address
+
+    def end_tls(self, connection):
+        """Say goodbye as TLS wants it, and don't wait for an answer."""
+        if self.tls:
+            with contextlib.suppress(OSError, ValueError):
+                connection.settimeout(0)
+                connection.unwrap()
+
+    def shutdown_request(self, request):
+        """End a connection."""
+        self.end_tls(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request, client_address):
         """Say nothing of connections that break: clients may hang up."""

@@ -30,6 +30,7 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import ssl
 import stat
 import subprocess
 import sys
@@ -86,9 +87,12 @@ class Reply:
         return json.loads(self.text)
 
 
-def exchange(address, method, path, body=None, headers=()):
+def exchange(address, method, path, body=None, headers=(), tls=None):
     """Make one request on a connection of its own; return the Reply."""
     connection = http.client.HTTPConnection(*address, timeout=PATIENCE)
+    if tls:
+        connection = http.client.HTTPSConnection(
+            *address, timeout=PATIENCE, context=tls)
     with contextlib.closing(connection):
         connection.request(method, path, body, dict(headers))
         return Reply(connection.getresponse())
@@ -270,6 +274,7 @@ class StoreCase(TemporaryFolder):
 
     front = SocketFront
     jobix = 4711
+    tls = None  # the client's SSLContext, where TLS is spoken
 
     def setUp(self):
         super().setUp()
@@ -291,7 +296,8 @@ class StoreCase(TemporaryFolder):
     def call(self, path, body=None, *, method=None, jobix=None, **headers):
         method = method or ("GET" if body is None else "POST")
         headers["jobix"] = str(self.jobix if jobix is None else jobix)
-        return exchange(self.address, method, path, body, headers)
+        return exchange(
+            self.address, method, path, body, headers, self.tls)
 
     def post(self, path, value, **options):
         return self.call(path, packed(value), **options)
@@ -2878,12 +2884,19 @@ class BrakeTest(StoreCase):
 class SocketTest(StoreCase):
     """Requests as bytes, and what comes back."""
 
+    def dial(self):
+        """Return a connection."""
+        return socket.create_connection(self.address, PATIENCE)
+
     def say(self, *lines):
         """Send lines on one connection; return all that comes back."""
-        with socket.create_connection(self.address, PATIENCE) as client:
+        with self.dial() as client:
             client.sendall(b"".join(line + b"\r\n" for line in lines))
-            client.shutdown(socket.SHUT_WR)
-            return b"".join(iter(lambda: client.recv(65536), b""))
+            socket.socket.shutdown(client, socket.SHUT_WR)  # beneath TLS
+            came = []
+            with contextlib.suppress(ssl.SSLError):  # it minds that
+                came.extend(iter(lambda: client.recv(65536), b""))
+            return b"".join(came)
 
     def assertError(self, status, *lines):
         head, _, body = self.say(*lines).partition(b"\r\n\r\n")
@@ -2915,7 +2928,7 @@ class SocketTest(StoreCase):
     def test_a_refusal_reaches_who_sends_on(self):
         length = jobman.MAX_BODY + 1
         head = b"POST /set HTTP/1.1\r\njobix: 1\r\nContent-Length: %d\r\n\r\n"
-        with socket.create_connection(self.address, PATIENCE) as client:
+        with self.dial() as client:
             client.sendall(head % length)
             for _ in range(length // 2**20):
                 client.sendall(bytes(2**20))
@@ -2969,7 +2982,7 @@ class SocketTest(StoreCase):
         self.addCleanup(setattr, jobman.Handler, "timeout",
                         jobman.Handler.timeout)
         jobman.Handler.timeout = 0.1
-        with socket.create_connection(self.address, PATIENCE) as client:
+        with self.dial() as client:
             client.sendall(b"POST /set HTTP/1.1\r\nContent-Length: 9\r\n\r\n{")
             self.assertIn(b" 408 ", client.recv(100))
 
@@ -7335,6 +7348,407 @@ class StartTest(TemporaryFolder):
 
 
 # --------------------------------------------------------- batch systems ---
+
+
+def make_certificate(folder, name, *more):
+    """Make NAME.crt and NAME.key in a folder; return their paths."""
+    paths = [os.path.join(folder, name + end) for end in (".crt", ".key")]
+    try:
+        subprocess.check_output(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes",
+             "-days", "2", "-subj", "/CN=" + name, "-out", paths[0],
+             "-keyout", paths[1], *more], stderr=subprocess.STDOUT)
+    except FileNotFoundError:
+        raise unittest.SkipTest("there is no program openssl") from None
+    return paths
+
+
+def without_checks():
+    """Return a client's SSLContext that takes any certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def digest(certfile):
+    """Return the fingerprint of a certificate."""
+    with open(certfile) as file:
+        der = ssl.PEM_cert_to_DER_cert(file.read())
+    return hashlib.sha256(der).hexdigest()
+
+
+class Certified:
+    """Tests for which two certificates are made."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.certificates = tempfile.mkdtemp(prefix="jobman-test-")
+        try:
+            cls.certfile, cls.keyfile = make_certificate(
+                cls.certificates, "localhost", "-addext",
+                "subjectAltName=DNS:localhost", "-addext",
+                "keyUsage=critical,digitalSignature,keyCertSign")
+            cls.other = make_certificate(cls.certificates, "other")
+        except BaseException:
+            cls.tearDownClass()
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        shutil.rmtree(cls.certificates)
+        super().tearDownClass()
+
+
+class TlsSocketTest(Certified, SocketTest):
+    """Requests as bytes, as in SocketTest, over TLS; and long polls."""
+
+    def open(self):
+        super().open()
+        self.door.server.tls = jobman.tls_context(self.certfile, self.keyfile)
+        self.tls = without_checks()
+
+    def dial(self):
+        return self.tls.wrap_socket(super().dial())
+
+    def client(self, **options):
+        """Return a worker's Client."""
+        client = worker.Client(
+            url="https://127.0.0.1:%d" % self.address[1], jobix=self.jobix,
+            fingerprint=digest(self.certfile), **options)
+        self.addCleanup(client.close)
+        return client
+
+    def listening(self, n):
+        wait_for(lambda: self.store.bell.listening == n, "%d long polls" % n)
+
+    def test_one_connection_serves_many_calls(self):
+        client = self.client()
+        client.health()
+        connection = client.connection
+        for _ in range(5):
+            client.health()
+            self.assertIs(connection, client.connection)
+
+    def test_a_worker_that_hung_up_gets_no_job(self):
+        for jobid, polite in enumerate((False, True)):
+            with self.dial() as client:
+                client.sendall(b"GET /get/0?wait=60 HTTP/1.1\r\nHost: x\r\n"
+                               b"jobix: 4711\r\n\r\n")
+                self.listening(1)
+                if polite:
+                    client.settimeout(0)
+                    with self.assertRaises(ssl.SSLWantReadError):
+                        client.unwrap()
+            self.set_jobs([jobid])
+            self.listening(0)
+            job = self.get(0)
+            self.assertEqual((jobid, 1), (job["jobid"], job["attempt"]))
+            self.update(job, 9)
+
+    def test_a_client_that_breaks_off_has_its_answer_and_no_job(self):
+        client, answers = self.client(), []
+        poll = threading.Thread(target=lambda: answers.append(
+            client.get(0, n=1, wait=60, lease=60)), daemon=True)
+        poll.start()
+        self.listening(1)
+        client.abort()
+        self.set_jobs([1])
+        poll.join(PATIENCE)
+        self.assertEqual([[]], answers)
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+
+    def test_a_poll_that_stays_gets_the_job(self):
+        client, answers = self.client(), []
+        poll = threading.Thread(target=lambda: answers.append(
+            client.get(0, wait=60)), daemon=True)
+        poll.start()
+        self.listening(1)
+        self.set_jobs([1])
+        poll.join(PATIENCE)
+        self.assertEqual(1, answers[0]["jobid"])
+
+    def test_a_handshake_that_never_comes_ends(self):
+        self.addCleanup(setattr, jobman.Handler, "HANDSHAKE", 10)
+        jobman.Handler.HANDSHAKE = 0.1
+        with SocketTest.dial(self) as client:
+            self.assertEqual(b"", client.recv(100))
+
+    def test_nothing_older_than_tls_1_2_is_spoken(self):
+        self.tls.options |= ssl.OP_NO_TLSv1_2
+        if hasattr(ssl, "OP_NO_TLSv1_3"):
+            self.tls.options |= ssl.OP_NO_TLSv1_3
+        with self.assertRaises(OSError):
+            self.dial()
+
+    def test_a_connection_is_not_opened_again_without_tls(self):
+        client = self.client()
+        client.connect(PATIENCE)
+        client.connection.close()
+        with self.assertRaises(http.client.NotConnected):
+            client.connection.request("GET", "/health")
+
+
+class TlsTest(Certified, TemporaryFolder):
+    """A server that speaks TLS, and who trusts it."""
+
+    def access(self):
+        """Return the content of the access file."""
+        return json.loads(read(self.path(".jobman", "access.json")).decode())
+
+    def client(self, **options):
+        """Return a Client for the server in the access file."""
+        access = self.path(".jobman", "access.json")
+        client = worker.Client(access, **options)
+        self.addCleanup(client.close)
+        return client
+
+    def told(self, *argv):
+        """Return the one sentence with which a command ends."""
+        status, out, err = self.command(*argv)
+        self.assertEqual((1, ""), (status, out), err)
+        self.assertRegex(err, r"\A\w+\.py: [^\n]+\n\Z")
+        return err
+
+    def stop(self, process):
+        """End a server that has nothing to complain of."""
+        process.terminate()
+        self.assertEqual((0, ""), self.finish(process)[::2])
+
+    def stand_in(self):
+        """Start a server with another certificate.
+
+        Returns its port, and the list of what was sent to it.
+        """
+        heard = []
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*self.other)
+
+        def listen():
+            with server, contextlib.suppress(OSError):
+                while True:
+                    connection = server.accept()[0]
+                    with connection, contextlib.suppress(OSError):
+                        connection = context.wrap_socket(
+                            connection, server_side=True)
+                        heard.append(b"")
+                        with connection:
+                            heard.append(connection.recv(65536))
+
+        server = socket.socket()
+        server.bind(("127.0.0.1", 0))
+        server.listen(9)
+        self.addCleanup(server.shutdown, socket.SHUT_RDWR)
+        threading.Thread(target=listen, daemon=True).start()
+        return server.getsockname()[1], heard
+
+    def name_server(self, **changes):
+        """Write other values into the access file."""
+        access = dict(self.access(), **changes)
+        path = self.path(".jobman", "access.json")
+        with open(path + ".new", "w") as file:
+            os.chmod(path + ".new", 0o600)
+            json.dump(access, file)
+        os.replace(path + ".new", path)
+
+    # The certificate
+
+    def test_worker_runs_a_job_over_tls(self):
+        self.serve("--tls")
+        self.client().set({1: {"jobstage": 0, "jobcmd": "echo done"}})
+        status, out, err = self.command(
+            WORKER, "--print", "--idle-timeout", "0.05")
+        self.assertEqual((0, "done\n", ""), (status, out, err))
+        self.assertEqual("https", self.access()["url"].split(":")[0])
+
+    def test_certificate_is_private_and_kept(self):
+        self.addCleanup(os.umask, os.umask(0))
+        server, _ = self.serve("--tls")
+        fingerprint = self.access()["fingerprint"]
+        self.assertEqual(digest(self.path("jobman.db.crt")), fingerprint)
+        for name in ("jobman.db.crt", "jobman.db.key"):
+            mode = stat.S_IMODE(os.stat(self.path(name)).st_mode)
+            self.assertEqual(0o600, mode)
+        self.stop(server)
+        self.assertEqual(
+            {".jobman", "jobman.db", "jobman.db.crt", "jobman.db.key"},
+            set(os.listdir(self.folder)))
+        _, address = self.serve("--tls", "--shared")
+        self.assertEqual(fingerprint, self.access()["fingerprint"])
+        shown = ssl.get_server_certificate(address)
+        der = ssl.PEM_cert_to_DER_cert(shown)
+        self.assertEqual(fingerprint, hashlib.sha256(der).hexdigest())
+
+    def test_a_certificate_is_given_by_files(self):
+        both = self.path("both.pem")
+        with open(both, "wb") as file:
+            file.write(read(self.keyfile) + read(self.certfile))
+        for given in ((self.certfile, "--keyfile", self.keyfile), (both,)):
+            server, _ = self.serve("--certfile", *given)
+            self.assertEqual("ok", self.client().health()["status"])
+            self.assertEqual(
+                digest(self.certfile), self.access()["fingerprint"])
+            self.stop(server)
+
+    def test_a_certificate_that_is_none_is_told(self):
+        locked = self.path("locked")
+        subprocess.check_call([
+            "openssl", "rsa", "-in", self.keyfile, "-out", locked, "-aes128",
+            "-passout", "pass:secret"], stderr=subprocess.DEVNULL)
+        for given in ((self.certfile,), (self.path("none"),), (JOBMAN,),
+                      (self.certfile, "--keyfile", self.other[1]),
+                      (self.certfile, "--keyfile", locked)):
+            said = self.told(JOBMAN, "serve", "--certfile", *given)
+            self.assertIn("The certificate %s can't be used" % given[0], said)
+        self.assertEqual(["locked"], os.listdir(self.folder))
+
+    def test_without_openssl_there_is_one_sentence(self):
+        self.environment["PATH"] = self.path("nothing")
+        self.assertIn("openssl", self.told(JOBMAN, "serve", "--tls"))
+        self.assertEqual([], os.listdir(self.folder))
+
+    def test_an_openssl_that_fails_is_told_and_leaves_nothing(self):
+        os.mkdir(self.path("bin"))
+        with open(self.path("bin", "openssl"), "w") as file:
+            file.write("#!/bin/sh\necho no entropy >&2\nexit 1\n")
+        os.chmod(file.name, 0o755)
+        path = self.path("bin") + os.pathsep + os.environ["PATH"]
+        self.environment["PATH"] = path
+        self.assertIn("no entropy", self.told(JOBMAN, "serve", "--tls"))
+        self.assertEqual(["bin"], os.listdir(self.folder))
+
+    def test_without_the_ssl_module_there_is_one_sentence(self):
+        self.serve("--tls")
+        code = "import sys; sys.modules['ssl'] = None; sys.path[:0] = [%r]\n" \
+            "import %s as it; sys.exit(it.main(sys.argv[1:]))"
+        said = self.told("-c", code % (HERE, "worker"))
+        self.assertIn("no ssl module", said)
+        said = self.told(
+            "-c", code % (HERE, "jobman"), "serve", "--db", "new.db",
+            "--certfile", self.certfile)
+        self.assertIn("no ssl module", said)
+
+    def test_wrong_usage_is_exit_status_2(self):
+        for words in (["--keyfile", "x"], ["--tls", "--certfile", "x"],
+                      ["--tls", "--keyfile", "x"],
+                      ["--tls", "--url", "http://h"]):
+            status, _, err = self.command(JOBMAN, "serve", *words)
+            self.assertEqual(2, status, err)
+
+    # Who trusts it
+
+    def test_a_server_with_another_certificate_is_told_nothing(self):
+        self.serve("--tls")
+        port, heard = self.stand_in()
+        self.name_server(url="https://127.0.0.1:%d" % port)
+        with self.assertRaises(worker.Trouble) as caught:
+            self.client(patience=None).status()
+        self.assertNotIsInstance(caught.exception, worker.Unreachable)
+        shown = digest(self.other[0])
+        self.assertIn("another server than ours", str(caught.exception))
+        self.assertIn(shown, str(caught.exception))
+        self.assertIn("another server", self.told(
+            JOBMAN, "snapshot", self.path("new")))
+        self.assertEqual({b""}, set(heard))
+        self.name_server(fingerprint=shown)
+        with self.assertRaises(worker.Unreachable):
+            self.client(patience=0).status()
+        self.assertTrue(any(heard))
+
+    def test_a_worker_waits_while_another_server_has_the_address(self):
+        self.serve("--tls")
+        url, client = self.access()["url"], self.client(patience=PATIENCE)
+        client.status()
+        port, heard = self.stand_in()
+        self.name_server(url="https://127.0.0.1:%d" % port)
+        client.close()
+        client.address = "127.0.0.1", port
+        client.SETTLE = 0
+        threading.Thread(target=lambda: (
+            wait_for(lambda: len(heard) > 2, "some tries"),
+            self.name_server(url=url))).start()
+        self.assertEqual(0, client.status()["totals"]["jobs"])
+        self.assertEqual({b""}, set(heard))
+
+    def test_a_new_certificate_is_found_in_the_access_file(self):
+        server, (_, port) = self.serve("--tls")
+        old, client = self.access()["fingerprint"], self.client()
+        client.status()
+        self.stop(server)
+        os.unlink(self.path("jobman.db.key"))
+        self.serve("--tls", port=port)
+        self.assertNotEqual(old, self.access()["fingerprint"])
+        client.status()
+
+    def test_without_a_fingerprint_authorities_vouch(self):
+        _, (_, port) = self.serve(
+            "--certfile", self.certfile, "--keyfile", self.keyfile)
+        code = "import sys; sys.path[:0] = [%r]; import worker\n" \
+            "try: print(worker.Client(patience=0).health()['status'])\n" \
+            "except worker.Trouble as trouble: print(trouble)" % HERE
+        self.environment["JOBMAN_JOBIX"] = "1"
+        colons = re.sub("(..)(?=.)", r"\1:", digest(self.certfile).upper())
+        for host, more, expected in (
+            ("localhost", {}, "can't be trusted"),
+            ("localhost", {"SSL_CERT_FILE": self.certfile}, "ok\n"),
+            ("127.0.0.1", {"SSL_CERT_FILE": self.certfile},
+             "can't be trusted"),
+            ("127.0.0.1", {"JOBMAN_FINGERPRINT": colons}, "ok\n"),
+            ("localhost", {"JOBMAN_FINGERPRINT": digest(self.other[0]),
+                           "SSL_CERT_FILE": self.certfile}, "another server"),
+            ("localhost", {"JOBMAN_FINGERPRINT": "1234"}, "not a SHA-256"),
+        ):
+            self.environment["JOBMAN_URL"] = "https://%s:%d" % (host, port)
+            environment = dict(self.environment, **more)
+            status, out, err = self.command("-c", code, env=environment)
+            self.assertEqual((0, ""), (status, err))
+            self.assertIn(expected, out)
+        with self.assertRaisesRegex(worker.Trouble, "must be at https"):
+            worker.Client(url="http://h", jobix=1, fingerprint=colons)
+
+    # Who else is there
+
+    def test_who_says_nothing_blocks_nobody(self):
+        server, address = self.serve("--tls")
+        with contextlib.ExitStack() as stack:
+            for _ in range(9):
+                stack.enter_context(socket.create_connection(address))
+            began = time.monotonic()
+            self.client().health()
+            self.assertLess(time.monotonic() - began, 5)
+            began = time.monotonic()
+            self.stop(server)
+            self.assertLess(time.monotonic() - began, 5)
+
+    def test_who_speaks_no_tls_is_cut_off_quietly(self):
+        server, address = self.serve("--tls")
+        hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
+        for sent in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\0" * 40,
+                     b"GET / HTTP/1.1\r\nx: " + b"y" * 99999, b"SSH-2.0\r\n",
+                     hello, hello + b"x" * 600, b""):
+            with socket.create_connection(address, PATIENCE) as client:
+                client.sendall(sent)
+                if sent in (hello, b""):
+                    client.shutdown(socket.SHUT_WR)
+                answer = b"".join(iter(lambda: client.recv(65536), b""))
+            self.assertNotIn(b"HTTP", answer)
+        self.client().health()
+        self.stop(server)
+
+    def test_plain_http_beyond_loopback_is_said(self):
+        for more, expected in (
+            (["--host", "0.0.0.0"], r"\Ajobman\.py: .*plain HTTP[^\n]+\n\Z"),
+            (["--host", "0.0.0.0", "--tls"], r"\A\Z"), ([], r"\A\Z"),
+        ):
+            server, _ = self.serve(*more)
+            server.terminate()
+            self.assertRegex(self.finish(server)[2], expected)
+
+    def test_the_page_comes_over_tls(self):
+        _, address = self.serve("--tls")
+        reply = exchange(address, "GET", "/get", tls=without_checks())
+        self.assertIn("<script>", reply.text)
 
 
 class BatchTest(TemporaryFolder):

@@ -151,8 +151,9 @@ def tls_context(fingerprint):
         raise Trouble(
             "This Python has no ssl module, so it can't speak https."
         ) from None
-    context = ssl.create_default_context()
-    if fingerprint:
+    if not fingerprint:
+        context = ssl.create_default_context()
+    else:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -491,7 +492,7 @@ class Client:
         self.connection.request(method, self.prefix + path, body, headers)
         response = self.connection.getresponse()
         text = response.read().decode("utf-8")
-        if response.getheader("Connection", "").lower() == "close":
+        if response.will_close:
             self.close()
         return response.status, response.getheader("Content-Type", ""), text
 
