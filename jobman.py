@@ -3601,6 +3601,8 @@ def tls_context(certfile, keyfile):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
     else:  # Python 3.6
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+    if ssl.OPENSSL_VERSION_INFO >= (3,):  # clients hang up without goodbye
+        context.options |= 0x80  # SSL_OP_IGNORE_UNEXPECTED_EOF, named in 3.10
     context.load_cert_chain(certfile, keyfile, no_password)
     return context
 
