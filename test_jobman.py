@@ -7474,11 +7474,27 @@ class TlsSocketTest(Certified, SocketTest):
             self.assertEqual(b"", client.recv(100))
 
     def test_nothing_older_than_tls_1_2_is_spoken(self):
+        ours = worker.tls_context(digest(self.certfile))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
+            for context in (ours, self.tls, self.door.server.tls):
+                context.set_ciphers("ALL:@SECLEVEL=0")
             self.tls.options |= ssl.OP_NO_TLSv1_2
             self.tls.options |= getattr(ssl, "OP_NO_TLSv1_3", 0)
-            self.tls.set_ciphers("ALL:@SECLEVEL=0")
+            if hasattr(self.tls, "minimum_version"):
+                self.tls.minimum_version = ssl.TLSVersion.TLSv1
+            old = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            old.load_cert_chain(self.certfile, self.keyfile)
+            old.set_ciphers("ALL:@SECLEVEL=0")
+            if hasattr(old, "minimum_version"):
+                old.minimum_version = ssl.TLSVersion.TLSv1
+            old.options |= ssl.OP_NO_TLSv1_2
+            old.options |= getattr(ssl, "OP_NO_TLSv1_3", 0)
+        with self.assertRaises(OSError):
+            self.dial()
+        self.door.server.tls = old
+        self.dial().close()  # so it is not the program that can't
+        self.tls = ours
         with self.assertRaises(OSError):
             self.dial()
 
