@@ -616,8 +616,76 @@ class SQL:
     UNFLAG = "update job set expired = 0" + IN_STAGE + """
         and expired = 1 and since >= :before"""
 
+    # the groups of jobs that are done with, one row each
+    ENDED_GROUPS = """
+        select jobix, stage, state from tally
+        where state in ('done', 'cancelled') and jobs > 0"""
+    # of one job, what RESTORE has no use for: all, where nothing was
+    # replaced, else those that aren't done
+    PRUNE = """
+        delete from attempt where job = (
+            select row from job where jobix = :jobix and jobid = :jobid)
+        and (outcome != 'done' or not exists (
+            select 1 from attempt as other where other.job = attempt.job
+            and (other.jobcmd is not null or other.filename is not null
+                or other.files is not null)))"""
+
+    # for a copy or a check of the whole database: these do walk over all
+    WHOLE_JOBS = "select count(*) from job"
+    WHOLE_NAMES = "select name from sqlite_master where sql is not null"
+    WHOLE_TALLY = """
+        select stage, state, sum(kept), sum(there), sum(kept_expired),
+            sum(expired)
+        from (select jobix, stage, state, jobs as kept, 0 as there,
+                expired as kept_expired, 0 as expired from tally
+            union all select jobix, stage, state, 0, count(*), 0,
+                sum(expired) from job group by jobix, stage, state)
+        group by jobix, stage, state
+        having sum(kept) != sum(there) or sum(kept_expired) != sum(expired)"""
+    WHOLE_LANES = """
+        select state, case when lease is null then null else 0 end as lease,
+            free, count(*) as jobs, min(jobid) as jobid
+        from job group by 1, 2, 3"""
+    WHOLE_ORPHANS = """
+        select count(*), min(row) from attempt where not exists (
+            select 1 from job where job.row = attempt.job)"""
+    # a claim that lapsed may stay; `final` is as in MOVABLE
+    WHOLE_ODD = """
+        select case
+            when state = 'working' and claim is null
+                then 'working without a claim'
+            when state = 'working' and (origin is null or held is null)
+                then 'working, claimed from nowhere'
+            when state = 'working' and (due is null) != (lease is null)
+                then 'working on half a lease'
+            when state = 'delayed' and due is null
+                then 'delayed for ever'
+            when state not in ('working', 'delayed') and due is not null
+                then 'due for nothing'
+            when state != 'working' and lease is not null
+                then 'on lease to nobody'
+            when state not in ('working', 'waiting', 'done')
+                and claim is not null then 'claimed and put aside'
+            when state = 'done' and (final is null or stage < final)
+                then 'done before the last stage'
+            when state = 'waiting' and stage >= final
+                then 'waiting in the last stage'
+            when expired not in (0, 1) then 'expired by half'
+            end as odd, count(*), min(jobid)
+        from (select job.*, coalesce(job.laststage, (
+                select pipeline.laststage from pipeline
+                where pipeline.jobix = job.jobix)) as final from job)
+        group by 1 having odd is not null"""
+
 
 # -------------------------------------------------------------- database ---
+
+
+def file_uri(path, *, readonly):
+    """Return the URI by which SQLite opens the database at `path`."""
+    mode = "ro" if readonly else "rw"
+    name = quote(os.fsencode(os.path.abspath(path)))
+    return "file:%s?mode=%s" % (name, mode)
 
 
 def connect(path, *, readonly):
@@ -627,9 +695,8 @@ def connect(path, *, readonly):
     commits when one does while another commits (https://sqlite.org/wal.html,
     "The WAL-reset bug").
     """
-    mode = "ro" if readonly else "rw"
     connection = sqlite3.connect(
-        "file:%s?mode=%s" % (quote(os.fsencode(os.path.abspath(path))), mode),
+        file_uri(path, readonly=readonly),
         uri=True,
         timeout=30,
         isolation_level=None,
@@ -660,6 +727,17 @@ def telling(path):
     raise Trouble("The database %s can't be used: %s." % (path, reason))
 
 
+def need_ours(path, application, version):
+    """Raise Trouble when a database with these marks isn't ours to use."""
+    if application != APPLICATION_ID:
+        raise Trouble("%s is a database of another program." % path)
+    if version > SCHEMA_VERSION:
+        raise Trouble(
+            "%s was made by a newer jobman (schema %d, this one knows %d);"
+            " use that one." % (path, version, SCHEMA_VERSION)
+        )
+
+
 def inspect(path):
     """Return the schema version of the database at `path`, 0 for a new one.
 
@@ -675,51 +753,142 @@ def inspect(path):
         return 0
     if head[:16] != b"SQLite format 3\0" or len(head) < 100:
         raise Trouble("%s is not a database." % path)
-    if int.from_bytes(head[68:72], "big") != APPLICATION_ID:
-        raise Trouble("%s is a database of another program." % path)
     version = int.from_bytes(head[60:64], "big")
-    if version > SCHEMA_VERSION:
-        raise Trouble(
-            "%s was made by a newer jobman (schema %d, this one knows %d);"
-            " use that one." % (path, version, SCHEMA_VERSION)
-        )
+    need_ours(path, int.from_bytes(head[68:72], "big"), version)
     return version
 
 
-def create_schema(path):
-    """Make the file at `path` (mode 0600) and the tables in it.
+def sync(path):
+    """Have a file, or the names in a folder, on disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
-    They are made in a draft beside it that takes the name when it is
-    complete, so that a full disk leaves nothing behind.
+
+@contextlib.contextmanager
+def drafting(path):
+    """Hand out a new database beside `path` that takes its name at the end.
+
+    It is empty, closed, and has mode 0600. So a full disk leaves nothing
+    behind.
     """
     draft = "%s.new.%s" % (path, secrets.token_hex(4))
     try:
         os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        yield draft
+        sync(draft)
+        os.replace(draft, path)
+        sync(os.path.dirname(os.path.abspath(path)))
+    finally:
+        for suffix in ("", "-journal", "-wal", "-shm"):
+            remove(draft + suffix)
+
+
+def create_schema(path):
+    """Make the file at `path` (mode 0600) and the tables in it."""
+    with drafting(path) as draft:
         with contextlib.closing(connect(draft, readonly=False)) as connection:
             connection.executescript(
                 "pragma synchronous = full; begin; %s"
                 "pragma application_id = %d; pragma user_version = %d; commit;"
                 % (SCHEMA, APPLICATION_ID, SCHEMA_VERSION)
             )
-        os.replace(draft, path)
-    finally:
-        remove(draft)
 
 
-def upgrade(connection):
+def copy_pages(path, copy, show):
+    """Copy one snapshot of the database at `path` into a connection's."""
+    source = connect(path, readonly=True)
+    with contextlib.closing(source):
+        source.execute("begin")
+        # without a snapshot it would begin again after each commit
+        source.execute(SQL.WHOLE_NAMES).fetchone()
+        source.backup(copy, pages=1000, progress=lambda *_: show())
+
+
+def copy_rows(path, copy, show):
+    """Do what copy_pages does on Python 3.6, which can't."""
+    execute = copy.execute
+    copy.set_progress_handler(show, 10**6)
+    execute("attach :uri as source", {"uri": file_uri(path, readonly=True)})
+    execute("begin")
+    for kind in ("table", "index"):
+        for name, sql in execute(
+            "select name, sql from source.sqlite_master"
+            " where type = :kind and sql is not null", {"kind": kind}
+        ).fetchall():
+            execute(sql)
+            if kind == "table":
+                execute("insert into %s select * from source.%s"
+                        % (name, name))
+    for mark in ("application_id", "user_version"):
+        value = execute("pragma source.%s" % mark).fetchone()[0]
+        execute("pragma main.%s = %d" % (mark, value))
+    execute("commit")
+    copy.set_progress_handler(None, 0)
+    execute("detach source")
+
+
+def copy_database(path, target, show=lambda size: None):
+    """Copy a database, served or not, to the new file `target`.
+
+    The copy is one moment's, complete in one file of mode 0600. `show` is
+    called at times with the bytes that are written. Returns how many jobs
+    it has. Raises Trouble when it can't be made, and leaves nothing then.
+    """
+    for suffix in ("", "-wal", "-journal"):  # the latter would spoil it
+        if os.path.lexists(target + suffix):
+            raise Trouble("%s is there already; name a new file."
+                          % (target + suffix))
+    try:
+        with drafting(target) as draft:
+            copy = connect(draft, readonly=False)
+            with contextlib.closing(copy):
+                copy.execute("pragma journal_mode = off")
+                copy.execute("pragma synchronous = off")  # until the end
+                able = hasattr(copy, "backup")
+                (copy_pages if able else copy_rows)(
+                    path, copy, lambda: show(os.path.getsize(draft)))
+                jobs = copy.execute(SQL.WHOLE_JOBS).fetchone()[0]
+                copy.execute("pragma journal_mode = delete")
+    except (sqlite3.Error, OSError) as error:
+        raise Trouble("The database %s can't be copied to %s: %s." % (
+            path, target, getattr(error, "strerror", None) or error
+        )) from None
+    return jobs
+
+
+def copy_of(path, version):
+    """Return a name that is free for the copy that upgrade() makes."""
+    name = copy = "%s.schema%d" % (path, version)
+    n = 1
+    while os.path.lexists(copy):
+        n += 1
+        copy = "%s.%d" % (name, n)
+    return copy
+
+
+def upgrade(connection, path):
     """Bring a database of an older version up to date, all or nothing.
 
-    The caller keeps others off. The version is read through SQLite, for the
-    file's header may be older than the WAL; the checkpoint brings it there,
-    where an older jobman looks.
+    It is copied before. The caller keeps others off. The version is read
+    through SQLite, for the file's header may be older than the WAL; the
+    checkpoint brings it there, where an older jobman looks.
     """
     version = connection.execute("pragma user_version").fetchone()[0]
     steps = [UPGRADES[old] for old in range(version, SCHEMA_VERSION)]
     if steps:
-        connection.executescript(
-            "begin immediate; %s pragma user_version = %d; commit;"
-            % ("".join(steps), SCHEMA_VERSION)
-        )
+        copy = copy_of(path, version)
+        copy_database(path, copy)
+        try:
+            connection.executescript(
+                "begin immediate; %s pragma user_version = %d; commit;"
+                % ("".join(steps), SCHEMA_VERSION)
+            )
+        except BaseException:
+            remove(copy)
+            raise
         connection.execute("pragma wal_checkpoint(passive)")
 
 
@@ -741,7 +910,7 @@ def open_writer(path):
         if mode != "wal":
             raise Trouble("The file system of %s can't hold a WAL." % path)
         connection.execute("pragma synchronous = full")
-        upgrade(connection)
+        upgrade(connection, path)
         undo.pop_all()
     return connection
 
@@ -1199,6 +1368,8 @@ PAGE_TEXT = 8 * 2**20  # characters of text after which a page ends
 ATTEMPTS_SHOWN = 100  # of one job, the last
 JSON_COLUMNS = "jobcmd", "filename", "files", "cwd", "outputs"
 CHUNK = 5000  # jobs that one transaction of a sweeping change moves
+PRUNED = 1000  # jobs whose attempts one transaction looks at, one a tick
+PRUNE_EVERY = 3600  # seconds
 
 
 def delay_after(failures):
@@ -1326,16 +1497,20 @@ class Store:
     marked `query` only read. `clock` gives seconds since 1970. `jobix` is the
     own one, if not that which the database has made. A job fails at its
     `max_attempts`, where it says nothing else, or at `max_lapses`.
+    Attempts of jobs that ended `keep_days` ago are pruned; None: never.
     """
 
     def __init__(
         self, path, *, clock=time.time, shared=False, waiters=20000,
         jobix=None, open_to_all=True, max_attempts=MAX_ATTEMPTS,
-        max_lapses=MAX_LAPSES
+        max_lapses=MAX_LAPSES, keep_days=None
     ):
         self.clock = clock
         self.max_attempts = max_attempts
         self.max_lapses = max_lapses
+        self.keep_days = keep_days
+        self.ranges = []  # what a round of pruning has still to see
+        self.looked, self.pruned = -math.inf, -1  # when, up to when
         self.shared = shared
         self.open_to_all = open_to_all
         self.bell = Bell(waiters)
@@ -2188,12 +2363,15 @@ class Store:
         for group in self.groups(execute, jobix, states, stage):
             for expired in range(int(marked), 1 + bool(group["expired"])):
                 key = dict(group, expired=expired, since=since, after=jobid)
-                same = dict(key, limit=limit)
-                found = execute(SQL.SAME_AGE, same).fetchall()
-                rest = dict(key, limit=limit - len(found))
-                found += execute(SQL.YOUNGER, rest).fetchall()
-                places += map(tuple, found)
+                places += self.places_after(execute, key, limit)
         return sorted(places)[:limit]
+
+    def places_after(self, execute, key, limit):
+        """Return up to `limit` pairs (since, id) of one range of job_age."""
+        found = execute(SQL.SAME_AGE, dict(key, limit=limit)).fetchall()
+        rest = dict(key, limit=limit - len(found))
+        found += execute(SQL.YOUNGER, rest).fetchall()
+        return [tuple(place) for place in found]
 
     @query
     def workers(self, execute, jobix, *, within):
@@ -2267,6 +2445,8 @@ class Store:
             due, overdue = self.behind()
         if self.shared:
             self.ring_for_others(self.bell.keys())
+        if self.keep_days is not None:
+            self.prune_on()
 
     @query
     def behind(self, execute):
@@ -2293,6 +2473,51 @@ class Store:
             key = {"jobix": jobix, "stage": stage}
             free = execute(SQL.ANY_FREE, key).fetchall()
             self.bell.ring((jobix, stage), len(free))
+
+    def prune_on(self):
+        """Prune some more; once an hour look for whose time has come.
+
+        A full disk raises, and the next call goes on from there.
+        """
+        now = self.clock()
+        if not (self.ranges or 0 <= now - self.looked < PRUNE_EVERY):
+            before = now - self.keep_days * 86400
+            place = min(self.pruned, before), -1  # the clock may go back
+            self.ranges = [(key, place) for key in self.ended_groups()]
+            self.looked, self.pruned = now, before
+        while self.ranges:
+            key, place = self.ranges[-1]
+            place = self.prune(key, place, self.pruned)
+            self.ranges.pop()
+            if place:
+                self.ranges.append((key, place))
+                break  # until the next tick
+
+    @query
+    def ended_groups(self, execute):
+        """Return the ranges of job_age of the jobs that are done with."""
+        return [
+            dict(group, expired=expired)
+            for group in execute(SQL.ENDED_GROUPS).fetchall()
+            for expired in (0, 1)
+        ]
+
+    @change
+    def prune(self, tx, key, place, before):
+        """Delete the spent attempts of jobs that came to their end `before`.
+
+        Of some, after `place`; returns the place to go on from, or None.
+        """
+        since, jobid = place
+        key = dict(key, since=since, after=jobid)
+        places = [
+            place for place in self.places_after(tx.execute, key, PRUNED)
+            if place[0] < before
+        ]
+        tx.executemany(SQL.PRUNE, [
+            {"jobix": key["jobix"], "jobid": jobid} for _, jobid in places
+        ])
+        return places[-1] if len(places) == PRUNED else None
 
 
 # -------------------------------------------------------------- requests ---
@@ -4040,6 +4265,7 @@ def serving(options, access_file, jobix=None):
             options.db, shared=options.shared,
             jobix=jobix, open_to_all=options.open or is_local(server),
             max_attempts=options.retries + 1, max_lapses=options.lapses,
+            keep_days=options.keep_days,
         )
     except BaseException:
         server.server_close()
@@ -4686,6 +4912,137 @@ def run(options):
         return sum_up(this, figures, progress)
 
 
+# ------------------------------------------------------------- data care ---
+
+
+@contextlib.contextmanager
+def looking(path):
+    """Hand out the `execute` of one snapshot of a database, served or not.
+
+    All is read through SQLite. Raises Trouble when it isn't jobman's, or
+    can't be read.
+    """
+    if not os.path.exists(path):
+        raise Trouble("There is no database %s." % path)
+    with telling(path), contextlib.ExitStack() as stack:
+        connection = connect(path, readonly=True)
+        stack.callback(connection.close)
+        execute = connection.execute
+        execute("begin")
+        need_ours(path, *(
+            execute("pragma " + mark).fetchone()[0]
+            for mark in ("application_id", "user_version")
+        ))
+        yield execute
+
+
+def backup(options):
+    """Copy a database into a new file, also while a server has it."""
+    with looking(options.db) as execute:
+        pages, page = (
+            execute("pragma " + size).fetchone()[0]
+            for size in ("page_count", "page_size")
+        )
+
+    def show(size):
+        part = min(1, size / (pages * page))
+        sys.stderr.write("\r%s\033[K\r" % bar(part))
+
+    more = [show] if sys.stderr.isatty() else []
+    jobs = copy_database(options.db, options.file, *more)
+    if more:
+        sys.stderr.write("\033[K")
+    print("%s: %d jobs, %d bytes" % (
+        options.file, jobs, os.path.getsize(options.file)))
+    return 0
+
+
+def check_pages(execute):
+    """Yield what SQLite finds wrong."""
+    for found, in execute("pragma integrity_check"):
+        if found != "ok":
+            yield found
+
+
+def check_schema(execute):
+    """Yield whether the tables aren't those that this jobman makes."""
+    version = execute("pragma user_version").fetchone()[0]
+    if version != SCHEMA_VERSION:
+        yield "it is %d, not yet %d; serve brings it up to date" % (
+            version, SCHEMA_VERSION)
+    there = {name for name, in execute(SQL.WHOLE_NAMES)}
+    for kind, name in re.findall(r"create (table|index) (\w+)", SCHEMA):
+        if name not in there:
+            yield "there is no %s %s" % (kind, name)
+
+
+def check_counts(execute):
+    """Yield where the kept counts aren't those of the jobs."""
+    for stage, state, *counts in execute(SQL.WHOLE_TALLY):
+        yield ("stage %s, %s: counted %s, there %s; expired %s, there %s"
+               % (stage, state, *counts))
+
+
+def check_lanes(execute):
+    """Yield the jobs that claims find and shouldn't, or don't and should."""
+    for row in execute(SQL.WHOLE_LANES):
+        known = row["state"] in STATES
+        if not known or row["free"] != lane(row["state"], row["lease"]):
+            yield "%(jobs)s jobs are %(state)s and have %(free)s (job " \
+                "%(jobid)s)" % dict(row)
+
+
+def check_attempts(execute):
+    """Yield how many attempts are of no job."""
+    orphans, row = execute(SQL.WHOLE_ORPHANS).fetchone()
+    if orphans:
+        yield "%d attempts are of no job (row %d)" % (orphans, row)
+
+
+def check_jobs(execute):
+    """Yield the jobs whose state contradicts what else they have."""
+    for odd, jobs, jobid in execute(SQL.WHOLE_ODD):
+        yield "%d jobs are %s (job %d)" % (jobs, odd, jobid)
+
+
+CHECKS = (
+    ("integrity", check_pages),
+    ("schema", check_schema),
+    ("counts", check_counts),
+    ("free", check_lanes),
+    ("attempts", check_attempts),
+    ("jobs", check_jobs),
+)
+FINDINGS_SHOWN = 5  # of one check
+
+
+def findings(look, execute):
+    """Return what a check finds, as a list of sentences."""
+    found = []
+    try:
+        found.extend(look(execute))
+    except sqlite3.Error as error:
+        found.append("it can't be read: %s" % error)
+    left = len(found) - FINDINGS_SHOWN
+    if left > 0:
+        found[FINDINGS_SHOWN:] = ["and %d more" % left]
+    return found
+
+
+def check(options):
+    """Look whether a database is whole, also while a server has it."""
+    wrong = False
+    with looking(options.db) as execute:
+        for name, look in CHECKS:
+            found = findings(look, execute)
+            text = "wrong: " + "; ".join(found) if found else "ok"
+            print("%-10s %s" % (name, printable(text)), flush=True)
+            wrong = wrong or bool(found)
+            if found and look is check_schema:
+                break  # the others need it
+    return int(wrong)
+
+
 # --------------------------------------------------------- batch systems ---
 
 
@@ -4826,6 +5183,9 @@ def add_serve(commands):
     add("--lapses", type=int, default=MAX_LAPSES, metavar="N",
         help="lapsed leases in a stage until a job is failed (default %d)"
         % MAX_LAPSES)
+    add("--keep-days", type=int, metavar="N",
+        help="delete old attempts of jobs that were done or cancelled N days"
+        " ago (default: keep all)")
 
 
 def check_serve(parser, options):
@@ -4841,6 +5201,8 @@ def check_serve(parser, options):
     if options.tls or options.certfile:
         if options.url and not options.url.lower().startswith("https://"):
             parser.error("with TLS the --url begins with https://")
+    if options.keep_days is not None and options.keep_days < 1:
+        parser.error("--keep-days must be at least 1")
 
 
 def add_run(commands):
@@ -4853,7 +5215,8 @@ def add_run(commands):
     )
     command.set_defaults(
         act=run, host="127.0.0.1", port=0, url=None, shared=False,
-        lapses=MAX_LAPSES, open=False, tls=False, certfile=None, keyfile=None,
+        lapses=MAX_LAPSES, keep_days=None, open=False, tls=False,
+        certfile=None, keyfile=None,
     )
     add = command.add_argument
     add("words", nargs=argparse.REMAINDER, metavar="COMMAND",
@@ -4903,6 +5266,16 @@ def add_logs(commands):
     add_access(command)
     add("--logs", metavar="DIR",
         help="where workers keep output (default: next to the access file)")
+
+
+def add_care(commands, act):
+    """Describe the command backup or check."""
+    command = commands.add_parser(act.__name__, help=act.__doc__)
+    command.set_defaults(act=act)
+    command.add_argument(
+        "--db", default="jobman.db", metavar="FILE",
+        help="the database (default jobman.db)")
+    return command
 
 
 def check_run(parser, options):
@@ -4992,6 +5365,9 @@ def parse(arguments):
     add_snapshot(commands)
     add_verify(commands)
     add_logs(commands)
+    add_care(commands, backup).add_argument(
+        "file", metavar="FILE", help="where the copy goes")
+    add_care(commands, check)
     add_batch(commands, sbatch, "#SBATCH")
     add_batch(commands, pbs, "#PBS")
     words, rest = split_off(arguments)
