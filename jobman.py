@@ -804,13 +804,13 @@ def copy_pages(path, copy, show):
         source.execute("begin")
         # without a snapshot it would begin again after each commit
         source.execute(SQL.WHOLE_NAMES).fetchone()
-        source.backup(copy, pages=1000, progress=lambda *_: show())
+        source.backup(copy, pages=256, progress=lambda *_: show())
 
 
 def copy_rows(path, copy, show):
     """Do what copy_pages does on Python 3.6, which can't."""
     execute = copy.execute
-    copy.set_progress_handler(show, 10**6)
+    copy.set_progress_handler(show, 10**5)
     execute("attach :uri as source", {"uri": file_uri(path, readonly=True)})
     execute("begin")
     for kind in ("table", "index"):

@@ -7345,6 +7345,530 @@ class StartTest(TemporaryFolder):
         self.assertEqual(hard, soft)
 
 
+# ------------------------------------------------------------- data care ---
+
+
+class CareTest(TemporaryFolder):
+    """Databases are copied, checked and pruned, also while they are served."""
+
+    LENT = {"worker": "w", "lease": 60}
+
+    def setUp(self):
+        super().setUp()
+        self.clock = Clock()
+
+    def store(self, name="jobman.db", **options):
+        """Open a Store without a server, so without a ticker."""
+        store = jobman.Store(self.path(name), clock=self.clock, **options)
+        self.addCleanup(store.close)
+        return store
+
+    def add(self, store, ids, **options):
+        """Add jobs that are done in stage 4."""
+        entry = dict({"jobstage": 0, "laststage": 4, "jobcmd": 1}, **options)
+        store.set(7, [
+            dict(jobman.read_entry(entry), jobid=jobid) for jobid in ids
+        ])
+
+    def do(self, store, stage, target, **given):
+        """Claim a job and update it to another stage."""
+        job, = store.claim(7, [stage], **self.LENT)
+        store.update_job(7, job["jobid"], target, claim=job["claim"], **given)
+        return job["jobid"]
+
+    def made(self, name="jobman.db"):
+        """Make a database with jobs in several states; return its path."""
+        store = jobman.Store(self.path(name), clock=self.clock)
+        with contextlib.closing(store):
+            self.add(store, range(100))
+            for _ in range(10):
+                self.do(store, 0, 4)
+            store.cancel(7, ids=[50, 51])
+            for job in store.claim(7, [0], n=3, **self.LENT)[:2]:
+                store.fail_job(7, job["jobid"], claim=job["claim"])
+        return self.path(name)
+
+    def change(self, path, *statements):
+        """Do something to a database that jobman wouldn't."""
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            for statement in statements:
+                db.execute(statement)
+            db.commit()
+
+    def check(self, name="jobman.db"):
+        """Run the check; return (exit status, {what: its finding})."""
+        status, out, err = self.command(JOBMAN, "check", "--db", name)
+        self.assertEqual("", err)
+        return status, dict(line.split(None, 1) for line in out.splitlines())
+
+    def assertWhole(self, name):
+        status, found = self.check(name)
+        self.assertEqual((0, {"ok"}), (status, set(found.values())), found)
+        self.assertEqual(len(jobman.CHECKS), len(found))
+
+    def dump(self, path):
+        """Return all that is in a database, as sorted lines of SQL."""
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            return sorted(db.iterdump())
+
+    def assertOnly(self, *names):
+        """Assert which files are in the folder, but for SQLite's."""
+        found = {
+            name for name in os.listdir(self.folder)
+            if not name.endswith(("-wal", "-shm", ".lock"))
+        }
+        self.assertEqual({*names}, found)
+
+    # Backup
+
+    def post(self, address, path, value):
+        """Make a call that succeeds."""
+        reply = exchange(address, "POST", path, packed(value), {"jobix": "7"})
+        self.assertEqual(200, reply.status, reply.text)
+
+    def write_on(self, address, number, ending, added):
+        """Add jobs, ten a call, and move them, until told to end."""
+        for first in itertools.count(10**6 * number, 10):
+            if ending.is_set():
+                return
+            jobs = {i: {"jobstage": 0} for i in range(first, first + 10)}
+            self.post(address, "/set", jobs)
+            added[number] = first + 10 - 10**6 * number
+            got = exchange(address, "GET", "/get/0", headers={"jobix": "7"})
+            path = "/update_job/%(jobid)d/2?claim=%(claim)s" % got.json()
+            self.post(address, path, {})
+
+    def test_backup_under_writes_is_of_one_moment(self):
+        _, address = self.serve("--db", "jobman.db")
+        ending, added = threading.Event(), {}
+        writers = [
+            threading.Thread(
+                target=self.write_on, args=(address, n, ending, added))
+            for n in (1, 2, 3, 4)
+        ]
+        for writer in writers:
+            writer.start()
+        try:
+            for n in range(3):
+                wait_for(lambda: len(added) == 4, "jobs")
+                before = sum(added.values())
+                done = self.command(JOBMAN, "backup", "copy%d" % n)
+                after = sum(added.values()) + 40
+                copy = self.path("copy%d" % n)
+                jobs = rows(copy, "select count(*) as n from job")[0]["n"]
+                said = "copy%d: %d jobs, %d bytes\n" % (
+                    n, jobs, os.path.getsize(copy))
+                self.assertEqual((0, said, ""), done)
+                self.assertEqual(0, jobs % 10)
+                self.assertLessEqual(before, jobs)
+                self.assertLessEqual(jobs, after)
+                self.assertWhole(copy)
+        finally:
+            ending.set()
+            for writer in writers:
+                writer.join()
+
+    def test_a_server_goes_on_while_it_is_copied(self):
+        store = jobman.Store(self.path("jobman.db"))
+        with contextlib.closing(store):
+            self.add(store, range(40000))
+        _, address = self.serve("--db", "jobman.db")
+        new = iter(range(10**6, 10**6 + 5))
+
+        def show(_):
+            for jobid in itertools.islice(new, 1):
+                self.post(address, "/set", {jobid: {"jobstage": 0}})
+
+        jobs = jobman.copy_database(
+            self.path("jobman.db"), self.path("copy"), show)
+        self.assertEqual(40000, jobs)
+        self.assertEqual([], list(new))
+        self.assertWhole("copy")
+
+    def test_who_looks_sees_one_moment_and_holds_up_nobody(self):
+        _, address = self.serve("--db", "jobman.db")
+        self.post(address, "/set", {1: {"jobstage": 0}})
+        with jobman.looking(self.path("jobman.db")) as execute:
+            self.post(address, "/set", {2: {"jobstage": 0}})
+            seen = execute("select jobid from job").fetchall()
+        self.assertEqual([(1,)], [tuple(row) for row in seen])
+
+    def test_backup_restores_by_copying(self):
+        process, address = self.serve("--db", "jobman.db")
+        self.post(address, "/set", {
+            1: {"jobstage": 0, "jobcmd": "caf\u00e9 \udcff"},
+            2: {"jobstage": 0, "jobcmd": 2, "laststage": 1},
+        })
+        self.assertEqual(0, self.command(JOBMAN, "backup", "copy")[0])
+        old = rows(self.path("jobman.db"), "select * from setting")
+        process.kill()
+        process.wait()
+        for name in list(os.listdir(self.folder)):
+            if name.startswith("jobman.db"):
+                os.unlink(self.path(name))
+        shutil.copy(self.path("copy"), self.path("jobman.db"))
+        _, address = self.serve("--db", "jobman.db")
+        got = exchange(address, "GET", "/get/0?n=2", headers={"jobix": "7"})
+        self.assertEqual(
+            [(1, "caf\u00e9 \udcff"), (2, 2)],
+            [(job["jobid"], job["jobcmd"]) for job in got.json()])
+        self.assertEqual(
+            old, rows(self.path("jobman.db"), "select * from setting"))
+
+    def test_backup_is_one_private_file_and_the_whole(self):
+        path = self.made()
+        self.assertEqual(0, self.command(JOBMAN, "backup", "copy")[0])
+        copy = self.path("copy")
+        self.assertOnly("jobman.db", "copy")
+        self.assertEqual(0o600, stat.S_IMODE(os.stat(copy).st_mode))
+        self.assertEqual(b"\1\1", read(copy)[18:20])  # no WAL
+        self.assertEqual(self.dump(path), self.dump(copy))
+        self.assertEqual(jobman.SCHEMA_VERSION, jobman.inspect(copy))
+
+    def test_backup_has_what_a_killed_server_left_in_the_wal(self):
+        process, address = self.serve("--db", "jobman.db")
+        self.post(address, "/set", {n: {"jobstage": 0} for n in range(50)})
+        process.kill()
+        process.wait()
+        _, out, _ = self.command(JOBMAN, "backup", "copy")
+        self.assertIn("copy: 50 jobs", out)
+        self.assertWhole("copy")
+
+    def test_backup_overwrites_nothing(self):
+        self.made()
+        for name in ("copy", "copy-wal", "copy-journal"):
+            with open(self.path(name), "w") as file:
+                file.write("mine")
+            done = self.command(JOBMAN, "backup", "copy")
+            self.assertEqual((1, ""), done[:2])
+            self.assertIn("%s is there already" % name, done[2])
+            self.assertEqual(b"mine", read(self.path(name)))
+            os.unlink(self.path(name))
+        self.assertOnly("jobman.db")
+
+    def test_backup_that_fails_leaves_nothing(self):
+        self.made()
+        disk = self.small_disk()
+        self.fill(disk)
+        done = self.command(JOBMAN, "backup", os.path.join(disk, "copy"))
+        self.assertEqual((1, ""), done[:2])
+        self.assertRegex(done[2], "can't be copied to .*full")
+        self.assertEqual(["full"], os.listdir(disk))
+        done = self.command(JOBMAN, "backup", "no/where")
+        self.assertRegex(done[2], "^jobman.py: .*no/where: No such file")
+
+    def test_backup_shows_on_a_terminal_how_far_it_is(self):
+        self.made()
+        main, terminal = pty.openpty()
+        self.addCleanup(os.close, main)
+        process = self.spawn(JOBMAN, "backup", "copy", stderr=terminal)
+        os.close(terminal)
+        self.assertEqual(0, process.wait(PATIENCE))
+        self.assertIn(b"copy: 100 jobs", process.stdout.read())
+        self.assertIn(b"\033[K", os.read(main, 10**5))
+
+    def test_only_a_database_of_ours_is_looked_at(self):
+        self.change(self.path("other.db"), "create table job (a)")
+        self.change(self.made("newer.db"), "pragma user_version = 99")
+        with open(self.path("text"), "w") as file:
+            file.write("text" * 1000)
+        for name, sentence in (
+            ("none.db", "There is no database"), ("text", "database"),
+            ("other.db", "another program"), ("newer.db", "a newer jobman"),
+        ):
+            for command in (["backup", "copy"], ["check"]):
+                done = self.command(JOBMAN, *command, "--db", name)
+                self.assertEqual((1, ""), done[:2])
+                self.assertRegex(done[2], "^jobman.py: .*%s.*\n$" % sentence)
+        self.assertOnly("other.db", "newer.db", "text")
+
+    # Check
+
+    def test_a_whole_database_is_found_so_and_left_alone(self):
+        path = self.made()
+        before = read(path)
+        self.assertWhole("jobman.db")
+        self.assertEqual(before, read(path))
+        self.serve("--db", "jobman.db")
+        self.assertWhole("jobman.db")
+
+    def test_a_damaged_page_is_found(self):
+        path = self.made()
+        found = rows(path, "select rootpage from sqlite_master"
+                     " where name = 'job_queue'")
+        size = rows(path, "pragma page_size")[0]["page_size"]
+        at, data = (found[0]["rootpage"] - 1) * size, bytearray(read(path))
+        data[at : at + size] = bytes(255 - b for b in data[at : at + size])
+        with open(path, "wb") as file:
+            file.write(data)
+        status, found = self.check()
+        self.assertEqual(1, status)
+        self.assertRegex(found["integrity"], "^wrong: ")
+
+    DAMAGES = {  # what is done: what is said of it
+        "update tally set jobs = jobs + 1 where state = 'done'":
+            ("counts", "stage 4, done: counted 11, there 10"),
+        "delete from tally where state = 'waiting'":
+            ("counts", "stage 0, waiting: counted 0, there 85"),
+        "update tally set expired = 2 where state = 'done'":
+            ("counts", "expired 2, there 0"),
+        "insert into tally values (7, 9, 'working', 1, 0)":
+            ("counts", "stage 9, working: counted 1, there 0"),
+        "update job set free = -3 where jobid = 60":
+            ("free", "1 jobs are waiting and have -3 (job 60)"),
+        "update job set free = 1 where state = 'working'":
+            ("free", "1 jobs are working and have 1"),
+        "insert into attempt (job, claim, attempt, stage, started, ended,"
+        " outcome) values (9999, 'x', 1, 0, 0, 0, 'done')":
+            ("attempts", "1 attempts are of no job"),
+        "update job set claim = null where state = 'working'":
+            ("jobs", "1 jobs are working without a claim"),
+        "update job set origin = null where state = 'working'":
+            ("jobs", "1 jobs are working, claimed from nowhere"),
+        "update job set due = null where state = 'working'":
+            ("jobs", "1 jobs are working on half a lease"),
+        "update job set due = null where state = 'delayed'":
+            ("jobs", "2 jobs are delayed for ever"),
+        "update job set due = 5 where jobid = 60":
+            ("jobs", "1 jobs are due for nothing (job 60)"),
+        "update job set lease = 5 where jobid = 60":
+            ("jobs", "1 jobs are on lease to nobody"),
+        "update job set claim = 'x' where state = 'cancelled'":
+            ("jobs", "2 jobs are claimed and put aside (job 50)"),
+        "update job set laststage = 6 where state = 'done'":
+            ("jobs", "10 jobs are done before the last stage"),
+        "update job set laststage = 0 where jobid = 60":
+            ("jobs", "1 jobs are waiting in the last stage (job 60)"),
+        "drop index job_due": ("schema", "there is no index job_due"),
+        "pragma user_version = 1": ("schema", "it is 1, not yet 2"),
+    }
+
+    def test_each_damage_is_found_and_nothing_else(self):
+        path = self.made()
+        for number, (damage, said) in enumerate(self.DAMAGES.items()):
+            with self.subTest(damage):
+                name = "%d.db" % number
+                shutil.copy(path, self.path(name))
+                self.change(self.path(name), damage)
+                status, found = self.check(name)
+                self.assertEqual(1, status)
+                self.assertIn("wrong: ", found[said[0]])
+                self.assertIn(said[1], found.pop(said[0]))
+                self.assertEqual({"ok"}, set(found.values()), found)
+
+    def test_a_state_that_there_is_not_is_found(self):
+        path = self.made()
+        self.change(path, "update job set state = 'odd\n' where jobid = 60")
+        status, found = self.check()
+        self.assertEqual(1, status)
+        self.assertIn(r"1 jobs are odd\n and have 1", found["free"])
+
+    # Old attempts
+
+    def kept(self, store):
+        """Return how many attempts each job has, after a round of ticks."""
+        store.tick()
+        while store.ranges:
+            store.tick()
+        found = rows(store.readers.path, "select jobid, attempt.row is not"
+                     " null as n from job left join attempt on job = job.row"
+                     " order by jobid")
+        counts = dict.fromkeys([row["jobid"] for row in found], 0)
+        for row in found:
+            counts[row["jobid"]] += row["n"]
+        return counts
+
+    def test_attempts_of_jobs_that_ended_long_ago_are_deleted(self):
+        store = self.store(keep_days=3)
+        self.add(store, [1, 2, 3, 4])
+        for _ in range(3):
+            self.do(store, 0, 4)  # jobs 1, 2, 3
+        job, = store.claim(7, [0], **self.LENT)
+        store.fail_job(7, 4, claim=job["claim"])
+        store.cancel(7, ids=[4])
+        self.clock.advance(2 * 86400)
+        self.do(store, 4, 4)  # a job that is done again
+        self.assertEqual({1: 2, 2: 1, 3: 1, 4: 1}, self.kept(store))
+        self.clock.advance(86400)
+        self.assertEqual({1: 2, 2: 1, 3: 1, 4: 1}, self.kept(store))
+        self.clock.advance(3600)
+        self.assertEqual({1: 2, 2: 0, 3: 0, 4: 0}, self.kept(store))
+        self.clock.advance(2 * 86400)
+        self.assertEqual({1: 0, 2: 0, 3: 0, 4: 0}, self.kept(store))
+
+    def test_attempts_of_jobs_that_go_on_are_kept(self):
+        store = self.store(keep_days=1, max_attempts=1)
+        self.add(store, [1, 2, 3])
+        self.do(store, 0, 2)
+        job, = store.claim(7, [0], **self.LENT)
+        store.fail_job(7, 2, claim=job["claim"])
+        job, = store.claim(7, [0], **self.LENT)
+        store.release_job(7, 3, claim=job["claim"])
+        self.clock.advance(10 * 86400)
+        self.assertEqual({1: 1, 2: 1, 3: 1}, self.kept(store))
+        self.assertEqual(
+            ["waiting", "failed", "waiting"],
+            [store.job(7, jobid)[0]["state"] for jobid in (1, 2, 3)])
+
+    def test_without_the_option_all_are_kept(self):
+        store = self.store()
+        self.add(store, [1])
+        self.do(store, 0, 4)
+        self.clock.advance(10**9)
+        self.assertEqual({1: 1}, self.kept(store))
+
+    def history(self, store):
+        """Bring a job through two stages, the second twice, with failures."""
+        self.add(store, [1])
+        for stage, target in ((0, 2), (2, 3), (2, 4)):
+            job, = store.claim(7, [stage], **self.LENT)
+            store.fail_job(7, 1, claim=job["claim"])
+            self.clock.advance(5)
+            self.do(store, stage, target, jobcmd='"to %d"' % target,
+                    files='[{"path": "%d"}]' % target)
+            if target == 3:
+                store.update_job(7, 1, 2)
+            self.clock.advance(5)
+
+    def test_a_retry_gives_back_what_it_would_have_without_the_option(self):
+        for stages in ((2,), (2, 0)):
+            seen = []
+            for days in (None, 1):
+                store = self.store("%s%d.db" % (days, len(stages)),
+                                   keep_days=days)
+                self.history(store)
+                for stage in stages:
+                    self.clock.advance(10 * 86400)
+                    kept = self.kept(store)
+                    if stage == 2:
+                        self.assertEqual({1: 3 if days else 6}, kept)
+                        store.retry(7, ids=[1])
+                    else:
+                        store.reject_job(7, 1)
+                job, _ = store.job(7, 1)
+                seen.append([job[name] for name in (
+                    "stage", "jobcmd", "filename", "files", "made")])
+            self.assertEqual(*seen)
+
+    def test_many_are_pruned_some_at_a_tick_and_none_is_missed(self):
+        self.replace("PRUNED", 4)
+        store = self.store(keep_days=1)
+        self.add(store, range(21))
+        for job in store.claim(7, [0], n=9, **self.LENT):
+            store.update_job(7, job["jobid"], 4, claim=job["claim"])
+        self.clock.advance(1)
+        for job in store.claim(7, [0], n=9, **self.LENT):
+            store.fail_job(7, job["jobid"], claim=job["claim"])
+        store.cancel(7, stage=0)
+        store.set_lifetime(7, 0, 1)
+        self.clock.advance(86400 * 2)
+        store.tick()
+        left = len(rows(store.readers.path, "select 1 from attempt"))
+        self.assertEqual(14, left)
+        self.assertEqual(dict.fromkeys(range(21), 0), self.kept(store))
+
+    def test_a_full_disk_only_puts_pruning_off(self):
+        disk = self.small_disk()
+        path = os.path.join(disk, "jobman.db")
+        shutil.move(self.made(), path)
+        store = self.store(path, keep_days=1)
+        self.clock.advance(86400 * 2)
+        self.fill(disk)
+        for _ in range(2):
+            with self.assertRaises(jobman.Unavailable):
+                store.tick()
+        os.unlink(os.path.join(disk, "full"))
+        kept = {jobid for jobid, n in self.kept(store).items() if n}
+        self.assertEqual({10, 11}, kept)  # those that failed
+
+    def test_a_clock_set_back_costs_no_job_its_turn(self):
+        store = self.store(keep_days=1)
+        self.clock.advance(10**8)
+        self.kept(store)
+        self.clock.advance(-10**8)
+        self.kept(store)
+        self.add(store, [1])
+        self.do(store, 0, 4)
+        self.clock.advance(86400 * 2)
+        self.assertEqual({1: 0}, self.kept(store))
+
+    def test_a_tick_within_the_hour_looks_at_no_job(self):
+        store = self.store(keep_days=1)
+        self.add(store, range(1000))
+        store.cancel(7, stage=0)
+        self.clock.advance(86400 * 2)
+        self.kept(store)
+        self.clock.advance(60)
+        statements = []
+        store.writer.connection.set_trace_callback(
+            lambda sql: statements.append(sql))
+        store.tick()
+        store.writer.connection.set_trace_callback(None)
+        self.assertEqual([], statements)
+
+    def test_a_server_prunes_what_it_finds(self):
+        path = self.made()
+        self.serve("--db", "jobman.db", "--keep-days", "1")
+        wait_for(
+            lambda: rows(path, "select count(*) as n from attempt where"
+                         " outcome = 'done'") == [{"n": 0}],
+            "the attempts of 2020 gone",
+        )
+        self.assertWhole("jobman.db")
+        done = self.command(JOBMAN, "serve", "--keep-days", "0")
+        self.assertEqual((2, ""), done[:2])
+        self.assertIn("--keep-days must be", done[2])
+
+    # The copy before an upgrade
+
+    def old(self, *statements):
+        """Make a database of schema 1; return its path."""
+        path = self.path("old.db")
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.executescript(SCHEMA_1)
+        self.change(path, *statements)
+        return path
+
+    def test_an_old_database_is_copied_before_it_is_upgraded(self):
+        path = self.old()
+        before = self.dump(path)
+        jobman.Store(path).close()
+        copy = path + ".schema1"
+        self.assertOnly("old.db", "old.db.schema1")
+        self.assertEqual(before, self.dump(copy))
+        self.assertEqual(1, jobman.inspect(copy))
+        self.assertEqual(0o600, stat.S_IMODE(os.stat(copy).st_mode))
+        self.assertWhole("old.db")
+        jobman.Store(path).close()
+        shutil.copy(copy, path)
+        jobman.Store(path).close()
+        self.assertOnly("old.db", "old.db.schema1", "old.db.schema1.2")
+        self.assertEqual(before, self.dump(copy))
+
+    def test_an_upgrade_that_fails_leaves_no_copy(self):
+        path = self.old("create table worker (a)")
+        before = self.dump(path)
+        with self.assertRaises(jobman.Trouble):
+            jobman.Store(path)
+        self.assertOnly("old.db")
+        self.assertEqual(before, self.dump(path))
+
+    def test_without_space_for_the_copy_nothing_is_upgraded(self):
+        disk = self.small_disk()
+        path = os.path.join(disk, "old.db")
+        filler = "x" * 120000
+        shutil.move(
+            self.old("insert into setting values ('x', '%s')" % filler), path)
+        before = self.dump(path)
+        status, _, err = self.command(JOBMAN, "serve", "--db", path)
+        self.assertEqual(1, status)
+        self.assertRegex(err, r"can't be copied to .*old\.db\.schema1: .*full")
+        self.assertEqual(before, self.dump(path))
+        self.assertEqual(1, jobman.inspect(path))
+        left = {name.split("-")[0] for name in os.listdir(disk)}
+        self.assertEqual({"old.db"}, left)
+
+
 # --------------------------------------------------------- batch systems ---
 
 
