@@ -7779,7 +7779,7 @@ class CareTest(TemporaryFolder):
                 store.tick()
         os.unlink(os.path.join(disk, "full"))
         kept = {jobid for jobid, n in self.kept(store).items() if n}
-        self.assertEqual({10, 11}, kept)  # those that failed
+        self.assertEqual({10, 11, 12}, kept)  # those that go on
 
     def test_a_clock_set_back_costs_no_job_its_turn(self):
         store = self.store(keep_days=1)
