@@ -3804,9 +3804,19 @@ def read_fingerprint(certfile):
     return hashlib.sha256(base64.b64decode(found.group(1))).hexdigest()
 
 
-def no_password():
-    """Refuse a key that needs a password: nobody may be there to ask."""
-    raise ValueError("its key has a password")
+def load_certificate(context, certfile, keyfile):
+    """Give an SSLContext its certificate; raise OSError, ValueError.
+
+    A key that needs a password is no good: nobody may be there to ask.
+    """
+    asked = []
+    try:
+        context.load_cert_chain(
+            certfile, keyfile, lambda: asked.append(True) or "")
+    except OSError:
+        if asked:
+            raise ValueError("its key has a password") from None
+        raise
 
 
 def tls_context(certfile, keyfile):
@@ -3828,7 +3838,7 @@ def tls_context(certfile, keyfile):
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
     if ssl.OPENSSL_VERSION_INFO >= (3,):  # clients hang up without goodbye
         context.options |= 0x80  # SSL_OP_IGNORE_UNEXPECTED_EOF, named in 3.10
-    context.load_cert_chain(certfile, keyfile, no_password)
+    load_certificate(context, certfile, keyfile)
     return context
 
 
