@@ -2481,10 +2481,9 @@ class Store:
         """
         now = self.clock()
         if not (self.ranges or 0 <= now - self.looked < PRUNE_EVERY):
-            before = now - self.keep_days * 86400
-            place = min(self.pruned, before), -1  # the clock may go back
+            place = self.pruned, -1
             self.ranges = [(key, place) for key in self.ended_groups()]
-            self.looked, self.pruned = now, before
+            self.looked, self.pruned = now, now - self.keep_days * 86400
         while self.ranges:
             key, place = self.ranges[-1]
             place = self.prune(key, place, self.pruned)
