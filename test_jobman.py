@@ -7728,8 +7728,8 @@ class CareTest(TemporaryFolder):
             job, = store.claim(7, [stage], **self.LENT)
             store.fail_job(7, 1, claim=job["claim"])
             self.clock.advance(5)
-            self.do(store, stage, target, **{
-                name: '["to %d"]' % target for name in given})
+            replaced = dict.fromkeys(given, '["to %d"]' % target)
+            self.do(store, stage, target, **replaced)
             if target == 3:
                 store.update_job(7, 1, 2)
             self.clock.advance(5)
