@@ -5361,6 +5361,17 @@ class FilesTest(WorkerCase):
 
     USE = 'case $JOBMAN_STAGE in 0) %s;; *) echo used >> log;; esac'
 
+    def test_worker_does_not_wait_for_zombies(self):
+        self.add("sleep 60 & echo $! >> pids; echo $$ >> pids; wait")
+        adopt = "import ctypes, subprocess, sys\n" \
+            "ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # all orphans below\n" \
+            "sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))"
+        self.spawn("-c", adopt, WORKER, "--grace", "60", "--name", "here")
+        worker = int(read("/proc/%d/stat" % self.pids(2)[1]).split()[3])
+        os.kill(worker, signal.SIGTERM)
+        wait_for(lambda: self.outcomes() == ["released"], "the release")
+        self.assertTrue(read("/proc/%d/stat" % self.pids(2)[0]))
+
     def files(self, jobid=1):
         """Return the files of a job as the server knows them."""
         return json.loads(self.job(jobid)["files"] or "null")

@@ -1179,6 +1179,23 @@ def kill_group(group, number=signal.SIGKILL):
     return True
 
 
+def group_lives(group):
+    """Return whether a process of a group runs; a zombie doesn't.
+
+    One that nobody waits for stays: as in a container with no real init.
+    """
+    if not kill_group(group, 0):
+        return False
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                with open("/proc/%s/stat" % name, "rb") as file:
+                    state, _, its = file.read().rpartition(b")")[2].split()[:3]
+                if int(its) == group and state not in b"ZX":
+                    return True
+    return False
+
+
 def watch_over(pipe, groups, folder):
     """Kill what a worker leaves running, and remove its `folder`.
 
@@ -2242,7 +2259,7 @@ class Worker:
         too.
         """
         cut = attempt.reason and time.monotonic() < attempt.last
-        if cut and kill_group(attempt.pid, 0):
+        if cut and group_lives(attempt.pid):
             attempt.events.append(
                 self.schedule.enter(0.05, 0, self.gone, (attempt,)))
             return
