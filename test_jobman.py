@@ -3930,6 +3930,12 @@ class WorkerTest(WorkerCase):
             ["printf", "<%s>", "\udcff\udcfe"],
             laststage=4,
         )
+    def test_worker_is_not_idle_before_its_results_are_told(self):
+        self.add('echo "$JOBMAN_STAGE"', laststage=6)
+        worker = self.start_with(
+            "worker.Claims.LINGER = 0.4", "--stage", "0,2,4")
+        self.assertEqual((0, "0\n2\n4\n", ""), self.finish(worker))
+
         out, _ = self.work("--stage", "0,2")
         expected = b"<\xff\xfe>", b"caf\xe9"
         for part in expected:

@@ -1868,7 +1868,7 @@ class Worker:
             receive=lambda jobs: self.call(self.receive, jobs),
             suspect=lambda reason: self.call(self.put_in_quarantine, reason),
             fault=lambda: self.call(self.drain, signal.SIGTERM, 1),
-            busy=lambda: bool(self.attempts),
+            busy=self.busy,
         )
         self.files = file_name(self.name, client.jobix)
         self.log = self.printer = None
@@ -1893,6 +1893,14 @@ class Worker:
         self.done = self.failed = 0
         self.claiming, self.asking, self.dry = True, False, False
         self.pace = None  # seconds for which a command has its slot, of late
+
+    def busy(self):
+        """Return whether there is work, or an outcome on its way.
+
+        It may set a job free for us. In the order in which they go: none is
+        overlooked.
+        """
+        return bool(self.attempts or self.over or self.claims.unsafe)
 
     def run(self):
         """Work until there is nothing left to do, or a signal ends it.
