@@ -4918,6 +4918,7 @@ def run(options):
         finally:
             worker.end()
             progress.end()
+            server.store.bell.close()  # its long poll needn't be broken off
         return sum_up(this, figures, progress)
 
 
