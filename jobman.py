@@ -1500,6 +1500,8 @@ class Store:
     Attempts of jobs that ended `keep_days` ago are pruned; None: never.
     """
 
+    TICK = {False: 1, True: 0.2}  # seconds between two ticks, if it is shared
+
     def __init__(
         self, path, *, clock=time.time, shared=False, waiters=20000,
         jobix=None, open_to_all=True, max_attempts=MAX_ATTEMPTS,
@@ -2429,7 +2431,7 @@ class Store:
 
     def tick_on(self):
         """Tick until the Store is closed."""
-        while not self.ending.wait(0.2 if self.shared else 1):
+        while not self.ending.wait(self.TICK[self.shared]):
             with contextlib.suppress(Error, sqlite3.Error):
                 self.tick()  # a full disk: once more at the next tick
 
@@ -4916,9 +4918,9 @@ def run(options):
             say(reason + "; the same command goes on where it was.")
             return 128 + number
         finally:
+            server.store.bell.close()  # its long poll needn't be broken off
             worker.end()
             progress.end()
-            server.store.bell.close()  # its long poll needn't be broken off
         return sum_up(this, figures, progress)
 
 
