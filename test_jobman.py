@@ -6507,9 +6507,9 @@ class ScriptTest(TemporaryFolder):
 class RunTest(TemporaryFolder):
     """jobman.py run as people run it."""
 
-    def start(self, *argv, **options):
+    def start(self, *argv, start=(JOBMAN,), **options):
         """Start a run."""
-        return self.spawn(JOBMAN, "run", *argv, **options)
+        return self.spawn(*start, "run", *argv, **options)
 
     def over(self, *argv, status=0, given=None, start=(JOBMAN,)):
         """Do a run to its end; return (stdout, stderr)."""
@@ -6655,7 +6655,11 @@ class RunTest(TemporaryFolder):
         items = [str(i) for i in range(40)]
         command = "echo $PPID >> worker; sleep 0.03; echo {} >> log"
         again = "--slots", "2", command, ":::", *items
-        process = self.start(*again)
+        hurried = self.path("hurried.py")  # its end without a server
+        with open(hurried, "w") as file:
+            file.write(changed("worker", "worker.Claims.LAST = 0.2")[1])
+        process = self.start(*again, start=changed(
+            "jobman", "jobman.worker_script = lambda: %r" % hurried))
         wait_for(lambda: len(self.log()) > 10, "some commands")
         self.reap(process)  # kill -9
         pid = int(read(self.path("worker")).split()[0])
