@@ -4142,13 +4142,18 @@ class WorkerTest(WorkerCase):
             and what.items() <= found.items()
         ], "a heartbeat of %s" % name)
 
+    def drain(self, process, name):
+        """Drain a worker that the server has heard of; return when it is."""
+        self.heard(name, after=0)
+        self.client.drain(name)
+        self.assertIn(b": Drained: ", process.stderr.readline())
+
     def test_drained_worker_finishes_and_claims_again_when_undrained(self):
         self.add("echo $$ > pids; while [ ! -e go ]; do sleep 0.02; done")
         process = self.start(
             "--lease", "1", "--idle-timeout", "60", "--name", "a/b")
         self.pids(1)
-        self.heard("a/b", after=0)
-        self.client.drain("a/b")
+        self.drain(process, "a/b")
         self.heard("a/b", after=time.time(), busy=1, drain=True)
         open(self.path("go"), "w").close()
         self.client.set({2: {"jobstage": 0, "jobcmd": "true"}})
@@ -4162,8 +4167,21 @@ class WorkerTest(WorkerCase):
         self.assertGreater(self.attempts(2)[0]["started"], undrained)
         process.terminate()
         _, _, err = self.finish(process)
-        self.assertRegex(err, r"(?s)\Aworker\.py: Drained: [^\n]+\n"
-                         r"worker\.py: It claims jobs again\.\n\Z")
+        self.assertEqual("worker.py: It claims jobs again.\n", err)
+
+    def test_drained_worker_gives_back_what_a_long_poll_still_brings(self):
+        process = self.start("--lease", "1", "--idle-timeout", "60",
+                             "--slots", "2", "--name", "a")
+        self.drain(process, "a")
+        self.add("echo ran >> ran")
+        for _ in range(2):  # the first may be of before
+            self.heard("a", after=time.time(), busy=0)
+        wait_for(lambda: self.states() == ["waiting"], "its return")
+        self.assertLessEqual(set(self.outcomes()), {"released"})
+        self.assertEqual(b"", read(self.path("ran")))
+        self.client.undrain("a")
+        wait_for(lambda: self.states() == ["done"], "the job")
+        process.terminate()
 
     def test_drained_worker_gives_back_what_it_has_not_begun(self):
         self.add(*["while [ ! -e go ]; do sleep 0.02; done"] * 3)
@@ -4171,8 +4189,7 @@ class WorkerTest(WorkerCase):
             "worker.Worker.HOARD = 60; worker.Worker.ahead = lambda self: 5",
             "--lease", "1", "--name", "a", "--idle-timeout", "0.5")
         wait_for(lambda: self.states() == ["working"] * 3, "its claims")
-        self.heard("a", after=0)
-        self.client.drain("a")
+        self.drain(process, "a")
         wait_for(lambda: self.states()[1:] == ["waiting"] * 2, "two back")
         open(self.path("go"), "w").close()
         status, _, err = self.finish(process)
@@ -4195,9 +4212,7 @@ class WorkerTest(WorkerCase):
         process = self.start(
             "--lease", "1", "--idle-timeout", "0.2", "--name", "a")
         self.pids(1)
-        self.heard("a", after=0)
-        self.client.drain("a")
-        self.heard("a", after=time.time(), drain=True)
+        self.drain(process, "a")
         self.client.set({2: {"jobstage": 0, "jobcmd": "true"}})
         open(self.path("go"), "w").close()
         self.assertEqual(0, self.finish(process)[0])
@@ -6242,21 +6257,36 @@ class LibraryTest(WorkerCase):
         self.assertEqual(["done"], self.outcomes())
         self.assertEqual("done", self.job()["state"])
 
+    def drain(self, process):
+        """Drain a program called `me` that has been heard of."""
+        wait_for(lambda: self.client.workers()["workers"], "a heartbeat")
+        self.client.drain("me")
+        self.assertIn(b": Drained: ", process.stderr.readline())
+
     def test_drained_program_gets_no_more_jobs(self):
         self.add("a", "b")
-        self.over(
-            "client = worker.Client()\n"
-            "def heard(after):\n"
-            "    while not any(found['heard'] > after for found in"
-            " client.workers()['workers']):\n"
-            "        time.sleep(0.02)\n"
+        process = self.program(
             "for job in worker.claim_jobs(lease=1, name='me', **options):\n"
-            "    heard(0)\n"
-            "    client.drain('me')\n"
-            "    heard(time.time())\n"
-            "    heard(time.time())\n"
-            "    job.done()\n")
+            "    sys.stdin.readline()\n"
+            "    job.done()\n", stdin=subprocess.PIPE)
+        self.drain(process)
+        self.assertEqual((0, "", ""), self.finish(process, b"\n"))
         self.assertEqual(["done", "waiting"], self.states())
+
+    def test_drained_program_gives_back_what_a_long_poll_still_brings(self):
+        options = "lease=1, name='me', idle_timeout=60"
+        process = self.program(
+            "for job in worker.claim_jobs(%s):\n    job.done()\n" % options)
+        self.drain(process)
+        self.add("a")
+        wait_for(lambda: self.states() == ["waiting"], "its return")
+        later = time.time() + 0.5
+        wait_for(lambda: self.client.workers()["workers"][0]["heard"] > later,
+                 "some beats")
+        self.assertEqual(["waiting"], self.states())
+        self.assertLessEqual(set(self.outcomes()), {"released"})
+        self.client.undrain("me")
+        wait_for(lambda: self.states() == ["done"], "the job")
 
     def test_exception_in_the_loop_fails_the_attempt_and_goes_on_up(self):
         self.add("x", max_attempts=1)

@@ -1147,7 +1147,8 @@ class Claims:
         for jobid, claim in claims:
             if jobid in lost:
                 self.lost(jobid, claim)
-        self.drained(drained)
+        if not self.over:  # the last beat, of a worker that is forgotten
+            self.drained(drained)
 
 
 # ----------------------------------------------------------------- guard ---
@@ -1682,6 +1683,15 @@ class Claimer:
             self.ending.set()
             self.wanted.put((0, False))
             self.client.abort()
+
+    def heed_drain(self, drained):
+        """Claim nothing while the server says so; return if that is new."""
+        new = drained != self.drained and not self.ending.is_set()
+        if new:
+            self.drained = drained
+            self.say("Drained: it claims no more for now." if drained
+                     else "It claims jobs again.")
+        return new
 
     def claim_on(self):
         """Claim what is wanted until the end."""
@@ -2441,12 +2451,8 @@ class Worker:
 
     def heed_drain(self, drained):
         """Claim nothing while the server says so; what runs may end."""
-        if drained != self.claimer.drained:
-            self.claimer.drained = drained
-            self.say("Drained: it claims no more for now." if drained
-                     else "It claims jobs again.")
-            if drained:
-                self.give_back()
+        if self.claimer.heed_drain(drained) and drained:
+            self.give_back()
 
     def drain(self, number, status):
         """Claim no more, end what runs by a signal, and give it back.
@@ -2592,7 +2598,9 @@ def each_job(claimer, claims, lag):
             claims.hold(found[0])
             job = Job(claims, found[0])
             try:
-                if job.check(lag):
+                if claimer.drained:  # while a long poll was on its way
+                    job.release()
+                elif job.check(lag):
                     yield job
             finally:
                 job.fail("The program went on without job.done().")
@@ -2627,8 +2635,7 @@ def claim_jobs(
         Spool(spool or beside(client.access, "spool"),
               file_name(name, client.jobix)),
         name, lease, about=lambda: about, say=say,
-        lost=lambda *claim: claims.forget(*claim),
-        drained=lambda whether: setattr(claimer, "drained", whether),
+        lost=lambda *claim: claims.forget(*claim), drained=claimer.heed_drain,
     )
     jobs = each_job(claimer, claims, lag)
     atexit.register(jobs.close)  # at last: later our threads are gone
