@@ -4989,7 +4989,7 @@ class OutageTest(WorkerCase):
         began = time.monotonic()
         worker.terminate()
         worker.wait(PATIENCE)
-        self.assertLess(time.monotonic() - began, 5)
+        self.assertLess(time.monotonic() - began, 10)
         self.assertEqual(1, len(self.spooled()))
         self.server.send_signal(signal.SIGCONT)
         self.work()
@@ -5325,7 +5325,7 @@ class EndTest(WorkerCase):
         worker = self.start("--slots", "2")
         pids = self.pids(5)
         worker.kill()
-        self.check_dead(pids, within=2)
+        self.check_dead(pids, within=5)
         wait_for(lambda: not self.temporary(), "the folder's end")
 
     def test_worker_killed_at_any_moment_leaves_nothing_behind(self):
@@ -5344,7 +5344,7 @@ class EndTest(WorkerCase):
             began = time.monotonic()
             wait_for(lambda: not self.commands(), "the end of all commands")
             wait_for(lambda: not self.temporary(), "the folders' end")
-            self.assertLess(time.monotonic() - began, 3)
+            self.assertLess(time.monotonic() - began, 6)
 
     def test_command_that_had_just_begun_dies_with_its_worker(self):
         self.add("setsid sleep 60")
@@ -5393,7 +5393,7 @@ class EndTest(WorkerCase):
         os.killpg(worker.pid, signal.SIGTERM)
         os.killpg(worker.pid, signal.SIGHUP)
         os.killpg(worker.pid, signal.SIGKILL)
-        self.check_dead(pids, within=2)
+        self.check_dead(pids, within=5)
 
     def test_worker_goes_on_without_its_guard(self):
         self.add("echo $PPID >> pids; until [ -e go ]; do sleep 0.02; done",
