@@ -4511,8 +4511,9 @@ class SlotsTest(WorkerCase):
         self.assertEqual(b"ran\n", read(self.path("ran")))
         self.assertEqual({"done"}, set(self.states()))
         query = "select distinct outcome from attempt"
-        self.assertEqual(["done"], [
-            row["outcome"] for row in rows(self.path("jobman.db"), query)])
+        self.assertLessEqual(
+            {row["outcome"] for row in rows(self.path("jobman.db"), query)},
+            {"done", "released"})  # of what waited for its slot too long
 
     def test_all_leases_are_renewed_in_one_call(self):
         self.add(*["until [ -e go ]; do sleep 0.05; done"] * 8)
