@@ -2964,7 +2964,8 @@ class SocketTest(StoreCase):
         self.assertError(413, *post, b"Content-Length: 99999999", b"")
 
     def test_an_absolute_address_is_understood(self):
-        for path in (b"http://x/health", b"HTTP://127.0.0.1:1/health"):
+        for path in (b"http://x/health", b"HTTP://127.0.0.1:1/health",
+                     b"https://x/health"):
             reply = self.say(b"GET " + path + b" HTTP/1.1", b"Host: x", b"")
             self.assertTrue(reply.startswith(b"HTTP/1.1 200 "), reply)
 
@@ -8040,7 +8041,7 @@ class TlsSocketTest(Certified, SocketTest):
         self.tls = without_checks()
 
     def dial(self):
-        return self.tls.wrap_socket(super().dial())
+        return self.tls.wrap_socket(super().dial(), suppress_ragged_eofs=False)
 
     def client(self, **options):
         """Return a worker's Client."""
@@ -8088,6 +8089,32 @@ class TlsSocketTest(Certified, SocketTest):
         poll.join(PATIENCE)
         self.assertEqual([[]], answers)
         self.assertEqual({(0, "waiting"): 1}, self.states())
+
+    def test_an_answer_on_its_way_outlasts_a_break(self):
+        tls = jobman.tls_context(self.certfile, self.keyfile)
+        server, answers = socket.socket(), []
+
+        def listen():
+            with server, server.accept()[0] as connection:
+                with tls.wrap_socket(connection, server_side=True) as client:
+                    client.recv(65536)
+                    client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n"
+                                   b"Content-Type: application/json\r\n\r\n")
+                    client.sendall(b"4")
+                    reading.set()
+                    client.recv(65536)
+                    client.sendall(b"2")
+
+        server.bind(("127.0.0.1", 0))
+        server.listen(1)
+        self.address, reading = server.getsockname(), threading.Event()
+        client = self.client(patience=0)
+        for work in (listen, lambda: answers.append(client.status())):
+            threading.Thread(target=work, daemon=True).start()
+        self.assertTrue(reading.wait(PATIENCE))
+        client.abort()
+        wait_for(lambda: answers, "the answer")
+        self.assertEqual([42], answers)
 
     def test_a_poll_that_stays_gets_the_job(self):
         client, answers = self.client(), []
@@ -8249,6 +8276,7 @@ class TlsTest(Certified, TemporaryFolder):
                       (self.certfile, "--keyfile", locked)):
             said = self.told(JOBMAN, "serve", "--certfile", *given)
             self.assertIn("The certificate %s can't be used" % given[0], said)
+        self.assertIn("its key has a password", said)
         self.assertEqual(["locked"], os.listdir(self.folder))
 
     def test_without_openssl_there_is_one_sentence(self):
@@ -8290,8 +8318,10 @@ class TlsTest(Certified, TemporaryFolder):
         self.serve("--tls")
         port, heard = self.stand_in()
         self.name_server(url="https://127.0.0.1:%d" % port)
+        client = self.client(patience=None)
+        client.SETTLE = 0.1
         with self.assertRaises(worker.Trouble) as caught:
-            self.client(patience=None).status()
+            client.status()
         self.assertNotIsInstance(caught.exception, worker.Unreachable)
         shown = digest(self.other[0])
         self.assertIn("another server than ours", str(caught.exception))
@@ -8373,7 +8403,7 @@ class TlsTest(Certified, TemporaryFolder):
         server, address = self.serve("--tls")
         hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
         for sent in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\0" * 40,
-                     b"GET / HTTP/1.1\r\nx: " + b"y" * 99999, b"SSH-2.0\r\n",
+                     b"GET / HTTP/1.1\r\nx: " + b"y" * 2**23, b"SSH-2.0\r\n",
                      hello, hello + b"x" * 600, b""):
             with socket.create_connection(address, PATIENCE) as client:
                 client.sendall(sent)
