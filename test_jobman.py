@@ -8318,7 +8318,7 @@ class TlsTest(Certified, TemporaryFolder):
         self.serve("--tls")
         port, heard = self.stand_in()
         self.name_server(url="https://127.0.0.1:%d" % port)
-        client = self.client(patience=None)
+        client = self.client(patience=2)
         client.SETTLE = 0.1
         with self.assertRaises(worker.Trouble) as caught:
             client.status()
