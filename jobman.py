@@ -3853,9 +3853,8 @@ def credentials(options):
     try:
         context = tls_context(certfile, options.keyfile)
         return context, read_fingerprint(certfile)
-    except (OSError, ValueError, SystemError) as error:
-        # SystemError: Python 3.6, where no_password() is the cause
-        reason = getattr(error, "strerror", None) or error.__cause__ or error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise Trouble(
             "The certificate %s can't be used: %s." % (certfile, reason)
         ) from None
