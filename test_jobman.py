@@ -4215,6 +4215,19 @@ class WorkerTest(WorkerCase):
         self.assertEqual(["waiting"], self.states())
         self.assertEqual(b"", read(self.path("pids")))
 
+    def test_drained_worker_ends_when_it_is_idle_though_a_job_is_delayed(self):
+        self.add("true")
+        for lease in (0.02, 0.02, 0.02, 0.02, 60):  # the fifth waits long
+            job = wait_for(
+                lambda lease=lease: self.client.get(0, lease=lease), "a job")
+        self.client.fail_job(1, job["claim"], exit_code=75)
+        process = self.start(
+            "--lease", "1", "--idle-timeout", "0.2", "--name", "a")
+        self.heard("a", after=0)
+        self.client.drain("a")
+        self.assertEqual(0, self.finish(process)[0])
+        self.assertEqual(["delayed"], self.states())
+
     def test_drained_worker_ends_when_it_is_idle_though_jobs_wait(self):
         self.add("echo $$ > pids; while [ ! -e go ]; do sleep 0.02; done")
         process = self.start(
