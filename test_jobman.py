@@ -10661,6 +10661,9 @@ class HouseTest(TemporaryFolder):
             self.assertRegex(readme, r"\| (\d+, )*%s" % status)
         for state in jobman.STATES:
             self.assertIn("`%s`" % state, readme)
+        for verb in vars(worker.Client):
+            if re.match("[a-z]", verb) and verb in str(jobman.ROUTES):
+                self.assertIn("`%s`" % verb, readme)
 
     def test_no_sql_uses_what_sqlite_3_7_17_lacks(self):
         upgrades = jobman.UPGRADES.values()
