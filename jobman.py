@@ -2351,8 +2351,10 @@ class Store:
                 for _ in range(PRIORITIES_MERGED):
                     found = execute(SQL.NEXT_PRIORITY, part).fetchone()
                     part["priority"] = found[0]
+                    if found[0] is None:
+                        break
                     yield execute(SQL.GROUP_PAGE, part)
-                if part["priority"] is not None:
+                else:
                     part["priority"] -= 1
                     yield execute(SQL.REST_PAGE, part)
 
