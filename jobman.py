@@ -19,12 +19,12 @@ import argparse
 import atexit
 import base64
 import contextlib
+import email.utils
 import fcntl
 import functools
 import hashlib
 import html
 import http.client
-import http.server
 import importlib
 import io
 import ipaddress
@@ -48,7 +48,7 @@ import time
 import traceback
 import zlib
 from collections import Counter, OrderedDict, deque
-from urllib.parse import parse_qsl, quote, unquote, urlencode
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 __version__ = "0.1.0"
 
@@ -60,8 +60,14 @@ MAX_SECONDS = 10**9
 MAX_WAIT = 60  # seconds that a long poll may last
 MAX_CLAIMS = 10000  # jobs in one claim; more are clipped
 MAX_PAGE = 1000  # jobs in one answer of /jobs; more are clipped
+MAX_HEAD = 2**16  # bytes of a request's line and headers
+MAX_HEADERS = 100
 MAX_BODY = 64 * 2**20  # bytes of a request's body, before and after inflating
+MAX_VALUES = 4000000  # brackets and commas in a body: they take memory
+MAX_JOBS = 250000  # in one request
 MAX_DEPTH = 200  # of nested lists and objects in a jobcmd
+MAX_CONNECTIONS = 20000
+FILES_KEPT = 100  # of those that a process may open, not for connections
 MAX_NAME = 255  # characters of a worker's name or a submission's key
 MAX_REPORT = 4096  # characters kept of an attempt's error and stderr
 MAX_ATTEMPTS = 3  # failures in a stage before a job is failed
@@ -131,11 +137,20 @@ def read_integer(text):
     return int(text)
 
 
+def unique(pairs):
+    """Return the object of a JSON text, whose keys stand there once each."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise Error(400, "A key stands twice in an object.")
+    return value
+
+
 def from_json(text):
     """Return the value of JSON `text`; raise Error 400 when it has none."""
     try:
         return json.loads(
-            text, parse_int=read_integer, parse_constant=refuse_constant
+            text, parse_int=read_integer, parse_constant=refuse_constant,
+            object_pairs_hook=unique,
         )
     except (ValueError, RecursionError):
         raise Error(400, "The body is not JSON.") from None
@@ -168,6 +183,8 @@ def unpack(body):
     )
     if zipped:
         body = inflate(body)
+    if sum(map(body.count, b",[{")) > MAX_VALUES:
+        raise Error(413, "The body has over %d values." % MAX_VALUES)
     try:
         return from_json(body.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -2536,19 +2553,21 @@ def number(text):
 class Request:
     """What a front door makes of a call, whatever its protocol.
 
-    `path` is percent-decoded, `headers` have lower-case names, `body` is
-    bytes. `gone()` tells whether the caller has hung up; `address` is where
-    the call comes from.
+    `path` is percent-decoded, `headers` have lower-case names. `receive()`
+    gives the body, as bytes; without it there is none. `gone()` tells whether
+    the caller has hung up; `address` is where the call comes from.
     """
 
     def __init__(
-        self, method, path, query, headers, body, gone, address=None
+        self, method, path, query, headers, receive, gone, address=None
     ):
         self.method = method
         self.path = path
         self.query = query
         self.headers = headers
-        self.body = body
+        self.receive = receive
+        self.loaded = not receive
+        self.body = b""
         self.gone = gone
         self.address = address
         self.jobix = None
@@ -2563,6 +2582,12 @@ class Request:
         if type(jobix) is not int or not 0 <= jobix <= MAX_JOBIX:
             raise Error(403, "The header jobix must hold your number.")
         self.jobix, self.readonly = store.admit(jobix)
+
+    def load(self):
+        """Receive the body, if it is still to come; or Error."""
+        if not self.loaded:
+            self.body = self.receive()
+            self.loaded = True
 
     def options(self, **kinds):
         """Return the query's values, read by `kinds`; None where missing.
@@ -2836,6 +2861,13 @@ def read_object(request, *required):
     return given
 
 
+def bounded(items):
+    """Return `items`, of a request; raise Error 413 for too many."""
+    if len(items) > MAX_JOBS:
+        raise Error(413, "A request may have %d jobs." % MAX_JOBS)
+    return items
+
+
 def read_optional(given, name, reader):
     """Return `given[name]`, read; None when it is missing or null."""
     value = given.get(name)
@@ -2884,7 +2916,7 @@ def set_jobs(store, request):
     given = read_object(request)
     jobs = [
         dict(read_entry(entry), jobid=JOBID(number(jobid), "jobid"))
-        for jobid, entry in given.items()
+        for jobid, entry in bounded(given).items()
     ]
     if len({job["jobid"] for job in jobs}) != len(jobs):
         raise Error(400, "A jobid stands twice.")
@@ -2897,7 +2929,7 @@ def submit(store, request):
     given = read_object(request, "key", "jobs")
     if type(given["jobs"]) is not list:
         raise Error(400, "jobs must be a list.")
-    jobs = [read_entry(entry) for entry in given["jobs"]]
+    jobs = [read_entry(entry) for entry in bounded(given["jobs"])]
     key = to_json(word(given["key"], "key"))
     ids = store.submit(request.jobix, [(key, jobs)])[0]
     return Response.json({"ids": list(ids)})
@@ -3013,7 +3045,7 @@ def update_jobs(store, request):
     given = request.json()
     if type(given) is not list:
         raise Error(400, "The body must be a JSON list.")
-    updates = [read_update(entry) for entry in given]
+    updates = [read_update(entry) for entry in bounded(given)]
     ids = [update["jobid"] for update in updates]
     statuses = store.update_jobs(request.jobix, updates)
     return Response.json(
@@ -3058,7 +3090,7 @@ def heartbeat(store, request):
     given = read_object(request, "worker", "lease", "claims")
     claims = given["claims"]
     pairs = type(claims) is list and all(
-        type(pair) is list and len(pair) == 2 for pair in claims
+        type(pair) is list and len(pair) == 2 for pair in bounded(claims)
     )
     if not pairs:
         raise Error(400, "claims must be a list of pairs [jobid, token].")
@@ -3123,7 +3155,8 @@ def read_selector(request):
     if ids is not None:
         if type(ids) is not list:
             raise Error(400, "ids must be a list of jobids.")
-        selector["ids"] = list(dict.fromkeys(JOBID(i, "ids") for i in ids))
+        selector["ids"] = list(dict.fromkeys(
+            JOBID(i, "ids") for i in bounded(ids)))
     if given.get("all", True) is not True:
         raise Error(400, "all must be true.")
     named = any(value is not None for value in selector.values())
@@ -3378,7 +3411,7 @@ def glance(store, jobix):
     seen = {}
     for name, endpoint, options in GLANCE:
         query = urlencode(options)
-        request = Request("GET", "", query, {}, b"", lambda: False)
+        request = Request("GET", "", query, {}, None, lambda: False)
         request.jobix = jobix
         seen[name] = from_json(endpoint(store, request).body.decode())
     return seen
@@ -3634,6 +3667,8 @@ def find_route(request):
         known, *names = path[1:].split("/")
         if known == name and fits(names, texts):
             methods[method] = endpoint, names
+            if method == "GET" and endpoint in READING:
+                methods["HEAD"] = endpoint, names
     if not methods:
         raise Error(404, "There is nothing at this address.")
     if request.method not in methods:
@@ -3670,8 +3705,9 @@ def respond(store, request):
         endpoint, arguments = find_route(request)
         if endpoint not in PUBLIC:
             request.identify(store)  # or Error 403 before anything else
-        if request.readonly and endpoint not in READING:
-            raise Error(403, "This jobix is only for reading.")
+            if request.readonly and endpoint not in READING:
+                raise Error(403, "This jobix is only for reading.")
+            request.load()  # not before: strangers give us nothing to hold
         return deflated(request, endpoint(store, request, *arguments))
     except Stranger as error:
         store.brake.hold(request.address, store.ending)
@@ -3865,11 +3901,14 @@ def credentials(options):
 # ----------------------------------------------------------- front doors ---
 
 
-def body_length(method, text):
-    """Return the bytes of a body, by the header Content-Length, or an Error.
+def body_length(method, headers):
+    """Return the bytes of a body, as its headers say, or an Error.
 
     411 when a POST doesn't say, 400 for no number, 413 for too many.
     """
+    if "transfer-encoding" in headers:
+        raise Error(411, "Send a Content-Length, not chunks.")
+    text = headers.get("content-length", "")
     if not text and method == "POST":
         raise Error(411, "Send a Content-Length.")
     length = number(text.strip() or "0")
@@ -3887,68 +3926,253 @@ def whole(body, length):
     return body
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+LINE_END = re.compile(rb"\r\n\r\n|(?<!\r)\n")
+TOKEN = r"[\w!#$%&'*+.^`|~-]+"
+REQUEST_LINE = re.compile(TOKEN.join("()") + r" ([!-~]+) HTTP/([0-9]\.[0-9])",
+                          re.A)
+HEADER_NAME = re.compile(TOKEN, re.A)
+CONTROL = re.compile("[^\t\r\n -~\x80-\xff]|\r(?!\n)")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:[0-9]{1,5})?", re.A)
+
+
+class Wire:
+    """The bytes from and to one client, each part within its time.
+
+    That is the time for all of it, so that nobody holds a thread for long
+    who sends or reads a byte now and then.
+    """
+
+    PATIENCE = 60  # seconds for a body or an answer, beside
+    SLOWEST = 2**16  # bytes a second
+
+    def __init__(self, connection):
+        self.connection = connection
+        self.kept = bytearray()  # what came and wasn't used yet
+
+    def receive(self, end):
+        """Take what comes; return whether the client goes on.
+
+        Raises Error 408 when the time is `end`.
+        """
+        left = end - time.monotonic()
+        try:
+            if left <= 0:
+                raise socket.timeout
+            self.connection.settimeout(left)
+            more = self.connection.recv(65536)
+        except socket.timeout:
+            raise Error(408, "The request came too slowly.") from None
+        self.kept += more
+        return bool(more)
+
+    def begins(self, seconds):
+        """Return whether a request begins within `seconds`."""
+        try:
+            return bool(self.kept) or self.receive(time.monotonic() + seconds)
+        except Error:  # nothing was asked, so nothing is answered
+            return False
+
+    def head(self, seconds):
+        """Return the next request's line and headers, or raise Error."""
+        end, seen = time.monotonic() + seconds, 0
+        while True:
+            while self.kept[:2] == b"\r\n":  # RFC 9112, section 2.2
+                del self.kept[:2]
+            found = LINE_END.search(self.kept, max(0, seen - 3))
+            seen = found.start() if found else len(self.kept)
+            if seen > MAX_HEAD:
+                line = self.kept.find(b"\r\n", 0, MAX_HEAD) < 0
+                raise Error(414 if line else 431, "The request's %s too long."
+                            % ("line is" if line else "headers are"))
+            if found:
+                break
+            if not self.receive(end):
+                raise Error(400, "The request ended too early.")
+        if found.group() == b"\n":
+            raise Error(400, "A line must end in CR and LF.")
+        head = self.kept[:seen].decode("latin-1")
+        del self.kept[: found.end()]
+        return head
+
+    def body(self, length):
+        """Return a body of `length` bytes, or raise Error."""
+        end = time.monotonic() + self.PATIENCE + length / self.SLOWEST
+        while len(self.kept) < length and self.receive(end):
+            pass
+        body = whole(bytes(self.kept[:length]), length)
+        del self.kept[:length]
+        return body
+
+    def send(self, data):
+        """Send `data`; raise OSError when the client breaks or lags."""
+        end = time.monotonic() + self.PATIENCE + len(data) / self.SLOWEST
+        left = memoryview(data)
+        while left:
+            self.connection.settimeout(max(0.001, end - time.monotonic()))
+            left = left[self.connection.send(left) :]
+            if left and time.monotonic() > end:
+                raise socket.timeout
+
+
+def read_head(head):
+    """Return method, target, version and headers; or raise Error.
+
+    It is strict: what others may read in another way is refused (RFC 9112,
+    section 11.2).
+    """
+    line, *lines = head.split("\r\n")
+    found = REQUEST_LINE.fullmatch(line)
+    if not found or CONTROL.search(head):
+        raise Error(400, "This is no HTTP.")
+    method, target, version = found.groups()
+    if version[0] != "1":
+        raise Error(505, "Speak HTTP/1.1.")
+    if len(lines) > MAX_HEADERS:
+        raise Error(431, "There are over %d headers." % MAX_HEADERS)
+    headers = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not HEADER_NAME.fullmatch(name):
+            raise Error(400, "A header line is malformed.")
+        name, value = name.lower(), value.strip(" \t")
+        known = name in headers
+        headers[name] = headers[name] + ", " + value if known else value
+    return method, target, version, headers
+
+
+def read_target(target, version, headers):
+    """Return the host that a request is for, its path and its query.
+
+    The host is "" where an old client names none; Error 400 elsewhere.
+    """
+    found = re.match("https?://([^/?]*)", target, re.I)
+    host = found.group(1) if found else headers.get("host", "")
+    old = version == "1.0" and not host
+    if not old and not ("host" in headers and HOST.fullmatch(host)):
+        raise Error(400, "The header Host must name one host.")
+    path, _, query = target[found.end() if found else 0 :].partition("?")
+    return host.lower(), unquote(path) or "/", query
+
+
+def name_of(host):
+    """Return the name in `host`, without a port."""
+    return re.sub(r":[0-9]*\Z", "", host)
+
+
+def check_host(host, names):
+    """Raise Error 421 for a name that isn't among `names`, our own.
+
+    Another site's name can be led to our address (DNS rebinding): then a
+    browser takes us for that site, and its pages may call us. No address in
+    figures is a name, and `localhost` is nobody else's (RFC 6761).
+    """
+    name = name_of(host)
+    figures = re.fullmatch(r"\[.*\]|[0-9]+(\.[0-9]+){3}|", name)
+    if not figures and name not in names:
+        if not re.fullmatch(r"(.*\.)?localhost", name):
+            raise Error(421, "This server doesn't know itself as %s: start it"
+                        " with that name in --url, or use another." % name)
+
+
+def check_origin(headers, host, names):
+    """Raise Error 403 for a call by a page of another site."""
+    origin = headers.get("origin")
+    if origin is not None:
+        site = origin.lower().partition("://")[2]
+        if site != host.lower() and name_of(site) not in names:
+            raise Error(403, "Pages of other sites can't call this server.")
+
+
+def wire_form(response, connection, *, head_only):
+    """Return an answer as bytes; `connection` is what becomes of that."""
+    reason = http.client.responses.get(response.status, "Refused")
+    lines = ["HTTP/1.1 %d %s" % (response.status, reason)]
+    headers = [
+        ("Server", "jobman/" + __version__),
+        ("Date", email.utils.formatdate(usegmt=True)),
+        *response.headers,
+    ]
+    if connection:
+        headers.append(("Connection", connection))
+    lines += ["%s: %s" % header for header in headers]
+    head = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
+    return head if head_only else head + response.body
+
+
+class Handler(socketserver.BaseRequestHandler):
     """Bring requests from a socket to respond, and its answers back."""
 
-    protocol_version = "HTTP/1.1"
-    server_version = "jobman/" + __version__
-    sys_version = ""
-    disable_nagle_algorithm = True
-    timeout = 300  # seconds that a kept-open connection may be silent
+    HANDSHAKE = 10  # seconds that TLS may take
+    FIRST = 20  # seconds until the first request
+    IDLE = 300  # seconds until another
+    HEAD = 20  # seconds that a head may take
     LINGER = 2  # seconds to read on after a refusal
-    HANDSHAKE = 10  # seconds that it may take
 
-    def setup(self):
-        """Shake hands first, where TLS is spoken; raise OSError if we can't.
-
-        That is done here, as this is the connection's own thread.
-        """
+    def handle(self):
+        """Answer one request after another, in the connection's thread."""
+        self.wire = Wire(self.request)
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.server.tls:
-            self.connection = self.request
-            self.connection.settimeout(self.HANDSHAKE)
-            try:
-                self.connection.do_handshake()
-            except OSError:
-                self.linger()
-                raise
-        super().setup()
+            self.shake_hands()
+        self.keeps, patience = True, self.FIRST
+        while self.keeps and self.wire.begins(patience):
+            with self.server.answering(self.request):
+                self.answer()
+            patience = self.IDLE
+
+    def shake_hands(self):
+        """Begin TLS; raise OSError if we can't."""
+        self.request.settimeout(self.HANDSHAKE)
+        try:
+            self.request.do_handshake()
+        except OSError:
+            self.linger()
+            raise
 
     def answer(self):
         """Read one request, answer it."""
+        self.keeps = self.old = self.head_only = False
         try:
-            self.check_head()
-            body = self.read_body()
+            request = self.read()
         except Error as error:
-            self.close_connection = True
             self.send(refusal(error))
             return self.linger()
-        path, _, query = self.path.partition("?")
-        path = re.sub("^https?://[^/]*", "", path, flags=re.I) or "/"
-        headers = {}
-        for name, value in self.headers.items():
-            name = name.lower()
-            known = name in headers
-            headers[name] = headers[name] + ", " + value if known else value
-        request = Request(
-            self.command, unquote(path), query, headers, body, self.gone,
+        response = respond(self.server.store, request)
+        self.keeps = self.keeps and request.loaded
+        self.send(response)
+        if not request.loaded:
+            self.linger()
+
+    def read(self):
+        """Return the Request that comes, its body to be loaded; or Error."""
+        head = self.wire.head(self.HEAD)
+        method, target, version, headers = read_head(head)
+        self.head_only = method == "HEAD"
+        self.old = version == "1.0"
+        host, path, query = read_target(target, version, headers)
+        if self.server.store.open_to_all:
+            check_host(host, self.server.names)
+        check_origin(headers, host, self.server.names)
+        length = body_length(method, headers)
+        said = headers.get("connection", "").lower()
+        self.keeps = "keep-alive" in said if self.old else "close" not in said
+
+        def load():
+            if "100-continue" in headers.get("expect", ""):
+                self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            return self.wire.body(length)
+
+        return Request(
+            method, path, query, headers, length and load, self.gone,
             self.client_address[0],
         )
-        with self.server.answering():
-            self.send(respond(self.server.store, request))
 
-    do_GET = do_POST = do_HEAD = do_PUT = do_DELETE = do_PATCH = answer
-    do_OPTIONS = answer
-
-    def check_head(self):
-        """Raise Error for a head that others may read in another way.
-
-        http.client takes what follows a bad header line for no header.
-        """
-        if self.request_version == "HTTP/0.9":
-            self.request_version = self.protocol_version
-            raise Error(505, "Speak HTTP/1.1.")
-        if self.headers.defects or self.headers.get_payload():
-            raise Error(400, "A header line is malformed.")
+    def send(self, response):
+        """Write a whole answer at once."""
+        self.keeps = self.keeps and not self.server.ending
+        known = self.keeps and not self.old
+        fate = "" if known else "keep-alive" if self.keeps else "close"
+        self.wire.send(wire_form(response, fate, head_only=self.head_only))
 
     def linger(self):
         """Read on for a while after a refusal, so that it is not lost.
@@ -3956,81 +4180,72 @@ class Handler(http.server.BaseHTTPRequestHandler):
         Closing a socket with unread bytes resets the connection, and the
         client's kernel may throw away our answer.
         """
-        self.server.end_tls(self.connection)
+        self.server.end_tls(self.request)
         with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
+            self.request.shutdown(socket.SHUT_WR)
             end = time.monotonic() + self.LINGER
             while time.monotonic() < end:
-                self.connection.settimeout(self.LINGER)
-                if not self.connection.recv(65536):
+                self.request.settimeout(self.LINGER)
+                if not self.request.recv(65536):
                     break
-
-    def read_body(self):
-        """Return the request's body; raise Error when it can't be had."""
-        if "Transfer-Encoding" in self.headers:
-            raise Error(411, "Send a Content-Length, not chunks.")
-        lengths = self.headers.get_all("Content-Length", [])
-        length = body_length(self.command, ", ".join(lengths))
-        try:
-            return whole(self.rfile.read(length), length)
-        except socket.timeout:
-            raise Error(408, "The body came too slowly.") from None
 
     def gone(self):
         """Return whether the client has hung up."""
         poll = select.poll()  # select() fails beyond 1,024 files
-        poll.register(self.connection, select.POLLRDHUP)  # also beneath TLS
+        poll.register(self.request, select.POLLRDHUP)  # also beneath TLS
         return bool(poll.poll(0))
 
-    def send(self, response):
-        """Write a whole answer at once."""
-        if self.server.ending:
-            self.close_connection = True
-        self.send_response_only(response.status)
-        self.send_header("Server", self.version_string())
-        self.send_header("Date", self.date_time_string())
-        for name, value in response.headers:
-            self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        elif self.request_version == "HTTP/1.0":
-            self.send_header("Connection", "keep-alive")
-        head = b"".join(self._headers_buffer) + b"\r\n"
-        self._headers_buffer = []
-        body = b"" if self.command == "HEAD" else response.body
-        self.wfile.write(head + body)
 
-    def send_error(self, code, message=None, explain=None):
-        """Answer what http.server itself refuses in our own form."""
-        self.close_connection = True
-        self.request_version = self.protocol_version  # it may be unread yet
-        self.send(refusal(Error(code, (message or "Bad request") + ".")))
-        self.linger()
-
-    def log_message(self, *_):
-        """Log nothing: a log of requests is of no use at this rate."""
+def own_names():
+    """Return by what names this host may be called, as far as it knows."""
+    name = socket.gethostname().lower()
+    return frozenset((name, name.partition(".")[0]))
 
 
-class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    """Serve a Store at an address, a thread for each connection."""
+def names_in(url):
+    """Return the names of the host in a URL, one or none."""
+    try:
+        return frozenset((urlsplit(url).hostname,)) - {None}
+    except ValueError:
+        return frozenset()
 
+
+def connections_bound():
+    """Return how many connections we can have: not all files are for them."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = MAX_CONNECTIONS if files < 0 else files - FILES_KEPT
+    return max(1, min(MAX_CONNECTIONS, free))
+
+
+class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Serve a Store at an address, a thread for each connection.
+
+    `names` are those by which it may be called. `changes` guards the sets
+    of connections that are open and that are in the midst of a request.
+    """
+
+    allow_reuse_address = True
     daemon_threads = True
     block_on_close = False
     request_queue_size = 4096
     POLL = 0.1  # seconds until it sees that it should stop
+    GRACE = 0.5  # seconds for another request, as it stops
+    END = 4  # seconds to answer the last ones
 
     def __init__(self, address, store=None):
         self.store = store
         self.tls = None  # the SSLContext, where TLS is spoken
+        self.names = own_names()
         self.ending = False
-        self.busy = 0
-        self.idle = threading.Condition()
+        self.limit = connections_bound()
+        self.open, self.busy = set(), set()
+        self.changes = threading.Condition()
         super().__init__(address, Handler)
 
-    def server_bind(self):
-        """Bind without asking the DNS for our name, which can hang."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+    @property
+    def server_port(self):
+        """The port that it listens on."""
+        return self.server_address[1]
 
     def get_request(self):
         """Accept a connection; its handler shakes hands."""
@@ -4040,6 +4255,27 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
                 connection, server_side=True, do_handshake_on_connect=False
             )
         return connection, address
+
+    def process_request(self, request, client_address):
+        """Start a thread for a connection, if there may be one more."""
+        with self.changes:
+            full = len(self.open) >= self.limit
+            self.open.add(request)
+        try:
+            if full:
+                raise RuntimeError
+            super().process_request(request, client_address)
+        except RuntimeError:  # or the system has no more threads
+            self.turn_away(request)
+
+    def turn_away(self, connection):
+        """Refuse a connection that gets no thread: status 503."""
+        response = refusal(Unavailable("it has too many connections"))
+        with contextlib.suppress(OSError):
+            connection.setblocking(False)
+            if not self.tls:
+                connection.send(wire_form(response, "close", head_only=False))
+        self.shutdown_request(connection)
 
     def end_tls(self, connection):
         """Say goodbye as TLS wants it, and don't wait for an answer."""
@@ -4052,6 +4288,9 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         """End a connection."""
         self.end_tls(request)
         super().shutdown_request(request)
+        with self.changes:
+            self.open.discard(request)
+            self.changes.notify_all()
 
     def handle_error(self, request, client_address):
         """Say nothing of connections that break: clients may hang up."""
@@ -4060,16 +4299,15 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             traceback.print_exc()
 
     @contextlib.contextmanager
-    def answering(self):
-        """Count a request while it is answered."""
-        with self.idle:
-            self.busy += 1
+    def answering(self, connection):
+        """Note that a connection is in the midst of a request."""
+        with self.changes:
+            self.busy.add(connection)
         try:
             yield
         finally:
-            with self.idle:
-                self.busy -= 1
-                self.idle.notify_all()
+            with self.changes:
+                self.busy.discard(connection)
 
     def start(self):
         """Serve in a thread of its own."""
@@ -4078,14 +4316,32 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
             target=self.serve_forever, args=(self.POLL,), daemon=True
         ).start()
 
+    def accept_waiting(self):
+        """Accept whom the system let in already."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        for _ in range(self.request_queue_size):
+            if not poll.poll(0):
+                break
+            self.handle_request()
+
     def stop(self):
-        """Answer what has come in, for up to 5 seconds, and close all."""
+        """Answer what has come in, for a few seconds, and close all.
+
+        Who goes on asking is told by an answer that it is the last; then
+        who is silent is cut off.
+        """
         self.ending = True
         self.shutdown()
+        self.accept_waiting()
         self.server_close()
         self.store.wake_all()
-        with self.idle:
-            self.idle.wait_for(lambda: not self.busy, timeout=5)
+        with self.changes:
+            self.changes.wait_for(lambda: not self.open, self.GRACE)
+            for connection in self.open - self.busy:
+                with contextlib.suppress(OSError):  # TLS has one of its own
+                    socket.socket.shutdown(connection, socket.SHUT_RD)
+            self.changes.wait_for(lambda: not self.open, self.END)
         self.store.close()
 
 
@@ -4116,11 +4372,12 @@ class Application:
     def __init__(self):
         self.mutex = threading.Lock()
         self.store = None
+        self.names = frozenset()
 
     def __call__(self, environ, start_response):
         try:
-            request = self.read(environ)
-            response = respond(self.open(), request)
+            store = self.open()
+            response = respond(store, self.read(environ))
         except Error as error:
             response = refusal(error)
         reason = http.client.responses[response.status]
@@ -4162,7 +4419,9 @@ class Application:
         )
         store.brake.HELD = waiters  # those take threads too
         if "JOBMAN_URL" in os.environ:
-            write_access(access_path(), os.environ["JOBMAN_URL"], store)
+            url = os.environ["JOBMAN_URL"]
+            self.names = names_in(url)
+            write_access(access_path(), url, store)
         return store
 
     def read(self, environ):
@@ -4172,18 +4431,17 @@ class Application:
             for name, value in environ.items()
             if name.startswith("HTTP_")
         }
+        headers["content-length"] = environ.get("CONTENT_LENGTH", "")
         method = environ["REQUEST_METHOD"]
-        if "transfer-encoding" in headers:
-            raise Error(411, "Send a Content-Length, not chunks.")
-        length = body_length(method, environ.get("CONTENT_LENGTH", ""))
-        body = whole(environ["wsgi.input"].read(length), length)
+        check_origin(headers, headers.get("host", ""), self.names)
+        length = body_length(method, headers)
         path = environ.get("PATH_INFO", "").encode("latin-1")
         return Request(
             method,
             path.decode("utf-8", "replace") or "/",
             environ.get("QUERY_STRING", ""),
             headers,
-            body,
+            lambda: whole(environ["wsgi.input"].read(length), length),
             lambda: False,
             environ.get("REMOTE_ADDR"),
         )
@@ -4289,6 +4547,7 @@ def serving(options, access_file, jobix=None):
         else options.host,
         server.server_port,
     )
+    server.names |= names_in(url)
     server.start()
     try:
         access = write_access(

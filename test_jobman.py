@@ -2794,7 +2794,8 @@ class WaitTest(StoreCase):
 
     def test_a_worker_that_hung_up_gets_no_job(self):
         with socket.create_connection(self.address) as client:
-            client.sendall(b"GET /get/0?wait=60 HTTP/1.1\r\nHost: x\r\n"
+            client.sendall(b"GET /get/0?wait=60 HTTP/1.1\r\n"
+                               b"Host: localhost\r\n"
                            b"jobix: 4711\r\n\r\n")
             self.listening(1)
         answer = self.ask("/get/0?wait=60")
@@ -2913,51 +2914,134 @@ class SocketTest(StoreCase):
         """Return a connection."""
         return socket.create_connection(self.address, PATIENCE)
 
-    def say(self, *lines):
+    def say(self, line, *lines, host=(b"Host: localhost",)):
         """Send lines on one connection; return all that comes back."""
+        lines = (line, *(host if b"HTTP/1" in line else ()), *lines)
         with self.dial() as client:
             client.sendall(b"".join(line + b"\r\n" for line in lines))
             socket.socket.shutdown(client, socket.SHUT_WR)  # beneath TLS
             return b"".join(iter(lambda: client.recv(65536), b""))
 
-    def assertError(self, status, *lines):
-        head, _, body = self.say(*lines).partition(b"\r\n\r\n")
-        self.assertTrue(head.startswith(b"HTTP/1.1 %d " % status), head)
-        self.assertIn(b"Connection: close", head)
+    def assertError(self, status, *lines, **options):
+        reply = self.say(*lines, **options)
+        head, _, body = reply.partition(b"\r\n\r\n")
+        self.assertTrue(head.startswith(b"HTTP/1.1 %d " % status), reply)
+        if status not in (403, 404, 405):
+            self.assertIn(b"Connection: close", head)
         self.assertEqual(["error"], list(json.loads(body.decode())))
 
     def test_what_is_not_http_is_answered_in_our_own_form(self):
         self.assertError(505, b"GET / HTTP/2.0", b"")
         self.assertError(400, b"nonsense", b"")
         self.assertError(400, b"GET /x y z HTTP/1.1", b"")
-        self.assertError(501, b"BREW / HTTP/1.1", b"")
+        self.assertError(400, "GET /\xe9 HTTP/1.1".encode(), b"")
+        self.assertError(400, b"GET / HTTP/1.1x", b"")
+        for line in (b"GET xhealth HTTP/1.1", b"OPTIONS * HTTP/1.1"):
+            self.assertIn(b" 400 ", self.say(line, b"")[:13])
+        self.assertError(405, b"BREW / HTTP/1.1", b"")
+        self.assertError(405, b"get / HTTP/1.1", b"")
+
+    def test_a_head_is_bounded(self):
         self.assertError(414, b"GET /" + b"x" * 70000 + b" HTTP/1.1", b"")
         self.assertError(431, b"GET / HTTP/1.1", b"a: " + b"x" * 70000, b"")
+        self.assertError(431, b"GET / HTTP/1.1", *[b"a: 1"] * 10000, b"")
+        self.assertError(431, b"GET / HTTP/1.1", *[b"a: 1"] * 100, b"")
+        reply = self.say(b"GET / HTTP/1.1", *[b"a: 1"] * 99, b"")
+        self.assertTrue(reply.startswith(b"HTTP/1.1 200 "), reply)
+        with self.dial() as client:  # refused before its end has come
+            client.sendall(b"GET / HTTP/1.1\r\n" + b"a: 1\r\n" * 12000)
+            self.assertIn(b" 431 ", client.recv(100))
 
     def test_a_head_that_others_may_read_otherwise_is_refused(self):
         inner = b"GET /lifetime/9/9 HTTP/1.1\r\njobix: 4711\r\n\r\n"
         length = b"Content-Length%%s: %d" % len(inner)
-        for line in (b"Foo bar", b"Foo: bar\rx", length % b" "):
+        for line in (b"Foo bar", b"Foo: bar\rx", length % b" ", b"a: b\nc: d",
+                     b"a: b\0", b" folded: 1", b": 1", b"a\xe9: 1",
+                     b"a: b\n"):
             head = b"GET /status HTTP/1.1", b"jobix: 4711", line, length % b""
             self.assertError(400, *head, b"", inner)
         self.assertEqual({}, self.ok("/init"))
 
+    def test_one_host_is_named(self):
+        line = b"GET /health HTTP/1.1"
+        self.assertError(400, line, b"", host=())
+        self.assertError(400, line, b"Host: localhost", b"")
+        for name in (b"", b"a b", b"a,b", b"a/b", b"u@localhost", b"[::1",
+                     b"localhost:x"):
+            self.assertError(400, line, b"", host=(b"Host: " + name,))
+        reply = self.say(b"GET /health HTTP/1.0", b"", host=())
+        self.assertTrue(reply.startswith(b"HTTP/1.1 200 "), reply)
+
+    def test_a_name_that_is_not_ours_is_refused(self):
+        names = {b"evil.example:%d" % self.address[1]: 421,
+                 b"1.2.3.4.com": 421,
+                 b"localhost.evil.example": 421,
+                 b"notlocalhost": 421,
+                 b"LOCALHOST:80": 200, b"a.localhost": 200, b"10.0.0.1": 200,
+                 b"[::1]:8642": 200, socket.gethostname().encode(): 200}
+        for name, status in names.items():
+            reply = self.say(
+                b"GET /status HTTP/1.1", b"jobix: 4711", b"",
+                host=(b"Host: " + name,))
+            self.assertTrue(
+                reply.startswith(b"HTTP/1.1 %d " % status), (name, reply))
+        line = b"GET http://evil.example/health HTTP/1.1"
+        self.assertError(421, line, b"")
+        self.store.open_to_all = False  # who knows the jobix is no web page
+        reply = self.say(line, b"")
+        self.assertTrue(reply.startswith(b"HTTP/1.1 200 "), reply)
+
+    def test_a_page_of_another_site_is_refused(self):
+        self.set_jobs([1])
+        self.door.server.names |= {"jobs.example"}
+        line = b"GET /get/0 HTTP/1.1", b"jobix: 4711"
+        for origin in (b"http://evil.example", b"null", b"http://localhost:1",
+                       b"https://localhost.evil.example"):
+            self.assertError(403, *line, b"Origin: " + origin, b"")
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+        for origin in (b"http://localhost", b"https://jobs.example:444"):
+            reply = self.say(*line, b"Origin: " + origin, b"")
+            self.assertTrue(reply.startswith(b"HTTP/1.1 200 "), reply)
+
+    def test_a_name_in_the_url_is_ours(self):
+        self.assertEqual({"a.b"}, jobman.names_in("https://A.b:1/x"))
+        self.assertEqual(set(), jobman.names_in("http://[x"))
+
     def test_http_0_9_claims_nothing(self):
         self.set_jobs([1])
-        self.assertError(505, b"GET /get/0", b"jobix: 4711", b"")
+        self.assertError(400, b"GET /get/0", b"jobix: 4711", b"")
         self.assertEqual({(0, "waiting"): 1}, self.states())
+
+    def test_no_stranger_makes_us_hold_a_body(self):
+        self.store.open_to_all = False
+        head = (b"POST /%s HTTP/1.1\r\nHost: x\r\njobix: 1\r\n"
+                b"Content-Length: 1000\r\n\r\n")
+        for path, status in ((b"set", 403), (b"health", 405), (b"x", 404)):
+            with self.dial() as client:
+                client.sendall(head % path)
+                reply = client.recv(65536)
+            self.assertIn(b" %d " % status, reply[:13])
+            self.assertIn(b"Connection: close", reply)
+
+    def test_who_asks_first_is_told_to_go_on(self):
+        with self.dial() as client:
+            client.sendall(
+                b"POST /set HTTP/1.1\r\nHost: localhost\r\njobix: 4711\r\n"
+                b"Content-Length: 2\r\nExpect: 100-continue\r\n\r\n")
+            self.assertEqual(b"HTTP/1.1 100 Continue\r\n\r\n",
+                             client.recv(100))
+            client.sendall(b"{}")
+            self.assertIn(b" 200 ", client.recv(100)[:13])
 
     def test_a_refusal_reaches_who_sends_on(self):
         length = jobman.MAX_BODY + 1
-        head = b"POST /set HTTP/1.1\r\njobix: 1\r\nContent-Length: %d\r\n\r\n"
+        head = b"POST /set HTTP/1.1\r\njobix: 1\r\nHost: localhost\r\n" \
+            b"Content-Length: %d\r\n\r\n"
         with self.dial() as client:
             client.sendall(head % length)
             for _ in range(length // 2**20):
                 client.sendall(bytes(2**20))
             self.assertIn(b" 413 ", client.recv(100))
-
-    def test_an_address_begins_with_a_slash(self):
-        self.assertIn(b" 400 ", self.say(b"GET xhealth HTTP/1.1", b"")[:13])
 
     def test_a_body_needs_its_length(self):
         post = b"POST /set HTTP/1.1", b"jobix: 1"
@@ -2973,15 +3057,17 @@ class SocketTest(StoreCase):
     def test_an_absolute_address_is_understood(self):
         for path in (b"http://x/health", b"HTTP://127.0.0.1:1/health",
                      b"https://x/health"):
-            reply = self.say(b"GET " + path + b" HTTP/1.1", b"Host: x", b"")
+            self.store.open_to_all = False  # else their hosts must be ours
+            reply = self.say(b"GET " + path + b" HTTP/1.1", b"")
             self.assertTrue(reply.startswith(b"HTTP/1.1 200 "), reply)
 
     def test_requests_in_one_packet_are_answered_in_turn(self):
-        request = b"GET /lifetime/%d HTTP/1.1", b"Host: x", b"jobix: 4711", b""
+        request = (b"GET /lifetime/%d HTTP/1.1", b"Host: localhost",
+                   b"jobix: 4711", b"")
         self.ok("/lifetime/1/11"), self.ok("/lifetime/2/22")
         lines = [line % n if b"%" in line else line
-                 for n in (1, 2) for line in request]
-        found = re.findall(rb"\r\n\r\n(\d+)", self.say(*lines))
+                 for n in (1, 2) for line in (*request, b"")]
+        found = re.findall(rb"\r\n\r\n(\d+)", self.say(*lines, host=()))
         self.assertEqual([b"11", b"22"], found)
 
     def test_an_old_client_learns_what_becomes_of_its_connection(self):
@@ -2992,22 +3078,122 @@ class SocketTest(StoreCase):
         self.assertEqual(2, reply.count(b"Connection: keep-alive"), reply)
 
     def test_head_has_no_body(self):
-        reply = self.say(b"HEAD /health HTTP/1.1", b"Host: x", b"")
-        self.assertTrue(reply.startswith(b"HTTP/1.1 405 "), reply)
-        self.assertTrue(reply.endswith(b"\r\n\r\n"), reply)
+        health = self.say(b"GET /health HTTP/1.1", b"").partition(b"\r\n\r\n")
+        for path, status, length in (
+            (b"health", 200, len(health[2])), (b"get/0", 405, 38),
+            (b"nowhere", 404, 44),
+        ):
+            self.set_jobs([1])
+            reply = self.say(
+                b"HEAD /" + path + b" HTTP/1.1", b"jobix: 4711", b"")
+            self.assertTrue(reply.startswith(b"HTTP/1.1 %d " % status), reply)
+            self.assertTrue(reply.endswith(b"\r\n\r\n"), reply)
+            self.assertIn(b"Content-Length: %d\r\n" % length, reply)
+        self.assertEqual({(0, "waiting"): 1}, self.states())
 
     def test_a_header_that_stands_twice_is_not_the_last_one(self):
         jobix = b"jobix: 1", b"jobix: 4711"
         reply = self.say(b"GET /status HTTP/1.1", *jobix, b"")
         self.assertTrue(reply.startswith(b"HTTP/1.1 403 "), reply)
 
-    def test_a_body_that_comes_too_slowly_is_408(self):
-        self.addCleanup(setattr, jobman.Handler, "timeout",
-                        jobman.Handler.timeout)
-        jobman.Handler.timeout = 0.1
+    def in_haste(self, owner, name, value):
+        """Give a class' constant another value for this test."""
+        self.addCleanup(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+
+    def drip(self, data, status):
+        """Send a byte now and then until the answer comes."""
         with self.dial() as client:
-            client.sendall(b"POST /set HTTP/1.1\r\nContent-Length: 9\r\n\r\n{")
-            self.assertIn(b" 408 ", client.recv(100))
+            client.setblocking(False)
+            for i in itertools.count():
+                with contextlib.suppress(
+                    BlockingIOError, ssl.SSLWantReadError
+                ):
+                    answer = client.recv(100)
+                    break
+                with contextlib.suppress(OSError):
+                    client.send(data[i : i + 1])
+                time.sleep(0.005)
+        self.assertIn(b" %d " % status, answer[:13])
+        self.assertLess(i, len(data))
+
+    def test_who_sends_a_byte_now_and_then_is_408(self):
+        head = b"POST /set HTTP/1.1\r\nHost: localhost\r\njobix: 4711\r\n" \
+            b"Content-Length: 90000\r\n\r\n"
+        self.in_haste(jobman.Handler, "HEAD", 0.1)
+        self.drip(b"GET / HTTP/1.1\r\na: " + b"x" * 9000, 408)
+        self.in_haste(jobman.Handler, "HEAD", PATIENCE)
+        self.in_haste(jobman.Wire, "PATIENCE", 0.3)
+        self.in_haste(jobman.Wire, "SLOWEST", 10**6)
+        self.drip(head + b" " * 9000, 408)
+
+    def test_who_says_nothing_is_hung_up_on(self):
+        self.in_haste(jobman.Handler, "FIRST", 0.05)
+        with self.dial() as client:
+            self.assertEqual(b"", client.recv(100))
+        self.in_haste(jobman.Handler, "FIRST", PATIENCE)
+        self.in_haste(jobman.Handler, "IDLE", 0.05)
+        with self.dial() as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            reply = b"".join(iter(lambda: client.recv(100), b""))
+            self.assertTrue(reply.startswith(b"HTTP/1.1 200 "), reply)
+
+    def test_who_does_not_read_holds_nothing_for_long(self):
+        self.in_haste(jobman.Wire, "PATIENCE", 0.1)
+        self.in_haste(jobman.Wire, "SLOWEST", 10**9)
+        self.set_jobs(dict.fromkeys(range(9), "x" * 10**6))
+        with self.dial() as client:
+            client.sendall(b"GET /jobs HTTP/1.1\r\nHost: localhost\r\n"
+                           b"jobix: 4711\r\n\r\n" * 9)
+            server = self.door.server
+            wait_for(lambda: server.open, "the connection")
+            wait_for(lambda: not server.open, "its end")
+
+    def test_connections_are_bounded(self):
+        server = self.door.server
+        server.limit = 2
+        with self.dial() as first, self.dial() as second:
+            wait_for(lambda: len(server.open) == 2, "two connections")
+            with socket.create_connection(self.address, PATIENCE) as third:
+                reply = b""
+                with contextlib.suppress(ConnectionResetError):
+                    reply = third.recv(65536)
+            if not self.tls:
+                self.assertIn(b" 503 ", reply[:13])
+                self.assertIn(b"Retry-After: 1", reply)
+            for client in (first, second):
+                client.sendall(
+                    b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                self.assertIn(b" 200 ", client.recv(100)[:13])
+        wait_for(lambda: not server.open, "their end")
+        self.assertEqual(200, self.call("/health").status)
+
+    def test_their_bound_leaves_files_for_the_rest(self):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(
+            resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for files, bound in ((512, 412), (50, 1)):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+            self.assertEqual(bound, jobman.connections_bound())
+
+    def test_where_no_thread_can_be_started_it_is_503(self):
+        with self.without_threads():
+            with socket.create_connection(self.address, PATIENCE) as client:
+                reply = b""
+                with contextlib.suppress(ConnectionResetError):
+                    reply = client.recv(65536)
+        if not self.tls:
+            self.assertIn(b" 503 ", reply[:13])
+        self.assertEqual(200, self.call("/health").status)
+
+    @contextlib.contextmanager
+    def without_threads(self):
+        """Let threads have stacks that no system can give."""
+        kept = threading.stack_size(2**46)
+        try:
+            yield
+        finally:
+            threading.stack_size(kept)
 
 
 class WsgiBrakeTest(BrakeTest):
@@ -8089,7 +8275,8 @@ class TlsSocketTest(Certified, SocketTest):
     def test_a_worker_that_hung_up_gets_no_job(self):
         for jobid, polite in enumerate((False, True)):
             with self.dial() as client:
-                client.sendall(b"GET /get/0?wait=60 HTTP/1.1\r\nHost: x\r\n"
+                client.sendall(b"GET /get/0?wait=60 HTTP/1.1\r\n"
+                               b"Host: localhost\r\n"
                                b"jobix: 4711\r\n\r\n")
                 self.listening(1)
                 if polite:
