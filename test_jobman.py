@@ -558,6 +558,36 @@ class ContractTest(StoreCase):
         bomb = zlib.compress(b" " * (jobman.MAX_BODY + 1))
         self.assertReply(413, self.call("/set", bomb))
 
+    def test_a_key_that_stands_twice_is_refused(self):
+        for text in ('{"1": {"jobstage": 0}, "1": {"jobstage": 1}}',
+                     '{"1": {"jobstage": 0, "jobstage": 1}}',
+                     '{"1": {"jobstage": 0, "jobcmd": {"a": 1, "a": 2}}}'):
+            reply = self.assertReply(400, self.call("/set", text.encode()))
+            self.assertIn("twice", reply.text)
+        self.assertEqual({}, self.states())
+
+    def test_jobs_of_a_request_are_bounded(self):
+        self.replace("MAX_JOBS", 3)
+        entry = {"jobstage": 0}
+        self.set_jobs(range(3))
+        for path, value in (
+            ("/set", dict.fromkeys("4567", entry)),
+            ("/submit", {"key": "k", "jobs": [entry] * 4}),
+            ("/update_jobs", [{"jobid": 1, "jobstage": 9}] * 4),
+            ("/cancel", {"ids": [0, 1, 2, 3]}),
+            ("/heartbeat", {"worker": "w", "lease": 9,
+                            "claims": [[1, "x"]] * 4}),
+        ):
+            reply = self.assertReply(413, self.post(path, value))
+            self.assertIn("3 jobs", reply.text)
+        self.assertEqual({(0, "waiting"): 3}, self.states())
+
+    def test_values_of_a_body_are_bounded_before_they_are_read(self):
+        self.replace("MAX_VALUES", 9)
+        for text in ("[" * 10, "{" * 10, "," * 10, '[[{"a": [1, 2, 3, [4,5,6'):
+            self.assertReply(413, self.call("/set", text.encode()))
+        self.set_jobs("12")
+
     def test_a_jobcmd_is_any_json_and_may_be_missing(self):
         values = (
             "text", ["a", 1, None], {"k": {"l": []}}, 3.5, 0, True, None, "",
@@ -3081,7 +3111,7 @@ class SocketTest(StoreCase):
         health = self.say(b"GET /health HTTP/1.1", b"").partition(b"\r\n\r\n")
         for path, status, length in (
             (b"health", 200, len(health[2])), (b"get/0", 405, 38),
-            (b"nowhere", 404, 44),
+            (b"nowhere", 404, 46),
         ):
             self.set_jobs([1])
             reply = self.say(
@@ -3095,6 +3125,61 @@ class SocketTest(StoreCase):
         jobix = b"jobix: 1", b"jobix: 4711"
         reply = self.say(b"GET /status HTTP/1.1", *jobix, b"")
         self.assertTrue(reply.startswith(b"HTTP/1.1 403 "), reply)
+
+    def test_who_goes_on_asking_is_told_which_answer_is_the_last(self):
+        server = self.door.server
+        self.in_haste(jobman.Server, "GRACE", PATIENCE)
+        health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        with self.dial() as asking, self.dial() as slow, self.dial() as idle:
+            for client in (asking, slow, idle):
+                client.sendall(health)
+                self.assertNotIn(b"Connection: close", client.recv(65536))
+            slow.sendall(health[:20])
+            with self.ending(server):
+                for client, rest in ((asking, health), (slow, health[20:])):
+                    client.sendall(rest)
+                    reply = client.recv(65536)
+                    self.assertIn(b" 200 ", reply[:13])
+                    self.assertIn(b"Connection: close", reply)
+                    self.assertEqual(b"", client.recv(9))
+                idle.close()
+
+    def test_who_is_silent_at_the_end_is_cut_off(self):
+        server = self.door.server
+        self.in_haste(jobman.Server, "GRACE", 0.05)
+        self.in_haste(jobman.Server, "END", PATIENCE)
+        with self.dial() as fresh, self.dial() as slow:
+            wait_for(lambda: len(server.open) == 2, "two connections")
+            slow.sendall(b"GET /health HTTP/1.1\r\nHo")
+            wait_for(lambda: server.busy, "half a request")
+            with self.ending(server):
+                self.assertEqual(b"", fresh.recv(9))
+                slow.sendall(b"st: localhost\r\n\r\n")
+                self.assertIn(b" 200 ", slow.recv(65536)[:13])
+
+    def test_whom_the_system_let_in_is_answered_at_the_end(self):
+        server = self.door.server
+        server.shutdown()  # so nobody accepts
+        health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        clients = [socket.create_connection(self.address, PATIENCE)
+                   for _ in range(20)]
+        for client in clients:
+            client.sendall(health)
+        with self.ending(server):
+            for client in clients:
+                if not self.tls:
+                    self.assertIn(b" 200 ", client.recv(65536)[:13])
+                client.close()
+
+    @contextlib.contextmanager
+    def ending(self, server):
+        """Let the server end while the body runs, and see that it does."""
+        thread = threading.Thread(target=self.closing.close, daemon=True)
+        thread.start()
+        wait_for(lambda: server.ending, "the end")
+        yield
+        thread.join(PATIENCE)
+        self.assertFalse(thread.is_alive())
 
     def in_haste(self, owner, name, value):
         """Give a class' constant another value for this test."""
@@ -7290,6 +7375,26 @@ class StartTest(TemporaryFolder):
         """End a server whose announcement was not read to its end."""
         status, out, err = self.stop(process, number)
         return status, out.partition("worker.py --stage 0\n")[2], err
+
+    def test_a_bomb_takes_no_more_memory_than_the_bound(self):
+        server, address = self.serve()
+        squeeze = zlib.compressobj(9)
+        head = squeeze.compress(b"") + squeeze.flush(zlib.Z_FULL_FLUSH)
+        mebibyte = squeeze.compress(bytes(2**20))
+        mebibyte += squeeze.flush(zlib.Z_FULL_FLUSH)
+        bomb = head + mebibyte * 1024
+        self.assertLess(len(bomb), 2 * 2**20)
+        most = self.most_memory(server)
+        for _ in range(3):
+            reply = exchange(address, "POST", "/set", bomb, {"jobix": "1"})
+            self.assertEqual(413, reply.status)
+        grown = self.most_memory(server) - most
+        self.assertLess(grown, 3 * jobman.MAX_BODY)
+
+    def most_memory(self, process):
+        """Return the bytes that a process has had in memory at most."""
+        with open("/proc/%d/status" % process.pid) as file:
+            return 1024 * int(re.search(r"VmHWM:\s+(\d+)", file.read())[1])
 
     def test_long_poll_is_answered_as_it_ends(self):
         process, address = self.serve()
