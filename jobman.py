@@ -4046,12 +4046,13 @@ def read_target(target, version, headers):
     The host is "" where an old client names none; Error 400 elsewhere.
     """
     found = re.match("https?://([^/?]*)", target, re.I)
-    host = found.group(1) if found else headers.get("host", "")
-    old = version == "1.0" and not host
-    if not old and not ("host" in headers and HOST.fullmatch(host)):
+    hosts = [found.group(1)] if found else []
+    if version != "1.0" or headers.get("host"):
+        hosts.append(headers.get("host", ""))
+    if not all(map(HOST.fullmatch, hosts)):
         raise Error(400, "The header Host must name one host.")
     path, _, query = target[found.end() if found else 0 :].partition("?")
-    return host.lower(), unquote(path) or "/", query
+    return "".join(hosts[:1]).lower(), unquote(path) or "/", query
 
 
 def name_of(host):
@@ -4158,7 +4159,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.keeps = "keep-alive" in said if self.old else "close" not in said
 
         def load():
-            if "100-continue" in headers.get("expect", ""):
+            if not self.old and "100-continue" in headers.get("expect", ""):
                 self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             return self.wire.body(length)
 

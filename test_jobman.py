@@ -2999,6 +2999,9 @@ class SocketTest(StoreCase):
         for name in (b"", b"a b", b"a,b", b"a/b", b"u@localhost", b"[::1",
                      b"localhost:x"):
             self.assertError(400, line, b"", host=(b"Host: " + name,))
+        self.assertError(400, b"GET http://localhost/health HTTP/1.1",
+                         b"Host: localhost", b"")
+        self.assertError(400, b"GET http://a@localhost/health HTTP/1.1", b"")
         reply = self.say(b"GET /health HTTP/1.0", b"", host=())
         self.assertTrue(reply.startswith(b"HTTP/1.1 200 "), reply)
 
