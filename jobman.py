@@ -3638,6 +3638,20 @@ READING = frozenset((
 ))
 
 
+def by_first_part(routes):
+    """Return (method, parameters, endpoint) of routes by their first part."""
+    found = {}
+    for method, path, endpoint in routes:
+        first, *names = path[1:].split("/")
+        found.setdefault(first, []).append((method, names, endpoint))
+        if method == "GET" and endpoint in READING:
+            found[first].append(("HEAD", names, endpoint))
+    return found
+
+
+ROUTES_BY_FIRST = by_first_part(ROUTES)
+
+
 def fits(names, texts):
     """Return whether a path's parameters are as many as its texts."""
     many = bool(names) and names[-1].endswith("…>")
@@ -3661,14 +3675,12 @@ def find_route(request):
     """
     if not request.path.startswith("/"):
         raise Error(400, "An address begins with a slash.")
-    name, *texts = request.path[1:].split("/")
-    methods = {}
-    for method, path, endpoint in ROUTES:
-        known, *names = path[1:].split("/")
-        if known == name and fits(names, texts):
-            methods[method] = endpoint, names
-            if method == "GET" and endpoint in READING:
-                methods["HEAD"] = endpoint, names
+    first, *texts = request.path[1:].split("/")
+    methods = {
+        method: (endpoint, names)
+        for method, names, endpoint in ROUTES_BY_FIRST.get(first, ())
+        if fits(names, texts)
+    }
     if not methods:
         raise Error(404, "There is nothing at this address.")
     if request.method not in methods:
@@ -4084,13 +4096,19 @@ def check_origin(headers, host, names):
             raise Error(403, "Pages of other sites can't call this server.")
 
 
+@functools.lru_cache(maxsize=1)
+def date(second):
+    """Return a time, in whole seconds since 1970, as HTTP writes it."""
+    return email.utils.formatdate(second, usegmt=True)
+
+
 def wire_form(response, connection, *, head_only):
     """Return an answer as bytes; `connection` is what becomes of that."""
     reason = http.client.responses.get(response.status, "Refused")
     lines = ["HTTP/1.1 %d %s" % (response.status, reason)]
     headers = [
         ("Server", "jobman/" + __version__),
-        ("Date", email.utils.formatdate(usegmt=True)),
+        ("Date", date(int(time.time()))),
         *response.headers,
     ]
     if connection:
