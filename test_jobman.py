@@ -3214,6 +3214,20 @@ class SocketTest(StoreCase):
         self.in_haste(jobman.Wire, "PATIENCE", 0.3)
         self.in_haste(jobman.Wire, "SLOWEST", 10**6)
         self.drip(head + b" " * 9000, 408)
+        self.in_haste(jobman.Wire, "PATIENCE", -9)  # though there is more
+        with self.dial() as client:
+            client.sendall(head + b" " * 90000)
+            self.assertIn(b" 408 ", client.recv(100)[:13])
+
+    def test_a_head_may_come_in_pieces(self):
+        with self.dial() as client:
+            for byte in b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n":
+                client.sendall(bytes([byte]))
+            self.assertIn(b" 200 ", client.recv(100)[:13])
+
+    def test_half_a_head_is_refused_at_once(self):
+        self.in_haste(jobman.Handler, "HEAD", PATIENCE)
+        self.assertIn(b"too early", self.say(b"GET / HTTP/1.1"))
 
     def test_who_says_nothing_is_hung_up_on(self):
         self.in_haste(jobman.Handler, "FIRST", 0.05)
