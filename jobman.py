@@ -3961,16 +3961,20 @@ class Wire:
         self.connection = connection
         self.kept = bytearray()  # what came and wasn't used yet
 
+    def hurry(self, end):
+        """Let the next call raise socket.timeout at `end`, or do so now."""
+        left = end - time.monotonic()
+        if left <= 0:
+            raise socket.timeout
+        self.connection.settimeout(left)
+
     def receive(self, end):
         """Take what comes; return whether the client goes on.
 
         Raises Error 408 when the time is `end`.
         """
-        left = end - time.monotonic()
         try:
-            if left <= 0:
-                raise socket.timeout
-            self.connection.settimeout(left)
+            self.hurry(end)
             more = self.connection.recv(65536)
         except socket.timeout:
             raise Error(408, "The request came too slowly.") from None
@@ -4020,10 +4024,8 @@ class Wire:
         end = time.monotonic() + self.PATIENCE + len(data) / self.SLOWEST
         left = memoryview(data)
         while left:
-            self.connection.settimeout(max(0.001, end - time.monotonic()))
+            self.hurry(end)
             left = left[self.connection.send(left) :]
-            if left and time.monotonic() > end:
-                raise socket.timeout
 
 
 def read_head(head):

@@ -2985,9 +2985,9 @@ class SocketTest(StoreCase):
     def test_a_head_that_others_may_read_otherwise_is_refused(self):
         inner = b"GET /lifetime/9/9 HTTP/1.1\r\njobix: 4711\r\n\r\n"
         length = b"Content-Length%%s: %d" % len(inner)
-        for line in (b"Foo bar", b"Foo: bar\rx", length % b" ", b"a: b\nc: d",
-                     b"a: b\0", b" folded: 1", b": 1", b"a\xe9: 1",
-                     b"a: b\n"):
+        for line in (b"Foo", b"Foo bar", b"Foo: bar\rx", length % b" ",
+                     b"a: b\nc: d", b"a: b\0", b" folded: 1", b": 1",
+                     b"a\xe9: 1", b"a: b\n"):
             head = b"GET /status HTTP/1.1", b"jobix: 4711", line, length % b""
             self.assertError(400, *head, b"", inner)
         self.assertEqual({}, self.ok("/init"))
@@ -3075,6 +3075,16 @@ class SocketTest(StoreCase):
             for _ in range(length // 2**20):
                 client.sendall(bytes(2**20))
             self.assertIn(b" 413 ", client.recv(100))
+
+    def test_so_it_does_where_a_body_is_not_read_at_all(self):
+        self.store.open_to_all = False
+        head = b"POST /set HTTP/1.1\r\njobix: 1\r\nHost: localhost\r\n" \
+            b"Content-Length: %d\r\n\r\n"
+        with self.dial() as client:
+            client.sendall(head % jobman.MAX_BODY)
+            for _ in range(jobman.MAX_BODY // 2**20):
+                client.sendall(bytes(2**20))
+            self.assertIn(b" 403 ", client.recv(100))
 
     def test_a_body_needs_its_length(self):
         post = b"POST /set HTTP/1.1", b"jobix: 1"
@@ -3214,7 +3224,7 @@ class SocketTest(StoreCase):
         self.in_haste(jobman.Wire, "PATIENCE", 0.3)
         self.in_haste(jobman.Wire, "SLOWEST", 10**6)
         self.drip(head + b" " * 9000, 408)
-        self.in_haste(jobman.Wire, "PATIENCE", -9)  # though there is more
+        self.in_haste(jobman.Wire, "SLOWEST", -10**4)  # it's late already
         with self.dial() as client:
             client.sendall(head + b" " * 90000)
             self.assertIn(b" 408 ", client.recv(100)[:13])
@@ -3250,6 +3260,20 @@ class SocketTest(StoreCase):
             server = self.door.server
             wait_for(lambda: server.open, "the connection")
             wait_for(lambda: not server.open, "its end")
+
+    def test_nor_does_who_reads_a_little_now_and_then(self):
+        self.in_haste(jobman.Wire, "PATIENCE", 0.3)
+        self.in_haste(jobman.Wire, "SLOWEST", 10**9)
+        self.set_jobs(dict.fromkeys(range(8), "x" * 10**6))
+        with self.dial() as client:
+            client.sendall(b"GET /get/0?n=8 HTTP/1.1\r\nHost: localhost\r\n"
+                           b"jobix: 4711\r\n\r\n")
+            taken = 0
+            with contextlib.suppress(OSError):
+                for part in iter(lambda: client.recv(20000), b""):
+                    taken += len(part)
+                    time.sleep(0.005)
+        self.assertLess(taken, 8 * 10**6)
 
     def test_connections_are_bounded(self):
         server = self.door.server
@@ -3435,6 +3459,18 @@ class ApplicationTest(TemporaryFolder):
         self.assertEqual("503", status[:3])
         self.assertIn("JOBMAN_JOBIX holds no number", log.getvalue())
         self.assertNotIn("7x", log.getvalue())
+
+    def test_a_page_of_another_site_is_refused(self):
+        application, _ = self.open(
+            JOBMAN_DB=self.path("wsgi.db"), JOBMAN_URL="https://a.example/",
+            JOBMAN_ACCESS=self.path("access.json"))
+        for origin, status in (
+            ("https://a.example", "200"), ("http://here:80", "200"),
+            ("http://b.example", "403"), ("null", "403"),
+        ):
+            found = self.call("/get/0", application, HTTP_HOST="here:80",
+                              HTTP_ORIGIN=origin)
+            self.assertEqual(status, found[0][:3], origin)
 
     def test_it_writes_an_access_file_when_it_knows_its_address(self):
         path = self.path("access.json")
@@ -7392,6 +7428,16 @@ class StartTest(TemporaryFolder):
         """End a server whose announcement was not read to its end."""
         status, out, err = self.stop(process, number)
         return status, out.partition("worker.py --stage 0\n")[2], err
+
+    def test_it_goes_by_the_name_in_its_url(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = free.getsockname()
+        self.serve("--url", "http://jobs.example:99/", port=address[1])
+        for name, status in (("jobs.example:99", 200), ("b.example", 421)):
+            reply = exchange(address, "GET", "/health",
+                             headers={"Host": name})
+            self.assertEqual(status, reply.status)
 
     def test_a_bomb_takes_no_more_memory_than_the_bound(self):
         server, address = self.serve()
