@@ -218,6 +218,12 @@ def hasty(test):
     return test
 
 
+def long(case):
+    """Mark a class of tests as one that takes minutes."""
+    case.long = True
+    return case
+
+
 def wait_for(condition, what):
     """Return what `condition()` gives as soon as it is true."""
     end = time.monotonic() + PATIENCE
@@ -4100,6 +4106,619 @@ class CostTest(StoreCase):
                             "LATEST"):
                     self.assertNotRegex(
                         row["detail"], "job USING.*(queue|auto)", name)
+
+
+# --------------------------------------------------------------- crashes ---
+
+
+def brief(text):
+    """Return a short text that stands for a long one."""
+    return "%s %d" % (text[:9], zlib.crc32(text.encode()))
+
+
+class Call:
+    """A call that changes something, and what it leaves behind.
+
+    `marks` are tuples that Book.marks() has from then on, all or none; some,
+    as the tokens of claims (at `most` so many), the answer tells: learn().
+    `claims` are those that it ends. `after` is called once it has happened,
+    `again` says that it may be repeated, `may` how else it may be answered.
+    """
+
+    def __init__(self, path, value=None, **more):
+        self.path, self.value = path, value
+        self.marks, self.claims, self.most = set(), [], 0
+        self.learn, self.after = lambda answer: (), lambda answer: None
+        self.again, self.may = True, 200
+        vars(self).update(more)
+
+
+class Witness:
+    """A client that writes down what it asks for and what is answered.
+
+    It ends only what it was given, under claims that nobody else can have
+    meanwhile (`held`) or with their tokens (`loose`). So what it was answered
+    must be there, whatever the others do.
+    """
+
+    LEASE = 600  # and a second longer with each heartbeat
+    LAST = 4
+
+    def __init__(self, number, seed, padding=0):
+        self.number, self.name = number, "c%d" % number
+        self.random = random.Random("%s %d" % (seed, number))
+        self.padding = padding
+        self.numbers = itertools.count(1)
+        self.held, self.loose = [], []
+        self.aside = []  # claims that ended for good, until a retry
+        self.sure = set()  # the marks of what was answered
+        self.call = None  # what isn't answered yet
+        self.beats = self.answers = self.refused = 0
+        self.trouble = None  # what should not have been answered
+        self.ending = threading.Event()
+
+    def work(self, address):
+        """Do this and that, until the server is gone or it should end."""
+        self.connection = http.client.HTTPConnection(
+            *address, timeout=PATIENCE)
+        acts = (
+            [(act, None) for act in (
+                self.add, self.take_loosely, self.beat, self.look)]
+            + [(self.take, None)] * 3 + [(self.end, None)] * 5
+            + [(self.end_many, self.held), (self.cancel, self.held),
+               (self.retry, self.aside)]
+        )
+        try:
+            if self.call:
+                self.ask(self.call)
+            while not self.ending.is_set():
+                act, given = self.random.choice(acts)
+                if given is None or given:
+                    act()
+        except (OSError, http.client.HTTPException):
+            pass  # what is asked stays unanswered
+        except BaseException as trouble:
+            self.trouble = trouble
+        finally:
+            self.connection.close()
+
+    def exchange(self, path, value=None):
+        """Return the status of a call and its answer."""
+        if self.number % 2:
+            self.connection.close()  # half of us connect for each call
+        body = None if value is None else packed(value)
+        self.connection.request(
+            "GET" if body is None else "POST", path, body, {"jobix": "4712"})
+        reply = Reply(self.connection.getresponse())
+        if reply.status == 503 and reply.headers.get("retry-after") != "1":
+            raise AssertionError("503 without Retry-After")
+        kind = reply.headers["content-type"]
+        return reply.status, reply.json() if "json" in kind else reply.text
+
+    def ask(self, call):
+        """Make a call and write down its answer."""
+        self.call = call
+        status, answer = self.exchange(call.path, call.value)
+        if status == 503:
+            self.refused += 1
+        elif status == 200:
+            self.sure.update(call.marks, call.learn(answer))
+            self.let_go(call)
+            call.after(answer)
+        elif status == call.may:
+            self.let_go(call)
+        else:
+            raise AssertionError("%s: %d %s" % (call.path, status, answer))
+        self.answers += status == 200
+        self.call = None
+
+    def let_go(self, call):
+        """Forget the claims that a call has ended."""
+        for claims in (self.held, self.loose):
+            claims[:] = [each for each in claims if each not in call.claims]
+
+    def some(self, claims, most):
+        """Return up to `most` of `claims`."""
+        return self.random.sample(
+            claims, min(len(claims), self.random.randint(1, most)))
+
+    def look(self):
+        """Read, which works also on a full disk."""
+        path = self.random.choice(["/status", "/jobs?limit=20", "/workers"])
+        status, answer = self.exchange(path)
+        if status != 200:
+            raise AssertionError("%s: %d %s" % (path, status, answer))
+
+    def add(self):
+        """Add jobs, under own ids or such that the server gives."""
+        n = self.random.choice([1, 2, 3] if self.padding else [1, 3, 20])
+        numbers = [next(self.numbers) for _ in range(n)]
+        jobs = {
+            (self.number + 1) * 10**6 - i: {  # down: /submit goes up
+                "jobcmd": "%s.%d%s" % (self.name, i, "x" * self.padding),
+                "jobstage": 0, "laststage": self.LAST,
+            } for i in numbers
+        }
+        marks = {("job", brief(job["jobcmd"])) for job in jobs.values()}
+        if self.random.random() < 0.5:
+            return self.ask(Call("/set", jobs, marks=marks))
+        key = "%s.%d" % (self.name, numbers[0])
+        self.ask(Call(
+            "/submit", {"key": key, "jobs": list(jobs.values())},
+            marks=marks | {("key", key)},
+            learn=lambda answer: {("key", key, *answer["ids"][::n])},
+        ))
+
+    def claim(self, path, n, claims):
+        """Claim up to `n` jobs; keep them in the list `claims`."""
+        path += "&n=%d&worker=%s" % (n, self.name)
+        self.ask(Call(
+            path, most=n, again=False, after=claims.extend,
+            learn=lambda answer: {
+                ("claim", job["claim"], job["jobid"], self.name)
+                for job in answer
+            },
+        ))
+
+    def take(self):
+        """Claim jobs that nobody else can have."""
+        stages = self.random.choice(["0", "2,0", "2,1,0"])
+        path = "/get/%s?lease=%d" % (stages, self.LEASE + self.beats)
+        self.claim(path, self.random.choice([1, 1, 2, 5]), self.held)
+
+    def take_loosely(self):
+        """Claim a job that others may have soon or at once."""
+        path = self.random.choice(["/get/0?", "/get/1?", "/get/0?lease=0.03"])
+        self.claim(path, 1, self.loose)
+
+    def end(self):
+        """End an attempt in one of several ways."""
+        claims = self.random.choice([self.held, self.held, self.loose])
+        for claim in self.some(claims, 1):
+            how = self.random.choice([self.update] * 3 + [self.give_back])
+            call = how(claim)
+            call.claims = [claim]
+            if claims is self.loose:
+                call.may = 409
+            self.ask(call)
+
+    def result(self, claim):
+        """Return where a claim's update moves the job, and its marks."""
+        target = claim["jobstage"] // 2 * 2 + 2
+        return target, {("end", claim["claim"], "done", target)}
+
+    def update(self, claim):
+        """Return a call that moves a job on, by its token or without."""
+        target, marks = self.result(claim)
+        call = Call("/update_job/%d/%d" % (claim["jobid"], target))
+        call.marks = marks
+        call.again = claim in self.loose or self.random.random() < 0.7
+        if call.again:
+            call.path += "?claim=" + claim["claim"]
+        if target < self.LAST:
+            call.value = {"filename": claim["claim"]}
+            call.marks.add(("file", claim["claim"]))
+        else:
+            call.after = lambda answer: self.aside.append(claim)
+        return call
+
+    def give_back(self, claim):
+        """Return a call that fails or releases a claim."""
+        verb, outcome = self.random.choice(
+            [("fail_job", "failed"), ("release_job", "released")])
+        path = "/%s/%d?claim=%s" % (verb, claim["jobid"], claim["claim"])
+        marks = {("end", claim["claim"], outcome, None)}
+        return Call(path, {"error": "no luck"}, marks=marks)
+
+    def end_many(self):
+        """End several attempts in one call."""
+        claims = self.some(self.held, 5)
+        results = [self.result(claim) for claim in claims]
+
+        def learn(answer):
+            if [200] * len(claims) != [each["status"] for each in answer]:
+                raise AssertionError("/update_jobs: %s" % answer)
+            return ()
+
+        self.ask(Call(
+            "/update_jobs", [
+                {"jobid": claim["jobid"], "jobstage": target,
+                 "claim": claim["claim"]}
+                for claim, (target, _) in zip(claims, results)
+            ],
+            marks=set().union(*(marks for _, marks in results)),
+            claims=claims, learn=learn,
+        ))
+
+    def beat(self):
+        """Renew all claims."""
+        n = self.beats + 1
+
+        def learn(answer):
+            if answer["lost"]:
+                raise AssertionError("lost: %s" % answer)
+            return ()
+
+        def after(answer):
+            self.beats = n
+
+        self.ask(Call(
+            "/heartbeat", {
+                "worker": self.name, "lease": self.LEASE + n, "done": n,
+                "claims": [[c["jobid"], c["claim"]] for c in self.held],
+            }, marks={("heard", self.name, n)}, learn=learn, after=after,
+        ))
+
+    def cancel(self):
+        """Cancel jobs of its own."""
+        claims = self.some(self.held, 3)
+        self.ask(Call(
+            "/cancel", {"ids": [claim["jobid"] for claim in claims]},
+            marks={("end", c["claim"], "cancelled", None) for c in claims},
+            claims=claims, after=lambda answer: self.aside.extend(claims),
+        ))
+
+    def retry(self):
+        """Let jobs that it cancelled or that are done run again."""
+        claims = self.some(self.aside, 3)
+
+        def after(answer):
+            for claim in claims:
+                self.aside.remove(claim)
+
+        self.ask(Call(
+            "/retry", {"ids": [claim["jobid"] for claim in claims]},
+            marks={("back", claim["claim"]) for claim in claims},
+            after=after, again=False,
+        ))
+
+    def settle(self, book):
+        """Find out what became of the call that wasn't answered.
+
+        Return whether that is all of it, or nothing.
+        """
+        call, self.call = self.call, None
+        if call is None:
+            return True
+        marks = book.marks()
+        news = [
+            mark for mark in marks if mark[0] == "claim"
+            and mark[3] == self.name and mark not in self.sure
+        ]
+        whole = not call.marks or call.marks <= marks
+        if call.most and len(news) <= call.most:
+            self.sure.update(news)
+            call.after([book.claims[mark[1]] for mark in news])
+        elif call.marks and whole:
+            self.sure.update(call.marks)
+            self.let_go(call)
+            call.after(None)
+            call.after = lambda answer: None
+        if call.again:
+            self.call = call
+        return whole or not call.marks & marks
+
+
+class Book:
+    """What one snapshot of a database has of the witnesses' jobs."""
+
+    ASIDE = ("done", "cancelled")
+
+    def __init__(self, execute):
+        def find(query):
+            return [dict(row) for row in execute(query)]
+
+        self.jobs = find("select * from job where jobix = 4712")
+        self.attempts = find(
+            "select jobid, attempt.*, attempt.stage as origin from attempt"
+            " join job on job.row = attempt.job where jobix = 4712"
+            " order by attempt.row")
+        self.keys = find("select * from submission where jobix = 4712")
+        self.workers = find("select * from worker where jobix = 4712")
+        self.claims = {
+            each["claim"]: dict(each, jobstage=each["origin"])
+            for each in self.attempts + self.jobs if each["claim"]
+        }
+
+    @functools.lru_cache(maxsize=None)
+    def marks(self):
+        """Return the marks of all that was done."""
+        found = set()
+        for job in self.jobs:
+            found.add(("job", brief(json.loads(job["jobcmd"]))))
+            found.add(("file", json.loads(job["filename"] or "null")))
+        for token, claim in self.claims.items():
+            found.add(("claim", token, claim["jobid"], claim["worker"]))
+        for each in self.attempts:
+            if each["outcome"] not in ("lapsed", "superseded"):
+                found.add(("end", each["claim"], each["outcome"],
+                           each["target"]))
+        for key in self.keys:
+            name, first = json.loads(key["key"]), key["first"]
+            found.update({("key", name), ("key", name, first)})
+        for each in self.workers:
+            found.update(("heard", each["name"], n)
+                         for n in range(1, each["done"] + 1))
+        return found | self.put_back()
+
+    def put_back(self):
+        """Return the marks of retries: what had ended for good goes on."""
+        last = {each["jobid"]: each for each in self.attempts}
+        still = {
+            last[job["jobid"]]["claim"] for job in self.jobs
+            if job["state"] in self.ASIDE
+        }
+        return {
+            ("back", each["claim"]) for each in self.attempts
+            if each["claim"] not in still and (
+                each["outcome"] == "cancelled"
+                or each["target"] == Witness.LAST)
+        }
+
+    def breaks(self):
+        """Return the jobs that aren't where their attempts left them."""
+        places = dict.fromkeys((job["jobid"] for job in self.jobs), 0)
+        broken = []
+        for each in self.attempts:
+            jobid, stage = each["jobid"], each["stage"]
+            if places[jobid] != stage:
+                broken.append(each)
+            places[jobid] = {
+                "done": min(each["target"] or 0, 2),  # 4 leads back to 2
+                "superseded": stage + 1,
+            }.get(each["outcome"], stage)
+        for job in self.jobs:
+            stage = job["stage"]
+            if job["state"] == "working":
+                stage = job["origin"]
+            elif job["state"] == "done":
+                stage = 2
+            if places[job["jobid"]] != stage:
+                broken.append(job)
+        return broken
+
+
+class CrashCase(TemporaryFolder):
+    """A server that may end at any moment, and what it has answered."""
+
+    WITNESSES = 16
+    STRICT = "job", "claim", "end", "back", "heard"  # never unasked for
+
+    def begin(self, folder, **options):
+        """Begin a new database in a folder, with new witnesses."""
+        self.db = os.path.join(folder, "jobs.db")
+        self.witnesses = [
+            Witness(n, self.random.random(), **options)
+            for n in range(self.WITNESSES)
+        ]
+
+    def start(self, changes=""):
+        """Start the server, in which failed jobs wait for a moment."""
+        delay = "jobman.delay_after = lambda failures: 0.02\n"
+        self.started = time.time()
+        self.server, self.address = self.serve(
+            "--db", self.db, "--lapses", "1000",
+            start=changed("jobman", delay + changes))
+
+    def set_to_work(self):
+        """Let the witnesses call the server, each in a thread."""
+        self.threads = []
+        for witness in self.witnesses:
+            witness.ending.clear()
+            thread = threading.Thread(
+                target=witness.work, args=(self.address,), daemon=True)
+            thread.start()
+            self.threads.append(thread)
+
+    def join(self):
+        """Wait for the witnesses; they have seen nothing wrong."""
+        for thread in self.threads:
+            thread.join(PATIENCE * 2)
+            self.assertFalse(thread.is_alive())
+        for witness in self.witnesses:
+            if witness.trouble:
+                raise witness.trouble
+
+    def kill(self):
+        """Kill the server; it has said nothing."""
+        self.server.kill()
+        self.server.wait()
+        self.assertEqual(b"", self.server.stderr.read())
+        self.reap(self.server)
+
+    def assertSound(self, path):
+        """Assert that a database is what `jobman.py check` calls whole."""
+        with jobman.looking(path) as execute:
+            for name, look in jobman.CHECKS:
+                self.assertEqual([], jobman.findings(look, execute), name)
+
+    def assertKept(self, renewed=False):
+        """Assert that the database is what the witnesses were told.
+
+        What was answered is there, what was not is there as a whole or not
+        at all, and there is nothing else.
+        """
+        self.assertSound(self.db)
+        with jobman.looking(self.db) as execute:
+            book = Book(execute)
+        self.assertEqual([], book.breaks())
+        for witness in self.witnesses:
+            call = witness.call
+            self.assertTrue(witness.settle(book), vars(call or witness))
+        sure = set().union(*(each.sure for each in self.witnesses))
+        asked = sure.union(*(
+            each.call.marks for each in self.witnesses if each.call))
+        self.assertEqual(set(), sure - book.marks())
+        self.assertEqual(set(), {
+            mark for mark in book.marks() - asked if mark[0] in self.STRICT})
+        self.assertLeasesKept(book, renewed)
+
+    def assertLeasesKept(self, book, renewed):
+        """Assert that nobody else has what a witness holds, and how long.
+
+        A claim that it may lose has lapsed or been superseded, no other.
+        """
+        for witness in self.witnesses:
+            lease = Witness.LEASE + witness.beats
+            for claim in witness.held:
+                kept = book.claims[claim["claim"]]
+                self.assertEqual(("working", lease),
+                                 (kept.get("state"), kept["lease"]))
+        for job in book.jobs:
+            if renewed and job["state"] == "working" and job["lease"]:
+                self.assertGreater(job["due"] - job["lease"], self.started)
+
+    @contextlib.contextmanager
+    def seeded(self):
+        """Make self.random; show its seed when the test fails."""
+        seed = os.environ.get("JOBMAN_SEED") or str(random.randrange(10**6))
+        self.random = random.Random(seed)
+        try:
+            yield
+        except BaseException:
+            print("JOBMAN_SEED=%s" % seed)
+            raise
+
+
+# What lets a server kill itself just before its n-th statement, or step with
+# a file.
+DYING = """
+import os, signal
+left = [%d]
+
+def step(*_):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def stepping(act):
+    return lambda *given: (step(), act(*given))[1]
+
+def connect(path, *, readonly, connect=jobman.connect):
+    connection = connect(path, readonly=readonly)
+    connection.set_trace_callback(step)
+    return connection
+
+jobman.connect = connect
+for name in ("open", "replace", "fsync"):
+    setattr(os, name, stepping(getattr(os, name)))
+"""
+
+
+class KillTest(CrashCase):
+    """A server that is killed at any moment has kept what it answered."""
+
+    LIVES = 2  # of databases
+    KILLS = 6  # in each
+    STRIDE = 9  # from one statement to the next that is its last
+
+    def old(self):
+        """Make a database of schema 1."""
+        with contextlib.closing(sqlite3.connect(self.db)) as db:
+            db.executescript(SCHEMA_1)
+
+    def version(self, path, jobs):
+        """Return the schema of a database, having looked for its jobs."""
+        with jobman.looking(path) as execute:
+            found = execute("pragma integrity_check").fetchall()
+            self.assertEqual(["ok"], [text for text, in found])
+            self.assertEqual(
+                jobs, execute("select count(*) from job").fetchone()[0])
+            return execute("pragma user_version").fetchone()[0]
+
+    def assertBegun(self, old):
+        """Assert that a database that may be new or old is whole."""
+        if not os.path.exists(self.db):
+            self.assertFalse(old)
+            return
+        if self.version(self.db, 5 if old else 0) == 2:
+            self.assertSound(self.db)
+        else:
+            self.assertTrue(old)
+        copy = self.db + ".schema1"
+        if os.path.exists(copy):
+            self.assertEqual(1, self.version(copy, 5))
+
+    def kill_at_start(self, old):
+        """Kill the server while it opens its database, or before, or after.
+        """
+        server = self.spawn(JOBMAN, "serve", "--port", "0", "--db", self.db)
+        time.sleep(self.random.uniform(0.05, 0.3))
+        server.kill()
+        server.wait()
+        self.reap(server)
+        self.assertBegun(old)
+
+    def kill_at_work(self, changes):
+        """Kill the server under load; look before the next one or after."""
+        self.start(changes)
+        self.assertKept(renewed=True)
+        self.set_to_work()
+        time.sleep(self.random.uniform(0.02, 0.15))
+        self.kill()
+        self.join()
+        if self.random.random() < 0.5:
+            self.assertKept()
+
+    def live(self, number):
+        """Let a database live through some kills."""
+        padding = self.random.choice([0, 0, 3000, 100000])
+        folder = self.make_folder()
+        self.begin(folder, padding=padding)
+        old = number % 3 == 1
+        if old:
+            self.old()
+        for _ in range(2):
+            self.kill_at_start(old)
+        changes = self.random.choice([
+            "", "jobman.Writer.CHECKPOINT_AFTER = 1\n",
+            "jobman.Writer.CHECKPOINT_AFTER = 50\n",
+        ]) + self.random.choice(["", "jobman.Store.TICK = {False: 0.01}\n"])
+        for _ in range(self.KILLS - 2):
+            self.kill_at_work(changes)
+        self.start()
+        self.assertKept(renewed=True)
+        self.kill()
+        shutil.rmtree(folder)
+
+    def dies_at(self, number, old):
+        """Return whether a start has so many steps; it ends there.
+
+        The next one goes on from there.
+        """
+        self.db = os.path.join(self.make_folder(), "jobs.db")
+        if old:
+            self.old()
+        process = self.spawn(
+            *changed("jobman", DYING % number), "serve", "--port", "0",
+            "--db", self.db)
+        line = process.stdout.readline()
+        self.reap(process)
+        self.assertBegun(old)
+        jobman.Store(self.db).close()
+        self.assertBegun(old)
+        return not line
+
+    def test_at_each_statement_of_a_start(self):
+        for old in (False, True):
+            number = 1
+            while self.dies_at(number, old):
+                number += self.STRIDE
+            self.assertGreater(number, 40)
+
+    def test_at_any_moment(self):
+        with self.seeded():
+            for number in range(self.LIVES):
+                self.live(number)
+
+
+@long
+class CrashTest(KillTest):
+    """The same, hundreds of times."""
+
+    LIVES = 20
+    KILLS = 10
+    STRIDE = 1
 
 
 # ------------------------------------------------------------- processes ---
@@ -8986,12 +9605,6 @@ class BatchTest(TemporaryFolder):
         )
         out, _ = process.communicate(timeout=PATIENCE)
         self.assertEqual(os.fsencode(odd) + b" a  b\n", out)
-
-
-def long(case):
-    """Mark a class of tests as one that takes minutes."""
-    case.long = True
-    return case
 
 
 def environment_of(pid):
