@@ -166,11 +166,11 @@ class TemporaryFolder(unittest.TestCase):
             err.decode("utf-8", "surrogateescape"),
         )
 
-    def small_disk(self):
-        """Mount a file system of 256 KiB; return its folder."""
+    def small_disk(self, size="256k"):
+        """Mount a file system of a size; return its folder."""
         folder = self.path("disk")
         os.mkdir(folder)
-        mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=" + size, "none", folder]
         try:
             subprocess.check_output(mount, stderr=subprocess.STDOUT)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -4119,7 +4119,7 @@ def brief(text):
 class Call:
     """A call that changes something, and what it leaves behind.
 
-    `marks` are tuples that Book.marks() has from then on, all or none; some,
+    `marks` are tuples that Book.marks has from then on, all or none; some,
     as the tokens of claims (at `most` so many), the answer tells: learn().
     `claims` are those that it ends. `after` is called once it has happened,
     `again` says that it may be repeated, `may` how else it may be answered.
@@ -4380,7 +4380,7 @@ class Witness:
         call, self.call = self.call, None
         if call is None:
             return True
-        marks = book.marks()
+        marks = book.marks
         news = [
             mark for mark in marks if mark[0] == "claim"
             and mark[3] == self.name and mark not in self.sure
@@ -4419,9 +4419,9 @@ class Book:
             each["claim"]: dict(each, jobstage=each["origin"])
             for each in self.attempts + self.jobs if each["claim"]
         }
+        self.marks = self.find_marks()
 
-    @functools.lru_cache(maxsize=None)
-    def marks(self):
+    def find_marks(self):
         """Return the marks of all that was done."""
         found = set()
         for job in self.jobs:
@@ -4548,9 +4548,9 @@ class CrashCase(TemporaryFolder):
         sure = set().union(*(each.sure for each in self.witnesses))
         asked = sure.union(*(
             each.call.marks for each in self.witnesses if each.call))
-        self.assertEqual(set(), sure - book.marks())
+        self.assertEqual(set(), sure - book.marks)
         self.assertEqual(set(), {
-            mark for mark in book.marks() - asked if mark[0] in self.STRICT})
+            mark for mark in book.marks - asked if mark[0] in self.STRICT})
         self.assertLeasesKept(book, renewed)
 
     def assertLeasesKept(self, book, renewed):
@@ -4710,6 +4710,241 @@ class KillTest(CrashCase):
         with self.seeded():
             for number in range(self.LIVES):
                 self.live(number)
+
+
+class FullDiskTest(CrashCase):
+    """A full disk costs requests, which are told so, and nothing else."""
+
+    WITNESSES = 8
+    CHANGES = "jobman.Writer.CHECKPOINT_AFTER = 100\n"
+
+    def each(self, name):
+        """Wait until a count of each witness has grown."""
+        before = [getattr(witness, name) for witness in self.witnesses]
+
+        def grown():
+            after = [getattr(witness, name) for witness in self.witnesses]
+            return (all(new > old for old, new in zip(before, after))
+                    or any(witness.trouble for witness in self.witnesses))
+
+        wait_for(grown, "more that is %s" % name)
+
+    def crowd(self, disk):
+        """Fill the disk until each witness has been refused something."""
+        self.fill(disk)
+        self.each("refused")
+
+    def make_room(self, disk):
+        os.unlink(os.path.join(disk, "full"))
+
+    def stop(self):
+        """Let the witnesses end, then look at what they were told."""
+        for witness in self.witnesses:
+            witness.ending.set()
+        self.join()
+        self.assertKept()
+
+    def go_on(self):
+        """See that there is space, and that nobody is refused any more."""
+        self.each("answers")
+        refused = [witness.refused for witness in self.witnesses]
+        self.each("answers")
+        self.assertEqual(
+            refused, [witness.refused for witness in self.witnesses])
+        self.stop()
+
+    def test_when_there_is_space_again_it_goes_on_by_itself(self):
+        with self.seeded():
+            disk = self.small_disk("8m")
+            self.begin(disk, padding=2000)
+            self.start(self.CHANGES)
+            for _ in range(5):
+                self.set_to_work()
+                time.sleep(self.random.uniform(0, 0.2))
+                self.crowd(disk)
+                self.stop()
+                self.set_to_work()
+                self.each("refused")
+                self.make_room(disk)
+                self.go_on()
+            self.kill()
+
+    def test_so_it_does_when_it_has_filled_the_disk_itself(self):
+        with self.seeded():
+            disk = self.small_disk("700k")
+            self.begin(disk, padding=2000)
+            self.start()
+            self.set_to_work()
+            self.each("refused")
+            subprocess.check_call(
+                ["mount", "-o", "remount,size=8m", disk])
+            self.go_on()
+            self.kill()
+
+    def refused(self):
+        """Return what a server says that can't start."""
+        status, out, err = self.command(
+            JOBMAN, "serve", "--port", "0", "--db", self.db)
+        self.assertEqual((1, ""), (status, out), err)
+        self.assertRegex(err, r"\Ajobman\.py: [^\n]+\.\n\Z")
+        return err
+
+    def test_a_server_killed_on_a_full_disk_starts_when_there_is_space(self):
+        with self.seeded():
+            disk = self.small_disk("8m")
+            self.begin(disk, padding=2000)
+            for changes in ("", self.CHANGES, self.CHANGES):
+                self.start(changes)
+                self.assertKept(renewed=True)
+                self.set_to_work()
+                time.sleep(self.random.uniform(0, 0.2))
+                self.crowd(disk)
+                self.kill()
+                self.join()
+                for _ in range(2):
+                    self.assertRegex(self.refused(), "full|space")
+                self.make_room(disk)
+            self.start()
+            self.assertKept(renewed=True)
+            self.kill()
+
+
+def wal_end(wal):
+    """Return the salts of a WAL and where its last frame of theirs ends.
+
+    Behind it are frames of before the last checkpoint. See section 4.1 of
+    https://sqlite.org/fileformat.html.
+    """
+    size, salts, end = int.from_bytes(wal[8:12], "big") + 24, wal[16:24], 32
+    while wal[end + 8 : end + 16] == salts:
+        end += size
+    return salts, end
+
+
+class TornTest(CrashCase):
+    """A WAL that isn't whole has what was committed before its damage."""
+
+    COMMITS = 50
+    CHANGES = "jobman.Writer.CHECKPOINT_AFTER = 150"  # changed rows
+
+    def setUp(self):
+        super().setUp()
+        self.make_history()
+        self.wal = read(self.db + "-wal")
+        _, self.end = wal_end(self.wal)
+
+    def post(self, path, value):
+        reply = exchange(
+            self.address, "POST", path, packed(value), {"jobix": "4712"})
+        self.assertEqual(200, reply.status)
+
+    def make_history(self):
+        """Make commits, each with a mark on three jobs; note where they end.
+
+        Those of before the last checkpoint are in the database file.
+        """
+        self.db = self.path("jobs.db")
+        self.start(self.CHANGES)
+        self.post("/set", {i: {"jobstage": 0}
+                           for i in range(3 * self.COMMITS)})
+        ends = []
+        for k in range(self.COMMITS):
+            self.post("/update_jobs", [
+                {"jobid": 3 * k + i, "jobstage": 2, "filename": str(k)}
+                for i in range(3)
+            ])
+            ends.append(wal_end(read(self.db + "-wal")))
+        self.kill()
+        self.ends = [end for salts, end in ends if salts == ends[-1][0]]
+        self.checkpointed = self.COMMITS - len(self.ends)
+        self.assertGreater(self.checkpointed, 10)
+        self.assertGreater(len(self.ends), 10)
+
+    def damaged(self, wal, shm=None):
+        """Return a copy of the database with another WAL, and shm."""
+        path = os.path.join(self.make_folder(), "jobs.db")
+        shutil.copy(self.db, path)
+        for suffix, content in (("-wal", wal), ("-shm", shm)):
+            if content is not None:
+                with open(path + suffix, "wb") as file:
+                    file.write(content)
+        return path
+
+    def assertLost(self, offset, path):
+        """Assert that only commits that end after an offset are lost."""
+        self.assertSound(path)
+        marks = rows(path, "select jobid, filename from job where stage = 2"
+                           " order by jobid")
+        kept = self.checkpointed + sum(end <= offset for end in self.ends)
+        self.assertEqual(
+            [(i, '"%d"' % (i // 3)) for i in range(3 * kept)],
+            [(mark["jobid"], mark["filename"]) for mark in marks])
+
+    def check(self, offset, wal, shm=None):
+        """Look at what is made of damage, in a Store and by other means."""
+        path = self.damaged(wal, shm)
+        if self.random.random() < 0.5:
+            self.assertLost(offset, path)
+        store = jobman.Store(path)
+        with contextlib.closing(store):
+            self.assertLost(offset, path)
+            store.init(4712, [1, 2, 3])
+        self.assertLost(offset, path)
+
+    def test_its_end_is_missing(self):
+        with self.seeded():
+            for offset in [0, 32, self.end, *self.ends[:3]]:
+                self.check(offset, self.wal[:offset])
+            for _ in range(30):
+                offset = self.random.randrange(self.end)
+                self.check(offset, self.wal[:offset])
+
+    def spoil(self, offset, content):
+        """Look at a WAL that has other content somewhere."""
+        end = offset + len(content)
+        self.check(offset, self.wal[:offset] + content + self.wal[end:])
+
+    def test_a_part_is_zero(self):
+        size = int.from_bytes(self.wal[8:12], "big") + 24
+        with self.seeded():
+            for _ in range(10):
+                frame = self.random.randrange((self.end - 32) // size)
+                self.spoil(32 + frame * size, bytes(size))
+
+    def test_a_bit_is_wrong(self):
+        with self.seeded():
+            for _ in range(20):
+                offset = self.random.randrange(self.end)
+                bit = 1 << self.random.randrange(8)
+                self.spoil(offset, bytes([self.wal[offset] ^ bit]))
+
+    def test_there_is_garbage_behind_it(self):
+        with self.seeded():
+            garbage = bytes(self.random.randrange(256) for _ in range(10000))
+            self.check(self.end, self.wal + garbage)
+            self.check(self.end, self.wal[:self.end] + garbage)
+            self.check(self.end, self.wal[:self.end] + garbage[:100])
+            self.spoil(self.end, self.wal[32:self.end])
+
+    def test_its_index_is_missing_or_garbage(self):
+        index = read(self.db + "-shm")
+        with self.seeded():
+            for shm in (None, b"", index, bytes(32768), b"\xff" * 32768,
+                        index[:500], index[::-1]):
+                self.check(self.end, self.wal, shm)
+
+    def test_the_server_starts(self):
+        half = self.end // 2
+        for offset, wal in (
+            (half, self.wal[:half]), (self.end, self.wal + self.wal[:half]),
+            (half, self.wal[:half] + bytes(self.end - half)),
+        ):
+            self.db = self.damaged(wal, b"\xff" * 32768)
+            self.start()
+            self.assertLost(offset, self.db)
+            self.post("/cancel", {"all": True})
+            self.kill()
+            self.assertSound(self.db)
 
 
 @long
