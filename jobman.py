@@ -1543,10 +1543,10 @@ class Store:
             turns = Turns(path, shared=shared)
             with turns:
                 connection = open_writer(path)
-            undo.callback(connection.close)
             self.writer = Writer(
                 connection, turns, clock, self.do_due, self.committed
             )
+            undo.callback(self.writer.close)
             with self.writer.transaction(self.renew_all) as tx:
                 made = self.own_number(tx, "jobix")
                 self.jobix = made if jobix is None else jobix

@@ -4947,6 +4947,177 @@ class TornTest(CrashCase):
             self.assertSound(self.db)
 
 
+# What lets a server note all that its connections to the database do, and its
+# turns: a line each, in a file that it shares with others.
+NOTING = """
+import itertools, os, sqlite3, time
+notes = os.open(%r, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+numbers = itertools.count()
+
+def note(*words):
+    line = "%%r %%d %%s %%s\\n" %% (time.monotonic(), os.getpid(), *words)
+    os.write(notes, line.encode())
+
+class Connection(sqlite3.Connection):
+    def __init__(self, path, *given, **named):
+        super().__init__(path, *given, **named)
+        kind = "reader" if "mode=ro" in path else "writer"
+        if "jobs.db?" not in path:  # but the draft of one
+            kind = "draft"
+        name = "%%s%%d" %% (kind, next(numbers))
+        self.note = lambda sql: note(name, " ".join(sql.split())[:60])
+        self.set_trace_callback(self.note)
+        self.note("open")
+
+    def close(self):
+        self.note("close")
+        super().close()
+
+class Turns(jobman.Turns):
+    def __enter__(self):
+        super().__enter__()
+        note("turn", "begins")
+
+    def __exit__(self, *given):
+        note("turn", "ends")
+        super().__exit__(*given)
+
+def connect(*given, connect=sqlite3.connect, **named):
+    return connect(*given, factory=Connection, **named)
+
+sqlite3.connect, jobman.Turns = connect, Turns
+jobman.Writer.CHECKPOINT_AFTER = 5
+"""
+
+
+class CheckpointTest(CrashCase):
+    """No checkpoint is ever made beside a commit (see jobman.connect)."""
+
+    def setUp(self):
+        super().setUp()
+        self.db = self.path("jobs.db")
+        self.numbers = itertools.count(0, 1000)
+
+    def share(self):
+        """Start a server that shares the database; return it as serve()."""
+        return self.serve(
+            "--db", self.db, "--shared",
+            start=changed("jobman", NOTING % self.path("notes")))
+
+    def notes(self):
+        """Return what the servers noted, as (pid, who, what), by time."""
+        lines = read(self.path("notes")).decode().splitlines()
+        notes = [line.split(None, 3) for line in lines]
+        notes.sort(key=lambda note: float(note[0]))
+        return [(pid, who, what) for _, pid, who, what in notes]
+
+    def work(self, *addresses):
+        """Have jobs done at the addresses, with some reading."""
+        first = next(self.numbers)
+        jobs = {first + i: {"jobstage": 0} for i in range(150)}
+        for address in addresses:
+            for path in ("/set", "/status", "/jobs"):
+                body = packed(jobs) if path == "/set" else None
+                exchange(address, "POST" if body else "GET", path, body,
+                         {"jobix": "4711"})
+        for emptier in empty(*addresses, clients=8):
+            self.assertIsNone(emptier.error)
+
+    def end(self, server):
+        server.terminate()
+        self.assertEqual(0, server.wait(PATIENCE), server.stderr.read())
+
+    def live(self):
+        """Let three servers share a database, of which the first is killed.
+        """
+        first, at_first = self.share()
+        second, at_second = self.share()
+        self.work(at_first, at_second)
+        third, at_third = self.share()
+        threads = [
+            threading.Thread(target=self.work, args=addresses)
+            for addresses in ((at_second, at_third), (at_second,))
+        ]
+        for thread in [*threads, Emptier(at_first), Emptier(at_first)]:
+            thread.start()
+        time.sleep(0.1)
+        first.kill()
+        fourth, _ = self.share()
+        self.end(fourth)
+        for thread in threads:
+            thread.join(PATIENCE * 2)
+        self.end(second)
+        self.work(at_third)
+        self.end(third)
+        return [str(server.pid) for server in (first, second, third, fourth)]
+
+    def test_three_processes_commit_and_checkpoint_in_turn(self):
+        pids = self.live()
+        holder, checkpointed, seen = None, False, []
+        for pid, who, what in self.notes():
+            if who == "turn":
+                begins = what == "begins"
+                if not (begins and holder == pids[0]):  # who was killed
+                    self.assertEqual(None if begins else pid, holder)
+                holder, checkpointed = pid if begins else None, False
+            elif who.startswith("writer") and what != "open":
+                self.assertEqual(pid, holder, what)
+                self.assertFalse(checkpointed, what)
+                checkpointed = "wal_checkpoint" in what
+                seen.append((pid, what))
+        self.assertIsNone(holder)
+        for pid in pids[:3]:
+            for what in ("begin immediate", "commit",
+                         "pragma wal_checkpoint(passive)"):
+                self.assertGreater(seen.count((pid, what)), 5)
+        for pid in pids[1:]:
+            self.assertEqual(1, seen.count((pid, "close")))
+        self.assertEqual(["jobs.db"], [
+            name for name in os.listdir(self.folder) if "jobs" in name])
+
+    def test_nothing_else_checkpoints(self):
+        self.live()
+        begun, ended, known = set(), set(), ("pragma wal_autocheckpoint = 0",
+                                             "pragma wal_checkpoint(passive)")
+        for pid, who, what in self.notes():
+            name = pid, who
+            if what == "open":
+                begun.add(name)
+            elif name in begun:  # the first thing that it does
+                self.assertEqual(known[0], what)
+                begun.remove(name)
+            elif "checkpoint" in what:
+                self.assertEqual(known[1], what)
+                self.assertRegex(who, "^writer")
+            elif what == "close" and who.startswith("writer"):
+                ended.add(pid)
+            self.assertFalse(who.startswith("reader") and pid in ended)
+        self.assertEqual(set(), begun)
+
+    def test_a_server_that_cannot_start_closes_in_its_turn(self):
+        ill = "jobman.Store.renew_all = lambda self, tx: tx.execute('no')"
+        start = changed("jobman", NOTING % self.path("notes") + ill)
+        status, _, err = self.command(
+            *start, "serve", "--port", "0", "--db", self.db, "--shared")
+        self.assertEqual(1, status)
+        self.assertRegex(err, r"^jobman\.py: .* can't be used: .*syntax")
+        *_, close, turn = self.notes()
+        self.assertEqual(("close", "ends"), (close[2], turn[2]))
+
+    def test_a_reader_that_closes_last_checkpoints_nothing(self):
+        server, address = self.serve("--db", self.db)
+        self.address = address
+        exchange(address, "POST", "/set", packed({1: {"jobstage": 0}}),
+                 {"jobix": "4711"})
+        server.kill()
+        server.wait()
+        before = read(self.db), read(self.db + "-wal")
+        with jobman.looking(self.db) as execute:
+            self.assertEqual(
+                1, execute("select count(*) from job").fetchone()[0])
+        self.assertEqual(before, (read(self.db), read(self.db + "-wal")))
+
+
 @long
 class CrashTest(KillTest):
     """The same, hundreds of times."""
