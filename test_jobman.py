@@ -3733,6 +3733,18 @@ class LoadTest(StoreCase):
         self.assertReply(200, self.post("/set", entries))
         self.assertEqual({(0, "waiting"): 493}, self.states())
 
+    def test_a_statement_that_fails_costs_its_commit_and_no_other(self):
+        self.set_jobs([1])
+        turns = self.commit(
+            lambda tx: self.store.update(tx, self.jobix, 1, 2),
+            lambda tx: tx.execute("no statement"),
+        )
+        for turn in turns:
+            self.assertRaises(jobman.Unavailable, turn.outcome)
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+        self.assertReply(200, self.call("/update_job/1/2"))
+        self.assertEqual({(2, "waiting"): 1}, self.states())
+
     def test_a_commit_is_on_disk_before_it_is_answered(self):
         execute = self.store.writer.connection.execute
         self.assertEqual(2, execute("pragma synchronous").fetchone()[0])
@@ -4650,11 +4662,17 @@ class KillTest(CrashCase):
         self.assertBegun(old)
 
     def kill_at_work(self, changes):
-        """Kill the server under load; look before the next one or after."""
+        """Kill the server under load, or as it ends.
+
+        Look at what it left before the next one starts, or after that.
+        """
         self.start(changes)
         self.assertKept(renewed=True)
         self.set_to_work()
         time.sleep(self.random.uniform(0.02, 0.15))
+        if self.random.random() < 0.2:
+            self.server.terminate()
+            time.sleep(self.random.uniform(0, 0.2))
         self.kill()
         self.join()
         if self.random.random() < 0.5:
@@ -4754,12 +4772,12 @@ class FullDiskTest(CrashCase):
             refused, [witness.refused for witness in self.witnesses])
         self.stop()
 
-    def test_when_there_is_space_again_it_goes_on_by_itself(self):
+    def fill_and_make_room(self, disk, times, padding):
+        """Fill the disk and make room several times, under load."""
         with self.seeded():
-            disk = self.small_disk("8m")
-            self.begin(disk, padding=2000)
+            self.begin(disk, padding=padding)
             self.start(self.CHANGES)
-            for _ in range(5):
+            for _ in range(times):
                 self.set_to_work()
                 time.sleep(self.random.uniform(0, 0.2))
                 self.crowd(disk)
@@ -4769,6 +4787,13 @@ class FullDiskTest(CrashCase):
                 self.make_room(disk)
                 self.go_on()
             self.kill()
+
+    def test_when_there_is_space_again_it_goes_on_by_itself(self):
+        self.fill_and_make_room(self.small_disk("8m"), 5, 2000)
+
+    def test_so_it_does_after_changes_too_large_for_memory(self):
+        """They meet the end of the disk before their commit."""
+        self.fill_and_make_room(self.small_disk("80m"), 2, 400000)
 
     def test_so_it_does_when_it_has_filled_the_disk_itself(self):
         with self.seeded():
@@ -4802,7 +4827,7 @@ class FullDiskTest(CrashCase):
                 self.crowd(disk)
                 self.kill()
                 self.join()
-                for _ in range(2):
+                for _ in range(0 if changes else 2):  # there is only the WAL
                     self.assertRegex(self.refused(), "full|space")
                 self.make_room(disk)
             self.start()
