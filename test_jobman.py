@@ -4709,6 +4709,7 @@ class KillTest(CrashCase):
         self.start()
         self.assertKept(renewed=True)
         self.kill()
+        self.assertTrue(any(witness.answers for witness in self.witnesses))
         shutil.rmtree(folder)
 
     def dies_at(self, number, old):
