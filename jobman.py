@@ -41,6 +41,7 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
@@ -106,6 +107,11 @@ class Unavailable(Error):
         message = "The server can't do that now (%s); try again." % reason
         super().__init__(503, message, Retry_After="1")
         self.reason = reason
+
+
+def say(line):
+    """Write a line for a person, on standard error."""
+    print(line, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------- JSON and zlib ---
@@ -695,17 +701,174 @@ class SQL:
         group by 1 having odd is not null"""
 
 
+# ----------------------------------------------------------- file system ---
+
+MOUNTINFO = "/proc/self/mountinfo"  # proc(5) says what is in it
+# What other hosts may write to as well, or where locks may hold on one host
+# alone; also all that are called fuse.…
+NETWORK = {
+    "9p", "afs", "beegfs", "ceph", "cifs", "fhgfs", "fuse", "glusterfs",
+    "gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "smb3",
+    "smbfs", "virtiofs", "wekafs",
+}
+OFD_SETLK = 37  # of fcntl(2) on Linux: lock for an open file, not a process
+
+
+def remove(path):
+    """Remove a file, if it is there."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def unescape(field):
+    """Return what a field of mountinfo stands for."""
+    return re.sub(
+        rb"\\([0-7]{3})", lambda octal: bytes([int(octal.group(1), 8)]), field
+    )
+
+
+def mounted(folder):
+    """Return the type and the source of the file system of a folder.
+
+    It is the mount with the longest path that the folder is under, the
+    latest of equals. Both are empty where nothing is known of mounts.
+    """
+    parts = os.fsencode(os.path.realpath(folder)).split(b"/")
+    lines, longest, found = [], 0, ("", "")
+    with contextlib.suppress(OSError), open(MOUNTINFO, "rb") as file:
+        lines = file.read().split(b"\n")
+    for line in lines:
+        mount, _, what = line.partition(b" - ")
+        if what:
+            point = unescape(mount.split()[4]).rstrip(b"/").split(b"/")
+            if len(point) >= longest and point == parts[: len(point)]:
+                longest = len(point)
+                found = tuple(
+                    os.fsdecode(unescape(field)) for field in what.split()[:2]
+                )
+    return found
+
+
+def refused(lock, *arguments):
+    """Return whether a lock isn't given because somebody has it."""
+    try:
+        lock(*arguments)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def refused_elsewhere(file):
+    """Return whether another process doesn't get a POSIX lock that we have.
+    """
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1] != 0
+
+
+def posix_locks(first, second):
+    """Return whether the POSIX locks on a file `work`, `fail` or `lie`.
+
+    Takes two descriptors of it. Who gets a lock that we have is asked by the
+    kind that belongs to an open file, for a fork is dear; but not all
+    kernels have it.
+    """
+    try:
+        fcntl.lockf(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return "fail"
+    whole_file = struct.pack("hhqqi8x", fcntl.F_WRLCK, 0, 0, 0, 0)
+    kept_off = refused(fcntl.fcntl, second, OFD_SETLK, whole_file) \
+        or refused_elsewhere(second)
+    return "work" if kept_off else "lie"
+
+
+def flocks_work(first, second):
+    """Return whether a `flock` by one descriptor keeps the other off."""
+    exclusive = fcntl.LOCK_EX | fcntl.LOCK_NB
+    try:
+        fcntl.flock(first, exclusive)
+    except OSError:
+        return False
+    return refused(fcntl.flock, second, exclusive)
+
+
+class Place:
+    """Where a database is, and what is to be expected of locks there.
+
+    `kind` and `source` are the file system's. `locks` says how POSIX locks
+    do, which SQLite uses: they work, fail, or lie. `flocks` is whether
+    `flock` works. `alone` is whether only one server, with one connection,
+    can have the database.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.file = os.path.realpath(path)  # one database, one lock file
+        self.kind, self.source = mounted(os.path.dirname(self.file))
+        self.locks, self.flocks = "work", True
+        self.try_locks()
+        self.alone = (
+            self.kind in NETWORK or self.kind.startswith("fuse.")
+            or self.locks != "work" or not self.flocks
+        )
+        self.vfs = "unix-none" if self.locks == "fail" else "unix"
+
+    def try_locks(self):
+        """Find out about locks by a file that nobody else has.
+
+        Where none can be made no server starts.
+        """
+        name = "%s.locks.%s" % (self.file, secrets.token_hex(4))
+        new = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        with contextlib.ExitStack() as undo:
+            try:
+                first = os.open(name, new, 0o600)
+                undo.callback(os.close, first)
+                undo.callback(remove, name)
+                second = os.open(name, os.O_RDWR)
+                undo.callback(os.close, second)
+            except OSError:
+                return
+            self.flocks = flocks_work(first, second)
+            self.locks = posix_locks(first, second)
+
+    def finding(self):
+        """Return what is said of it, as "x.db is on nfs4 (host:/export)"."""
+        said = "%s is on %s" % (self.path, self.kind or "a file system")
+        if self.source:
+            said += " (%s)" % self.source
+        if self.locks != "work":
+            ill = {"fail": "fail", "lie": "keep nobody off"}[self.locks]
+            said += ", where locks %s" % ill
+        elif not self.flocks:
+            said += ", where flock doesn't work"
+        return said
+
+
 # -------------------------------------------------------------- database ---
 
 
-def file_uri(path, *, readonly):
-    """Return the URI by which SQLite opens the database at `path`."""
+def file_uri(path, *, readonly, vfs="unix"):
+    """Return the URI by which SQLite opens the database at `path`.
+
+    It names the kind of locks, for a database that is attached to another
+    would take that one's.
+    """
     mode = "ro" if readonly else "rw"
-    name = quote(os.fsencode(os.path.abspath(path)))
-    return "file:%s?mode=%s" % (name, mode)
+    name = quote(os.fsencode(os.path.realpath(path)))
+    return "file:%s?mode=%s&vfs=%s" % (name, mode, vfs)
 
 
-def connect(path, *, readonly):
+def connect(path, *, readonly, vfs="unix"):
     """Return a connection to the database at `path`, in autocommit mode.
 
     No connection ever checkpoints by itself: SQLite 3.7.0 to 3.51.2 can lose
@@ -713,7 +876,7 @@ def connect(path, *, readonly):
     "The WAL-reset bug").
     """
     connection = sqlite3.connect(
-        file_uri(path, readonly=readonly),
+        file_uri(path, readonly=readonly, vfs=vfs),
         uri=True,
         timeout=30,
         isolation_level=None,
@@ -722,12 +885,6 @@ def connect(path, *, readonly):
     connection.row_factory = sqlite3.Row
     connection.execute("pragma wal_autocheckpoint = 0")
     return connection
-
-
-def remove(path):
-    """Remove a file, if it is there."""
-    with contextlib.suppress(OSError):
-        os.unlink(path)
 
 
 @contextlib.contextmanager
@@ -788,8 +945,8 @@ def sync(path):
 def drafting(path):
     """Hand out a new database beside `path` that takes its name at the end.
 
-    It is empty, closed, and has mode 0600. So a full disk leaves nothing
-    behind.
+    It is empty, closed, and has mode 0600; open_draft() opens it. So a
+    full disk leaves nothing behind.
     """
     draft = "%s.new.%s" % (path, secrets.token_hex(4))
     try:
@@ -803,10 +960,21 @@ def drafting(path):
             remove(draft + suffix)
 
 
+@contextlib.contextmanager
+def open_draft(draft):
+    """Hand out a connection to a draft that needs no locks, nor memory to
+    share for a WAL: nobody else has it.
+    """
+    connection = connect(draft, readonly=False, vfs="unix-none")
+    with contextlib.closing(connection):
+        connection.execute("pragma locking_mode = exclusive")
+        yield connection
+
+
 def create_schema(path):
     """Make the file at `path` (mode 0600) and the tables in it."""
     with drafting(path) as draft:
-        with contextlib.closing(connect(draft, readonly=False)) as connection:
+        with open_draft(draft) as connection:
             connection.executescript(
                 "pragma synchronous = full; begin; %s"
                 "pragma application_id = %d; pragma user_version = %d; commit;"
@@ -814,9 +982,9 @@ def create_schema(path):
             )
 
 
-def copy_pages(path, copy, show):
-    """Copy one snapshot of the database at `path` into a connection's."""
-    source = connect(path, readonly=True)
+def copy_pages(place, copy, show):
+    """Copy one snapshot of the database at a place into a connection's."""
+    source = connect(place.path, readonly=True, vfs=place.vfs)
     with contextlib.closing(source):
         source.execute("begin")
         # without a snapshot it would begin again after each commit
@@ -824,11 +992,12 @@ def copy_pages(path, copy, show):
         source.backup(copy, pages=256, progress=lambda *_: show())
 
 
-def copy_rows(path, copy, show):
+def copy_rows(place, copy, show):
     """Do what copy_pages does on Python 3.6, which can't."""
     execute = copy.execute
     copy.set_progress_handler(show, 10**5)
-    execute("attach :uri as source", {"uri": file_uri(path, readonly=True)})
+    uri = file_uri(place.path, readonly=True, vfs=place.vfs)
+    execute("attach :uri as source", {"uri": uri})
     execute("begin")
     for kind in ("table", "index"):
         for name, sql in execute(
@@ -847,8 +1016,8 @@ def copy_rows(path, copy, show):
     execute("detach source")
 
 
-def copy_database(path, target, show=lambda size: None):
-    """Copy a database, served or not, to the new file `target`.
+def copy_database(place, target, show=lambda size: None):
+    """Copy the database at a place, served or not, to the new file `target`.
 
     The copy is one moment's, complete in one file of mode 0600. `show` is
     called at times with the bytes that are written. Returns how many jobs
@@ -860,18 +1029,17 @@ def copy_database(path, target, show=lambda size: None):
                           % (target + suffix))
     try:
         with drafting(target) as draft:
-            copy = connect(draft, readonly=False)
-            with contextlib.closing(copy):
+            with open_draft(draft) as copy:
                 copy.execute("pragma journal_mode = off")
                 copy.execute("pragma synchronous = off")  # until the end
                 able = hasattr(copy, "backup")
                 (copy_pages if able else copy_rows)(
-                    path, copy, lambda: show(os.path.getsize(draft)))
+                    place, copy, lambda: show(os.path.getsize(draft)))
                 jobs = copy.execute(SQL.WHOLE_JOBS).fetchone()[0]
                 copy.execute("pragma journal_mode = delete")
     except (sqlite3.Error, OSError) as error:
         raise Trouble("The database %s can't be copied to %s: %s." % (
-            path, target, getattr(error, "strerror", None) or error
+            place.path, target, getattr(error, "strerror", None) or error
         )) from None
     return jobs
 
@@ -886,7 +1054,7 @@ def copy_of(path, version):
     return copy
 
 
-def upgrade(connection, path):
+def upgrade(connection, place):
     """Bring a database of an older version up to date, all or nothing.
 
     It is copied before. The caller keeps others off. The version is read
@@ -896,8 +1064,8 @@ def upgrade(connection, path):
     version = connection.execute("pragma user_version").fetchone()[0]
     steps = [UPGRADES[old] for old in range(version, SCHEMA_VERSION)]
     if steps:
-        copy = copy_of(path, version)
-        copy_database(path, copy)
+        copy = copy_of(place.path, version)
+        copy_database(place, copy)
         try:
             connection.executescript(
                 "begin immediate; %s pragma user_version = %d; commit;"
@@ -909,27 +1077,80 @@ def upgrade(connection, path):
         connection.execute("pragma wal_checkpoint(passive)")
 
 
-def open_writer(path):
-    """Return the connection that changes the database at `path`.
+def leave_wal(place):
+    """Let a database need nothing but its file, where locks can't be used.
+
+    A connection that has the database for itself needs no shared memory to
+    read a WAL; what one that was killed has left, or a journal, is put into
+    the file or rolled back. We must be the only ones.
+    """
+    connection = connect(place.path, readonly=False, vfs=place.vfs)
+    with contextlib.closing(connection):
+        connection.execute("pragma locking_mode = exclusive")
+        mode = connection.execute("pragma journal_mode = delete").fetchone()[0]
+        if mode != "delete":
+            raise Trouble("Another program has the database %s." % place.path)
+    remove(place.file + "-shm")
+
+
+def clear_journal(connection):
+    """Remove the rollback journal that take_alone() lets stay, if any."""
+    if connection.execute("pragma journal_mode").fetchone()[0] == "persist":
+        connection.execute("pragma locking_mode = normal")
+        connection.execute("pragma journal_mode = delete")
+
+
+def take_alone(connection):
+    """Keep other programs off the database, where locks allow.
+
+    What a killed server's journal was is removed, and ours stays, empty. So
+    a server that has lost its database, and ends, touches a journal of its
+    own and never that of the server which has the database now. And nothing
+    is written to the database before the commit.
+    """
+    for pragma in ("journal_mode = persist", "journal_mode = delete",
+                   "journal_mode = persist", "locking_mode = exclusive",
+                   "cache_spill = off"):
+        connection.execute("pragma " + pragma)
+    connection.execute("begin exclusive")
+    connection.execute("commit")
+
+
+def use_wal(connection, path):
+    """Have a WAL, which lets others read while one writes."""
+    mode = connection.execute("pragma journal_mode = wal").fetchone()[0]
+    if mode != "wal":
+        raise Trouble("The file system of %s can't hold a WAL." % path)
+
+
+def open_writer(place):
+    """Return the connection that changes the database at a place.
 
     Makes the database when there is none, brings an older one up to date.
     Raises Trouble with a sentence for the user when it can't be used, and
     leaves the file untouched then.
     """
+    path = place.path
     with telling(path), contextlib.ExitStack() as undo:
         if inspect(path) == 0:
             create_schema(path)
         if not os.access(path, os.W_OK):
             raise Trouble("The database %s is not writable." % path)
-        connection = connect(path, readonly=False)
+        if place.alone:
+            leave_wal(place)
+        connection = connect(path, readonly=False, vfs=place.vfs)
         undo.callback(connection.close)
-        mode = connection.execute("pragma journal_mode = wal").fetchone()[0]
-        if mode != "wal":
-            raise Trouble("The file system of %s can't hold a WAL." % path)
+        if not place.alone:
+            use_wal(connection, path)
         connection.execute("pragma synchronous = full")
-        upgrade(connection, path)
+        upgrade(connection, place)
+        if place.alone:
+            take_alone(connection)
         undo.pop_all()
     return connection
+
+
+# ----------------------------------------------------------- server lock ---
 
 
 def open_private(path):
@@ -937,40 +1158,286 @@ def open_private(path):
     return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
 
 
+def uptime():
+    """Return seconds since some moment, also those that the host slept."""
+    try:
+        return time.clock_gettime(7)  # Linux' CLOCK_BOOTTIME, not in 3.6
+    except (AttributeError, OSError):
+        return time.monotonic()
+
+
+def machine():
+    """Return [boot, space]: where a process with our number would be us.
+
+    `boot` names the running kernel, `space` its process numbers; without a
+    /proc the host's name must do.
+    """
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return [file.read().strip(), os.readlink("/proc/self/ns/pid")]
+    except OSError:
+        return [socket.gethostname(), None]
+
+
+def start_of(pid):
+    """Return when a process started, in the kernel's ticks; None: it's gone.
+    """
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in b"ZX" else int(fields[19])
+
+
+def read_holder(content):
+    """Return what is said of a holder in the content of a lock file.
+
+    A dict with machine, host, pid, start and key, each None where it isn't
+    said.
+    """
+    record = {}
+    with contextlib.suppress(Error, UnicodeDecodeError):
+        record = from_json(content.decode("ascii"))
+    if not isinstance(record, dict):
+        record = {}
+    names = {"host": str, "pid": int, "start": int, "machine": list,
+             "key": str}
+    return {
+        name: record[name] if isinstance(record.get(name), kind) else None
+        for name, kind in names.items()
+    }
+
+
+def name_holder(content):
+    """Return who is named in the content of a lock file."""
+    record = read_holder(content)
+    if record["pid"] is None:  # an older jobman writes a text
+        text = content[:100].decode("ascii", "replace").strip("\0 \n")
+        return text or "a process that didn't say which"
+    return "process %d on %s" % (record["pid"], record["host"])
+
+
 class ServerLock:
     """Keep a second server off a database, unless both share it.
 
-    The lock is a `flock` on the file `<database>.lock`, which names the
-    holder; it ends with the process, however that ends.
+    There is a `flock` on the file `<database>.lock`, which ends with the
+    process, however that ends. It may hold on one host alone, or not at all;
+    so the file also says who has it, and a beat there that goes on shows that
+    they live. Who finds a beat that stands still takes the file over.
+
+    A holder looks before each transaction, by check(), whether the database
+    is still theirs. `clock` gives seconds.
     """
 
-    def __init__(self, path, *, shared):
-        self.path = path
-        self.file = open_private(path + ".lock")
+    BEAT = 4  # seconds between two beats
+    # Where there are no locks, a transaction may begin up to LIMIT after the
+    # last beat, and nobody takes over before STALE: it has the rest, less a
+    # BEAT that came late, to end in.
+    LIMIT = 12
+    STALE = 20
+    LOOK = 1  # seconds between two looks at a beat
+    SETTLE = 1  # seconds in which who takes over at the same time shows
+    LENGTH = 512  # bytes of the file, however large the numbers in it
+
+    def __init__(self, place, *, shared, clock=uptime):
+        if shared and place.alone:
+            raise Trouble(
+                "%s, so servers can't share it: put it on a local file system"
+                " (such as /tmp or /dev/shm, or a disk of this host), or let"
+                " one serve it alone, without --shared." % place.finding()
+            )
+        self.place = place
+        self.path = place.file + ".lock"
+        self.shared = shared
+        self.clock = clock
+        self.key = secrets.token_hex(8)
+        self.beats = 0
+        self.last = self.sure = None  # when beats began: see beat()
+        self.lost = None  # to whom, for good
+        self.file = self.node = None
+        self.taken = False
+        self.ending = threading.Event()
+        self.beater = threading.Thread(target=self.beat_on, daemon=True)
         try:
-            self.take(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-            while os.fstat(self.file).st_nlink == 0:  # its last holder ended
-                os.close(self.file)
-                self.file = open_private(path + ".lock")
-                self.take(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-            name = "process %d on %s" % (os.getpid(), socket.gethostname())
-            os.ftruncate(self.file, 0)
-            os.pwrite(self.file, name.encode("ascii", "replace"), 0)
+            while not self.taken:
+                self.take()
         except BaseException:
             self.close()
             raise
+        self.beater.start()
 
-    def take(self, kind):
-        """Lock the file; raise Trouble when another server has it."""
+    # To have it
+
+    def take(self):
+        """Open the file and write that it is ours, unless it was just removed.
+
+        Raises Trouble when somebody has it.
+        """
+        new = not os.path.lexists(self.path)
+        try:
+            more = os.O_EXCL if new else 0
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | more, 0o600)
+        except FileExistsError:
+            return
+        self.file, status = file, os.fstat(file)
+        self.node = status.st_dev, status.st_ino
+        self.lock_file(fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX)
+        if not self.in_place():  # its last holder ended
+            self.file = os.close(file)
+            return
+        if not new:
+            self.need_free()
+        self.taken = True
+        self.last = self.sure = self.clock()
+        self.write()
+        if self.place.alone and not new:
+            time.sleep(self.SETTLE)
+            if not self.is_ours():
+                raise self.trouble(self.read())
+
+    def lock_file(self, kind):
+        """Have a `flock` on the file, where there is such a thing."""
         try:
             fcntl.flock(self.file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self.trouble(self.read()) from None
         except OSError:
-            holder = os.pread(self.file, 200, 0).decode("ascii", "replace")
+            if not self.place.alone:
+                raise
+
+    def trouble(self, content):
+        """Return the Trouble that another server has the database."""
+        advice = "." if self.place.alone else \
+            ", or use another --db, or serve it twice with --shared."
+        return Trouble(
+            "Another server has the database %s (%s): end that one first%s"
+            % (self.place.path, name_holder(content), advice)
+        )
+
+    def need_free(self):
+        """Return when nobody has the database any more.
+
+        Raises Trouble as soon as it shows that somebody has.
+        """
+        content, changed = self.read(), False
+        while self.is_there(content) is not False:
+            if changed or self.is_there(content):
+                raise self.trouble(content)
+            later = self.watch(content)
+            if later == content:
+                break
+            content, changed = later, True
+
+    def is_there(self, content):
+        """Return whether who wrote `content` lives; None: it can't be known.
+        """
+        holder, here = read_holder(content), machine()
+        if self.place.flocks and (holder["machine"] or [0])[0] == here[0]:
+            return False  # this kernel would have kept us off
+        if holder["machine"] == here and holder["start"] is not None:
+            return start_of(holder["pid"]) == holder["start"]
+        return None
+
+    def watch(self, content):
+        """Return what the file has when that changes, or after STALE."""
+        end = self.clock() + (self.STALE if content else self.SETTLE)
+        if content:
+            say("jobman.py: %s may still have the database %s: waiting %d s"
+                " for a sign of life." % (
+                    name_holder(content), self.place.path, self.STALE))
+        later = content
+        while later == content and self.clock() < end:
+            time.sleep(self.LOOK)
+            later = self.read()
+        return later
+
+    # To keep it
+
+    def read(self):
+        """Return what the file has now; opened anew, for NFS looks then."""
+        try:
+            file = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            return b""
+        try:
+            return os.pread(file, self.LENGTH, 0)
+        finally:
+            os.close(file)
+
+    def write(self):
+        """Write who we are, and one more beat."""
+        self.beats += 1
+        pid = os.getpid()
+        record = {
+            "host": socket.gethostname(), "pid": pid, "start": start_of(pid),
+            "machine": machine(), "key": self.key, "beat": self.beats,
+        }
+        line = to_json(record).encode("ascii").ljust(self.LENGTH - 1) + b"\n"
+        os.pwrite(self.file, line, 0)
+        if self.place.alone:
+            os.fsync(self.file)
+
+    def is_ours(self):
+        """Return whether the file says that the database is ours."""
+        return read_holder(self.read())["key"] == self.key
+
+    def in_place(self):
+        """Return whether the file that we hold is the one with that name."""
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        return (status.st_dev, status.st_ino) == self.node
+
+    def beat_on(self):
+        """Beat until the end, or until the database is lost."""
+        while not (self.lost or self.ending.wait(self.BEAT)):
+            with contextlib.suppress(OSError):  # check() knows how long
+                self.beat()
+
+    def beat(self):
+        """Show that we live, if the file is still ours.
+
+        After a gap one beat isn't enough: who took the file over may have
+        looked just before, and shows by the next one.
+        """
+        began = self.clock()
+        if not self.in_place() or not (self.shared or self.is_ours()):
+            self.lose()
+            return
+        self.write()
+        if began - self.last <= self.LIMIT:
+            self.sure = began
+        self.last = began
+
+    def lose(self):
+        """Note that somebody else has the database, for good."""
+        content = b"" if self.is_ours() else self.read()
+        self.lost = name_holder(content) if content \
+            else "somebody who removed %s" % self.path
+
+    def check(self):
+        """Raise Unavailable unless the database is known to be ours."""
+        try:
+            if not self.lost and not self.in_place():
+                self.lose()
+        except OSError as error:
+            raise Unavailable(error.strerror) from None
+        if self.lost:
+            raise Unavailable("it has lost its database to %s" % self.lost)
+        if self.place.alone and self.clock() - self.sure > self.LIMIT:
+            raise Unavailable("its lock on the database may be somebody's")
+
+    def need(self):
+        """Raise Trouble when the database is lost for good."""
+        if self.lost:
             raise Trouble(
-                "Another server has the database %s (%s): end that one first,"
-                " or use another --db, or serve it twice with --shared."
-                % (self.path, holder)
-            ) from None
+                "This server has lost the database %s to %s, and ends."
+                % (self.place.path, self.lost)
+            )
+
+    # To give it up
 
     def __enter__(self):
         return self
@@ -980,11 +1447,26 @@ class ServerLock:
 
     def close(self):
         """Let the next server have the database; the last one clears up."""
+        self.ending.set()
+        if self.beater.ident:
+            self.beater.join(self.BEAT)
+        if self.file is None:
+            return
         with contextlib.suppress(OSError):
+            if self.is_last():
+                for suffix in (".gate", ".turn", ".lock"):
+                    remove(self.place.file + suffix)
+        self.file = os.close(self.file)
+
+    def is_last(self):
+        """Return whether nobody else has the file, or has taken it over."""
+        if not self.taken or self.lost or not self.in_place():
+            return False
+        if self.shared:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for suffix in (".gate", ".turn", ".lock"):
-                remove(self.path + suffix)
-        os.close(self.file)
+            return True
+        content = self.read()  # none: a full disk
+        return not content or read_holder(content)["key"] == self.key
 
 
 class Turns:
@@ -1119,8 +1601,9 @@ class Writer:
 
     CHECKPOINT_AFTER = 20000  # changed rows
 
-    def __init__(self, connection, turns, clock, prepare, committed):
+    def __init__(self, connection, turns, lock, clock, prepare, committed):
         self.connection = connection
+        self.lock = lock
         self.turns = turns
         self.clock = clock
         self.prepare = prepare  # called first in every transaction
@@ -1172,6 +1655,9 @@ class Writer:
         except sqlite3.Error as error:
             for turn in batch:
                 turn.error = Unavailable(error)
+        except Unavailable as error:
+            for turn in batch:
+                turn.error = error
         except BaseException as error:
             for turn in batch:
                 turn.error = error
@@ -1181,9 +1667,11 @@ class Writer:
     def transaction(self, prepare):
         """Begin, do `prepare`, hand out a Transaction, commit.
 
-        Rolls back on any error.
+        Rolls back on any error. Before the commit the lock is looked at once
+        more: until then nothing of this is in the database.
         """
         with self.turns:
+            self.lock.check()
             execute = self.connection.execute
             execute("begin immediate")
             try:
@@ -1191,6 +1679,7 @@ class Writer:
                 transaction.attempt(prepare)
                 yield transaction
                 transaction.settle()
+                self.lock.check()
                 execute("commit")
             except BaseException:
                 if self.connection.in_transaction:
@@ -1216,6 +1705,9 @@ class Writer:
             self.closed = True
             self.rest.wait_for(lambda: not self.leading)
         with self.turns:
+            with contextlib.suppress(Unavailable, sqlite3.Error):
+                self.lock.check()
+                clear_journal(self.connection)
             self.connection.close()
         self.turns.close()
 
@@ -1436,10 +1928,17 @@ def change(operation):
 
 
 def query(reading):
-    """Make a Store method read from a snapshot, waiting for no commit."""
+    """Make a Store method read from a snapshot, waiting for no commit.
+
+    But where the one connection has the database alone it is an operation of
+    the next commit. So no such method calls another.
+    """
 
     @functools.wraps(reading)
     def run(self, *args, **named):
+        if self.place.alone:
+            return self.writer.run(
+                lambda tx: reading(self, tx.execute, *args, **named))
         with self.readers.reading() as connection:
             return reading(self, connection.execute, *args, **named)
 
@@ -1539,12 +2038,14 @@ class Store:
         self.readers = Readers(path)
         inspect(path)  # before a lock file is made beside it
         with telling(path), contextlib.ExitStack() as undo:
-            self.lock = undo.enter_context(ServerLock(path, shared=shared))
-            turns = Turns(path, shared=shared)
+            self.place = Place(path)
+            lock = ServerLock(self.place, shared=shared)
+            self.lock = undo.enter_context(lock)
+            turns = Turns(self.place.file, shared=shared)
             with turns:
-                connection = open_writer(path)
+                connection = open_writer(self.place)
             self.writer = Writer(
-                connection, turns, clock, self.do_due, self.committed
+                connection, turns, lock, clock, self.do_due, self.committed
             )
             undo.callback(self.writer.close)
             with self.writer.transaction(self.renew_all) as tx:
@@ -2165,6 +2666,10 @@ class Store:
     @query
     def ids_in(self, execute, jobix, *, states, stage):
         """Return the ids of all jobs in `states` and a stage, None: any."""
+        return self.ids(execute, jobix, states, stage)
+
+    def ids(self, execute, jobix, states, stage):
+        """Return what ids_in does, within an operation."""
         return [
             row["jobid"]
             for group in self.groups(execute, jobix, states, stage)
@@ -2432,7 +2937,7 @@ class Store:
     @query
     def some_failed(self, execute, jobix, *, limit):
         """Return some failed jobs: jobid, jobcmd, and how they ended."""
-        ids = self.ids_in(jobix, states=("failed",), stage=None)
+        ids = self.ids(execute, jobix, ("failed",), None)
         keys = [{"jobix": jobix, "jobid": i} for i in sorted(ids)[:limit]]
         return [execute(SQL.LAST_ATTEMPT, key).fetchone() for key in keys]
 
@@ -4410,6 +4915,9 @@ class Application:
     def open(self):
         """Return the Store of this process; raise Error 503 without one."""
         with self.mutex:
+            if self.store and self.store.lock.lost:
+                self.store.close()
+                self.store = None
             if self.store is None:
                 try:
                     self.store = self.make()
@@ -4504,11 +5012,6 @@ def write_snapshot(folder, seen):
     return path
 
 
-def say(line):
-    """Write a line for a person, on standard error."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def keep_snapshots(store, folder, ending):
     """Write a snapshot of the own jobs every minute, and one at the end."""
     told, over = None, False
@@ -4542,6 +5045,12 @@ def is_local(server):
     return ipaddress.ip_address(server.server_address[0]).is_loopback
 
 
+ALONE = (
+    "jobman.py: %s: so this server must be the only one, and reads wait for"
+    " writes, with a rollback journal instead of a WAL."
+)
+
+
 @contextlib.contextmanager
 def serving(options, access_file, jobix=None):
     """Serve `options.db` at `options.host` and port while the body runs.
@@ -4562,6 +5071,8 @@ def serving(options, access_file, jobix=None):
     except BaseException:
         server.server_close()
         raise
+    if server.store.place.alone:
+        say(ALONE % server.store.place.finding())
     url = options.url or "%s://%s:%d" % (
         "https" if tls else "http",
         socket.gethostname() if options.host in ("", "0.0.0.0")
@@ -4689,11 +5200,12 @@ def serve(options):
             )
             keeper.start()
             stack.callback(keeper.join)
+            stack.callback(ending.set)
         print(announcement(options, access_file, access), flush=True)
         if not server.tls and not is_local(server):
             say(PLAIN_HTTP)
         while not ending.wait(1):  # a signal just before it goes unheard
-            pass
+            server.store.lock.need()
     return 0
 
 
@@ -5147,6 +5659,7 @@ def follow(this, worker, progress, ending):
         if ending.wait(0.05):
             raise Interrupted("Interrupted", ending.number)
         over, *figures = this.figures()
+        this.store.lock.need()
         if this.error:
             raise Trouble("The jobs can't be added: %s" % this.error)
         status = worker.ended()
@@ -5210,16 +5723,33 @@ def run(options):
 
 
 @contextlib.contextmanager
-def looking(path):
-    """Hand out the `execute` of one snapshot of a database, served or not.
+def reserved(path):
+    """Hand out the Place of a database that is to be looked at.
 
-    All is read through SQLite. Raises Trouble when it isn't jobman's, or
-    can't be read.
+    Where a server needs the database alone, so do we: then it is ours for
+    that time, and Trouble says who has it else.
     """
     if not os.path.exists(path):
         raise Trouble("There is no database %s." % path)
     with telling(path), contextlib.ExitStack() as stack:
-        connection = connect(path, readonly=True)
+        place = Place(path)
+        if place.alone:
+            inspect(path)
+            stack.enter_context(ServerLock(place, shared=False))
+            leave_wal(place)
+        yield place
+
+
+@contextlib.contextmanager
+def looking(place):
+    """Hand out the `execute` of one snapshot of the database at a place.
+
+    All is read through SQLite. Raises Trouble when it isn't jobman's, or
+    can't be read.
+    """
+    path = place.path
+    with telling(path), contextlib.ExitStack() as stack:
+        connection = connect(path, readonly=True, vfs=place.vfs)
         stack.callback(connection.close)
         execute = connection.execute
         execute("begin")
@@ -5232,18 +5762,18 @@ def looking(path):
 
 def backup(options):
     """Copy a database into a new file, also while a server has it."""
-    with looking(options.db) as execute:
-        pages, page = (
-            execute("pragma " + size).fetchone()[0]
-            for size in ("page_count", "page_size")
-        )
-
     def show(size):
         part = min(1, size / (pages * page))
         sys.stderr.write("\r%s\033[K\r" % bar(part))
 
     more = [show] if sys.stderr.isatty() else []
-    jobs = copy_database(options.db, options.file, *more)
+    with reserved(options.db) as place:
+        with looking(place) as execute:
+            pages, page = (
+                execute("pragma " + size).fetchone()[0]
+                for size in ("page_count", "page_size")
+            )
+        jobs = copy_database(place, options.file, *more)
     if more:
         sys.stderr.write("\033[K")
     print("%s: %d jobs, %d bytes" % (
@@ -5326,7 +5856,7 @@ def findings(look, execute):
 def check(options):
     """Look whether a database is whole, also while a server has it."""
     wrong = False
-    with looking(options.db) as execute:
+    with reserved(options.db) as place, looking(place) as execute:
         for name, look in CHECKS:
             found = findings(look, execute)
             text = "wrong: " + "; ".join(found) if found else "ok"

@@ -8824,14 +8824,13 @@ class StartTest(TemporaryFolder):
         self.assertEqual(["jobs.db"], os.listdir(self.folder))
 
     def test_a_lock_that_was_given_up_as_it_was_taken_is_taken_anew(self):
-        path = self.path("jobs.db")
-        first = jobman.ServerLock(path, shared=False)
+        place = jobman.Place(self.path("jobs.db"))
+        first = jobman.ServerLock(place, shared=False)
 
         class Late(jobman.ServerLock):
-            def take(self, kind):
-                if os.path.exists(path + ".lock"):
-                    first_ends()
-                super().take(kind)
+            def lock_file(self, kind):
+                first_ends()
+                super().lock_file(kind)
 
         def first_ends():
             if not ended:
@@ -8839,9 +8838,9 @@ class StartTest(TemporaryFolder):
                 first.close()
 
         ended = []
-        with Late(path, shared=False):
+        with Late(place, shared=False):
             with self.assertRaises(jobman.Trouble):
-                jobman.ServerLock(path, shared=False)
+                jobman.ServerLock(place, shared=False)
         self.assertEqual([], os.listdir(self.folder))
 
     def test_a_disk_that_is_full_before_the_tables_are_made(self):
@@ -9022,8 +9021,8 @@ class CareTest(TemporaryFolder):
             for jobid in itertools.islice(new, 1):
                 self.post(address, "/set", {jobid: {"jobstage": 0}})
 
-        jobs = jobman.copy_database(
-            self.path("jobman.db"), self.path("copy"), show)
+        place = jobman.Place(self.path("jobman.db"))
+        jobs = jobman.copy_database(place, self.path("copy"), show)
         self.assertEqual(40000, jobs)
         self.assertEqual([], list(new))
         self.assertWhole("copy")
@@ -9031,7 +9030,8 @@ class CareTest(TemporaryFolder):
     def test_who_looks_sees_one_moment_and_holds_up_nobody(self):
         _, address = self.serve("--db", "jobman.db")
         self.post(address, "/set", {1: {"jobstage": 0}})
-        with jobman.looking(self.path("jobman.db")) as execute:
+        place = jobman.Place(self.path("jobman.db"))
+        with jobman.looking(place) as execute:
             self.post(address, "/set", {2: {"jobstage": 0}})
             seen = execute("select jobid from job").fetchall()
         self.assertEqual([(1,)], [tuple(row) for row in seen])
