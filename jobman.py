@@ -785,10 +785,11 @@ def posix_locks(first, second):
         fcntl.lockf(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return "fail"
-    whole_file = struct.pack("hhqqi8x", fcntl.F_WRLCK, 0, 0, 0, 0)
-    kept_off = refused(fcntl.fcntl, second, OFD_SETLK, whole_file) \
-        or refused_elsewhere(second)
-    return "work" if kept_off else "lie"
+    for kind in (fcntl.F_WRLCK, fcntl.F_UNLCK):
+        whole_file = struct.pack("hhqqi8x", kind, 0, 0, 0, 0)
+        if refused(fcntl.fcntl, second, OFD_SETLK, whole_file):
+            return "work"
+    return "work" if refused_elsewhere(second) else "lie"
 
 
 def flocks_work(first, second):
@@ -5046,8 +5047,8 @@ def is_local(server):
 
 
 ALONE = (
-    "jobman.py: %s: so this server must be the only one, and reads wait for"
-    " writes, with a rollback journal instead of a WAL."
+    "jobman.py: %s: so only this server may have it, its reads wait for"
+    " writes, and it keeps a rollback journal instead of a WAL."
 )
 
 

@@ -9421,6 +9421,909 @@ class CareTest(TemporaryFolder):
         self.assertEqual({"old.db"}, left)
 
 
+SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+
+/* Locks that are given to everybody ($LOCKS is lie) or to nobody (fail). */
+static int pretend(void)
+{
+    if (!strcmp(getenv("LOCKS"), "lie"))
+        return 0;
+    errno = ENOLCK;
+    return -1;
+}
+
+static int is_about_locks(int command, void *argument)
+{
+    switch (command) {
+    case F_GETLK: case F_OFD_GETLK:
+        ((struct flock *)argument)->l_type = F_UNLCK;
+        return 1;
+    case F_SETLK: case F_SETLKW: case F_OFD_SETLK: case F_OFD_SETLKW:
+        return 1;
+    }
+    return 0;
+}
+
+#define CONTROL(NAME)                                                   \
+    int NAME(int file, int command, ...)                                \
+    {                                                                   \
+        int (*real)(int, int, ...) =                                    \
+            (int (*)(int, int, ...))dlsym(RTLD_NEXT, #NAME);            \
+        va_list arguments;                                              \
+        void *argument;                                                 \
+        va_start(arguments, command);                                   \
+        argument = va_arg(arguments, void *);                           \
+        va_end(arguments);                                              \
+        if (is_about_locks(command, argument))                          \
+            return pretend();                                           \
+        return real(file, command, argument);                           \
+    }
+CONTROL(fcntl)
+CONTROL(fcntl64)
+
+int flock(int file, int operation)
+{
+    return pretend();
+}
+"""
+
+
+def compile_shim(folder):
+    """Compile the SHIM; return its path, None without a compiler."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler:
+        path = os.path.join(folder, "shim.so")
+        command = [compiler, "-shared", "-fPIC", "-xc", "-", "-o", path]
+        subprocess.run(
+            [*command, "-ldl"], input=SHIM.encode(), check=True)
+        return path
+
+
+class FileSystemTest(TemporaryFolder):
+    """A server finds out what its database is on."""
+
+    MOUNTS = r"""
+20 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+21 20 0:20 / /proc rw - proc proc rw
+22 20 0:30 / /home rw,relatime shared:2 master:1 - nfs4 login1:/home rw
+23 22 8:2 / /home/fast rw - xfs /dev/sdb1 rw
+24 20 0:31 / /a/b rw - lustre 10.0.0.1@o2ib:/scratch rw
+25 20 0:32 / /with\040space\134 rw - fuse.sshfs me@there:/a\040b rw
+26 20 8:3 / /twice rw - nfs4 login1:/twice rw
+27 26 8:3 / /twice rw - ext4 /dev/sdc1 rw
+28 20 0:33 / /win rw - fuseblk /dev/sdd1 rw
+29 20 0:34 / /odd rw - nfs odd" - "name rw
+"""
+
+    def mounts(self, text):
+        """Let jobman see other mounts than there are."""
+        path = self.path("mountinfo")
+        with open(path, "w") as file:
+            file.write(text)
+        self.replace("MOUNTINFO", path)
+
+    def test_a_folder_is_on_its_nearest_mount(self):
+        self.mounts(self.MOUNTS)
+        for folder, found in (
+            ("/", ("ext4", "/dev/sda1")),
+            ("/homely", ("ext4", "/dev/sda1")),
+            ("/home", ("nfs4", "login1:/home")),
+            ("/home/me/data", ("nfs4", "login1:/home")),
+            ("/home/fast/me", ("xfs", "/dev/sdb1")),
+            ("/a/b", ("lustre", "10.0.0.1@o2ib:/scratch")),
+            ("/a/bc", ("ext4", "/dev/sda1")),
+            ("/a", ("ext4", "/dev/sda1")),
+            ("/with space\\/x", ("fuse.sshfs", "me@there:/a b")),
+            ("/twice/x", ("ext4", "/dev/sdc1")),
+        ):
+            self.assertEqual(found, jobman.mounted(folder), folder)
+
+    def test_a_link_is_followed_to_where_the_database_is(self):
+        os.mkdir(self.path("real"))
+        os.symlink("real", self.path("link"))
+        os.symlink("real/jobs.db", self.path("jobs.db"))
+        real = os.path.realpath(self.path("real"))
+        self.mounts("1 0 8:1 / / rw - ext4 /dev/sda1 rw\n"
+                    "2 1 0:9 / %s rw - nfs far rw\n" % real)
+        for name in ("link/jobs.db", "jobs.db"):
+            place = jobman.Place(self.path(name))
+            self.assertEqual("nfs", place.kind)
+            self.assertEqual(os.path.join(real, "jobs.db"), place.file)
+        with contextlib.closing(jobman.Store(self.path("link", "jobs.db"))):
+            with self.assertRaises(jobman.Trouble):
+                jobman.Store(self.path("jobs.db"))
+
+    def test_what_other_hosts_may_write_to_is_had_alone(self):
+        for kind, alone in (
+            ("nfs", True), ("nfs4", True), ("lustre", True), ("gpfs", True),
+            ("beegfs", True), ("fhgfs", True), ("cifs", True),
+            ("smb3", True), ("ceph", True), ("panfs", True), ("afs", True),
+            ("9p", True), ("pvfs2", True), ("orangefs", True),
+            ("fuse.sshfs", True), ("fuse.glusterfs", True),
+            ("ext4", False), ("xfs", False), ("tmpfs", False),
+            ("fuseblk", False), ("overlay", False), ("btrfs", False),
+        ):
+            self.mounts("1 0 8:1 / / rw - %s what rw\n" % kind)
+            place = jobman.Place(self.path("jobs.db"))
+            self.assertEqual(alone, place.alone, kind)
+            self.assertEqual("unix", place.vfs)
+            self.assertIn("%s (what)" % kind, place.finding())
+
+    def test_without_mountinfo_a_file_system_is_taken_for_local(self):
+        self.replace("MOUNTINFO", self.path("none"))
+        self.assertFalse(jobman.Place(self.path("jobs.db")).alone)
+
+    def test_locks_are_tried_and_leave_nothing(self):
+        self.assertFalse(jobman.Place(self.path("jobs.db")).alone)
+        self.replace("OFD_SETLK", 999)  # as on an older kernel
+        self.assertFalse(jobman.Place(self.path("jobs.db")).alone)
+        self.assertEqual([], os.listdir(self.folder))
+        nowhere = jobman.Place(self.path("nowhere", "jobs.db"))
+        self.assertFalse(nowhere.alone)
+
+    def test_each_kind_of_lock_is_tried(self):
+        with open(self.path("file"), "wb") as first, \
+                open(self.path("file"), "rb+") as second, \
+                open(self.path("file"), "rb") as unfit, \
+                open(self.path("other"), "wb") as other:
+            self.assertEqual("work", jobman.posix_locks(first, second))
+            self.assertEqual("lie", jobman.posix_locks(first, other))
+            self.assertEqual("fail", jobman.posix_locks(unfit, second))
+            self.assertTrue(jobman.flocks_work(first, second))
+            self.assertFalse(jobman.flocks_work(first, other))
+
+    def test_sqlite_is_without_a_second_connection_there(self):
+        self.mounts("1 0 8:1 / / rw - nfs far rw\n")
+        path = self.path("jobs.db")
+        with contextlib.closing(jobman.Store(path)) as store:
+            store.init(7, [1, 2, 3])
+            self.assertEqual(3, len(store.lifetimes(7)))
+            execute = store.writer.connection.execute
+            self.assertEqual(
+                ["exclusive", "persist", 2],
+                [execute("pragma " + name).fetchone()[0] for name in
+                 ("locking_mode", "journal_mode", "synchronous")])
+            self.assertEqual([], list(store.readers.idle))
+            other = sqlite3.connect(path, timeout=0)
+            with contextlib.closing(other):
+                with self.assertRaisesRegex(sqlite3.Error, "locked"):
+                    other.execute("select * from job")
+        self.assertEqual(
+            {"jobs.db", "mountinfo"}, set(os.listdir(self.folder)))
+
+
+class AloneCase(TemporaryFolder):
+    """A database that only one connection can have."""
+
+    locks = None  # what the shim does of them; None: mounts make it alone
+    said = r"is on nfs4 \(far\):"
+    MOUNTS = "jobman.MOUNTINFO = 'mountinfo'"
+    start = changed("jobman", MOUNTS)
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        if cls.locks:
+            cls.shim_folder = tempfile.mkdtemp(prefix="jobman-test-")
+            cls.shim = compile_shim(cls.shim_folder)
+
+    @classmethod
+    def tearDownClass(cls):
+        if cls.locks:
+            shutil.rmtree(cls.shim_folder)
+        super().tearDownClass()
+
+    def setUp(self):
+        super().setUp()
+        self.usual = dict(self.environment)
+        if self.locks:
+            if not self.shim:
+                self.skipTest("no C compiler")
+            self.environment.update(LD_PRELOAD=self.shim, LOCKS=self.locks)
+        with open(self.path("mountinfo"), "w") as file:
+            file.write("1 0 8:1 / / rw - nfs4 far rw\n")
+        self.db = self.path("jobman.db")
+
+    def serve(self, *argv, **options):
+        """Start a server that is alone."""
+        options.setdefault("start", self.start)
+        return super().serve(*argv, **options)
+
+    def kill(self, process):
+        """Kill a server; return what it said on standard error."""
+        process.kill()
+        process.wait()
+        return process.stderr.read().decode()
+
+    def call(self, address, path, value=None):
+        """Make a call that succeeds; return its text."""
+        method, body = ("GET", None) if value is None else \
+            ("POST", packed(value))
+        reply = exchange(address, method, path, body, {"jobix": "7"})
+        self.assertEqual(200, reply.status, (path, reply.text))
+        return reply.text
+
+    def jobs(self, *ids):
+        """Return jobs as /set takes them."""
+        return {jobid: {"jobstage": 0, "laststage": 2} for jobid in ids}
+
+    def run_jobman(self, *argv):
+        """Run a command of jobman's to its end, where all is alone."""
+        return self.command(*self.start, *argv)
+
+    def assertWhole(self, jobs):
+        """Assert that nothing is wrong with the database when it is free."""
+        status, out, err = self.run_jobman("check")
+        self.assertEqual((0, ""), (status, err), out)
+        counted = rows(self.db, "select count(*) as n from job")
+        self.assertEqual([{"n": jobs}], counted)
+
+
+class NetworkTest(AloneCase):
+    """On a network file system, though its locks seem to work."""
+
+    def test_it_says_so_and_does_without_a_wal(self):
+        process, address = self.serve()
+        self.call(address, "/set", self.jobs(1))
+        self.assertEqual(b"\1\1", read(self.db)[18:20])
+        names = set(os.listdir(self.folder))
+        self.assertEqual({".jobman", "jobman.db", "jobman.db-journal",
+                          "jobman.db.lock", "mountinfo"}, names)
+        process.terminate()
+        status, _, err = self.finish(process)
+        self.assertEqual(0, status)
+        self.assertRegex(err, r"\Ajobman\.py: jobman\.db [^\n]+\n\Z")
+        self.assertRegex(err, self.said)
+        self.assertEqual(
+            {".jobman", "jobman.db", "mountinfo"},
+            set(os.listdir(self.folder)))
+
+    def work_on(self, address, number, ending, added, done):
+        """Add jobs, claim and update them, and look, until the server goes."""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            for jobid in itertools.count(1000 * number):
+                self.call(address, "/set", self.jobs(jobid))
+                added.append(jobid)
+                job = json.loads(self.call(address, "/get/0?lease=60"))
+                if job != "nada":
+                    path = "/update_job/%(jobid)d/2?claim=%(claim)s" % job
+                    self.call(address, path, {})
+                    done.append(job["jobid"])
+                for path in ("/status", "/jobs", "/job/%d" % jobid,
+                             "/workers", "/failures", "/pace", "/health"):
+                    self.call(address, path)
+
+    def test_nothing_that_was_answered_is_lost_by_a_kill(self):
+        added, done = [], []
+        for first in (1, 5):
+            process, address = self.serve()
+            threads = [
+                threading.Thread(target=self.work_on, args=(
+                    address, number, None, added, done))
+                for number in range(first, first + 4)
+            ]
+            for thread in threads:
+                thread.start()
+            enough = len(added) + 40
+            wait_for(lambda n=enough: len(added) >= n, "some jobs")
+            self.kill(process)
+            for thread in threads:
+                thread.join()
+        self.assertEqual(0, self.run_jobman("check")[0])
+        kept = {row["jobid"]: row["stage"]
+                for row in rows(self.db, "select jobid, stage from job")}
+        self.assertEqual(set(), set(added) - set(kept))
+        self.assertEqual({2}, {kept[jobid] for jobid in done})
+        self.assertEqual(len(done), len(set(done)))
+
+    def test_a_second_server_is_told_who_has_it(self):
+        process, address = self.serve()
+        for argv in (["serve", "--port", "0"], ["check"], ["backup", "copy"],
+                     ["run", "--db", "jobman.db", "true {}", ":::", "1"]):
+            status, out, err = self.run_jobman(*argv)
+            self.assertEqual((1, ""), (status, out))
+            holder = r"process %d on %s" % (process.pid, socket.gethostname())
+            self.assertRegex(err, r"\Ajobman\.py: .*\(%s\)[^\n]*\.\n\Z"
+                             % holder)
+        self.call(address, "/set", self.jobs(1))
+        self.assertIn("jobman.db.lock", os.listdir(self.folder))
+
+    def test_it_cannot_be_shared(self):
+        status, out, err = self.run_jobman("serve", "--port", "0", "--shared")
+        self.assertEqual((1, ""), (status, out))
+        self.assertRegex(err, r"\Ajobman\.py: [^\n]*/dev/shm[^\n]*\.\n\Z")
+        self.assertRegex(err, self.said.rstrip(":"))
+        self.assertEqual(["mountinfo"], os.listdir(self.folder))
+
+    def test_wsgi_cannot_share_it(self):
+        code = (
+            "jobman.application({'REQUEST_METHOD': 'GET', 'wsgi.input': "
+            "sys.stdin.buffer, 'PATH_INFO': '/health'}, "
+            "lambda status, headers: print(status)); sys.exit()")
+        _, start = changed("jobman", code)
+        if not self.locks:
+            start = start.replace(code, self.MOUNTS + "; " + code)
+        status, out, err = self.command("-c", start)
+        self.assertEqual((0, "503"), (status, out[:3]), err)
+        self.assertRegex(err, self.said.rstrip(":"))
+
+    def hot_wal(self):
+        """Make a database with what a usual server has left in its WAL."""
+        self.environment, alone = self.usual, self.environment
+        process, address = self.serve(start=(JOBMAN,))
+        self.call(address, "/set", self.jobs(*range(100)))
+        self.kill(process)
+        self.environment = alone
+        self.assertEqual(b"\2\2", read(self.db)[18:20])
+        self.assertGreater(os.path.getsize(self.db + "-wal"), 10000)
+
+    def test_what_a_killed_server_left_in_a_wal_is_taken_over(self):
+        self.hot_wal()
+        process, address = self.serve()
+        figures = json.loads(self.call(address, "/status"))
+        self.assertEqual(100, figures["totals"]["jobs"])
+        self.assertEqual(b"\1\1", read(self.db)[18:20])
+        self.assertFalse(os.path.exists(self.db + "-wal"))
+        self.assertFalse(os.path.exists(self.db + "-shm"))
+        self.kill(process)
+        self.assertWhole(100)
+
+    def test_backup_and_check_read_a_wal_that_was_left(self):
+        for argv, said in ((["backup", "copy"], "copy: 100 jobs"),
+                           (["check"], "integrity  ok")):
+            self.hot_wal()
+            status, out, err = self.run_jobman(*argv)
+            self.assertEqual((0, ""), (status, err))
+            self.assertIn(said, out)
+            for name in os.listdir(self.folder):
+                if name.startswith("jobman.db"):
+                    os.unlink(self.path(name))
+        self.assertEqual(
+            0, self.run_jobman("check", "--db", "copy")[0])
+
+    def test_on_a_usual_file_system_it_has_a_wal_again(self):
+        process, address = self.serve()
+        self.call(address, "/set", self.jobs(1, 2))
+        self.kill(process)
+        self.environment = self.usual
+        process, address = self.serve(start=(JOBMAN,))
+        self.call(address, "/set", self.jobs(3))
+        self.assertEqual(b"\2\2", read(self.db)[18:20])
+        names = os.listdir(self.folder)
+        self.assertIn("jobman.db-wal", names)
+        self.assertNotIn("jobman.db-journal", names)
+
+    def test_an_older_schema_is_brought_up_to_date(self):
+        for mode in ("delete", "wal"):
+            with contextlib.closing(sqlite3.connect(self.db)) as old:
+                old.execute("pragma journal_mode = " + mode)
+                old.executescript(SCHEMA_1)
+            process, _ = self.serve()
+            self.kill(process)
+            self.assertEqual(
+                (jobman.SCHEMA_VERSION, 1),
+                (jobman.inspect(self.db), jobman.inspect(self.path(
+                    "jobman.db.schema1"))))
+            self.assertEqual(0, self.run_jobman("check")[0])
+            for name in os.listdir(self.folder):
+                if name.startswith("jobman.db"):
+                    os.unlink(self.path(name))
+
+    def test_a_journal_that_was_left_is_rolled_back(self):
+        process, address = self.serve()
+        self.call(address, "/set", self.jobs(*range(1000)))
+        self.kill(process)
+        code = (
+            "import os, sqlite3, sys; db = sqlite3.connect('file:jobman.db?"
+            "vfs=unix-none', uri=True, isolation_level=None)\n"
+            "db.execute('pragma cache_size = 1'); db.execute('begin')\n"
+            "db.execute('update job set stage = 5')\n"
+            "os.kill(os.getpid(), 9)")
+        self.command("-c", code)
+        self.assertNotEqual(b"\0", read(self.db + "-journal")[:1])
+        changed = read(self.db)
+        self.assertWhole(1000)
+        self.assertNotEqual(changed, read(self.db))
+        self.assertEqual(
+            [{"stage": 0}], rows(self.db, "select distinct stage from job"))
+
+    def test_a_run_goes_through(self):
+        argv = "run", "--db", "jobman.db", "echo {}", ":::", *"abc"
+        status, out, err = self.run_jobman(*argv)
+        self.assertEqual((0, ["a", "b", "c"]), (status, sorted(out.split())))
+        self.assertRegex(err, self.said)
+        status, out, err = self.run_jobman(
+            "run", "--db", "jobman.db", "false {}", ":::", "a")
+        self.assertEqual(1, status)
+        self.assertIn("1 failed", err)
+
+
+class FailingLocksTest(NetworkTest):
+    """On a file system where locks fail."""
+
+    locks = "fail"
+    said = r"where locks fail:"
+    start = (JOBMAN,)
+
+
+class LyingLocksTest(FailingLocksTest):
+    """On a file system where locks are given to everybody."""
+
+    locks = "lie"
+    said = r"where locks keep nobody off:"
+
+    TAKE = (
+        "import sys; sys.path.insert(0, %r); import jobman, time\n"
+        "lock = jobman.ServerLock\n"
+        "lock.STALE, lock.LOOK, lock.SETTLE = 0.5, 0.1, 0.5\n"
+        "sys.stdin.readline()\n"
+        "try:\n"
+        "    lock(jobman.Place('jobs.db'), shared=False)\n"
+        "except jobman.Trouble as trouble:\n"
+        "    sys.exit(str(trouble))\n"
+        "print('mine', flush=True)\n"
+        "time.sleep(60)" % HERE
+    )
+
+    def test_of_two_that_take_over_one_wins(self):
+        for n in range(3):
+            with open(self.path("jobs.db.lock"), "w") as file:
+                file.write("process %d on another host" % n)
+            pair = [
+                self.spawn("-c", self.TAKE, stdin=subprocess.PIPE)
+                for _ in range(2)
+            ]
+            for process in pair:
+                process.stdin.write(b"\n")
+                process.stdin.flush()
+            wait_for(lambda pair=pair: any(p.poll() for p in pair), "a loser")
+            loser, winner = sorted(pair, key=lambda p: p.poll() is None)
+            self.assertEqual(b"mine\n", winner.stdout.readline())
+            self.assertRegex(
+                loser.stderr.read().decode(),
+                r"(?m)^Another server .*process %d on" % winner.pid)
+            self.kill(winner)
+
+
+class FastLock(jobman.ServerLock):
+    """A lock that is as patient as a test."""
+
+    BEAT = 100  # by hand
+    STALE = 0.3
+    LOOK = 0.02
+    SETTLE = 0.02
+
+
+class LockTest(TemporaryFolder):
+    """Only one server has a database, and one that lost it stops."""
+
+    QUICK = (
+        "lock = jobman.ServerLock; lock.BEAT, lock.LOOK = 0.1, 0.05;"
+        "lock.STALE, lock.LIMIT, lock.SETTLE = 1.5, 0.5, 0.2"
+    )
+
+    def setUp(self):
+        super().setUp()
+        self.clock = Clock()
+        self.place = jobman.Place(self.path("jobs.db"))
+        self.lock_path = self.path("jobs.db.lock")
+
+    def lock(self, shared=False, **options):
+        """Take the lock, as a server does."""
+        lock = FastLock(self.place, shared=shared, **options)
+        self.addCleanup(lock.close)
+        return lock
+
+    def store(self, **options):
+        """Open a Store without a server."""
+        store = jobman.Store(self.path("jobs.db"), **options)
+        self.addCleanup(store.close)
+        return store
+
+    def make_alone(self):
+        """Let the database be where only one server can have it."""
+        with open(self.path("mountinfo"), "w") as file:
+            file.write("1 0 8:1 / / rw - nfs4 far rw\n")
+        self.replace("MOUNTINFO", self.path("mountinfo"))
+        self.place = jobman.Place(self.path("jobs.db"))
+
+    def holder(self, **said):
+        """Return what another server has in the lock file, as a dict."""
+        return dict({
+            "host": "far", "pid": 17, "start": 4, "key": "other", "beat": 1,
+            "machine": ["another boot", "pid:[1]"],
+        }, **said)
+
+    def write(self, holder):
+        """Write another server's content, or a text, into the lock file."""
+        if isinstance(holder, dict):
+            holder = json.dumps(holder)
+        file = os.open(self.lock_path, os.O_CREAT | os.O_WRONLY, 0o600)
+        os.pwrite(file, holder.encode().ljust(512), 0)
+        os.close(file)
+
+    def refusal(self, **options):
+        """Return the sentence with which the lock is refused."""
+        with self.assertRaises(jobman.Trouble) as refused:
+            self.lock(**options)
+        return str(refused.exception)
+
+    def taken(self, **options):
+        """Take the lock; return it and what was said meanwhile."""
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            return self.lock(**options), said.getvalue()
+
+    # To take it
+
+    def test_who_has_it_is_named(self):
+        process, _ = self.serve("--db", "jobs.db")
+        name = "process %d on %s" % (process.pid, socket.gethostname())
+        for more in ([], ["--shared"]):
+            status, out, err = self.command(
+                JOBMAN, "serve", "--port", "0", "--db", "jobs.db", *more)
+            self.assertEqual((1, ""), (status, out))
+            self.assertIn("(%s): end that one first" % name, err)
+            self.assertEqual(1, err.count("\n"))
+
+    def test_after_a_kill_the_next_has_it_at_once(self):
+        process, _ = self.serve("--db", "jobs.db")
+        process.kill()
+        process.wait()
+        process, _ = self.serve("--db", "jobs.db")
+        process.terminate()
+        status, _, err = self.finish(process)
+        self.assertEqual((0, ""), (status, err))
+
+    def test_the_file_says_who_has_it_and_is_private(self):
+        self.lock()
+        said = json.loads(read(self.lock_path).decode())
+        self.assertEqual(
+            (os.getpid(), socket.gethostname(), 1),
+            (said["pid"], said["host"], said["beat"]))
+        self.assertEqual(jobman.start_of(os.getpid()), said["start"])
+        self.assertEqual(
+            0o600, stat.S_IMODE(os.stat(self.lock_path).st_mode))
+
+    def test_a_holder_elsewhere_that_beats_keeps_it(self):
+        ending = threading.Event()
+
+        def beat():
+            for n in itertools.count():
+                self.write(self.holder(beat=n))
+                if ending.wait(0.1):
+                    return
+
+        beater = threading.Thread(target=beat)
+        beater.start()
+        self.addCleanup(beater.join)
+        self.addCleanup(ending.set)
+        wait_for(lambda: os.path.exists(self.lock_path), "a beat")
+        for shared in (False, True):
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                sentence = self.refusal(shared=shared)
+            self.assertIn("process 17 on far", sentence)
+            self.assertRegex(
+                said.getvalue(), r"\Ajobman\.py: process 17 on far .*\n\Z")
+        self.assertEqual("other", json.loads(read(self.lock_path).decode())
+                         ["key"])
+
+    def test_a_holder_elsewhere_that_is_silent_loses_it(self):
+        for shared in (False, True):
+            self.write(self.holder())
+            began = time.monotonic()
+            lock, said = self.taken(shared=shared)
+            self.assertGreaterEqual(
+                time.monotonic() - began, FastLock.STALE)
+            self.assertRegex(
+                said, r"\Ajobman\.py: process 17 on far .* waiting .*\n\Z")
+            lock.close()
+            self.assertEqual([], os.listdir(self.folder))
+
+    def test_what_was_there_before_may_be_anything(self):
+        for content in (
+            "process 1 on host", "\0" * 300, "[1]", "{}", '{"pid": "x"}',
+            "\xff\xfe", "[" * 500, '{"machine": [], "pid": 1, "start": []}',
+            '{"machine": 5, "pid": 1e999}', '{"pid": 1, "host": null}',
+        ):
+            self.write(content)
+            lock, said = self.taken()
+            self.assertIn("waiting", said)
+            lock.check()
+            lock.close()
+
+    def test_an_empty_file_is_looked_at_twice(self):
+        open(self.lock_path, "w").close()
+        lock, said = self.taken()
+        self.assertEqual("", said)
+        lock.check()
+
+    def test_after_a_flock_who_was_on_this_kernel_is_gone(self):
+        self.write(self.holder(machine=jobman.machine(), pid=os.getpid(),
+                               start=jobman.start_of(os.getpid())))
+        lock, said = self.taken()
+        self.assertEqual("", said)
+        lock.check()
+
+    def test_without_flock_a_process_of_this_machine_is_looked_for(self):
+        self.make_alone()
+        self.place.flocks = False
+        here = {"machine": jobman.machine(), "host": "here"}
+        process = self.spawn("-c", "import time; time.sleep(60)")
+        start = jobman.start_of(process.pid)
+        self.write(self.holder(pid=process.pid, start=start, **here))
+        self.assertIn("process %d on here" % process.pid, self.refusal())
+        self.write(self.holder(pid=process.pid, start=start + 1, **here))
+        lock, said = self.taken()  # another had that number
+        self.assertEqual("", said)
+        lock.close()
+        self.write(self.holder(pid=process.pid, start=start, **here))
+        process.kill()  # and isn't waited for
+        wait_for(lambda: jobman.start_of(process.pid) is None, "a zombie")
+        lock, said = self.taken()
+        self.assertEqual("", said)
+
+    def test_who_takes_over_looks_again_where_locks_are_no_good(self):
+        self.make_alone()
+        self.write(self.holder())
+
+        class Slow(FastLock):
+            def write(lock):
+                super().write()
+                self.write(self.holder(key="faster", pid=18))
+
+        with contextlib.redirect_stderr(io.StringIO()):
+            with self.assertRaisesRegex(jobman.Trouble, "process 18 on far"):
+                Slow(self.place, shared=False)
+        self.assertIn(b"faster", read(self.lock_path))
+
+    # To keep it
+
+    def test_it_beats(self):
+        self.serve("--db", "jobs.db", start=changed("jobman", self.QUICK))
+
+        def beat():
+            return json.loads(read(self.lock_path).decode())["beat"]
+
+        first = beat()
+        wait_for(lambda: beat() > first + 1, "beats")
+        self.assertEqual(512, os.path.getsize(self.lock_path))
+
+    def test_a_beat_leaves_alone_what_is_not_ours(self):
+        lock = self.lock()
+        self.write(self.holder())
+        before = read(self.lock_path)
+        lock.beat()
+        self.assertEqual(before, read(self.lock_path))
+        self.assertEqual("process 17 on far", lock.lost)
+        with self.assertRaisesRegex(jobman.Unavailable, "process 17 on far"):
+            lock.check()
+        with self.assertRaisesRegex(jobman.Trouble, "process 17 on far"):
+            lock.need()
+        lock.close()
+        self.assertEqual(before, read(self.lock_path))
+
+    def test_who_shares_it_beats_and_minds_no_other(self):
+        first, second = self.lock(shared=True), self.lock(shared=True)
+        for lock in (first, second, first):
+            lock.beat()
+            self.assertTrue(lock.is_ours())
+        for lock in (first, second):
+            lock.check()
+
+    def test_a_lock_file_that_is_gone_is_noticed_at_once(self):
+        for shared in (False, True):
+            lock = self.lock(shared=shared)
+            lock.check()
+            os.unlink(self.lock_path)
+            with self.assertRaisesRegex(jobman.Unavailable, "removed"):
+                lock.check()
+            with self.lock(shared=shared) as newer:
+                with self.assertRaises(jobman.Unavailable):
+                    lock.check()
+                lock.close()
+                newer.check()
+                self.assertTrue(os.path.exists(self.lock_path))
+
+    def test_alone_nothing_is_changed_long_after_a_beat(self):
+        self.make_alone()
+        lock = self.lock(clock=self.clock)
+        self.clock.advance(lock.LIMIT)
+        lock.check()
+        self.clock.advance(0.1)
+        with self.assertRaisesRegex(jobman.Unavailable, "may be somebody's"):
+            lock.check()
+        self.assertIsNone(lock.lost)
+        lock.beat()  # somebody may be about to take it
+        with self.assertRaises(jobman.Unavailable):
+            lock.check()
+        self.clock.advance(lock.LIMIT)
+        lock.beat()
+        lock.check()
+
+    def test_a_usual_server_is_patient(self):
+        lock = self.lock(clock=self.clock)
+        self.clock.advance(10**6)
+        lock.check()
+
+    def test_a_beat_that_cannot_be_written_is_none(self):
+        self.make_alone()
+        lock = self.lock(clock=self.clock)
+        good = lock.file
+        lock.file = os.open(self.lock_path, os.O_RDONLY)
+        self.addCleanup(os.close, lock.file)
+        self.clock.advance(lock.LIMIT)
+        with self.assertRaises(OSError):
+            lock.beat()
+        lock.check()
+        self.clock.advance(1)
+        with self.assertRaises(jobman.Unavailable):
+            lock.check()
+        lock.file = good
+        for _ in range(2):
+            lock.beat()
+            self.clock.advance(1)
+        lock.check()
+
+    # To lose it
+
+    def entry(self, jobid):
+        """Return a job as columns."""
+        return dict(jobman.read_entry({"jobstage": 0}), jobid=jobid)
+
+    def test_nothing_is_changed_once_it_is_lost(self):
+        for alone in (False, True):
+            if alone:
+                self.make_alone()
+            store = self.store()
+            store.set(7, [self.entry(1)])
+            os.unlink(self.lock_path)
+            self.write(self.holder())
+            with self.assertRaisesRegex(jobman.Unavailable, "17 on far"):
+                store.set(7, [self.entry(2)])
+            store.close()
+            self.assertIn(b"far", read(self.lock_path))
+            os.unlink(self.lock_path)
+            kept = rows(self.path("jobs.db"), "select jobid from job")
+            self.assertEqual([{"jobid": 1}], kept)
+
+    def test_a_commit_is_not_made_if_it_was_lost_meanwhile(self):
+        store = self.store()
+
+        def lose(tx):
+            store.add(tx, 7, [self.entry(1)])
+            os.unlink(self.lock_path)
+
+        with self.assertRaisesRegex(jobman.Unavailable, "removed"):
+            store.writer.run(lose)
+        store.close()
+        self.assertEqual([], rows(self.path("jobs.db"), "select * from job"))
+
+    def test_who_lost_it_leaves_the_newer_ones_journal(self):
+        self.make_alone()
+        store = self.store()
+        store.set(7, [self.entry(1)])
+        path = self.path("jobs.db-journal")
+        older = os.stat(path).st_ino
+        os.unlink(self.lock_path)
+        other = sqlite3.connect(
+            "file:%s?vfs=unix-none" % self.path("jobs.db"), uri=True,
+            isolation_level=None)
+        self.addCleanup(other.close)
+        jobman.take_alone(other)
+        other.execute("begin immediate")
+        other.execute("update job set stage = 5")
+        newer = os.stat(path)
+        self.assertNotEqual(older, newer.st_ino)
+        before = read(path)
+        store.close()
+        self.assertEqual(
+            (before, newer.st_ino), (read(path), os.stat(path).st_ino))
+        other.execute("commit")
+
+    def test_a_wsgi_process_that_lost_it_takes_it_anew(self):
+        application = jobman.Application()
+        self.addCleanup(application.close)
+        environment = dict(self.environment,
+                           JOBMAN_DB=self.path("jobs.db"))
+        with replaced_environment(environment):
+            first = application.open()
+            self.assertIs(first, application.open())
+            os.unlink(self.lock_path)
+            with self.assertRaises(jobman.Unavailable):
+                first.init(7, [1])
+            second = application.open()
+        self.assertIsNot(first, second)
+        second.init(7, [1])
+        self.assertTrue(first.writer.closed)
+
+    def test_a_server_that_lost_it_ends_and_leaves_the_newer_ones_files(self):
+        process, address = self.serve(
+            "--db", "jobs.db", "--snapshot", self.folder,
+            start=changed("jobman", self.QUICK))
+        access = self.path(".jobman", "access.json")
+        os.unlink(self.lock_path)
+        self.write(self.holder())
+        with open(access + ".new", "w") as file:
+            file.write("newer")
+        os.replace(access + ".new", access)
+        headers = {"jobix": "7"}
+        with contextlib.suppress(OSError):
+            reply = exchange(address, "GET", "/init/5", headers=headers)
+            self.assertEqual(503, reply.status)
+            self.assertIn("process 17 on far", reply.text)
+        status, _, err = self.finish(process)
+        self.assertEqual(1, status)
+        self.assertRegex(
+            err, r"(?m)^jobman\.py: This server has lost .*17 on far.*\.$")
+        self.assertIn(b"far", read(self.lock_path))
+        self.assertEqual(b"newer", read(access))
+
+    def test_a_run_that_lost_it_ends(self):
+        process = self.spawn(
+            *changed("jobman", self.QUICK), "run", "--db", "jobs.db",
+            "sleep 60; {}", ":::", "true")
+        wait_for(lambda: os.path.exists(self.path("jobs.db.access")), "it")
+        os.unlink(self.lock_path)
+        status, _, err = self.finish(process)
+        self.assertEqual(1, status)
+        self.assertIn("has lost the database", err)
+
+
+class PausedTest(AloneCase):
+    """A server that was paused while another one took over."""
+
+    locks = "lie"
+    start = changed("jobman", LockTest.QUICK)
+    ELSEWHERE = changed(
+        "jobman", LockTest.QUICK
+        + "\njobman.machine = lambda: ['another boot', 'pid:[1]']")
+
+    def test_it_changes_nothing_when_it_is_woken_and_ends(self):
+        old, address = self.serve()
+        self.call(address, "/set", self.jobs(1))
+        os.kill(old.pid, signal.SIGSTOP)
+        new, new_address = self.serve(start=self.ELSEWHERE)
+        self.call(new_address, "/set", self.jobs(2))
+        access = read(self.path(".jobman", "access.json"))
+        lock = json.loads(read(self.path("jobman.db.lock")).decode())
+        self.assertEqual(new.pid, lock["pid"])
+        os.kill(old.pid, signal.SIGCONT)
+        with contextlib.suppress(OSError):
+            reply = exchange(address, "POST", "/set", packed(self.jobs(3)),
+                             {"jobix": "7"})
+            self.assertEqual(503, reply.status)
+        status, _, err = self.finish(old)
+        self.assertEqual(1, status)
+        self.assertRegex(err, "has lost .* to process %d on" % new.pid)
+        self.call(new_address, "/set", self.jobs(4))
+        self.assertEqual(access, read(self.path(".jobman", "access.json")))
+        self.assertIn("jobman.db.lock", os.listdir(self.folder))
+        new.terminate()
+        self.assertEqual(0, self.finish(new)[0])
+        self.assertWhole(3)
+
+    def test_it_goes_on_when_nobody_has_taken_over(self):
+        process, address = self.serve()
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(1)  # so long is the pause
+        os.kill(process.pid, signal.SIGCONT)
+
+        def changed():
+            reply = exchange(address, "POST", "/set", packed(self.jobs(1)),
+                             {"jobix": "7"})
+            return reply.status == 200
+
+        wait_for(changed, "a change")
+
+
 # --------------------------------------------------------- batch systems ---
 
 
