@@ -968,7 +968,7 @@ def open_draft(draft):
     """
     connection = connect(draft, readonly=False, vfs="unix-none")
     with contextlib.closing(connection):
-        connection.execute("pragma locking_mode = exclusive")
+        connection.execute("pragma main.locking_mode = exclusive")
         yield connection
 
 
