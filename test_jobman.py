@@ -393,9 +393,16 @@ class StoreCase(TemporaryFolder):
         self.assertCounts()
         return counted
 
+    vfs = "unix"
+
+    def look(self):
+        """Return a connection of our own to the database."""
+        path = "file:%s?vfs=%s" % (self.path("jobs.db"), self.vfs)
+        return sqlite3.connect(path, uri=True)
+
     def assertCounts(self):
         """Assert that the kept counts are those of the table."""
-        with contextlib.closing(sqlite3.connect(self.path("jobs.db"))) as db:
+        with contextlib.closing(self.look()) as db:
             kept = db.execute(
                 "select jobix, stage, state, jobs, expired from tally"
                 " where jobs or expired order by 1, 2, 3"
@@ -417,7 +424,7 @@ class StoreCase(TemporaryFolder):
 
     def attempts(self, *columns):
         """Return the rows of the table of attempts, in order."""
-        with contextlib.closing(sqlite3.connect(self.path("jobs.db"))) as db:
+        with contextlib.closing(self.look()) as db:
             chosen = ", ".join(columns)
             return db.execute(
                 "select %s from attempt order by row" % chosen
@@ -9844,6 +9851,29 @@ class NetworkTest(AloneCase):
             "run", "--db", "jobman.db", "false {}", ":::", "a")
         self.assertEqual(1, status)
         self.assertIn("1 failed", err)
+
+
+class AloneStore:
+    """A Store with one connection that has the database alone."""
+
+    vfs = "unix-none"  # to look past its lock
+
+    def setUp(self):
+        folder = self.make_folder()
+        mounts = os.path.join(folder, "mountinfo")
+        with open(mounts, "w") as file:
+            file.write("1 0 8:1 / / rw - nfs4 far rw\n")
+        self.replace("MOUNTINFO", mounts)
+        super().setUp()
+        self.assertTrue(self.store.place.alone)
+
+
+class AloneContractTest(AloneStore, ContractTest):
+    """The contract, where all goes through one connection."""
+
+
+class AloneShowTest(AloneStore, ShowTest):
+    """What is shown by the connection that writes."""
 
 
 class FailingLocksTest(NetworkTest):
