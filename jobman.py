@@ -1284,11 +1284,11 @@ class ServerLock:
         self.file, status = file, os.fstat(file)
         self.node = status.st_dev, status.st_ino
         self.lock_file(fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX)
+        if not new:
+            self.need_free()
         if not self.in_place():  # its last holder ended
             self.file = os.close(file)
             return
-        if not new:
-            self.need_free()
         self.taken = True
         self.last = self.sure = self.clock()
         self.write()
@@ -1317,12 +1317,12 @@ class ServerLock:
         )
 
     def need_free(self):
-        """Return when nobody has the database any more.
+        """Return when nobody has the database any more, or the file is gone.
 
         Raises Trouble as soon as it shows that somebody has.
         """
         content, changed = self.read(), False
-        while self.is_there(content) is not False:
+        while self.in_place() and self.is_there(content) is not False:
             if changed or self.is_there(content):
                 raise self.trouble(content)
             later = self.watch(content)
@@ -1336,14 +1336,16 @@ class ServerLock:
         holder, here = read_holder(content), machine()
         if self.place.flocks and (holder["machine"] or [0])[0] == here[0]:
             return False  # this kernel would have kept us off
-        if holder["machine"] == here and holder["start"] is not None:
+        said = None not in (holder["pid"], holder["start"])
+        if said and holder["machine"] == here:
             return start_of(holder["pid"]) == holder["start"]
         return None
 
     def watch(self, content):
         """Return what the file has when that changes, or after STALE."""
-        end = self.clock() + (self.STALE if content else self.SETTLE)
-        if content:
+        starting = not content and self.place.flocks  # or was killed then
+        end = self.clock() + (self.SETTLE if starting else self.STALE)
+        if not starting:
             say("jobman.py: %s may still have the database %s: waiting %d s"
                 " for a sign of life." % (
                     name_holder(content), self.place.path, self.STALE))

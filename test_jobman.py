@@ -10074,6 +10074,28 @@ class LockTest(TemporaryFolder):
         lock, said = self.taken()
         self.assertEqual("", said)
         lock.check()
+        lock.close()
+        self.make_alone()
+        self.place.flocks = False
+        open(self.lock_path, "w").close()
+        _, said = self.taken()
+        self.assertIn("waiting", said)
+
+    def test_a_file_that_goes_while_it_is_watched_is_made_anew(self):
+        self.write(self.holder())
+
+        class Watching(FastLock):
+            STALE = 60
+
+            def read(lock):
+                content = super().read()
+                if os.path.exists(self.lock_path) and b"far" in content:
+                    os.unlink(self.lock_path)
+                return content
+
+        with contextlib.redirect_stderr(io.StringIO()):
+            with Watching(self.place, shared=False) as lock:
+                lock.check()
 
     def test_after_a_flock_who_was_on_this_kernel_is_gone(self):
         self.write(self.holder(machine=jobman.machine(), pid=os.getpid(),
@@ -10093,6 +10115,10 @@ class LockTest(TemporaryFolder):
         self.write(self.holder(pid=process.pid, start=start + 1, **here))
         lock, said = self.taken()  # another had that number
         self.assertEqual("", said)
+        lock.close()
+        self.write(self.holder(pid=None, start=start, **here))
+        lock, said = self.taken()
+        self.assertIn("waiting", said)
         lock.close()
         self.write(self.holder(pid=process.pid, start=start, **here))
         process.kill()  # and isn't waited for
