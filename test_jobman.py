@@ -32,11 +32,13 @@ import socketserver
 import sqlite3
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 import unittest
 import urllib.error
 import urllib.parse
@@ -46,6 +48,7 @@ import wsgiref.simple_server
 import wsgiref.util
 import wsgiref.validate
 import zlib
+from collections import Counter
 
 import jobman
 import worker
@@ -200,6 +203,17 @@ class TemporaryFolder(unittest.TestCase):
             process.kill()
             self.fail("no server: %r %r" % (line, process.stderr.read()))
         return process, (found.group(1), int(found.group(2)))
+
+
+class SeededCase(TemporaryFolder):
+    """A test by chance, which JOBMAN_SEED repeats; `wrong` until its end."""
+
+    def setUp(self):
+        super().setUp()
+        seed = int(os.environ.get("JOBMAN_SEED") or random.randrange(10**6))
+        self.random = random.Random(seed)
+        self.addCleanup(lambda: self.wrong and print("JOBMAN_SEED=%d" % seed))
+        self.wrong = True
 
 
 def changed(module, changes):
@@ -3550,11 +3564,723 @@ def replaced_environment(environment):
         os.environ.update(kept)
 
 
+# ------------------------------------------------------------------ fuzz ---
+
+# For each address, a body that is right, and options. Other addresses get {}.
+BODIES = {
+    "set": {"1": {"jobstage": 0, "jobcmd": ["x", {"y": 1.5}], "priority": 1,
+                  "laststage": 4, "max_attempts": 2, "timeout": 9, "cwd": "c",
+                  "outputs": ["o"], "filename": "f"},
+            "2": {"jobstage": 2}},
+    "submit": {"key": "k", "jobs": [{"jobstage": 0}, {"jobstage": 1}]},
+    "update_job": {"filename": "f", "jobcmd": {"z": [1]}, "files": made("a"),
+                   "exit_code": 0, "seconds": 1.5},
+    "update_jobs": [{"jobid": 1, "jobstage": 2, "claim": "t"},
+                    {"jobid": 2, "jobstage": 0, "filename": "f"}],
+    "fail_job": {"error": "e", "stderr": "s", "exit_code": 1, "seconds": 2},
+    "reject_job": {"files": made("a"), "error": "e"},
+    "heartbeat": {"worker": "w", "lease": 60, "claims": [[1, "t"]],
+                  "host": "h", "stages": [0], "slots": 2, "busy": 1,
+                  "ended": False, "quarantine": ""},
+    "retry": {"ids": [1, 2]},
+    "cancel": {"stage": 2, "state": "waiting"},
+}
+OPTIONS = {
+    "get": ("worker=w", "lease=60", "n=2", "wait=1", "lease=0.001"),
+    "update_job": ("claim=t",),
+    "fail_job": ("claim=t",),
+    "reject_job": ("claim=t",),
+    "release_job": ("claim=t",),
+    "jobs": ("stage=0", "state=waiting", "order=id", "limit=5", "after=1"),
+    "pace": ("minutes=9",),
+}
+ODD_PARTS = (
+    "", "-1", "1.5", "9" * 25, "9" * 400, "%00", "%2e%2e", "..", "%", "%zz",
+    "%ff", "%D9%A1", "\xd9\xa1", "1%20", "+1", "0x1", "1_0", "%2F", "0,1,2",
+    ",", "NaN", "1e9", "x" * 3000, "'", '"', "<b>", "\\", "*", "a:b", "a b",
+    "1#2", "%0d%0aX:%20y", "\x7f", "\xff", "%ED%A0%80", "{}", "1000001",
+)
+ODD_TARGETS = (
+    "*", "", "http://", "http://x", "http:///status", "https://x/status",
+    "http://[::1/status", "//status", "status", "/../status", "///", "/\\",
+    "x:443", "/?", "?", "/status?" + "&" * 3000, "/status#x", "/%", "ftp://x/",
+    "/" * 5000, "/get/0?wait=0\xff", "http://x:y@z/get/0", "/set/../get/0",
+)
+ODD_OPTIONS = (
+    "n=0", "n=-1", "n=" + "9" * 25, "n=" + "9" * 400, "n=1&n=2", "n=1_0",
+    "wait=NaN", "wait=1e9", "wait=-1", "wait=inf", "wait=", "wait=1000000001",
+    "lease=0", "lease=0.0", "lease=0.0000001", "lease=1e-9", "claim=",
+    "claim=%00", "claim=%ff", "claim=" + "x" * 65, "worker=", "worker=%00",
+    "worker=%ED%A0%80", "worker=" + "x" * 300, "unknown=1", "=", "&&", "%",
+    "a" * 5000, "after=1,2", "order=time&after=nan,1", "limit=0", "state=x",
+    "order=time&after=inf,1", "order=time&after=1_0,9999999999999999",
+    "order=time&after=1,-1", "order=", "order=time&after=x,1",
+    "stage=9999999999999999999999",
+    "minutes=0", "minutes=10000001", "plain=1", "state=expired", "x=" * 2000,
+)
+ODD_HEADERS = (
+    ("jobix", ""), ("jobix", "-1"), ("jobix", "7, 7"), ("jobix", "\xb3"),
+    ("jobix", "9" * 30), ("jobix", "9223372036854775808"), ("jobix", "7.0"),
+    ("jobix", "7" * 5000), ("JOBIX", " 7\t"), ("jobix", "+7"), ("jobix", "7"),
+    ("Host", "x"), ("Host", ""), ("Host", "a b"), ("Host", "[::1]:x"),
+    ("Host", "\xff"), ("Host", "127.0.0.1:99999999"), ("Host", "a,b"),
+    ("Accept", "text/html"), ("Accept-Encoding", "deflate"), ("Cookie", "a"),
+    ("Accept-Encoding", "deflate;q=0, *"), ("If-None-Match", 'W/"x"'),
+    ("Authorization", "Basic !"), ("Authorization", "Basic Ojc="),
+    ("Authorization", "Basic 7Q=="), ("Expect", "100-continue"),
+    ("Expect", "x"), ("Upgrade", "h2c"), ("Origin", "http://x"),
+    ("Origin", "null"), ("Sec-Fetch-Site", "cross-site"), ("X", "y" * 9000),
+    ("X", "y" * 70000), ("X" * 3000, "y"), ("X" * 70000, "y"), ("X", "a\0b"),
+    ("X", "\x01"), ("X", "\x80\xff"), ("\xff", "y"), ("X Y", "z"), ("", "y"),
+    ("Content-Type", "multipart/form-data; boundary="), ("X(", "y"),
+    ("Content-Encoding", "br"), ("X-Forwarded-For", "1.2.3.4"),
+    ("Content-Length", "0"), ("Content-Length", "00"), ("X", "a\rb"),
+    ("Content-Length", "-1"), ("Content-Length", "1" * 400), ("\0", ""),
+    ("Content-Length", "99999999"), ("Content-Length", "+1"),
+    ("Transfer-Encoding", "chunked"), ("Transfer-Encoding", "identity"),
+    ("transfer-encoding", "\x0bchunked"), ("TE", "trailers"),
+)
+ODD_METHODS = (
+    "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "BREW", "CONNECT",
+    "get", "G\xc9T", "POST", "GET", "G" * 300, "__init__",
+)
+ODD_TEXTS = (
+    b"", b"\0", b"{", b"{}", b"[]", b"null", b'"', b"NaN", b"[NaN]", b"1e999",
+    b'{"ids": [1e999]}', b'{"all": true, "all": true}', b'{"1": Infinity}',
+    b"[" * 100000, b'{"a":' * 3000, b"[" * 300 + b"]" * 300, b"\xff\xfe{\0}\0",
+    b"\xef\xbb\xbf{}", b"\xff", b'"\xed\xa0\x80"', b'{"\\ud800": "\\udc00"}',
+    b"9" * 5000, b'{"1": {"jobstage": ' + b"9" * 4000 + b"}}", b"-", b"+1",
+    b'{"1": {"jobstage": 0, "jobstage": 1}}', b"{'a': 1}", b"[1,]", b"// {}",
+    b'{"1": {"jobstage": 0}, "01": {"jobstage": 1}}', b"true", b"1" * 25,
+    b'{"1": {"jobstage": 0}, "\\u0661": {"jobstage": 1}}', b"{}{}", b"--x\r\n",
+)
+ODD_LINES = (
+    b"X: y\r\n z", b" X: y", b"\tX: y", b"X : y", b"X", b":", b": y", b"X:\ny",
+    b"X: y\n", b"X: y\r", b"X: y\r\r", b"\0", b"X: \0", b"X\0: y", b"\xff",
+    b"Transfer-Encoding: chunked", b"Transfer-Encoding : chunked", b"\x0bX: y",
+    b"Transfer-Encoding:\x0bchunked", b"transfer-encoding: identity",
+    b"X: y\nTransfer-Encoding: chunked", b"X: y\rTransfer-Encoding: chunked",
+    b"X: y\r\n Transfer-Encoding: chunked", b"Transfer\xadEncoding: chunked",
+    b"Content-Length: 0", b"Content-Length : 0", b"Content-Length:\r\n 0",
+    b"content-length: 0", b"Content-Length: 00", b"X: y\nContent-Length: 0",
+    b"X: y\rContent-Length: 0", b"Content-Length\r: 0", b"\rContent-Length: 0",
+    b"Content-Length: -0", b"Content-Length: +0", b"Content-Length: 0x0",
+    b"Content-Length: ", b"Content-Length: 0, 0", b"Content_Length: 0",
+    b"X: y\n\n", b"X: y\r\r\n\r", b"GET / HTTP/1.1", b"\x1c", b"X: y\x85z",
+)
+JSON_WORDS = sorted({
+    *jobman.CARRIES, *jobman.ABOUT_WORKER, *jobman.STATES, "key", "jobs",
+    "jobid", "claim", "claims", "files", "worker", "lease", "ids", "all",
+    "state", "stage", "error", "stderr", "exit_code", "seconds", "path",
+    "size", "sha256", "0", "1", "2", "01", "x", "-1", "9" * 30,
+})
+JSON_TEXTS = (
+    "", "\ud800", "a\udfff", "\udcff", "\0", "a\0b", "\u0661", "\xe9", "..",
+    "\U0001f600", "x" * 300, "x" * 5000, "0123456789abcdef" * 4, "t", "a\n/",
+)
+JSON_ATOMS = (
+    None, True, False, 0, 1, 2, 3, -1, -(2**31), 2**31, 2**53, 2**63, -(2**63),
+    10**30, 10**4000, 0.0, -0.0, 0.5, -1.5, 1e9, 1e308, 5e-324, [], {}, [[]],
+    [1, "t"], [[1, "t"]], [None], {"": 0},
+)
+
+
+def random_json(random, depth=3):
+    """Return a random value, not seldom of words that jobman knows."""
+    kind = random.random() if depth else 0
+    if kind < 0.6:
+        return random.choice(random.choice(
+            (JSON_ATOMS, JSON_WORDS, JSON_TEXTS)))
+    values = [random_json(random, depth - 1) for _ in range(random.choice(
+        (0, 1, 1, 2, 3, 9)))]
+    if kind < 0.8:
+        return values
+    return {random.choice(random.choice((JSON_WORDS, JSON_TEXTS))): value
+            for value in values}
+
+
+def with_another(random, value):
+    """Return `value` with one value or key in it replaced, or one more."""
+    if not value or not isinstance(value, (list, dict)) \
+            or random.random() < 0.1:
+        return random_json(random)
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    key, kind = random.choice(keys), random.random()
+    changed = value.copy()
+    if kind < 0.8:
+        changed[key] = with_another(random, value[key])
+    elif isinstance(value, dict):
+        words = random.choice((JSON_WORDS, JSON_WORDS, JSON_TEXTS))
+        changed[random.choice(words)] = changed.pop(key)
+    else:
+        changed.append(random_json(random))
+    return changed
+
+
+class Draft:
+    """A request about to be sent."""
+
+    def __init__(self, method, path, options, headers, value):
+        self.method = method
+        self.path = path
+        self.options = options
+        self.version = "HTTP/1.1"
+        self.headers = headers
+        self.value = value
+        self.body = b"" if value is None else packed(value)
+
+    @property
+    def last(self):
+        """Whether nothing should come after it on a connection."""
+        names = {name.lower() for name, _ in self.headers}
+        return self.version != "HTTP/1.1" or "connection" in names
+
+    def head(self):
+        target = "?".join([self.path, "&".join(self.options)][
+            : 2 if self.options else 1])
+        lines = ["%s %s %s" % (self.method, target, self.version)]
+        lines += ["%s: %s" % header for header in self.headers]
+        if self.body or self.method == "POST":
+            lines.append("Content-Length: %d" % len(self.body))
+        return [line.encode("latin-1") for line in lines]
+
+    def raw(self):
+        return b"\r\n".join([*self.head(), b"", self.body])
+
+
+class Fuzz:
+    """Make requests from the table of routes, and bend or break them.
+
+    What is bent is still one request, which gets one answer. What is broken
+    may be none, or several.
+    """
+
+    BOMBS = (
+        zlib.compress(bytes(jobman.MAX_BODY + 1), 1),
+        *(zlib.compress(c * 2**20) for c in (b"[", b" ", b"1", b'{"a":')),
+    )
+
+    def __init__(self, random, host):
+        self.random = random
+        self.host = host
+        self.held = 1, "t"  # a job and its token, from an answer
+
+    def draft(self, jobix):
+        """Return a request that is right."""
+        method, path, _ = self.random.choice(jobman.ROUTES)
+        return self.fill(method, path, jobix)
+
+    def fill(self, method, path, jobix):
+        """Return a request of a route with all it needs."""
+        random, (jobid, token) = self.random, self.held
+        name = path.split("/")[1]
+        if random.random() < 0.5:
+            path = path.replace("<jobid>", str(jobid))
+        path = re.sub("<.*?>", lambda _: str(random.randrange(4)), path)
+        known = ("plain=1",) if path == "/get" else OPTIONS.get(name, ())
+        options = random.sample(known, random.randint(0, len(known)))
+        headers = [("Host", self.host), ("jobix", str(jobix))]
+        value = BODIES.get(name, {}) if method == "POST" else None
+        options = ["claim=" + token if option == "claim=t" else option
+                   for option in options]
+        return Draft(method, path, options, headers, value)
+
+    def bent(self, jobix):
+        """Return a request of which a part or two are odd."""
+        draft = self.draft(jobix)
+        for _ in range(self.random.choice((1, 1, 1, 2))):
+            bend = self.random.choice(
+                self.BENDS_BODY if draft.body and self.random.random() < 0.7
+                else self.BENDS)
+            bend(self, draft)
+        return draft
+
+    def bend_method(self, draft):
+        draft.method = self.random.choice(ODD_METHODS)
+
+    def bend_version(self, draft):
+        if self.random.random() < 0.3:
+            draft.version = self.random.choice(
+                ("HTTP/1.0", "HTTP/1.2", "HTTP/2.0", "HTTP/0.9", "HTTP/1.1x",
+                 "http/1.1", "HTTP/11", "HTTP/1.\xb9", "HTTP/-1.1"))
+
+    def bend_path(self, draft):
+        random = self.random
+        parts = draft.path[1:].split("/")
+        i = random.randrange(len(parts))
+        odd = random.choice(ODD_PARTS)
+        if random.random() < 0.2:
+            draft.path = random.choice(ODD_TARGETS)
+            return
+        elif random.random() < 0.6:
+            parts[i] = odd
+        elif random.random() < 0.5:
+            parts[i:i] = [odd]
+        else:
+            parts[i] = "".join("%%%02x" % ord(c) for c in parts[i][:3]) + odd
+        draft.path = "/" + "/".join(parts)
+
+    def bend_options(self, draft):
+        place = self.random.randint(0, len(draft.options))
+        draft.options.insert(place, self.random.choice(ODD_OPTIONS))
+
+    def bend_headers(self, draft):
+        random, headers = self.random, draft.headers
+        kind = random.random()
+        if kind < 0.1:
+            del headers[random.randrange(len(headers))]
+        elif kind < 0.2:
+            headers.append(random.choice(headers))
+        elif kind < 0.22:
+            headers += [("X%d" % i, "y") for i in range(150)]
+        elif kind < 0.25:
+            headers.append(("Connection", random.choice(
+                ("close", "keep-alive", "upgrade", "close, x", "jobix", ""))))
+        else:
+            name, value = random.choice(ODD_HEADERS)
+            if random.random() < 0.5:
+                headers[:] = [h for h in headers if h[0] != name]
+            headers.insert(random.randint(0, len(headers)), (name, value))
+
+    def bend_value(self, draft):
+        value = with_another(self.random, draft.value)
+        pack = self.random.choice((
+            packed, lambda value: json.dumps(value).encode(),
+            lambda value: gzip.compress(json.dumps(value).encode())))
+        draft.body = pack(value)
+
+    def bend_text(self, draft):
+        text = self.random.choice(ODD_TEXTS)
+        draft.body = text if self.random.random() < 0.5 else zlib.compress(
+            text, 1)
+
+    def bend_body(self, draft):
+        random, body = self.random, bytearray(draft.body)
+        kind = random.random()
+        if kind < 0.05:
+            body = random.choice(self.BOMBS[kind > 0.002:])
+        elif kind < 0.4:
+            del body[random.randrange(len(body) + 1):]
+        elif kind < 0.8 and body:
+            body[random.randrange(len(body))] = random.randrange(256)
+        else:
+            body += random.choice((b"\0", b"x", draft.body, b"\r\n"))
+        draft.body = bytes(body)
+
+    BENDS = (bend_method, bend_version, bend_path, bend_path, bend_options,
+             bend_options, bend_headers, bend_headers)
+    BENDS_BODY = bend_value, bend_value, bend_value, bend_text, bend_body
+
+    def broken(self, jobix):
+        """Return bytes that are hardly a request any more."""
+        draft = self.bent(jobix) if self.random.random() < 0.3 else \
+            self.draft(jobix)
+        return self.random.choice(self.BREAKS)(self, draft)
+
+    def break_bytes(self, draft):
+        raw = bytearray(draft.raw())
+        for _ in range(self.random.choice((1, 1, 2, 5))):
+            i = self.random.randrange(len(raw) + 1)
+            j = i + self.random.choice((0, 1, 1, 4, 30))
+            raw[i:j] = self.random.choice((
+                b"", b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b":",
+                b"\xff", raw[i:j] * 2, b"\t", bytes([self.random.randrange(
+                    256)])))
+        return bytes(raw)
+
+    def break_lines(self, draft):
+        lines = draft.head()
+        i = self.random.randrange(len(lines))
+        kind = self.random.random()
+        if kind < 0.2:
+            del lines[i]
+        elif kind < 0.4:
+            lines.append(lines[i])
+        elif kind < 0.6:
+            self.random.shuffle(lines)
+        else:
+            lines.insert(i, self.random.choice(ODD_LINES))
+        end = self.random.choice((b"\r\n", b"\r\n", b"\n", b"\r", b"\r\r\n"))
+        return end.join([*lines, b"", draft.body])
+
+    def break_length(self, draft):
+        length = b"Content-Length: %d\r\n" % self.random.choice(
+            (0, 1, len(draft.body) - 1, len(draft.body) + 1, 10**6, 10**30))
+        return re.sub(
+            rb"Content-Length: \d+\r\n", length, draft.raw(), count=1)
+
+    def break_off(self, draft):
+        raw = draft.raw()
+        return raw[: self.random.randrange(len(raw))]
+
+    BREAKS = break_bytes, break_bytes, break_lines, break_length, break_off
+
+    def smuggled(self, jobix, inner):
+        """Return a request whose body is one, and whose length is doubtful.
+
+        Its own Content-Length is right: who takes it for two is wrong, and
+        who takes it for one may be.
+        """
+        draft = self.draft(jobix)
+        draft.method, draft.body = self.random.choice(("GET", "POST")), inner
+        *lines, length = draft.head()
+        place = self.random.randint(1, len(lines))
+        lines.insert(place, self.random.choice(ODD_LINES))
+        lines.insert(self.random.choice((len(lines), len(lines), 1)), length)
+        return b"\r\n".join([*lines, b"", inner])
+
+
+ANSWER = re.compile(
+    rb"HTTP/1\.1 (\d{3}) [A-Za-z -]+\r\n((?:[A-Za-z-]+: [ -~]*\r\n)*)\r\n")
+
+
+class Answer:
+    """An answer, read as strictly as can be."""
+
+    STATUSES = {200, 304, 400, 401, 403, 404, 405, 408, 409, 411, 413, 414,
+                431, 501, 505}
+
+    def __init__(self, data, has_body):
+        """Read the first answer in `data`; keep what comes after it.
+
+        Unless it surely has a body it may be the answer to a HEAD.
+        """
+        found = ANSWER.match(data)
+        assert found, "no answer: %.300r" % data
+        self.status = int(found.group(1))
+        lines = found.group(2).decode().lower().split("\r\n")[:-1]
+        self.headers = dict(line.split(": ", 1) for line in lines)
+        assert len(self.headers) == len(lines), "twice: %r" % lines
+        rest = data[found.end():]
+        if self.status in (100, 304):
+            length = 0
+        else:
+            length = int(self.headers["content-length"])
+            if not has_body and (not rest or rest.startswith(b"HTTP/1.1 ")):
+                length = 0
+        self.body, self.rest = rest[:length], rest[length:]
+        assert len(self.body) == length, "cut short: %r" % data[-300:]
+        self.closes = self.headers.get("connection") == "close"
+
+    def check(self):
+        """Assert that it is one of the contract's."""
+        assert self.status in self.STATUSES, (self.status, self.body)
+        if self.status == 405:
+            assert re.match("(get|post)(, (get|post))?$",
+                            self.headers["allow"]), self.headers
+        if self.status not in (304, 401) and self.body:
+            self.check_body()
+
+    def check_body(self):
+        kind = self.headers["content-type"]
+        if self.status >= 400:
+            assert kind == "application/json", self.headers
+            error, = json.loads(self.body.decode("ascii")).items()
+            assert error[0] == "error" and type(error[1]) is str, error
+        elif kind == "application/json":
+            body = self.body
+            if "content-encoding" in self.headers:
+                body = zlib.decompress(body)
+            self.value = json.loads(body.decode("ascii"))
+
+
+class Fuzzer(threading.Thread):
+    """A client that sends odd requests, and looks at the answers.
+
+    `known` is a jobix with the lifetime 77 for stage 7.
+    """
+
+    BUNCH = 10  # requests on one connection
+    DOUBTFUL = re.compile(rb"(?i)\r\n(content-length|transfer-encoding)\s*:"
+                          rb"(?s:.*)\r\n(content-length)\s*:")
+
+    def __init__(self, address, random, jobixes, known, inner):
+        super().__init__(daemon=True)
+        self.address = address
+        self.random = random
+        self.fuzz = Fuzz(random, "%s:%d" % address)
+        self.jobixes = jobixes
+        self.probe = Draft("GET", "/lifetime/7", [], [
+            ("Host", self.fuzz.host), ("jobix", str(known))], None)
+        self.inner = inner
+        self.left = []  # drafts that were not looked at yet
+        self.quota = 0
+        self.tally = Counter()  # of statuses
+        self.error = None
+
+    def run(self):
+        try:
+            while self.quota > 0:
+                self.send_bunch()
+        except Exception:
+            self.error = traceback.format_exc()
+
+    def send_bunch(self):
+        """Send drafts, a probe, and perhaps what is broken, at once."""
+        drafts, self.left = self.left, []
+        while len(drafts) < self.BUNCH and not (drafts and drafts[-1].last):
+            drafts.append(self.fuzz.bent(self.random.choice(self.jobixes)))
+        tail, kind = None, self.random.random()
+        if not drafts[-1].last:
+            drafts.append(self.probe)
+            if kind < 0.6:
+                tail = self.fuzz.broken(self.random.choice(self.jobixes))
+            elif kind < 0.8:
+                tail = self.fuzz.smuggled(self.jobixes[0], self.inner)
+        data = b"".join([*(draft.raw() for draft in drafts), tail or b""])
+        self.quota -= bool(tail)
+        try:
+            if self.random.random() < 0.03:
+                self.quota -= len(drafts)
+                return self.cut(data)
+            self.compare(drafts, tail, self.exchange(data), data)
+        except Exception as error:
+            raise AssertionError("%r to %r" % (error, data[:9999])) from error
+
+    def cut(self, data):
+        """Send a part and hang up."""
+        with socket.create_connection(self.address, PATIENCE) as client:
+            client.sendall(data[: self.random.randrange(len(data))])
+            if self.random.random() < 0.5:  # with a reset
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                  struct.pack("ii", 1, 0))
+
+    def exchange(self, data):
+        """Send all, in one piece or two; return all that comes back."""
+        middle = self.random.choice((0, self.random.randrange(len(data))))
+        with socket.create_connection(self.address, PATIENCE) as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            client.sendall(data[:middle])
+            client.sendall(data[middle:])
+            client.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: client.recv(65536), b""))
+
+    def compare(self, drafts, tail, came, data):
+        """Check what came: an answer for each, up to one that closes."""
+        answers = []
+        while came:
+            i = len(answers)
+            has_body = i < len(drafts) and drafts[i].method != "HEAD"
+            answer = Answer(came, has_body)
+            came = answer.rest
+            if answer.status == 100:
+                assert b"100-continue" in data
+                continue
+            answers.append(answer)
+            self.tally[answer.status] += 1
+            answer.check()
+            self.learn(answer)
+            assert not (answer.closes and came), "more after a close"
+            assert has_body or answer.closes or not answer.body or i >= len(
+                drafts), "HEAD has a body"
+        doubtful = len(answers) > len(drafts) and self.DOUBTFUL.search(
+            data[-len(tail):]) and tail.endswith(self.inner)
+        if doubtful:  # is refused, and nothing after it is taken for a request
+            assert answers[len(drafts):] == answers[-1:], "smuggled"
+            assert answers[-1].closes and answers[-1].status >= 400, "taken"
+        assert answers and (tail or len(answers) <= len(drafts)), len(answers)
+        self.quota -= len(drafts[: len(answers)])
+        if len(answers) < len(drafts):
+            assert answers[-1].closes, "%d for %d" % (
+                len(answers), len(drafts))
+            self.left = drafts[len(answers):]
+        for draft, answer in zip(drafts, answers):
+            if draft is self.probe:
+                assert answer.body == b"77", "no answer to the probe"
+
+    def learn(self, answer):
+        """Keep the token of a claim for later requests."""
+        value = getattr(answer, "value", None)
+        job = value[0] if type(value) is list and value else value
+        if type(job) is dict and "claim" in job:
+            self.fuzz.held = job["jobid"], job["claim"]
+
+
+class FuzzTest(SeededCase):
+    """Odd requests by the thousand, while jobs go through the server."""
+
+    REQUESTS = 30000
+    THREADS = 6
+    START = changed("jobman", "jobman.MAX_WAIT = 0.05")
+
+    def level(self):
+        """Return how many threads and open files the server has."""
+        return Counter({
+            kind: len(os.listdir("/proc/%d/%s" % (self.server.pid, kind)))
+            for kind in ("task", "fd")})
+
+    def memory(self):
+        """Return the memory that the server has, in MiB."""
+        size = read("/proc/%d/statm" % self.server.pid).split()[1]
+        return int(size) * resource.getpagesize() / 2**20
+
+    def ask(self, path, jobix, **options):
+        return exchange(self.address, "GET", path,
+                        headers={"jobix": str(jobix)}, **options).json()
+
+    def settle(self, **more):
+        """Wait until it has no more of them than before and `more`."""
+        more = Counter(more, fd=3 * jobman.Readers.KEPT)
+        wait_for(lambda: not self.level() - self.before - more,
+                 "threads to end, and files to be closed")
+
+    def fuzz(self, requests):
+        """Let the fuzzers send a number of requests; return when settled."""
+        self.fuzzers = [
+            Fuzzer(self.address, random.Random(self.random.random()),
+                   self.jobixes, self.known, self.inner)
+            for _ in range(self.THREADS)
+        ]
+        for fuzzer in self.fuzzers:
+            fuzzer.quota = requests // self.THREADS
+            fuzzer.start()
+        self.tally = Counter()
+        for fuzzer in self.fuzzers:
+            fuzzer.join(PATIENCE * 4)
+            self.tally += fuzzer.tally
+            self.assertIsNone(fuzzer.error, fuzzer.error)
+            self.assertFalse(fuzzer.is_alive())
+        self.settle(task=len(self.haulers))
+
+    def begin(self):
+        """Start the server and who does its work meanwhile."""
+        self.environment.update(  # else glibc keeps what was freed, at times
+            MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072",
+            MALLOC_ARENA_MAX="2")
+        self.server, self.address = self.serve(start=self.START)
+        access = json.loads(read(self.path(".jobman", "access.json")).decode())
+        self.jobix = access["jobix"]
+        self.known, hidden = (self.random.getrandbits(62) for _ in "12")
+        self.ask("/lifetime/7/77", self.known)
+        self.hidden = hidden
+        self.inner = b"GET /lifetime/9/9 HTTP/1.1\r\nHost: %s:%d\r\n" \
+            b"jobix: %d\r\n\r\n" % (
+                self.address[0].encode(), self.address[1], hidden)
+        # One reads the jobs of the true work, and can't touch them.
+        self.jobixes = [7, 8, 9, 9223372036854775807, access["reading_jobix"]]
+        self.before = self.level()
+        self.ending = threading.Event()
+        self.haulers = [
+            Hauler(self.address, self.jobix, i * 10**6, self.ending)
+            for i in range(3)
+        ]
+        for hauler in self.haulers:
+            hauler.start()
+
+    def assertLedger(self):
+        """End the true work; assert that each of its jobs went through once.
+        """
+        self.ending.set()
+        for hauler in self.haulers:
+            hauler.join(PATIENCE)
+            self.assertFalse(hauler.is_alive())
+            self.assertIsNone(hauler.error)
+        added = sorted(i for h in self.haulers for i in h.added)
+        self.assertGreater(len(added), 100)
+        self.assertEqual(added, sorted(
+            i for h in self.haulers for i, _ in h.claimed))
+        self.assertEqual(added, sorted(i for h in self.haulers
+                                       for i in h.updated))
+        counts = Counter()
+        for stage in self.ask("/status", self.jobix)["stages"]:
+            counts[stage["stage"]] += sum(stage["states"].values())
+        self.assertEqual({2: len(added)}, dict(+counts))
+
+    def test_odd_requests_harm_nobody(self):
+        self.begin()
+        self.fuzz(self.REQUESTS // 2)
+        half = self.memory()
+        self.fuzz(self.REQUESTS - self.REQUESTS // 2)
+        full = self.memory()
+        self.assertLedger()
+        self.assertLess(full - half, 8)
+        self.assertEqual({}, self.ask("/init", self.hidden))
+        self.settle()
+        self.server.terminate()
+        self.assertEqual((0, ""), self.finish(self.server)[::2])
+        status, out, _ = self.command(JOBMAN, "check")
+        self.assertEqual(0, status, out)
+        self.wrong = False
+
+
+class RandomJsonTest(SeededCase):
+    """What endpoints make of random JSON, without a socket between."""
+
+    BODIES = 5000
+    POSTS = [route[:2] for route in jobman.ROUTES if route[0] == "POST"]
+
+    def setUp(self):
+        super().setUp()
+        self.store = jobman.Store(self.path("jobman.db"), clock=Clock())
+        self.addCleanup(self.store.close)
+        self.fuzz = Fuzz(self.random, "x")
+        self.database = sqlite3.connect(self.path("jobman.db"))
+        self.addCleanup(self.database.close)
+
+    def content(self):
+        """Return all that is in the database."""
+        tables = self.database.execute(
+            "select name from sqlite_master where type = 'table'").fetchall()
+        return {table: self.database.execute(
+            "select * from " + table).fetchall() for table, in tables}
+
+    def respond(self, method, path, body=b"", options=()):
+        """Answer a request."""
+        return jobman.respond(self.store, jobman.Request(
+            method, path, "&".join(options), {"jobix": "7"}, body,
+            lambda: False))
+
+    def restock(self):
+        """Have a few jobs, one of them claimed, in a database of that alone.
+        """
+        for table in set(self.content()) - {"setting"}:
+            self.database.execute("delete from " + table)
+        self.database.commit()
+        jobs = {i: {"jobstage": i // 3, "max_attempts": 9} for i in range(9)}
+        self.respond("POST", "/set", packed(jobs))
+        answer = self.respond("GET", "/get/0", options=("lease=60",))
+        job = json.loads(answer.body.decode())
+        self.fuzz.held = job["jobid"], job["claim"]
+
+    def odd(self):
+        """Return a request with a random body."""
+        draft = self.fuzz.fill(*self.random.choice(self.POSTS), 7)
+        value = draft.value
+        for _ in range(self.random.choice((1, 1, 1, 2, 3))):
+            value = with_another(self.random, value)
+        return draft.method, draft.path, packed(value), draft.options
+
+    def changes(self):
+        return self.store.writer.connection.total_changes
+
+    def test_random_bodies_are_taken_or_change_nothing(self):
+        statuses = Counter()
+        for i in range(self.BODIES):
+            if i % 25 == 0:
+                self.restock()
+                content, changes = self.content(), self.changes()
+            request = self.odd()
+            status = self.respond(*request).status
+            statuses[status] += 1
+            self.assertIn(status, Answer.STATUSES, request)
+            if self.changes() != changes:
+                before, content = content, self.content()
+                changes = self.changes()
+                if status >= 400:
+                    self.assertEqual(before, content, request)
+        self.assertGreater(min(map(statuses.get, (200, 400, 404, 409))), 20)
+        status, out, _ = self.command(JOBMAN, "check")
+        self.assertEqual(0, status, out)
+        self.wrong = False
+
+
 # ------------------------------------------------------------------ load ---
 
 
 class Emptier(threading.Thread):
     """A client that claims and updates until nothing is left."""
+
+    jobix = "4711"
 
     def __init__(self, address, fresh=False):
         super().__init__(daemon=True)
@@ -3585,15 +4311,34 @@ class Emptier(threading.Thread):
         self.updated.append(job["jobid"])
         return True
 
-    def ask(self, method, path):
+    def ask(self, method, path, body=None):
         if self.fresh:
             self.connection.close()
-        self.connection.request(method, path, headers={"jobix": "4711"})
+        self.connection.request(method, path, body, {"jobix": self.jobix})
         response = self.connection.getresponse()
         text = response.read().decode()
         if response.status != 200:
             raise OSError("%d %s" % (response.status, text))
         return json.loads(text) if text[0] in '{"' else text
+
+
+class Hauler(Emptier):
+    """A client that adds jobs, and works on them, until told to end."""
+
+    def __init__(self, address, jobix, first, ending):
+        super().__init__(address)
+        self.jobix = str(jobix)
+        self.ids = itertools.count(first)
+        self.added = []
+        self.ending = ending
+
+    def step(self):
+        going_on = not self.ending.wait(0.01)
+        if going_on:
+            jobid = next(self.ids)
+            self.ask("POST", "/set", packed({jobid: {"jobstage": 0}}))
+            self.added.append(jobid)
+        return super().step() or going_on
 
 
 def empty(*addresses, clients=16, fresh=False):
@@ -11158,7 +11903,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 @long
-class ChaosTest(TemporaryFolder):
+class ChaosTest(SeededCase):
     """A minute in which all goes wrong that can."""
 
     JOBS = 500
@@ -11177,10 +11922,6 @@ class ChaosTest(TemporaryFolder):
 
     def setUp(self):
         super().setUp()
-        seed = int(os.environ.get("JOBMAN_SEED") or random.randrange(10**6))
-        self.random = random.Random(seed)
-        self.addCleanup(lambda: self.wrong and print("JOBMAN_SEED=%d" % seed))
-        self.wrong = True
         os.mkdir(self.path("made"))
         self.workers, self.given_up, self.started = {}, set(), 0
         self.move_server()
