@@ -25,6 +25,7 @@ import pty
 import random
 import re
 import resource
+import selectors
 import shutil
 import signal
 import socket
@@ -203,6 +204,12 @@ class TemporaryFolder(unittest.TestCase):
             process.kill()
             self.fail("no server: %r %r" % (line, process.stderr.read()))
         return process, (found.group(1), int(found.group(2)))
+
+
+def long(case):
+    """Mark a class of tests as one that takes minutes."""
+    case.long = True
+    return case
 
 
 class SeededCase(TemporaryFolder):
@@ -4697,6 +4704,232 @@ insert into tally values (4711, 3, 'working', 1, 0);
 insert into tally values (4711, 8, 'delayed', 1, 0), (4711, 8, 'failed', 1, 0),
     (4711, 8, 'cancelled', 1, 0);
 """
+
+
+class Line:
+    """A connection of a Crowd, and the call that is on its way there."""
+
+    def __init__(self, address):
+        self.socket = socket.create_connection(address, PATIENCE)
+        self.socket.setblocking(False)
+        self.came = b""
+        self.asked = None  # when; None while there is no call on its way
+        self.wait = 0  # seconds that it may take beside
+        self.job = None
+
+
+class Crowd:
+    """Many connections, kept open by one thread.
+
+    Idle ones wait in long polls until each has a job of stage 5. Working
+    ones claim jobs of stage 0 and put them back there, until told to stop.
+    """
+
+    HEAD = re.compile(rb"HTTP/1\.1 200 OK\r\n(.*?\r\n)\r\n", re.S)
+
+    def __init__(self, address, jobix, idle=0, working=0):
+        self.lines = [Line(tuple(address)) for _ in range(idle + working)]
+        self.head = "Host: %s:%d\r\njobix: %d\r\n\r\n" % (*address, jobix)
+        self.going = True
+        self.times = []  # that answers took, beside what they may wait
+        self.updated = []  # tokens of updates that were answered
+        self.jobs = []  # that the idle ones got
+        self.faults = []
+        self.ask = self.long_poll if idle else self.work
+
+    def run(self):
+        """Call until all is over, or standard input is closed."""
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(sys.stdin, selectors.EVENT_READ)
+        for line in self.lines:
+            self.selector.register(line.socket, selectors.EVENT_READ, line)
+            self.ask(line)
+        print("ready", flush=True)
+        while len(self.selector.get_map()) > self.going:
+            events = self.selector.select(PATIENCE)
+            if not events:
+                self.faults.append("no answer in %d s" % PATIENCE)
+                break
+            for key, _ in events:
+                if key.data:
+                    self.receive(key.data)
+                else:
+                    self.selector.unregister(sys.stdin)
+                    self.going = False
+
+    def call(self, line, path, wait=0):
+        """Send a request, short enough for any buffer."""
+        line.asked, line.wait = time.monotonic(), wait
+        with contextlib.suppress(OSError):  # then it is cut, which is seen
+            line.socket.sendall(
+                ("GET %s HTTP/1.1\r\n%s" % (path, self.head)).encode())
+
+    def long_poll(self, line):
+        if line.job:
+            self.jobs.append(line.job["jobid"])
+            self.leave(line)
+        else:
+            wait = random.randint(5, 60)
+            self.call(line, "/get/5?lease=600&wait=%d" % wait, wait)
+
+    def work(self, line):
+        if line.job:
+            path = "/update_job/%(jobid)d/0?claim=%(claim)s" % line.job
+            self.call(line, path)
+        elif self.going:
+            self.call(line, "/get/0?lease=600")
+        else:
+            self.leave(line)
+
+    def leave(self, line):
+        self.selector.unregister(line.socket)
+        line.socket.close()
+
+    def receive(self, line):
+        """Take what comes on a line; go on when it is a whole answer."""
+        try:
+            more = line.socket.recv(65536)
+        except OSError as error:
+            self.faults.append(str(error))
+            more = b""
+        if not more:
+            if line.asked:
+                self.faults.append("cut after %.3f s with %r" % (
+                    time.monotonic() - line.asked, line.came))
+            return self.leave(line)
+        line.came += more
+        found = self.HEAD.match(line.came)
+        length = found and re.search(
+            rb"Content-Length: (\d+)", found.group(1)).group(1)
+        if found and len(line.came) - found.end() == int(length):
+            self.take(line, found)
+        elif not found and b"\r\n\r\n" in line.came:
+            self.faults.append("%r" % line.came)
+            self.leave(line)
+
+    def take(self, line, found):
+        """Take an answer and go on, unless it is the last one."""
+        took = time.monotonic() - line.asked
+        self.times.append(max(took - line.wait, 0))
+        body, line.came, line.asked = line.came[found.end():], b"", None
+        if body.startswith(b"Success"):
+            self.updated.append(line.job["claim"])
+            line.job = None
+        elif body != b'"nada"':
+            line.job = json.loads(body.decode())
+        closes = b"Connection: close" in found.group(1)
+        if body == b'"nada"' and took < line.wait - 0.1 and not closes:
+            self.faults.append("a long poll of %.1f s" % took)
+        if not closes:
+            self.ask(line)
+
+    def report(self):
+        """Return what was seen, for JSON; `over` is when it was."""
+        return {"times": sorted(self.times), "updated": self.updated,
+                "jobs": self.jobs, "faults": self.faults,
+                "over": time.monotonic()}
+
+
+def be_a_crowd(options):
+    """Be a Crowd; say `ready`, and at the end what was seen."""
+    jobman.raise_file_limit()
+    crowd = Crowd(**json.loads(options))
+    crowd.run()
+    print(json.dumps(crowd.report()))
+
+
+@long
+class IdleTest(TemporaryFolder):
+    """Two thousand long polls, and two hundred clients that work."""
+
+    IDLE, WORKING, SECONDS = 2000, 200, 60
+    JOBS = 1000
+    SLOWEST = 5  # seconds
+    FEW_FILES = changed(
+        "jobman", "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE,"
+        " (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))")
+
+    def setUp(self):
+        super().setUp()
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= most < self.IDLE + self.WORKING + 500:
+            self.skipTest("a process may open %d files at most" % most)
+        self.server, self.address = self.serve(start=self.FEW_FILES)
+        self.set_jobs(0, self.JOBS, 0)
+        self.idle = self.crowd(idle=self.IDLE)
+        self.working = self.crowd(working=self.WORKING)
+        tasks = "/proc/%d/task" % self.server.pid
+        wait_for(lambda: len(os.listdir(tasks)) > self.IDLE + self.WORKING,
+                 "a thread for each")
+
+    def set_jobs(self, first, n, stage):
+        """Add jobs."""
+        jobs = {i: {"jobstage": stage} for i in range(first, first + n)}
+        reply = exchange(self.address, "POST", "/set", packed(jobs),
+                         {"jobix": "4711"})
+        self.assertEqual(200, reply.status, reply.text)
+
+    def crowd(self, **options):
+        """Start a Crowd in a process of its own."""
+        code = "import sys; sys.path.insert(0, %r); import test_jobman\n" \
+            "test_jobman.be_a_crowd(sys.argv[1])" % HERE
+        options.update(address=self.address, jobix=4711)
+        crowd = self.spawn("-c", code, json.dumps(options),
+                           stdin=subprocess.PIPE)
+        self.assertEqual(b"ready\n", crowd.stdout.readline())
+        return crowd
+
+    def report(self, crowd):
+        """Return what a crowd saw that ends now."""
+        status, out, err = self.finish(crowd)
+        self.assertEqual((0, ""), (status, err))
+        report = json.loads(out)
+        self.assertEqual([], report["faults"][:5])
+        return report
+
+    def assertUpdated(self, tokens, *, more):
+        """Assert that all these updates are in the database, and who knows
+
+        how many more.
+        """
+        done = [row["claim"] for row in rows(
+            self.path("jobman.db"),
+            "select claim from attempt where outcome = 'done'")]
+        self.assertEqual(len(tokens), len(set(tokens)))
+        self.assertEqual(len(done), len(set(done)))
+        self.assertLessEqual(set(tokens), set(done))
+        self.assertLessEqual(len(done) - len(tokens), more)
+
+    def test_none_is_refused_or_waits_for_long(self):
+        time.sleep(self.SECONDS)
+        began = time.monotonic()
+        self.set_jobs(10**6, self.IDLE, 5)
+        idle = self.report(self.idle)
+        woken = idle["over"] - began
+        work = self.report(self.working)
+        self.assertEqual(list(range(10**6, 10**6 + self.IDLE)),
+                         sorted(idle["jobs"]))
+        self.assertUpdated(work["updated"], more=0)
+        times = work["times"]
+        print("%d calls of %d clients beside %d long polls: the slowest took"
+              " %.3f s, 99 of 100 %.3f s; all long polls had a job in %.1f s"
+              % (len(times), self.WORKING, self.IDLE, times[-1],
+                 times[len(times) * 99 // 100], woken), file=sys.stderr)
+        self.assertLess(max(times[-1], idle["times"][-1]), self.SLOWEST)
+        self.assertLess(woken, self.SLOWEST * 2)
+
+    def test_a_signal_to_end_cuts_no_request(self):
+        time.sleep(2)
+        began = time.monotonic()
+        self.server.terminate()
+        status, _, err = self.finish(self.server)
+        took = time.monotonic() - began
+        self.assertEqual((0, ""), (status, err))
+        reports = [self.report(crowd) for crowd in (self.idle, self.working)]
+        self.assertEqual([], reports[0]["jobs"])
+        self.assertGreaterEqual(len(reports[0]["times"]), self.IDLE)
+        self.assertUpdated(reports[1]["updated"], more=0)
+        self.assertLess(took, 5)
 
 
 class UpgradeTest(StoreCase):
