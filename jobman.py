@@ -4687,9 +4687,13 @@ class Handler(socketserver.BaseRequestHandler):
         self.keeps = "keep-alive" in said if self.old else "close" not in said
 
         def load():
-            if not self.old and "100-continue" in headers.get("expect", ""):
-                self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            return self.wire.body(length)
+            asks = not self.old and "100-continue" in headers.get("expect", "")
+            try:
+                if asks:
+                    self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                return self.wire.body(length)
+            except OSError:
+                raise Error(400, "The connection broke.") from None
 
         return Request(
             method, path, query, headers, length and load, self.gone,
