@@ -3094,7 +3094,10 @@ class Request:
     def load(self):
         """Receive the body, if it is still to come; or Error."""
         if not self.loaded:
-            self.body = self.receive()
+            try:
+                self.body = self.receive()
+            except OSError:  # the connection broke
+                raise Error(400, "The body ended too early.") from None
             self.loaded = True
 
     def options(self, **kinds):
@@ -4687,13 +4690,9 @@ class Handler(socketserver.BaseRequestHandler):
         self.keeps = "keep-alive" in said if self.old else "close" not in said
 
         def load():
-            asks = not self.old and "100-continue" in headers.get("expect", "")
-            try:
-                if asks:
-                    self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-                return self.wire.body(length)
-            except OSError:
-                raise Error(400, "The connection broke.") from None
+            if not self.old and "100-continue" in headers.get("expect", ""):
+                self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            return self.wire.body(length)
 
         return Request(
             method, path, query, headers, length and load, self.gone,

@@ -3566,6 +3566,14 @@ class ApplicationTest(TemporaryFolder):
         started = self.plain_call("/set", application, environ)
         self.assertEqual("411", started[:3])
 
+    def test_a_body_that_breaks_off_is_no_fault_of_ours(self):
+        application, _ = self.open(JOBMAN_DB=self.path("wsgi.db"))
+        environ = {"REQUEST_METHOD": "POST", "CONTENT_LENGTH": "2"}
+        with open(self.path("body"), "wb") as body:
+            environ["wsgi.input"] = body  # reading it raises OSError
+            started = self.plain_call("/set", application, environ)
+        self.assertEqual("400", started[:3])
+
     def test_it_opens_anew_after_its_end(self):
         application, _ = self.open(JOBMAN_DB=self.path("wsgi.db"))
         application.close()
