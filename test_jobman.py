@@ -3214,12 +3214,16 @@ class SocketTest(StoreCase):
         server = self.door.server
         self.in_haste(jobman.Server, "GRACE", 0.05)
         self.in_haste(jobman.Server, "END", PATIENCE)
-        with self.dial() as fresh, self.dial() as slow:
-            wait_for(lambda: len(server.open) == 2, "two connections")
+        with self.dial() as fresh, self.dial() as slow, self.dial() as idle:
+            wait_for(lambda: len(server.open) == 3, "three connections")
+            idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertIn(b" 200 ", idle.recv(65536)[:13])
+            wait_for(lambda: not server.busy, "its end")
             slow.sendall(b"GET /health HTTP/1.1\r\nHo")
             wait_for(lambda: server.busy, "half a request")
             with self.ending(server):
                 self.assertEqual(b"", fresh.recv(9))
+                self.assertEqual(b"", idle.recv(9))
                 slow.sendall(b"st: localhost\r\n\r\n")
                 self.assertIn(b" 200 ", slow.recv(65536)[:13])
 
@@ -3769,6 +3773,20 @@ class Draft:
         names = {name.lower() for name, _ in self.headers}
         return self.version != "HTTP/1.1" or "connection" in names
 
+    def sound(self):
+        """Return whether its head is one that a server may take."""
+        hosts = [v for name, v in self.headers if name.lower() == "host"]
+        line, *lines = b"\n".join(self.head()).decode("latin-1").split("\n")
+        return (
+            re.match(r"[!#-'*+.^`|~\w-]+ [!-~]+ HTTP/1\.[0-9]\Z", line, re.A)
+            and len(lines) <= 100 and len(line + "\r\n".join(lines)) <= 65536
+            and all(re.match(r"[!#-'*+.^`|~\w-]+:[\t -~\x80-\xff]*\Z", each,
+                             re.A) for each in lines)
+            and (len(hosts) == 1 or self.version == "HTTP/1.0")
+            and all(re.match(r"[\w.:-]+\Z", host, re.A) for host in hosts)
+            and "transfer-encoding:" not in "\n".join(lines).lower()
+            and "\n".join(lines).lower().count("\ncontent-length:") < 2)
+
     def head(self):
         target = "?".join([self.path, "&".join(self.options)][
             : 2 if self.options else 1])
@@ -4121,6 +4139,7 @@ class Fuzzer(threading.Thread):
                 len(answers), len(drafts))
             self.left = drafts[len(answers):]
         for draft, answer in zip(drafts, answers):
+            assert answer.status >= 400 or draft.sound(), "it was taken"
             if draft is self.probe:
                 assert answer.body == b"77", "no answer to the probe"
 
@@ -4137,7 +4156,8 @@ class FuzzTest(SeededCase):
 
     REQUESTS = 30000
     THREADS = 6
-    START = changed("jobman", "jobman.MAX_WAIT = 0.05")
+    START = changed(  # few, of which none may be left over
+        "jobman", "jobman.MAX_WAIT = 0.05; jobman.MAX_CONNECTIONS = 200")
 
     def level(self):
         """Return how many threads and open files the server has."""
