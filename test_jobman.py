@@ -239,12 +239,6 @@ def hasty(test):
     return test
 
 
-def long(case):
-    """Mark a class of tests as one that takes minutes."""
-    case.long = True
-    return case
-
-
 def wait_for(condition, what):
     """Return what `condition()` gives as soon as it is true."""
     end = time.monotonic() + PATIENCE
