@@ -3776,8 +3776,8 @@ class Draft:
             and len(lines) <= 100 and len(line + "\r\n".join(lines)) <= 65536
             and all(re.match(r"[!#-'*+.^`|~\w-]+:[\t -~\x80-\xff]*\Z", each,
                              re.A) for each in lines)
-            and (len(hosts) == 1 or self.version == "HTTP/1.0")
-            and all(re.match(r"[\w.:-]+\Z", host, re.A) for host in hosts)
+            and (re.match(r"[\w.:-]+\Z", ",".join(hosts), re.A)
+                 or (hosts in ([], [""]) and self.version == "HTTP/1.0"))
             and "transfer-encoding:" not in "\n".join(lines).lower()
             and "\n".join(lines).lower().count("\ncontent-length:") < 2)
 
