@@ -1658,9 +1658,6 @@ class Writer:
         except sqlite3.Error as error:
             for turn in batch:
                 turn.error = Unavailable(error)
-        except Unavailable as error:
-            for turn in batch:
-                turn.error = error
         except BaseException as error:
             for turn in batch:
                 turn.error = error

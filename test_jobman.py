@@ -10609,19 +10609,29 @@ class FileSystemTest(TemporaryFolder):
         path = self.path("jobs.db")
         with contextlib.closing(jobman.Store(path)) as store:
             store.init(7, [1, 2, 3])
+        with contextlib.closing(jobman.Store(path)) as store:
             self.assertEqual(3, len(store.lifetimes(7)))
             execute = store.writer.connection.execute
             self.assertEqual(
                 ["exclusive", "persist", 2],
                 [execute("pragma " + name).fetchone()[0] for name in
                  ("locking_mode", "journal_mode", "synchronous")])
+            spill = execute("pragma cache_spill").fetchone()
+            self.assertIn(spill and spill[0], (0, None))  # None before 3.8
             self.assertEqual([], list(store.readers.idle))
-            other = sqlite3.connect(path, timeout=0)
-            with contextlib.closing(other):
-                with self.assertRaisesRegex(sqlite3.Error, "locked"):
-                    other.execute("select * from job")
         self.assertEqual(
             {"jobs.db", "mountinfo"}, set(os.listdir(self.folder)))
+
+    def test_other_programs_are_kept_off_where_locks_allow(self):
+        self.mounts("1 0 8:1 / / rw - nfs far rw\n")
+        path = self.path("jobs.db")
+        jobman.Store(path).close()
+        for opened in (lambda: jobman.open_writer(jobman.Place(path)),
+                       lambda: jobman.Store(path)):
+            other = sqlite3.connect(path, timeout=0)
+            with contextlib.closing(opened()), contextlib.closing(other):
+                with self.assertRaisesRegex(sqlite3.Error, "locked"):
+                    other.execute("select * from job")
 
 
 class AloneCase(TemporaryFolder):
@@ -10949,6 +10959,12 @@ class FastLock(jobman.ServerLock):
     SETTLE = 0.02
 
 
+class PatientLock(FastLock):
+    """A lock that waits for a sign of life, on a slow machine too."""
+
+    STALE = PATIENCE
+
+
 class LockTest(TemporaryFolder):
     """Only one server has a database, and one that lost it stops."""
 
@@ -11053,10 +11069,13 @@ class LockTest(TemporaryFolder):
         self.addCleanup(beater.join)
         self.addCleanup(ending.set)
         wait_for(lambda: os.path.exists(self.lock_path), "a beat")
+        file = os.stat(self.lock_path).st_ino
         for shared in (False, True):
             with contextlib.redirect_stderr(io.StringIO()) as said:
-                sentence = self.refusal(shared=shared)
-            self.assertIn("process 17 on far", sentence)
+                with self.assertRaisesRegex(
+                        jobman.Trouble, "process 17 on far"):
+                    PatientLock(self.place, shared=shared)
+            self.assertEqual(file, os.stat(self.lock_path).st_ino)
             self.assertRegex(
                 said.getvalue(), r"\Ajobman\.py: process 17 on far .*\n\Z")
         self.assertEqual("other", json.loads(read(self.lock_path).decode())
@@ -11101,9 +11120,7 @@ class LockTest(TemporaryFolder):
     def test_a_file_that_goes_while_it_is_watched_is_made_anew(self):
         self.write(self.holder())
 
-        class Watching(FastLock):
-            STALE = 60
-
+        class Watching(PatientLock):
             def read(lock):
                 content = super().read()
                 if os.path.exists(self.lock_path) and b"far" in content:
@@ -11221,6 +11238,25 @@ class LockTest(TemporaryFolder):
         lock.beat()
         lock.check()
 
+    def test_a_beat_counts_from_when_it_began(self):
+        self.make_alone()
+
+        class Slow(FastLock):
+            def write(lock):
+                super().write()
+                self.clock.advance(5)
+
+        with Slow(self.place, shared=False, clock=self.clock) as lock:
+            lock.beat()
+            self.clock.advance(lock.LIMIT - 5)
+            lock.check()
+            self.clock.advance(1)
+            with self.assertRaises(jobman.Unavailable):
+                lock.check()
+            lock.beat()
+            with self.assertRaises(jobman.Unavailable):
+                lock.check()
+
     def test_a_usual_server_is_patient(self):
         lock = self.lock(clock=self.clock)
         self.clock.advance(10**6)
@@ -11261,6 +11297,10 @@ class LockTest(TemporaryFolder):
             self.write(self.holder())
             with self.assertRaisesRegex(jobman.Unavailable, "17 on far"):
                 store.set(7, [self.entry(2)])
+            ran = []
+            with self.assertRaises(jobman.Unavailable):
+                store.writer.run(ran.append)
+            self.assertEqual([], ran)
             store.close()
             self.assertIn(b"far", read(self.lock_path))
             os.unlink(self.lock_path)
