@@ -5526,7 +5526,7 @@ class Book:
         return broken
 
 
-class CrashCase(TemporaryFolder):
+class CrashCase(SeededCase):
     """A server that may end at any moment, and what it has answered."""
 
     WITNESSES = 16
@@ -5576,7 +5576,7 @@ class CrashCase(TemporaryFolder):
 
     def assertSound(self, path):
         """Assert that a database is what `jobman.py check` calls whole."""
-        with jobman.looking(path) as execute:
+        with jobman.looking(jobman.Place(path)) as execute:
             for name, look in jobman.CHECKS:
                 self.assertEqual([], jobman.findings(look, execute), name)
 
@@ -5587,7 +5587,7 @@ class CrashCase(TemporaryFolder):
         at all, and there is nothing else.
         """
         self.assertSound(self.db)
-        with jobman.looking(self.db) as execute:
+        with jobman.looking(jobman.Place(self.db)) as execute:
             book = Book(execute)
         self.assertEqual([], book.breaks())
         for witness in self.witnesses:
@@ -5616,17 +5616,6 @@ class CrashCase(TemporaryFolder):
             if renewed and job["state"] == "working" and job["lease"]:
                 self.assertGreater(job["due"] - job["lease"], self.started)
 
-    @contextlib.contextmanager
-    def seeded(self):
-        """Make self.random; show its seed when the test fails."""
-        seed = os.environ.get("JOBMAN_SEED") or str(random.randrange(10**6))
-        self.random = random.Random(seed)
-        try:
-            yield
-        except BaseException:
-            print("JOBMAN_SEED=%s" % seed)
-            raise
-
 
 # What lets a server kill itself just before its n-th statement, or step with
 # a file.
@@ -5642,8 +5631,8 @@ def step(*_):
 def stepping(act):
     return lambda *given: (step(), act(*given))[1]
 
-def connect(path, *, readonly, connect=jobman.connect):
-    connection = connect(path, readonly=readonly)
+def connect(*given, connect=jobman.connect, **named):
+    connection = connect(*given, **named)
     connection.set_trace_callback(step)
     return connection
 
@@ -5667,7 +5656,7 @@ class KillTest(CrashCase):
 
     def version(self, path, jobs):
         """Return the schema of a database, having looked for its jobs."""
-        with jobman.looking(path) as execute:
+        with jobman.looking(jobman.Place(path)) as execute:
             found = execute("pragma integrity_check").fetchall()
             self.assertEqual(["ok"], [text for text, in found])
             self.assertEqual(
@@ -5760,11 +5749,12 @@ class KillTest(CrashCase):
             while self.dies_at(number, old):
                 number += self.STRIDE
             self.assertGreater(number, 40)
+        self.wrong = False
 
     def test_at_any_moment(self):
-        with self.seeded():
-            for number in range(self.LIVES):
-                self.live(number)
+        for number in range(self.LIVES):
+            self.live(number)
+        self.wrong = False
 
 
 class FullDiskTest(CrashCase):
@@ -5811,19 +5801,19 @@ class FullDiskTest(CrashCase):
 
     def fill_and_make_room(self, disk, times, padding):
         """Fill the disk and make room several times, under load."""
-        with self.seeded():
-            self.begin(disk, padding=padding)
-            self.start(self.CHANGES)
-            for _ in range(times):
-                self.set_to_work()
-                time.sleep(self.random.uniform(0, 0.2))
-                self.crowd(disk)
-                self.stop()
-                self.set_to_work()
-                self.each("refused")
-                self.make_room(disk)
-                self.go_on()
-            self.kill()
+        self.begin(disk, padding=padding)
+        self.start(self.CHANGES)
+        for _ in range(times):
+            self.set_to_work()
+            time.sleep(self.random.uniform(0, 0.2))
+            self.crowd(disk)
+            self.stop()
+            self.set_to_work()
+            self.each("refused")
+            self.make_room(disk)
+            self.go_on()
+        self.kill()
+        self.wrong = False
 
     def test_when_there_is_space_again_it_goes_on_by_itself(self):
         self.fill_and_make_room(self.small_disk("8m"), 5, 2000)
@@ -5833,16 +5823,16 @@ class FullDiskTest(CrashCase):
         self.fill_and_make_room(self.small_disk("80m"), 2, 400000)
 
     def test_so_it_does_when_it_has_filled_the_disk_itself(self):
-        with self.seeded():
-            disk = self.small_disk("700k")
-            self.begin(disk, padding=2000)
-            self.start()
-            self.set_to_work()
-            self.each("refused")
-            subprocess.check_call(
-                ["mount", "-o", "remount,size=8m", disk])
-            self.go_on()
-            self.kill()
+        disk = self.small_disk("700k")
+        self.begin(disk, padding=2000)
+        self.start()
+        self.set_to_work()
+        self.each("refused")
+        subprocess.check_call(
+            ["mount", "-o", "remount,size=8m", disk])
+        self.go_on()
+        self.kill()
+        self.wrong = False
 
     def refused(self):
         """Return what a server says that can't start."""
@@ -5853,23 +5843,23 @@ class FullDiskTest(CrashCase):
         return err
 
     def test_a_server_killed_on_a_full_disk_starts_when_there_is_space(self):
-        with self.seeded():
-            disk = self.small_disk("8m")
-            self.begin(disk, padding=2000)
-            for changes in ("", self.CHANGES, self.CHANGES):
-                self.start(changes)
-                self.assertKept(renewed=True)
-                self.set_to_work()
-                time.sleep(self.random.uniform(0, 0.2))
-                self.crowd(disk)
-                self.kill()
-                self.join()
-                for _ in range(0 if changes else 2):  # there is only the WAL
-                    self.assertRegex(self.refused(), "full|space")
-                self.make_room(disk)
-            self.start()
+        disk = self.small_disk("8m")
+        self.begin(disk, padding=2000)
+        for changes in ("", self.CHANGES, self.CHANGES):
+            self.start(changes)
             self.assertKept(renewed=True)
+            self.set_to_work()
+            time.sleep(self.random.uniform(0, 0.2))
+            self.crowd(disk)
             self.kill()
+            self.join()
+            for _ in range(0 if changes else 2):  # there is only the WAL
+                self.assertRegex(self.refused(), "full|space")
+            self.make_room(disk)
+        self.start()
+        self.assertKept(renewed=True)
+        self.kill()
+        self.wrong = False
 
 
 def wal_end(wal):
@@ -5955,12 +5945,12 @@ class TornTest(CrashCase):
         self.assertLost(offset, path)
 
     def test_its_end_is_missing(self):
-        with self.seeded():
-            for offset in [0, 32, self.end, *self.ends[:3]]:
-                self.check(offset, self.wal[:offset])
-            for _ in range(30):
-                offset = self.random.randrange(self.end)
-                self.check(offset, self.wal[:offset])
+        for offset in [0, 32, self.end, *self.ends[:3]]:
+            self.check(offset, self.wal[:offset])
+        for _ in range(30):
+            offset = self.random.randrange(self.end)
+            self.check(offset, self.wal[:offset])
+        self.wrong = False
 
     def spoil(self, offset, content):
         """Look at a WAL that has other content somewhere."""
@@ -5969,32 +5959,32 @@ class TornTest(CrashCase):
 
     def test_a_part_is_zero(self):
         size = int.from_bytes(self.wal[8:12], "big") + 24
-        with self.seeded():
-            for _ in range(10):
-                frame = self.random.randrange((self.end - 32) // size)
-                self.spoil(32 + frame * size, bytes(size))
+        for _ in range(10):
+            frame = self.random.randrange((self.end - 32) // size)
+            self.spoil(32 + frame * size, bytes(size))
+        self.wrong = False
 
     def test_a_bit_is_wrong(self):
-        with self.seeded():
-            for _ in range(20):
-                offset = self.random.randrange(self.end)
-                bit = 1 << self.random.randrange(8)
-                self.spoil(offset, bytes([self.wal[offset] ^ bit]))
+        for _ in range(20):
+            offset = self.random.randrange(self.end)
+            bit = 1 << self.random.randrange(8)
+            self.spoil(offset, bytes([self.wal[offset] ^ bit]))
+        self.wrong = False
 
     def test_there_is_garbage_behind_it(self):
-        with self.seeded():
-            garbage = bytes(self.random.randrange(256) for _ in range(10000))
-            self.check(self.end, self.wal + garbage)
-            self.check(self.end, self.wal[:self.end] + garbage)
-            self.check(self.end, self.wal[:self.end] + garbage[:100])
-            self.spoil(self.end, self.wal[32:self.end])
+        garbage = bytes(self.random.randrange(256) for _ in range(10000))
+        self.check(self.end, self.wal + garbage)
+        self.check(self.end, self.wal[:self.end] + garbage)
+        self.check(self.end, self.wal[:self.end] + garbage[:100])
+        self.spoil(self.end, self.wal[32:self.end])
+        self.wrong = False
 
     def test_its_index_is_missing_or_garbage(self):
         index = read(self.db + "-shm")
-        with self.seeded():
-            for shm in (None, b"", index, bytes(32768), b"\xff" * 32768,
-                        index[:500], index[::-1]):
-                self.check(self.end, self.wal, shm)
+        for shm in (None, b"", index, bytes(32768), b"\xff" * 32768,
+                    index[:500], index[::-1]):
+            self.check(self.end, self.wal, shm)
+        self.wrong = False
 
     def test_the_server_starts(self):
         half = self.end // 2
@@ -6008,6 +5998,7 @@ class TornTest(CrashCase):
             self.post("/cancel", {"all": True})
             self.kill()
             self.assertSound(self.db)
+        self.wrong = False
 
 
 # What lets a server note all that its connections to the database do, and its
@@ -6053,7 +6044,7 @@ jobman.Writer.CHECKPOINT_AFTER = 5
 """
 
 
-class CheckpointTest(CrashCase):
+class CheckpointTest(TemporaryFolder):
     """No checkpoint is ever made beside a commit (see jobman.connect)."""
 
     def setUp(self):
@@ -6176,7 +6167,7 @@ class CheckpointTest(CrashCase):
         server.kill()
         server.wait()
         before = read(self.db), read(self.db + "-wal")
-        with jobman.looking(self.db) as execute:
+        with jobman.looking(jobman.Place(self.db)) as execute:
             self.assertEqual(
                 1, execute("select count(*) from job").fetchone()[0])
         self.assertEqual(before, (read(self.db), read(self.db + "-wal")))
