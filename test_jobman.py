@@ -11059,7 +11059,8 @@ class LockTest(TemporaryFolder):
         beater.start()
         self.addCleanup(beater.join)
         self.addCleanup(ending.set)
-        wait_for(lambda: os.path.exists(self.lock_path), "a beat")
+        wait_for(lambda: os.path.exists(self.lock_path)
+                 and os.path.getsize(self.lock_path), "a beat")
         file = os.stat(self.lock_path).st_ino
         for shared in (False, True):
             with contextlib.redirect_stderr(io.StringIO()) as said:
