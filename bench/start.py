@@ -62,10 +62,10 @@ def stop(process):
 class Place:
     """Hold what all measurements share: Pythons, folder, environment."""
 
-    def __init__(self, folder, python, hyperqueue):
+    def __init__(self, folder, python, peers):
         self.folder = folder
         self.python = python  # runs jobman
-        self.hyperqueue = hyperqueue  # a Python that has it
+        self.peers = peers  # a Python that has the packages to compare with
         self.log = os.path.join(folder, "log")
         self.busy = False  # starting or stopping a process
         self.signal = None  # that came
@@ -286,7 +286,7 @@ def hyperqueue_version(place):
     """Return HyperQueue's version; raise Missing without it."""
     code = "import hyperqueue; print(hyperqueue.get_version())"
     try:
-        return place.output(place.hyperqueue, "-c", code).strip()
+        return place.output(place.peers, "-c", code).strip()
     except (Failed, OSError):
         raise Missing("HyperQueue") from None
 
@@ -297,7 +297,7 @@ def hyperqueue(place, jobs, kept="kept"):
     code = "import sys, start; start.be_hyperqueue(*sys.argv[1:])"
     with place.fresh() as folder:
         text = place.output(
-            place.hyperqueue, "-c", "import sys; sys.path.insert(0, %r); %s"
+            place.peers, "-c", "import sys; sys.path.insert(0, %r); %s"
             % (HERE, code), folder, str(jobs), kept,
         )
     taken = float(text.split()[-1])
@@ -325,6 +325,22 @@ def check(place, process, began):
         raise place.failure(process.args, "it does nothing")
 
 
+@contextlib.contextmanager
+def serving(place, folder):
+    """Run a server while a `with` lasts; yield its access file."""
+    access = os.path.join(folder, "access.json")
+    database = os.path.join(folder, "jobman.db")
+    with place.running(
+        place.python, JOBMAN, "serve", "--db", database, "--port", "0",
+        "--access", access,
+    ) as server:
+        began = time.monotonic()
+        while not os.path.exists(access):
+            check(place, server, began)
+            time.sleep(0.01)
+        yield access
+
+
 def time_worker(place, client, access, jobs):
     """Run a worker; return the seconds from its start and first claim."""
     began = time.monotonic()
@@ -347,16 +363,7 @@ def jobman_worker(place, jobs):
 
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(place.fresh())
-        access = os.path.join(folder, "access.json")
-        database = os.path.join(folder, "jobman.db")
-        server = stack.enter_context(place.running(
-            place.python, JOBMAN, "serve", "--db", database, "--port", "0",
-            "--access", access,
-        ))
-        began = time.monotonic()
-        while not os.path.exists(access):
-            check(place, server, began)
-            time.sleep(0.01)
+        access = stack.enter_context(serving(place, folder))
         client = Client(access)
         stack.callback(client.close)
         client.submit(
@@ -538,15 +545,24 @@ def real_python(path):
         raise Failed("--python: %s" % error) from None
 
 
-def compare(options, folder):
-    """Measure everything and print the table."""
-    venv_python = sys.executable
-    if options.hyperqueue:
-        venv = os.path.abspath(options.hyperqueue)
-        venv_python = os.path.join(venv, "bin", "python")
-    place = Place(folder, real_python(options.python), venv_python)
+def python_of(venv):
+    """Return the Python of a virtual environment, without one this one."""
+    if not venv:
+        return sys.executable
+    return os.path.join(os.path.abspath(venv), "bin", "python")
+
+
+def heed_signals(place):
+    """Let signals to end stop all that was started, too."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, place.end)
+
+
+def compare(options, folder):
+    """Measure everything and print the table."""
+    venv_python = python_of(options.hyperqueue)
+    place = Place(folder, real_python(options.python), venv_python)
+    heed_signals(place)
     load = os.getloadavg()[0]
     counts, missing = warm_up(place, options.jobs)
     rates = measure(place, counts, options.rounds)
