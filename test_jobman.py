@@ -57,6 +57,7 @@ import worker
 HERE = os.path.dirname(os.path.abspath(__file__))
 JOBMAN = os.path.join(HERE, "jobman.py")
 WORKER = os.path.join(HERE, "worker.py")
+BENCH = os.path.join(HERE, "bench", "run.py")
 PATIENCE = 30  # seconds that a process may take before a test gives it up
 
 
@@ -13988,6 +13989,78 @@ class BrowserTest(StoreCase):
         self.see("#failed", HOSTILE)
         self.assertEqual(0, self.browser.script(
             "return document.querySelectorAll('img, main script').length"))
+
+
+# ----------------------------------------------------------- comparisons ---
+
+
+class CompareTest(TemporaryFolder):
+    """bench/run.py measures what is there, and leaves nothing behind."""
+
+    def rows(self, text):
+        """Return {first cell: [other cells]} of the tables in a text."""
+        lines = [line for line in text.splitlines() if line[:1] == "|"]
+        cells = [
+            [cell.strip() for cell in line[1:-1].split("|")] for line in lines
+        ]
+        return {found[0]: found[1:] for found in cells}
+
+    def test_it_shows_jobman_beside_bare_sqlite(self):
+        status, out, err = self.command(
+            BENCH, "--quick", "--jobs", "60", "--only", "jobman", "sqlite")
+        self.assertEqual(0, status, err)
+        table, _, quotients = out.partition("\n\n")
+        rows = self.rows(table)
+        for name in ("jobman, 1 client", "jobman, 16 clients",
+                     "jobman, 16, new conn.", "jobman, n=1000, 1 client",
+                     "jobman, /set", "SQLite FULL", "SQLite NORMAL"):
+            jobs, rate, _, sqlite, beanstalkd = rows[name]
+            self.assertEqual(("60", "-"), (jobs, beanstalkd), name)
+            self.assertGreater(int(rate), 0, name)
+            self.assertRegex(sqlite, r"^\d+\.\d\d$", name)
+            self.assertIn(name, err)
+        self.assertEqual("1.00", rows["SQLite FULL"][3])
+        self.assertEqual(
+            ["SQLite FULL", rows["jobman, 1 client"][3], "0.4 (0.5)"],
+            self.rows(quotients)["jobman, 1 client"])
+        self.assertRegex(out, r"\n20.*; \d+ cores, Linux .*\nfsync of 4 KiB")
+        self.assertEqual([], os.listdir(self.environment["TMPDIR"]))
+
+    def test_it_names_what_is_not_installed(self):
+        os.symlink(shutil.which("df"), self.path("df"))
+        self.environment["PATH"] = self.folder
+        status, out, err = self.command(
+            BENCH, "--quick", "--only", "beanstalkd", "redis", "rq", "original"
+        )
+        self.assertEqual(0, status, err)
+        self.assertIn("left out, not installed or given: --original,"
+                      " beanstalkd, redis-server\n", out)
+
+    def check_end(self, number):
+        """Check what a signal leaves of a measurement with a server."""
+        process = self.spawn(
+            BENCH, "--only", "jobman", "--jobs", "100000",
+            start_new_session=True)
+        wait_for(lambda: len(self.session(process)) > 2, "server and clients")
+        process.send_signal(number)
+        status, _, err = self.finish(process)
+        self.assertEqual(128 + number, status, err)
+        self.assertEqual([], self.session(process))
+        self.assertEqual([], os.listdir(self.environment["TMPDIR"]))
+
+    def test_all_that_it_starts_ends_with_it(self):
+        self.check_end(signal.SIGINT)
+        self.check_end(signal.SIGTERM)
+
+    def session(self, process):
+        """Return the processes in the session of one that leads it."""
+        found = []
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                with contextlib.suppress(OSError):
+                    if os.getsid(int(name)) == process.pid:
+                        found.append(int(name))
+        return found
 
 
 # ----------------------------------------------------------------- house ---

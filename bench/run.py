@@ -246,8 +246,10 @@ ROWS = [
     line("RQ, SimpleWorker", "rq", rq, forks=False, unit=50),
     line("huey, fsync", "huey", huey, fsync=True),
     line("huey, no fsync", "huey", huey, fsync=False),
-    line("the original, 1 client", "original", original, clients=1),
-    line("the original, 16 clients", "original", original, clients=16),
+    line("the original, 1 client", "original", original, clients=1,
+         unit=1000),
+    line("the original, 16 clients", "original", original, clients=16,
+         unit=1000),
 ]
 
 # Rows, divided by each other, and what the quotient is to be (and at best)
@@ -423,13 +425,19 @@ def quotients(rates):
     return ["", *head, *lines] if lines else []
 
 
-def report(place, lines, found, missing, load):
+def machine(place):
+    """Return two lines on the machine, as it is before the measurement."""
+    text = "%s\nfsync of 4 KiB before, median of %d: %.2f ms"
+    load = os.getloadavg()[0]
+    return text % (start.machine(place, load), FSYNCS,
+                   1000 * fsync_time(place.folder))
+
+
+def report(lines, facts, found, missing):
     """Print the tables, and what they were measured on and with."""
     print("\n".join(lines))
     print()
-    print(start.machine(place, load))
-    print("fsync of 4 KiB, median of %d: %.2f ms" % (
-        FSYNCS, 1000 * fsync_time(place.folder)))
+    print(facts)
     versions = ["Python " + platform.python_version(),
                 "SQLite " + sqlite3.sqlite_version, *found.values()]
     print(textwrap.fill("; ".join(dict.fromkeys(versions)), 79))
@@ -493,7 +501,7 @@ def compare(options, folder):
     )
     place.original = original_server(options)
     start.heed_signals(place)
-    load = os.getloadavg()[0]
+    facts = machine(place)
     found, missing = look_around(place, options.only)
     rows = [
         row for row in ROWS
@@ -502,7 +510,7 @@ def compare(options, folder):
     numbers = counts(place, rows, options.jobs)
     rates = measure(place, numbers, options.rounds)
     lines = table(numbers, rates) + quotients(rates)
-    report(place, lines, found, missing, load)
+    report(lines, facts, found, missing)
 
 
 def main(arguments=None):
