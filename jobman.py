@@ -109,6 +109,11 @@ class Unavailable(Error):
         self.reason = reason
 
 
+def printable(text):
+    """Return `text` with what could draw on a terminal as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def say(line):
     """Write a line for a person, on standard error."""
     print(line, file=sys.stderr, flush=True)
@@ -815,6 +820,7 @@ class Place:
         self.path = path
         self.file = os.path.realpath(path)  # one database, one lock file
         self.kind, self.source = mounted(os.path.dirname(self.file))
+        self.owner = os.geteuid()  # of what we make there, as it is seen
         self.locks, self.flocks = "work", True
         self.try_locks()
         self.alone = (
@@ -839,6 +845,7 @@ class Place:
                 undo.callback(os.close, second)
             except OSError:
                 return
+            self.owner = os.fstat(first).st_uid
             self.flocks = flocks_work(first, second)
             self.locks = posix_locks(first, second)
 
@@ -972,8 +979,17 @@ def open_draft(draft):
         yield connection
 
 
+def need_no_rest(path, *names):
+    """Raise Trouble where something of another database would spoil one."""
+    for name in (*names, path + "-wal", path + "-journal"):
+        if os.path.lexists(name):
+            raise Trouble("%s is there already; move it away, or name a new"
+                          " file." % name)
+
+
 def create_schema(path):
     """Make the file at `path` (mode 0600) and the tables in it."""
+    need_no_rest(path)
     with drafting(path) as draft:
         with open_draft(draft) as connection:
             connection.executescript(
@@ -1024,10 +1040,7 @@ def copy_database(place, target, show=lambda size: None):
     called at times with the bytes that are written. Returns how many jobs
     it has. Raises Trouble when it can't be made, and leaves nothing then.
     """
-    for suffix in ("", "-wal", "-journal"):  # the latter would spoil it
-        if os.path.lexists(target + suffix):
-            raise Trouble("%s is there already; name a new file."
-                          % (target + suffix))
+    need_no_rest(target, target)
     try:
         with drafting(target) as draft:
             with open_draft(draft) as copy:
@@ -1124,6 +1137,21 @@ def use_wal(connection, path):
         raise Trouble("The file system of %s can't hold a WAL." % path)
 
 
+def need_own(path, owner):
+    """Raise Trouble where a file isn't ours; have it for ourselves.
+
+    Who owns a database has its jobix, and with it whatever runs our jobs.
+    """
+    status = os.stat(path)
+    if status.st_uid not in (owner, os.geteuid(), 0):
+        raise Trouble("%s belongs to another user; name another file." % path)
+    if status.st_nlink > 1:
+        raise Trouble("%s has a second name (a hard link), by which another"
+                      " server could have it; remove that." % path)
+    if status.st_mode & 0o077 and status.st_uid == os.geteuid():
+        os.chmod(path, 0o600)
+
+
 def open_writer(place):
     """Return the connection that changes the database at a place.
 
@@ -1135,6 +1163,7 @@ def open_writer(place):
     with telling(path), contextlib.ExitStack() as undo:
         if inspect(path) == 0:
             create_schema(path)
+        need_own(path, place.owner)
         if not os.access(path, os.W_OK):
             raise Trouble("The database %s is not writable." % path)
         if place.alone:
@@ -1154,9 +1183,22 @@ def open_writer(place):
 # ----------------------------------------------------------- server lock ---
 
 
-def open_private(path):
-    """Return a file descriptor of the file at `path`, made with mode 0600."""
-    return os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+def open_private(path, more=0):
+    """Return a file descriptor of the file at `path`, made with mode 0600.
+
+    No link is followed: others may have put one there. `more` are flags.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | more
+    return os.open(path, flags, 0o600)
+
+
+def identity(path):
+    """Return which file has this name, None when there is none."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def uptime():
@@ -1215,8 +1257,8 @@ def name_holder(content):
     record = read_holder(content)
     if record["pid"] is None:  # an older jobman writes a text
         text = content[:100].decode("ascii", "replace").strip("\0 \n")
-        return text or "a process that didn't say which"
-    return "process %d on %s" % (record["pid"], record["host"])
+        return printable(text) or "a process that didn't say which"
+    return "process %d on %s" % (record["pid"], printable(str(record["host"])))
 
 
 class ServerLock:
@@ -1256,7 +1298,7 @@ class ServerLock:
         self.beats = 0
         self.last = self.sure = None  # when beats began: see beat()
         self.lost = None  # to whom, for good
-        self.file = self.node = None
+        self.file = self.node = self.database = None
         self.taken = False
         self.ending = threading.Event()
         self.beater = threading.Thread(target=self.beat_on, daemon=True)
@@ -1278,11 +1320,10 @@ class ServerLock:
         new = not os.path.lexists(self.path)
         try:
             more = os.O_EXCL if new else 0
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | more, 0o600)
+            file = open_private(self.path, more)
         except FileExistsError:
             return
-        self.file, status = file, os.fstat(file)
-        self.node = status.st_dev, status.st_ino
+        self.file, self.node = file, identity(file)
         self.lock_file(fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX)
         if not new:
             self.need_free()
@@ -1334,8 +1375,9 @@ class ServerLock:
         """Return whether who wrote `content` lives; None: it can't be known.
         """
         holder, here = read_holder(content), machine()
-        if self.place.flocks and (holder["machine"] or [0])[0] == here[0]:
-            return False  # this kernel would have kept us off
+        booted = (holder["machine"] or here[1:])[0]
+        if booted == here[0] and not self.place.alone:
+            return False  # this kernel's flock would have kept us off
         said = None not in (holder["pid"], holder["start"])
         if said and holder["machine"] == here:
             return start_of(holder["pid"]) == holder["start"]
@@ -1386,12 +1428,18 @@ class ServerLock:
         return read_holder(self.read())["key"] == self.key
 
     def in_place(self):
-        """Return whether the file that we hold is the one with that name."""
-        try:
-            status = os.stat(self.path)
-        except FileNotFoundError:
-            return False
-        return (status.st_dev, status.st_ino) == self.node
+        """Return whether the files that we hold are those with their names.
+        """
+        served = self.database in (None, identity(self.place.file))
+        return served and identity(self.path) == self.node
+
+    def strayed(self):
+        """Return whether the database was moved away, and not the lock."""
+        return identity(self.path) == self.node and not self.in_place()
+
+    def cover(self):
+        """Watch the database's own file too, from now on."""
+        self.database = identity(self.place.file)
 
     def beat_on(self):
         """Beat until the end, or until the database is lost."""
@@ -1418,7 +1466,7 @@ class ServerLock:
         """Note that somebody else has the database, for good."""
         content = b"" if self.is_ours() else self.read()
         self.lost = name_holder(content) if content \
-            else "somebody who removed %s" % self.path
+            else "somebody who moved or removed its files"
 
     def check(self):
         """Raise Unavailable unless the database is known to be ours."""
@@ -1705,7 +1753,9 @@ class Writer:
             self.closed = True
             self.rest.wait_for(lambda: not self.leading)
         with self.turns:
-            with contextlib.suppress(Unavailable, sqlite3.Error):
+            with contextlib.suppress(Unavailable, sqlite3.Error, OSError):
+                if self.lock.strayed():  # SQLite would leave the WAL behind
+                    self.connection.execute("pragma wal_checkpoint(passive)")
                 self.lock.check()
                 clear_journal(self.connection)
             self.connection.close()
@@ -2044,6 +2094,7 @@ class Store:
             turns = Turns(self.place.file, shared=shared)
             with turns:
                 connection = open_writer(self.place)
+            lock.cover()
             self.writer = Writer(
                 connection, turns, lock, clock, self.do_due, self.committed
             )
@@ -4333,6 +4384,7 @@ def make_certificate(path):
 def own_certificate(path):
     """Return the name of the file `path`.key, made if it isn't there."""
     if os.path.exists(path + ".key"):
+        need_own(path + ".key", os.geteuid())
         return path + ".key"
     if shutil.which("openssl") is None:
         raise Trouble(
@@ -4431,9 +4483,9 @@ def body_length(method, headers):
     text = headers.get("content-length", "")
     if not text and method == "POST":
         raise Error(411, "Send a Content-Length.")
-    length = number(text.strip() or "0")
-    if type(length) is not int or length < 0:
+    if not re.fullmatch("[0-9]{0,25}", text):
         raise Error(400, "The Content-Length is no number of bytes.")
+    length = int(text or "0")
     if length > MAX_BODY:
         raise Error(413, "The body is over %d bytes." % MAX_BODY)
     return length
@@ -5213,11 +5265,6 @@ def serve(options):
 
 
 # --------------------------------------------------------------- clients ---
-
-
-def printable(text):
-    """Return `text` with what could draw on a terminal as escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def worker_script():

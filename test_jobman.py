@@ -3138,7 +3138,8 @@ class SocketTest(StoreCase):
         post = b"POST /set HTTP/1.1", b"jobix: 1"
         self.assertError(411, *post, b"Transfer-Encoding: chunked", b"", b"0")
         self.assertError(411, *post, b"")
-        for length in (b"-1", b"x", b"1, 1", b"1.5"):
+        for length in (b"-1", b"x", b"1, 1", b"1.5", b"+1", b"-0", b"\xa01",
+                       b"1" * 30):
             self.assertError(400, *post, b"Content-Length: " + length, b"")
         self.assertError(
             400, *post, b"Content-Length: 1", b"Content-Length: 1", b"")
@@ -11036,6 +11037,80 @@ class LockTest(TemporaryFolder):
         process.terminate()
         status, _, err = self.finish(process)
         self.assertEqual((0, ""), (status, err))
+
+    def refused_start(self):
+        """Return the sentence with which a server doesn't start."""
+        status, out, err = self.command(
+            JOBMAN, "serve", "--port", "0", "--db", "jobs.db")
+        self.assertEqual((1, ""), (status, out), err)
+        self.assertEqual(1, err.count("\n"))
+        return err
+
+    def test_a_database_of_another_user_is_refused(self):
+        jobman.Store(self.path("jobs.db")).close()
+        try:
+            os.chown(self.path("jobs.db"), 1234, -1)
+        except PermissionError:
+            self.skipTest("only root can give a file to somebody else")
+        self.assertIn("another user", self.refused_start())
+
+    def test_a_database_becomes_private(self):
+        jobman.Store(self.path("jobs.db")).close()
+        os.chmod(self.path("jobs.db"), 0o666)
+        jobman.Store(self.path("jobs.db")).close()
+        self.assertEqual(
+            0o600, stat.S_IMODE(os.stat(self.path("jobs.db")).st_mode))
+
+    def test_a_database_with_a_second_name_is_refused(self):
+        jobman.Store(self.path("jobs.db")).close()
+        os.link(self.path("jobs.db"), self.path("other.db"))
+        self.assertIn("second name", self.refused_start())
+
+    def test_the_rest_of_another_database_is_refused(self):
+        for suffix in ("-wal", "-journal"):
+            with open(self.path("jobs.db" + suffix), "wb") as file:
+                file.write(b"x")
+            self.assertIn("jobs.db%s is there" % suffix, self.refused_start())
+            self.assertFalse(os.path.exists(self.path("jobs.db")))
+            os.unlink(self.path("jobs.db" + suffix))
+
+    def test_a_database_that_is_moved_is_lost(self):
+        process, address = self.serve("--db", "jobs.db")
+        jobs = packed({1: {"jobstage": 0}})
+        reply = exchange(address, "POST", "/set", jobs, {"jobix": "7"})
+        self.assertEqual(200, reply.status)
+        os.rename(self.path("jobs.db"), self.path("new.db"))
+        with contextlib.suppress(OSError):  # it may have ended
+            reply = exchange(address, "GET", "/get/0", headers={"jobix": "7"})
+            self.assertEqual(503, reply.status)
+        status, _, err = self.finish(process)
+        self.assertEqual(1, status)
+        self.assertIn("moved or removed", err)
+        self.assertEqual([{"state": "waiting"}],
+                         rows(self.path("new.db"), "select state from job"))
+
+    def test_a_link_instead_of_the_file_is_not_followed(self):
+        with open(self.path("victim"), "w") as file:
+            file.write("precious")
+        for name in ("jobs.db.lock", "jobs.db.gate", "jobs.db.turn"):
+            os.symlink(self.path("victim"), self.path(name))
+            with self.assertRaisesRegex(jobman.Trouble, "symbolic"):
+                jobman.Store(self.path("jobs.db"), shared=True)
+            jobman.remove(self.path(name))
+        self.assertEqual(b"precious", read(self.path("victim")))
+
+    def test_a_holder_that_lives_is_heeded_where_locks_are_of_a_mount(self):
+        self.make_alone()
+        pid = os.getpid()
+        self.write(self.holder(
+            machine=jobman.machine(), pid=pid, start=jobman.start_of(pid)))
+        self.assertIn("process %d on far" % pid, self.refusal(shared=False))
+
+    def test_the_name_of_a_holder_draws_nothing(self):
+        self.assertEqual(
+            "process 1 on a\\x1b[31m\\n", jobman.name_holder(
+                json.dumps({"pid": 1, "host": "a\x1b[31m\n"}).encode()))
+        self.assertEqual("a\\x1b[31m", jobman.name_holder(b"a\x1b[31m"))
 
     def test_the_file_says_who_has_it_and_is_private(self):
         self.lock()
