@@ -5822,7 +5822,7 @@ class FullDiskTest(CrashCase):
 
     def test_so_it_does_after_changes_too_large_for_memory(self):
         """They meet the end of the disk before their commit."""
-        self.fill_and_make_room(self.small_disk("80m"), 2, 400000)
+        self.fill_and_make_room(self.small_disk("200m"), 2, 400000)
 
     def test_so_it_does_when_it_has_filled_the_disk_itself(self):
         disk = self.small_disk("700k")
