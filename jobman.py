@@ -109,6 +109,11 @@ class Unavailable(Error):
         self.reason = reason
 
 
+def cause(error):
+    """Return what went wrong: the system's words alone, where it has some."""
+    return getattr(error, "strerror", None) or error
+
+
 def printable(text):
     """Return `text` with what could draw on a terminal as escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -903,7 +908,7 @@ def telling(path):
     except Unavailable as error:
         reason = error.reason
     except (sqlite3.Error, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = cause(error)
     else:
         return
     raise Trouble("The database %s can't be used: %s." % (path, reason))
@@ -1053,7 +1058,7 @@ def copy_database(place, target, show=lambda size: None):
                 copy.execute("pragma journal_mode = delete")
     except (sqlite3.Error, OSError) as error:
         raise Trouble("The database %s can't be copied to %s: %s." % (
-            place.path, target, getattr(error, "strerror", None) or error
+            place.path, target, cause(error)
         )) from None
     return jobs
 
@@ -4464,7 +4469,7 @@ def credentials(options):
         context = tls_context(certfile, options.keyfile)
         return context, read_fingerprint(certfile)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = cause(error)
         raise Trouble(
             "The certificate %s can't be used: %s." % (certfile, reason)
         ) from None
@@ -5089,7 +5094,7 @@ def listen(host, port):
     try:
         return Server((host, port))
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = cause(error)
         raise Trouble(
             "Can't listen on port %d of %s: %s." % (port, host, reason)
         ) from None
