@@ -1559,37 +1559,20 @@ class Turns:
 class Transaction:
     """What the operations of one commit share.
 
-    `now` is the commit's time in seconds since 1970. What an operation
-    counts is summed up here, and lost with it when it is refused.
+    `now` is the commit's time in seconds since 1970. What they count is
+    summed up here.
     """
 
     def __init__(self, connection, now):
+        self.connection = connection
         self.execute = connection.execute
         self.executemany = connection.executemany
         self.now = now
         self.counts = Counter()
-        self.pending = Counter()
 
     def count(self, kind, *key, n=1):
         """Add `n` to the sum of `kind` (jobs, expired, free, …) for `key`."""
-        self.pending[(kind,) + key] += n
-
-    def attempt(self, operation):
-        """Run `operation(self)`; undo it alone when it raises."""
-        self.execute("savepoint operation")
-        try:
-            result = operation(self)
-            self.execute("release operation")
-        except sqlite3.Error:
-            raise  # a full disk has rolled back all: this commit is lost
-        except Exception:
-            self.execute("rollback to operation")
-            self.execute("release operation")
-            self.pending.clear()
-            raise
-        self.counts.update(self.pending)
-        self.pending.clear()
-        return result
+        self.counts[(kind, *key)] += n
 
     def settle(self):
         """Write the sums: one update for each group of jobs that changed."""
@@ -1618,26 +1601,37 @@ class Transaction:
             self.execute(insert, values)
 
 
+class HalfDone(Exception):
+    """Take a transaction back, for one of its operations is half done."""
+
+
 class Turn:
     """One operation on its way through the Writer, and what came of it."""
 
-    __slots__ = ("error", "operation", "over", "ready", "result")
+    __slots__ = ("error", "half", "operation", "over", "ready", "result")
 
     def __init__(self, operation):
         self.operation = operation
         self.ready = threading.Lock()
         self.ready.acquire()
-        self.over = False
+        self.over = self.half = False
         self.result = self.error = None
 
     def run(self, transaction):
-        """Run the operation and keep its result or its refusal."""
+        """Run the operation and keep its result or its refusal.
+
+        Return whether it did all or nothing. It may run again.
+        """
+        self.error = None
+        changes = transaction.connection.total_changes
         try:
-            self.result = transaction.attempt(self.operation)
+            self.result = self.operation(transaction)
         except sqlite3.Error:
             raise
         except Exception as error:
             self.error = error
+            self.half = transaction.connection.total_changes != changes
+        return not self.half
 
     def outcome(self):
         """Return the operation's result or raise its error."""
@@ -1703,11 +1697,16 @@ class Writer:
                 turn.ready.release()
 
     def commit(self, batch):
-        """Run the operations of `batch` in one transaction."""
+        """Run the operations of `batch` in one transaction.
+
+        One that is refused when it has changed something takes all back: the
+        others run again without it. That is rare, and cheaper than a
+        savepoint for each.
+        """
+        left = batch
         try:
-            with self.transaction(self.prepare) as transaction:
-                for turn in batch:
-                    turn.run(transaction)
+            while left and not self.all_whole(left):
+                left = [turn for turn in left if not turn.half]
         except sqlite3.Error as error:
             for turn in batch:
                 turn.error = Unavailable(error)
@@ -1715,6 +1714,16 @@ class Writer:
             for turn in batch:
                 turn.error = error
             raise
+
+    def all_whole(self, batch):
+        """Commit the operations of `batch` unless one was half done."""
+        with contextlib.suppress(HalfDone):
+            with self.transaction(self.prepare) as transaction:
+                for turn in batch:
+                    if not turn.run(transaction):
+                        raise HalfDone
+            return True
+        return False
 
     @contextlib.contextmanager
     def transaction(self, prepare):
@@ -1729,7 +1738,7 @@ class Writer:
             execute("begin immediate")
             try:
                 transaction = Transaction(self.connection, self.clock())
-                transaction.attempt(prepare)
+                prepare(transaction)
                 yield transaction
                 transaction.settle()
                 self.lock.check()
@@ -2412,16 +2421,12 @@ class Store:
     def update_jobs(self, tx, jobix, updates):
         """Do many updates; return their statuses, 200, 404 or 409 each.
 
-        `updates` is a list of dicts: `jobid`, `jobstage` and what update_job
-        takes besides.
+        `updates` is a list of dicts of what update_job takes.
         """
         statuses = []
         for update in updates:
             try:
-                self.update(
-                    tx, jobix, update.pop("jobid"), update.pop("jobstage"),
-                    **update
-                )
+                self.update(tx, jobix, **update)
                 statuses.append(200)
             except Error as error:
                 statuses.append(error.status)
@@ -3599,7 +3604,7 @@ def read_update(entry):
     return dict(
         read_result(entry),
         jobid=JOBID(entry.get("jobid"), "jobid"),
-        jobstage=STAGE(entry.get("jobstage"), "jobstage"),
+        stage=STAGE(entry.get("jobstage"), "jobstage"),
         claim=read_optional(entry, "claim", token),
     )
 
