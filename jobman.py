@@ -20,14 +20,17 @@ import atexit
 import base64
 import contextlib
 import email.utils
+import errno
 import fcntl
 import functools
 import hashlib
+import heapq
 import html
 import http.client
 import importlib
 import io
 import ipaddress
+import itertools
 import json
 import math
 import os
@@ -35,11 +38,11 @@ import re
 import resource
 import secrets
 import select
+import selectors
 import shlex
 import shutil
 import signal
 import socket
-import socketserver
 import sqlite3
 import struct
 import subprocess
@@ -47,8 +50,10 @@ import sys
 import threading
 import time
 import traceback
+import types
 import zlib
 from collections import Counter, OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -1608,13 +1613,11 @@ class HalfDone(Exception):
 class Turn:
     """One operation on its way through the Writer, and what came of it."""
 
-    __slots__ = ("error", "half", "operation", "over", "ready", "result")
+    __slots__ = ("error", "half", "operation", "result")
 
     def __init__(self, operation):
         self.operation = operation
-        self.ready = threading.Lock()
-        self.ready.acquire()
-        self.over = self.half = False
+        self.half = False
         self.result = self.error = None
 
     def run(self, transaction):
@@ -1638,6 +1641,24 @@ class Turn:
         if self.error is not None:
             raise self.error
         return self.result
+
+
+class Share:
+    """What one thread brings to a commit: `turns`."""
+
+    __slots__ = ("over", "ready", "turns")
+
+    def __init__(self, turns):
+        self.turns = turns
+        self.over = False
+        self.ready = threading.Lock()
+        self.ready.acquire()
+
+
+def refuse(turns, error):
+    """Let `turns` end with `error`."""
+    for turn in turns:
+        turn.error = error
 
 
 class Writer:
@@ -1668,23 +1689,28 @@ class Writer:
     def run(self, operation):
         """Return `operation(transaction)`, once it is on disk."""
         turn = Turn(operation)
+        self.take([turn])
+        return turn.outcome()
+
+    def take(self, turns):
+        """Run `turns` in one commit; return when it is made, or failed."""
+        share = Share(turns)
         with self.mutex:
             if self.closed:
-                raise Unavailable("it is ending")
-            self.queue.append(turn)
+                return refuse(turns, Unavailable("it is ending"))
+            self.queue.append(share)
             leads, self.leading = not self.leading, True
         if not leads:
-            turn.ready.acquire()
-        if not turn.over:
+            share.ready.acquire()
+        if not share.over:
             self.lead()
-        return turn.outcome()
 
     def lead(self):
         """Commit all that waits, then wake the next leader and the others."""
         with self.mutex:
-            batch, self.queue = self.queue, []
+            shares, self.queue = self.queue, []
         try:
-            self.commit(batch)
+            self.commit([turn for share in shares for turn in share.turns])
         finally:
             with self.mutex:
                 heir = self.queue[0] if self.queue else None
@@ -1692,9 +1718,9 @@ class Writer:
                 self.rest.notify_all()
             if heir:
                 heir.ready.release()
-            for turn in batch:
-                turn.over = True
-                turn.ready.release()
+            for share in shares:
+                share.over = True
+                share.ready.release()
 
     def commit(self, batch):
         """Run the operations of `batch` in one transaction.
@@ -1708,12 +1734,9 @@ class Writer:
             while left and not self.all_whole(left):
                 left = [turn for turn in left if not turn.half]
         except sqlite3.Error as error:
-            for turn in batch:
-                turn.error = Unavailable(error)
-        except BaseException as error:
-            for turn in batch:
-                turn.error = error
-            raise
+            refuse(batch, Unavailable(error))
+        except Exception as error:
+            refuse(batch, error)
 
     def all_whole(self, batch):
         """Commit the operations of `batch` unless one was half done."""
@@ -1780,28 +1803,32 @@ class Writer:
 
 
 class Ear:
-    """One long poll that listens for free jobs.
+    """One long poll that listens for free jobs."""
 
-    A bare lock is a quarter of the size of a threading.Event.
-    """
-
-    __slots__ = ("lock", "rung")
+    __slots__ = ("rung", "tell")
 
     def __init__(self):
-        self.lock = threading.Lock()
-        self.lock.acquire()
         self.rung = False
+        self.tell = None  # called when it is rung
 
     def ring(self):
         """Wake who waits; return whether that was news."""
         news, self.rung = not self.rung, True
-        if news:
-            self.lock.release()
+        if news and self.tell:
+            self.tell()
         return news
+
+    def listen(self, tell):
+        """Have `tell()` called, once or twice, when it is rung, or was."""
+        self.tell = tell
+        if self.rung:
+            tell()
 
     def wait(self, seconds):
         """Return when rung, or after `seconds`."""
-        self.lock.acquire(timeout=seconds)
+        heard = threading.Event()
+        self.listen(heard.set)
+        heard.wait(seconds)
 
 
 class Bell:
@@ -3121,7 +3148,8 @@ class Request:
 
     `path` is percent-decoded, `headers` have lower-case names. `receive()`
     gives the body, as bytes; without it there is none. `gone()` tells whether
-    the caller has hung up; `address` is where the call comes from.
+    the caller has hung up; `address` is where the call comes from. What it
+    asks for is an `endpoint` with its `arguments`, once it has been let in.
     """
 
     def __init__(
@@ -3138,6 +3166,7 @@ class Request:
         self.address = address
         self.jobix = None
         self.readonly = False
+        self.endpoint = self.arguments = None
 
     def identify(self, store):
         """Read `jobix`, the caller's namespace and secret; or Error 403.
@@ -3504,12 +3533,30 @@ def submit(store, request):
     return Response.json({"ids": list(ids)})
 
 
-def claim_in_time(store, request, stages, claim, wait):
+@types.coroutine
+def reach(step, end=math.inf):
+    """Await a step of an endpoint: whoever drives it takes it.
+
+    That is a Turn that is to be taken, or an Ear that is listened with up to
+    the moment `end` (of time.monotonic).
+    """
+    yield step, end
+
+
+async def on_disk(change, *args, **named):
+    """Return what a change of a Store gives, once it is on disk."""
+    turn = Turn(lambda tx: change.__wrapped__(
+        change.__self__, tx, *args, **named))
+    await reach(turn)
+    return turn.outcome()
+
+
+async def claim_in_time(store, request, stages, claim, wait):
     """Return what `claim()` gives, at the latest after `wait` seconds.
 
     It listens first and looks then, so that no job comes unheard.
     """
-    jobs = claim()
+    jobs = await claim()
     if jobs or not wait:
         return jobs
     keys = [(request.jobix, stage) for stage in stages]
@@ -3518,11 +3565,11 @@ def claim_in_time(store, request, stages, claim, wait):
     try:
         while True:
             with store.bell.listen(keys) as ear:
-                jobs = claim()
+                jobs = await claim()
                 if jobs or ear is None:
                     return jobs
                 rung = False  # there was nothing to be had
-                ear.wait(max(0, end - time.monotonic()))
+                await reach(ear, end)
             rung = ear.rung
             if not rung or request.gone():
                 return []
@@ -3565,7 +3612,7 @@ def claim_reply(job):
     return splice(reply, texts)
 
 
-def get_job(store, request, stages, nextstage=None):
+async def get_job(store, request, stages, nextstage=None):
     """Claim a job, or several; wait for one if asked to."""
     given = request.options(
         worker=label,
@@ -3576,23 +3623,24 @@ def get_job(store, request, stages, nextstage=None):
     if nextstage is None:
         STAGE(max(stages) + 1, "the stage that a claim leads to")
     n, wait = given.pop("n"), given.pop("wait") or 0
-    ready = functools.partial(
-        store.claim, request.jobix, stages,
+    claim = functools.partial(
+        on_disk, store.claim, request.jobix, stages,
         target=nextstage, n=min(n or 1, MAX_CLAIMS), **given
     )
-    jobs = claim_in_time(store, request, stages, ready, min(wait, MAX_WAIT))
+    jobs = await claim_in_time(
+        store, request, stages, claim, min(wait, MAX_WAIT))
     replies = [claim_reply(job) for job in jobs]
     if n is not None:
         return Response.json_text("[%s]" % ", ".join(replies))
     return Response.json_text(replies[0] if replies else '"nada"')
 
 
-def update_job(store, request, jobid, stage):
+async def update_job(store, request, jobid, stage):
     """Put a job into a stage."""
     given = request.options(claim=token)
     if request.method == "POST":
         given.update(read_result(read_object(request)))
-    store.update_job(request.jobix, jobid, stage, **given)
+    await on_disk(store.update_job, request.jobix, jobid, stage, **given)
     message = "Success, job %d was updated to stage %d!"
     return Response.text(message % (jobid, stage))
 
@@ -3609,41 +3657,42 @@ def read_update(entry):
     )
 
 
-def update_jobs(store, request):
+async def update_jobs(store, request):
     """Put many jobs into stages."""
     given = request.json()
     if type(given) is not list:
         raise Error(400, "The body must be a JSON list.")
     updates = [read_update(entry) for entry in bounded(given)]
     ids = [update["jobid"] for update in updates]
-    statuses = store.update_jobs(request.jobix, updates)
+    statuses = await on_disk(store.update_jobs, request.jobix, updates)
     return Response.json(
         [{"jobid": i, "status": status} for i, status in zip(ids, statuses)]
     )
 
 
-def fail_job(store, request, jobid):
+async def fail_job(store, request, jobid):
     """Take note that an attempt failed."""
     given = request.options(claim=token)
     report = read_report(read_object(request))
-    return Response.json(
-        store.fail_job(request.jobix, jobid, report=report, **given)
-    )
+    return Response.json(await on_disk(
+        store.fail_job, request.jobix, jobid, report=report, **given))
 
 
-def reject_job(store, request, jobid):
+async def reject_job(store, request, jobid):
     """Send a job back for files that aren't there as they were made."""
     given = request.options(claim=token)
     body = read_object(request)
     given["files"] = read_optional(body, "files", read_files)
     given["report"] = read_report(body)
-    return Response.json(store.reject_job(request.jobix, jobid, **given))
+    return Response.json(await on_disk(
+        store.reject_job, request.jobix, jobid, **given))
 
 
-def release_job(store, request, jobid):
+async def release_job(store, request, jobid):
     """Take a claim back unharmed."""
     given = request.options(claim=token)
-    return Response.json(store.release_job(request.jobix, jobid, **given))
+    return Response.json(await on_disk(
+        store.release_job, request.jobix, jobid, **given))
 
 
 def read_worker(given):
@@ -3654,7 +3703,7 @@ def read_worker(given):
     return worker
 
 
-def heartbeat(store, request):
+async def heartbeat(store, request):
     """Renew the leases of a worker."""
     given = read_object(request, "worker", "lease", "claims")
     claims = given["claims"]
@@ -3663,8 +3712,8 @@ def heartbeat(store, request):
     )
     if not pairs:
         raise Error(400, "claims must be a list of pairs [jobid, token].")
-    lost, drain = store.heartbeat(
-        request.jobix,
+    lost, drain = await on_disk(
+        store.heartbeat, request.jobix,
         claims=[(JOBID(i, "jobid"), token(t, "claim")) for i, t in claims],
         lease=period(given["lease"], "lease"),
         worker=read_worker(given),
@@ -4205,6 +4254,11 @@ PUBLIC = frozenset((greet, health, dashboard, lifetime_page))
 READING = frozenset((
     lifetimes, lifetime, status, pace, workers, failures, jobs, job, *PUBLIC
 ))
+# coroutines, whose steps are soon taken (see reach)
+STEPWISE = frozenset((
+    get_job, update_job, update_jobs, fail_job, reject_job, release_job,
+    heartbeat,
+))
 
 
 def by_first_part(routes):
@@ -4280,16 +4334,30 @@ def refusal(error):
     return Response.json({"error": str(error)}, error.status, headers)
 
 
-def respond(store, request):
-    """Return the Response to a Request; every error becomes one here."""
+def enter(store, request):
+    """Find what a Request asks for and let its sender in; or Error."""
+    endpoint, request.arguments = find_route(request)
+    if endpoint not in PUBLIC:
+        request.identify(store)  # or Error 403 before anything else
+        if request.readonly and endpoint not in READING:
+            raise Error(403, "This jobix is only for reading.")
+    request.endpoint = endpoint
+
+
+async def answer(store, request):
+    """Return the Response to a Request; every error becomes one here.
+
+    An endpoint that takes steps (see reach) takes them through this.
+    """
     try:
-        endpoint, arguments = find_route(request)
-        if endpoint not in PUBLIC:
-            request.identify(store)  # or Error 403 before anything else
-            if request.readonly and endpoint not in READING:
-                raise Error(403, "This jobix is only for reading.")
+        if request.endpoint is None:
+            enter(store, request)
+        if request.endpoint not in PUBLIC:
             request.load()  # not before: strangers give us nothing to hold
-        return deflated(request, endpoint(store, request, *arguments))
+        response = request.endpoint(store, request, *request.arguments)
+        if request.endpoint in STEPWISE:
+            response = await response
+        return deflated(request, response)
     except Stranger as error:
         store.brake.hold(request.address, store.ending)
         return refusal(error)
@@ -4300,6 +4368,20 @@ def respond(store, request):
     except Exception:
         traceback.print_exc()
         return refusal(Error(500, "jobman has a fault here; see its log."))
+
+
+def respond(store, request):
+    """Return the Response to a Request: take its steps in this thread."""
+    steps = answer(store, request)
+    while True:
+        try:
+            step, end = steps.send(None)
+        except StopIteration as over:
+            return over.value
+        if isinstance(step, Turn):
+            store.writer.take([step])
+        else:
+            step.wait(max(0, end - time.monotonic()))
 
 
 # ----------------------------------------------------------- access file ---
@@ -4517,11 +4599,26 @@ CONTROL = re.compile("[^\t\r\n -~\x80-\xff]|\r(?!\n)")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:[0-9]{1,5})?", re.A)
 
 
+def blocked(error, events):
+    """Return what a socket waits for, `events` if it isn't TLS' own.
+
+    Raises `error` where it is none of waiting.
+    """
+    if isinstance(error, BlockingIOError):
+        return events
+    if type(error).__name__ == "SSLWantReadError":
+        return selectors.EVENT_READ
+    if type(error).__name__ == "SSLWantWriteError":
+        return selectors.EVENT_WRITE
+    raise error
+
+
 class Wire:
     """The bytes from and to one client, each part within its time.
 
-    That is the time for all of it, so that nobody holds a thread for long
-    who sends or reads a byte now and then.
+    That is the time for all of it, so that nobody holds a connection for
+    long who sends or reads a byte now and then. What has to wait takes a
+    step: what the socket waits for, and up to which moment.
     """
 
     PATIENCE = 60  # seconds for a body or an answer, beside
@@ -4531,34 +4628,41 @@ class Wire:
         self.connection = connection
         self.kept = bytearray()  # what came and wasn't used yet
 
-    def hurry(self, end):
-        """Let the next call raise socket.timeout at `end`, or do so now."""
-        left = end - time.monotonic()
-        if left <= 0:
-            raise socket.timeout
-        self.connection.settimeout(left)
+    async def attempt(self, act, data, events, end):
+        """Return `act(data)` of a socket as soon as that doesn't block.
 
-    def receive(self, end):
+        Raises socket.timeout at the moment `end`.
+        """
+        while True:
+            if time.monotonic() >= end:
+                raise socket.timeout
+            try:
+                return act(data)
+            except OSError as error:
+                await reach(blocked(error, events), end)
+
+    async def receive(self, end):
         """Take what comes; return whether the client goes on.
 
         Raises Error 408 when the time is `end`.
         """
         try:
-            self.hurry(end)
-            more = self.connection.recv(65536)
+            more = await self.attempt(
+                self.connection.recv, 65536, selectors.EVENT_READ, end)
         except socket.timeout:
             raise Error(408, "The request came too slowly.") from None
         self.kept += more
         return bool(more)
 
-    def begins(self, seconds):
+    async def begins(self, seconds):
         """Return whether a request begins within `seconds`."""
+        end = time.monotonic() + seconds
         try:
-            return bool(self.kept) or self.receive(time.monotonic() + seconds)
+            return bool(self.kept) or await self.receive(end)
         except Error:  # nothing was asked, so nothing is answered
             return False
 
-    def head(self, seconds):
+    async def head(self, seconds):
         """Return the next request's line and headers, or raise Error."""
         end, seen = time.monotonic() + seconds, 0
         while True:
@@ -4572,7 +4676,7 @@ class Wire:
                             % ("line is" if line else "headers are"))
             if found:
                 break
-            if not self.receive(end):
+            if not await self.receive(end):
                 raise Error(400, "The request ended too early.")
         if found.group() == b"\n":
             raise Error(400, "A line must end in CR and LF.")
@@ -4580,22 +4684,23 @@ class Wire:
         del self.kept[: found.end()]
         return head
 
-    def body(self, length):
+    async def body(self, length):
         """Return a body of `length` bytes, or raise Error."""
         end = time.monotonic() + self.PATIENCE + length / self.SLOWEST
-        while len(self.kept) < length and self.receive(end):
+        while len(self.kept) < length and await self.receive(end):
             pass
         body = whole(bytes(self.kept[:length]), length)
         del self.kept[:length]
         return body
 
-    def send(self, data):
+    async def send(self, data):
         """Send `data`; raise OSError when the client breaks or lags."""
         end = time.monotonic() + self.PATIENCE + len(data) / self.SLOWEST
         left = memoryview(data)
         while left:
-            self.hurry(end)
-            left = left[self.connection.send(left) :]
+            sent = await self.attempt(
+                self.connection.send, left, selectors.EVENT_WRITE, end)
+            left = left[sent:]
 
 
 def read_head(head):
@@ -4690,8 +4795,19 @@ def wire_form(response, connection, *, head_only):
     return head if head_only else head + response.body
 
 
-class Handler(socketserver.BaseRequestHandler):
-    """Bring requests from a socket to respond, and its answers back."""
+def end_tls(connection):
+    """Say goodbye as TLS wants it, where it is, and wait for no answer."""
+    if hasattr(connection, "unwrap"):
+        with contextlib.suppress(OSError, ValueError):
+            connection.unwrap()
+
+
+class Connection:
+    """Bring requests from a socket to their answers, one after another.
+
+    `socket` doesn't block. `step` is what it awaits, up to the moment `end`,
+    None when it is over; the Server drives it.
+    """
 
     HANDSHAKE = 10  # seconds that TLS may take
     FIRST = 20  # seconds until the first request
@@ -4699,44 +4815,55 @@ class Handler(socketserver.BaseRequestHandler):
     HEAD = 20  # seconds that a head may take
     LINGER = 2  # seconds to read on after a refusal
 
-    def handle(self):
-        """Answer one request after another, in the connection's thread."""
-        self.wire = Wire(self.request)
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def __init__(self, server, socket, address):
+        self.server = server
+        self.socket = socket
+        self.address = address
+        self.wire = Wire(socket)
+        self.events = 0  # that the Server watches for
+        self.step, self.end, self.alarm = None, math.inf, math.inf
+        self.life = self.live()
+
+    async def live(self):
+        """Answer requests until one is the last."""
         if self.server.tls:
-            self.shake_hands()
+            await self.shake_hands()
         self.keeps, patience = True, self.FIRST
-        while self.keeps and self.wire.begins(patience):
-            with self.server.answering(self.request):
-                self.answer()
+        while self.keeps and await self.wire.begins(patience):
+            self.server.busy.add(self)
+            await self.serve()
+            self.server.busy.discard(self)
             patience = self.IDLE
 
-    def shake_hands(self):
+    async def shake_hands(self):
         """Begin TLS; raise OSError if we can't."""
-        self.request.settimeout(self.HANDSHAKE)
+        end = time.monotonic() + self.HANDSHAKE
         try:
-            self.request.do_handshake()
+            await self.wire.attempt(
+                lambda _: self.socket.do_handshake(), None, 0, end)
         except OSError:
-            self.linger()
+            await self.linger()
             raise
 
-    def answer(self):
+    async def serve(self):
         """Read one request, answer it."""
-        self.keeps = self.old = self.head_only = False
+        self.old = self.head_only = False
         try:
-            request = self.read()
+            request = await self.read()
         except Error as error:
-            self.send(refusal(error))
-            return self.linger()
-        response = respond(self.server.store, request)
+            self.keeps = False
+            await self.send(refusal(error))
+            return await self.linger()
+        response = await self.server.answer(request)
         self.keeps = self.keeps and request.loaded
-        self.send(response)
+        await self.send(response)
         if not request.loaded:
-            self.linger()
+            await self.linger()
 
-    def read(self):
-        """Return the Request that comes, its body to be loaded; or Error."""
-        head = self.wire.head(self.HEAD)
+    async def read(self):
+        """Return the Request that comes, its body if it is let in; or Error.
+        """
+        head = await self.wire.head(self.HEAD)
         method, target, version, headers = read_head(head)
         self.head_only = method == "HEAD"
         self.old = version == "1.0"
@@ -4747,44 +4874,67 @@ class Handler(socketserver.BaseRequestHandler):
         length = body_length(method, headers)
         said = headers.get("connection", "").lower()
         self.keeps = "keep-alive" in said if self.old else "close" not in said
-
-        def load():
+        request = Request(
+            method, path, query, headers, None, self.gone, self.address)
+        request.loaded = not length
+        with contextlib.suppress(Error):  # the answer will say it
+            enter(self.server.store, request)
+        if length and request.endpoint not in {None, *PUBLIC}:
             if not self.old and "100-continue" in headers.get("expect", ""):
-                self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            return self.wire.body(length)
+                await self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.body = await self.wire.body(length)
+            request.loaded = True
+        return request
 
-        return Request(
-            method, path, query, headers, length and load, self.gone,
-            self.client_address[0],
-        )
-
-    def send(self, response):
+    async def send(self, response):
         """Write a whole answer at once."""
         self.keeps = self.keeps and not self.server.ending
         known = self.keeps and not self.old
         fate = "" if known else "keep-alive" if self.keeps else "close"
-        self.wire.send(wire_form(response, fate, head_only=self.head_only))
+        await self.wire.send(
+            wire_form(response, fate, head_only=self.head_only))
 
-    def linger(self):
+    async def linger(self):
         """Read on for a while after a refusal, so that it is not lost.
 
         Closing a socket with unread bytes resets the connection, and the
         client's kernel may throw away our answer.
         """
-        self.server.end_tls(self.request)
-        with contextlib.suppress(OSError):
-            self.request.shutdown(socket.SHUT_WR)
-            end = time.monotonic() + self.LINGER
-            while time.monotonic() < end:
-                self.request.settimeout(self.LINGER)
-                if not self.request.recv(65536):
-                    break
+        end_tls(self.socket)
+        end = time.monotonic() + self.LINGER
+        with contextlib.suppress(OSError, Error):
+            self.socket.shutdown(socket.SHUT_WR)
+            while await self.wire.receive(end):
+                self.wire.kept.clear()
 
     def gone(self):
         """Return whether the client has hung up."""
         poll = select.poll()  # select() fails beyond 1,024 files
-        poll.register(self.request, select.POLLRDHUP)  # also beneath TLS
+        poll.register(self.socket, select.POLLRDHUP)  # also beneath TLS
         return bool(poll.poll(0))
+
+    def go_on(self, late=False):
+        """Take the way up to the next step; return whether there is one."""
+        try:
+            if late:
+                self.step, self.end = self.life.throw(socket.timeout())
+            else:
+                self.step, self.end = self.life.send(None)
+            return True
+        except (StopIteration, OSError):  # clients may hang up
+            pass
+        except Exception:
+            traceback.print_exc()
+        return False
+
+    def close(self):
+        """End it."""
+        self.life.close()
+        self.life = self.wire = self.step = None  # an alarm may keep us
+        end_tls(self.socket)
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+        self.socket.close()
 
 
 def own_names():
@@ -4808,18 +4958,32 @@ def connections_bound():
     return max(1, min(MAX_CONNECTIONS, free))
 
 
-class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Serve a Store at an address, a thread for each connection.
+class Errand:
+    """A Request that another thread answers, and its `response`."""
 
-    `names` are those by which it may be called. `changes` guards the sets
-    of connections that are open and that are in the midst of a request.
+    def __init__(self, request):
+        self.request = request
+        self.response = None
+
+    def run(self, store, done):
+        """Answer it; call `done()`."""
+        self.response = respond(store, self.request)
+        done()
+
+
+class Server:
+    """Serve a Store at an address.
+
+    One thread drives all connections. What they ask for at one time and is
+    quickly done is done in one commit; a few other threads do the rest.
+    `names` are those by which it may be called; `open` and `busy` are the
+    connections that there are, and those in the midst of a request.
     """
 
-    allow_reuse_address = True
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 4096
-    POLL = 0.1  # seconds until it sees that it should stop
+    BACKLOG = 4096  # connections that may wait to be accepted
+    AT_ONCE = 100  # of them that are accepted before others go on
+    THREADS = 32
+    LARGE = 2**16  # bytes of a body that takes its time
     GRACE = 0.5  # seconds for another request, as it stops
     END = 4  # seconds to answer the last ones
 
@@ -4827,94 +4991,221 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.store = store
         self.tls = None  # the SSLContext, where TLS is spoken
         self.names = own_names()
-        self.ending = False
         self.limit = connections_bound()
         self.open, self.busy = set(), set()
-        self.changes = threading.Condition()
-        super().__init__(address, Handler)
-
-    @property
-    def server_port(self):
-        """The port that it listens on."""
-        return self.server_address[1]
-
-    def get_request(self):
-        """Accept a connection; its handler shakes hands."""
-        connection, address = super().get_request()
-        if self.tls:
-            connection = self.tls.wrap_socket(
-                connection, server_side=True, do_handshake_on_connect=False
-            )
-        return connection, address
-
-    def process_request(self, request, client_address):
-        """Start a thread for a connection, if there may be one more."""
-        with self.changes:
-            full = len(self.open) >= self.limit
-            self.open.add(request)
+        self.changes = threading.Condition()  # of those that are open
+        self.ending = self.over = False
+        self.awake = True  # it will see what is put into `calls`
+        self.calls = deque()  # of functions, that others want called
+        self.turns = []  # connections that await a commit
+        self.alarms = []  # a heap of (moment, number, connection)
+        self.numbers = itertools.count()
+        self.socket = socket.socket()
         try:
-            if full:
-                raise RuntimeError
-            super().process_request(request, client_address)
-        except RuntimeError:  # or the system has no more threads
-            self.turn_away(request)
-
-    def turn_away(self, connection):
-        """Refuse a connection that gets no thread: status 503."""
-        response = refusal(Unavailable("it has too many connections"))
-        with contextlib.suppress(OSError):
-            connection.setblocking(False)
-            if not self.tls:
-                connection.send(wire_form(response, "close", head_only=False))
-        self.shutdown_request(connection)
-
-    def end_tls(self, connection):
-        """Say goodbye as TLS wants it, and don't wait for an answer."""
-        if self.tls:
-            with contextlib.suppress(OSError, ValueError):
-                connection.settimeout(0)
-                connection.unwrap()
-
-    def shutdown_request(self, request):
-        """End a connection."""
-        self.end_tls(request)
-        super().shutdown_request(request)
-        with self.changes:
-            self.open.discard(request)
-            self.changes.notify_all()
-
-    def handle_error(self, request, client_address):
-        """Say nothing of connections that break: clients may hang up."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            traceback.print_exc()
-
-    @contextlib.contextmanager
-    def answering(self, connection):
-        """Note that a connection is in the midst of a request."""
-        with self.changes:
-            self.busy.add(connection)
-        try:
-            yield
-        finally:
-            with self.changes:
-                self.busy.discard(connection)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.socket.bind(address)
+            self.socket.listen(self.BACKLOG)
+        except BaseException:
+            self.socket.close()
+            raise
+        self.socket.setblocking(False)
+        self.server_address = self.socket.getsockname()
+        self.server_port = self.server_address[1]
 
     def start(self):
-        """Serve in a thread of its own."""
+        """Serve in threads of its own."""
         self.store.keep_ticking()
-        threading.Thread(
-            target=self.serve_forever, args=(self.POLL,), daemon=True
-        ).start()
+        self.store.brake.HELD = self.THREADS // 2  # those take threads too
+        self.pool = ThreadPoolExecutor(self.THREADS)
+        self.pool.submit(int)  # so that there is a thread, whatever comes
+        self.selector = selectors.DefaultSelector()
+        self.bell, self.button = socket.socketpair()
+        for end, act in ((self.bell, self.hear), (self.socket, self.accept)):
+            end.setblocking(False)
+            self.selector.register(end, selectors.EVENT_READ, act)
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
 
-    def accept_waiting(self):
-        """Accept whom the system let in already."""
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
-        for _ in range(self.request_queue_size):
-            if not poll.poll(0):
+    # What the thread of the connections does
+
+    def run(self):
+        """Drive all connections until the end."""
+        while not self.over:
+            self.awake = False
+            pause = 0 if self.calls else self.until_alarm()
+            events = self.selector.select(pause)
+            self.awake = True
+            for key, _ in events:
+                key.data()
+            self.ring_alarms()
+            while self.calls:
+                self.calls.popleft()()
+            while self.turns:
+                self.commit()
+
+    def commit(self):
+        """Take the turns that connections await."""
+        waiting, self.turns = self.turns, []
+        self.store.writer.take([connection.step for connection in waiting])
+        for connection in waiting:
+            self.drive(connection)
+
+    def drive(self, connection, late=False):
+        """Let a connection go on, and see to its next step."""
+        if not connection.go_on(late):
+            self.end(connection)
+        elif isinstance(connection.step, Turn):
+            self.turns.append(connection)
+        else:
+            self.wait(connection)
+
+    def wait(self, connection):
+        """Let a connection wait for its step, up to its end."""
+        step = connection.step
+        watched = isinstance(step, int)
+        self.watch(connection, step if watched else 0)
+        if not watched:
+            resume = functools.partial(self.resume, connection, step)
+            done = functools.partial(self.call, resume)
+            if isinstance(step, Ear):
+                step.listen(done)
+            else:
+                self.employ(step, done)
+        if connection.end < connection.alarm:
+            self.set_alarm(connection)
+
+    def resume(self, connection, step):
+        """Drive a connection whose step is done, if it still awaits it."""
+        if connection.step is step:
+            self.drive(connection)
+
+    def watch(self, connection, events):
+        """Have a connection driven at these events of its socket."""
+        before, connection.events = connection.events, events
+        if before and events != before:
+            self.selector.unregister(connection.socket)
+        if events and events != before:
+            drive = functools.partial(self.drive, connection)
+            self.selector.register(connection.socket, events, drive)
+
+    def set_alarm(self, connection):
+        """Let a connection be late at its end."""
+        connection.alarm = connection.end
+        alarm = connection.end, next(self.numbers), connection
+        heapq.heappush(self.alarms, alarm)
+
+    def until_alarm(self):
+        """Return the seconds until the next alarm, None without one."""
+        if not self.alarms:
+            return None
+        return max(0, self.alarms[0][0] - time.monotonic())
+
+    def ring_alarms(self):
+        """Drive those that are late."""
+        now = time.monotonic()
+        while self.alarms and self.alarms[0][0] <= now:
+            moment, _, connection = heapq.heappop(self.alarms)
+            if moment != connection.alarm or connection.step is None:
+                continue  # it has an earlier one, or none any more
+            connection.alarm = math.inf
+            if connection.end <= now:
+                self.drive(connection, late=isinstance(connection.step, int))
+            elif connection.end < math.inf:
+                self.set_alarm(connection)
+
+    def accept(self):
+        """Take in connections that wait, some at a time."""
+        for _ in range(self.AT_ONCE):
+            try:
+                connection, address = self.socket.accept()
+            except BlockingIOError:
                 break
-            self.handle_request()
+            except OSError as error:  # the client has gone
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    time.sleep(0.01)  # till somebody ends
+                break
+            with contextlib.suppress(OSError):
+                self.take_in(connection, address[0])
+
+    def take_in(self, connection, address):
+        """Begin with a connection, if there may be one more."""
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.tls:
+            connection = self.tls.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False)
+        connection = Connection(self, connection, address)
+        self.open.add(connection)
+        if len(self.open) <= self.limit:
+            return self.drive(connection)
+        response = refusal(Unavailable("it has too many connections"))
+        if not self.tls:
+            with contextlib.suppress(OSError):
+                connection.socket.send(
+                    wire_form(response, "close", head_only=False))
+        self.end(connection)
+
+    def end(self, connection):
+        """Be done with a connection."""
+        self.watch(connection, 0)
+        connection.close()
+        with self.changes:
+            self.open.discard(connection)
+            self.busy.discard(connection)
+            self.changes.notify_all()
+
+    async def answer(self, request):
+        """Return the Response to a Request; what isn't quick is an errand."""
+        quick = request.endpoint in STEPWISE
+        if quick and len(request.body) < self.LARGE:
+            return await answer(self.store, request)
+        errand = Errand(request)
+        await reach(errand)
+        return errand.response
+
+    def employ(self, errand, done):
+        """Have an errand run by another thread."""
+        with contextlib.suppress(RuntimeError):  # no more threads: it waits
+            self.pool.submit(errand.run, self.store, done)
+
+    def hear(self):
+        """Be woken: there are calls."""
+        self.bell.recv(4096)
+
+    def close_door(self):
+        """Take in whom the system has let in, and nobody any more."""
+        for _ in range(self.BACKLOG // self.AT_ONCE):
+            self.accept()
+        self.selector.unregister(self.socket)
+        with self.changes:
+            self.socket.close()
+            self.changes.notify_all()
+
+    def cut_off(self):
+        """Hang up on who is silent; they still hear us."""
+        for connection in self.open - self.busy:
+            with contextlib.suppress(OSError):  # TLS has a way of its own
+                socket.socket.shutdown(connection.socket, socket.SHUT_RD)
+
+    def close(self):
+        """End all connections, and the loop."""
+        self.over = True
+        for connection in list(self.open):
+            self.end(connection)
+
+    # What other threads do
+
+    def call(self, function):
+        """Have a function called by the thread of the connections."""
+        self.calls.append(function)
+        if not self.awake:
+            self.awake = True
+            with contextlib.suppress(OSError):  # it is full, or closed
+                self.button.send(b"!")
+
+    def deserted(self):
+        """Return whether nobody is here and nobody can come."""
+        return self.socket.fileno() < 0 and not self.open
 
     def stop(self):
         """Answer what has come in, for a few seconds, and close all.
@@ -4923,16 +5214,18 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         who is silent is cut off.
         """
         self.ending = True
-        self.shutdown()
-        self.accept_waiting()
-        self.server_close()
+        self.call(self.close_door)
         self.store.wake_all()
         with self.changes:
-            self.changes.wait_for(lambda: not self.open, self.GRACE)
-            for connection in self.open - self.busy:
-                with contextlib.suppress(OSError):  # TLS has one of its own
-                    socket.socket.shutdown(connection, socket.SHUT_RD)
-            self.changes.wait_for(lambda: not self.open, self.END)
+            self.changes.wait_for(self.deserted, self.GRACE)
+        self.call(self.cut_off)
+        with self.changes:
+            self.changes.wait_for(self.deserted, self.END)
+        self.call(self.close)
+        self.thread.join()
+        self.pool.shutdown(wait=False)
+        for thing in (self.selector, self.bell, self.button):
+            thing.close()
         self.store.close()
 
 
@@ -5134,7 +5427,7 @@ def serving(options, access_file, jobix=None):
             keep_days=options.keep_days,
         )
     except BaseException:
-        server.server_close()
+        server.socket.close()
         raise
     if server.store.place.alone:
         say(ALONE % server.store.place.finding())

@@ -259,7 +259,6 @@ class SocketFront:
 
     def __init__(self, store):
         self.server = jobman.Server(("127.0.0.1", 0), store)
-        self.server.POLL = 0.01
         self.address = self.server.server_address
         self.server.start()
         self.close = self.server.stop
@@ -3224,14 +3223,16 @@ class SocketTest(StoreCase):
                 self.assertIn(b" 200 ", slow.recv(65536)[:13])
 
     def test_whom_the_system_let_in_is_answered_at_the_end(self):
-        server = self.door.server
-        server.shutdown()  # so nobody accepts
+        server, busy = self.door.server, threading.Event()
+        self.addCleanup(busy.set)
+        server.call(busy.wait)  # so nobody accepts
         health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
         clients = [socket.create_connection(self.address, PATIENCE)
                    for _ in range(20)]
         for client in clients:
             client.sendall(health)
         with self.ending(server):
+            busy.set()
             for client in clients:
                 if not self.tls:
                     self.assertIn(b" 200 ", client.recv(65536)[:13])
@@ -3271,9 +3272,9 @@ class SocketTest(StoreCase):
     def test_who_sends_a_byte_now_and_then_is_408(self):
         head = b"POST /set HTTP/1.1\r\nHost: localhost\r\njobix: 4711\r\n" \
             b"Content-Length: 90000\r\n\r\n"
-        self.in_haste(jobman.Handler, "HEAD", 0.1)
+        self.in_haste(jobman.Connection, "HEAD", 0.1)
         self.drip(b"GET / HTTP/1.1\r\na: " + b"x" * 9000, 408)
-        self.in_haste(jobman.Handler, "HEAD", PATIENCE)
+        self.in_haste(jobman.Connection, "HEAD", PATIENCE)
         self.in_haste(jobman.Wire, "PATIENCE", 0.3)
         self.in_haste(jobman.Wire, "SLOWEST", 10**6)
         self.drip(head + b" " * 9000, 408)
@@ -3289,15 +3290,15 @@ class SocketTest(StoreCase):
             self.assertIn(b" 200 ", client.recv(100)[:13])
 
     def test_half_a_head_is_refused_at_once(self):
-        self.in_haste(jobman.Handler, "HEAD", PATIENCE)
+        self.in_haste(jobman.Connection, "HEAD", PATIENCE)
         self.assertIn(b"too early", self.say(b"GET / HTTP/1.1"))
 
     def test_who_says_nothing_is_hung_up_on(self):
-        self.in_haste(jobman.Handler, "FIRST", 0.05)
+        self.in_haste(jobman.Connection, "FIRST", 0.05)
         with self.dial() as client:
             self.assertEqual(b"", client.recv(100))
-        self.in_haste(jobman.Handler, "FIRST", PATIENCE)
-        self.in_haste(jobman.Handler, "IDLE", 0.05)
+        self.in_haste(jobman.Connection, "FIRST", PATIENCE)
+        self.in_haste(jobman.Connection, "IDLE", 0.05)
         with self.dial() as client:
             client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             reply = b"".join(iter(lambda: client.recv(100), b""))
@@ -3355,15 +3356,11 @@ class SocketTest(StoreCase):
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
             self.assertEqual(bound, jobman.connections_bound())
 
-    def test_where_no_thread_can_be_started_it_is_503(self):
+    def test_where_no_more_threads_can_be_started_those_there_do_it(self):
         with self.without_threads():
-            with socket.create_connection(self.address, PATIENCE) as client:
-                reply = b""
-                with contextlib.suppress(ConnectionResetError):
-                    reply = client.recv(65536)
-        if not self.tls:
-            self.assertIn(b" 503 ", reply[:13])
-        self.assertEqual(200, self.call("/health").status)
+            self.set_jobs([1])
+            self.assertEqual(1, self.get(0)["jobid"])
+            self.assertEqual(200, self.call("/status").status)
 
     @contextlib.contextmanager
     def without_threads(self):
@@ -4173,6 +4170,7 @@ class FuzzTest(SeededCase):
     def settle(self, **more):
         """Wait until it has no more of them than before and `more`."""
         more = Counter(more, fd=3 * jobman.Readers.KEPT)
+        more["task"] += jobman.Server.THREADS
         wait_for(lambda: not self.level() - self.before - more,
                  "threads to end, and files to be closed")
 
@@ -4901,9 +4899,9 @@ class IdleTest(TemporaryFolder):
         self.set_jobs(0, self.JOBS, 0)
         self.idle = self.crowd(idle=self.IDLE)
         self.working = self.crowd(working=self.WORKING)
-        tasks = "/proc/%d/task" % self.server.pid
-        wait_for(lambda: len(os.listdir(tasks)) > self.IDLE + self.WORKING,
-                 "a thread for each")
+        files = "/proc/%d/fd" % self.server.pid
+        wait_for(lambda: len(os.listdir(files)) > self.IDLE + self.WORKING,
+                 "a connection for each")
 
     def set_jobs(self, first, n, stage):
         """Add jobs."""
@@ -11655,8 +11653,8 @@ class TlsSocketTest(Certified, SocketTest):
         self.assertEqual(1, answers[0]["jobid"])
 
     def test_a_handshake_that_never_comes_ends(self):
-        self.addCleanup(setattr, jobman.Handler, "HANDSHAKE", 10)
-        jobman.Handler.HANDSHAKE = 0.1
+        self.addCleanup(setattr, jobman.Connection, "HANDSHAKE", 10)
+        jobman.Connection.HANDSHAKE = 0.1
         with SocketTest.dial(self) as client:
             self.assertEqual(b"", client.recv(100))
 
