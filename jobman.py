@@ -1670,7 +1670,7 @@ class Writer:
     and closed; the connection belongs to the leader.
     """
 
-    CHECKPOINT_AFTER = 20000  # changed rows
+    CHECKPOINT_AFTER = 1000  # changed rows
 
     def __init__(self, connection, turns, lock, clock, prepare, committed):
         self.connection = connection
@@ -3136,11 +3136,16 @@ class Store:
 # -------------------------------------------------------------- requests ---
 
 
+NUMBER = re.compile(r"(-?[0-9]{1,25})|[0-9]{1,10}\.[0-9]+")
+CLAIM_TOKEN = re.compile(r"[\w-]{1,64}", re.A)
+
+
 def number(text):
     """Return the integer or decimal number that `text` is, else `text`."""
-    if re.match(r"-?[0-9]{1,25}\Z", text):
-        return int(text)
-    return float(text) if re.match(r"[0-9]{1,10}\.[0-9]+\Z", text) else text
+    found = NUMBER.fullmatch(text)
+    if found is None:
+        return text
+    return int(text) if found.group(1) else float(text)
 
 
 class Request:
@@ -3316,7 +3321,7 @@ def truth(value, name):
 
 def token(value, name):
     """Read a claim token."""
-    if type(value) is not str or not re.match(r"[\w-]{1,64}\Z", value, re.A):
+    if type(value) is not str or not CLAIM_TOKEN.fullmatch(value):
         raise Error(400, "%s must be a token of a claim." % name)
     return value
 
@@ -4299,18 +4304,16 @@ def find_route(request):
     if not request.path.startswith("/"):
         raise Error(400, "An address begins with a slash.")
     first, *texts = request.path[1:].split("/")
-    methods = {
-        method: (endpoint, names)
-        for method, names, endpoint in ROUTES_BY_FIRST.get(first, ())
-        if fits(names, texts)
-    }
-    if not methods:
+    allowed = []
+    for method, names, endpoint in ROUTES_BY_FIRST.get(first, ()):
+        if fits(names, texts):
+            if method == request.method:
+                return endpoint, read_arguments(names, texts)
+            allowed.append(method)
+    if not allowed:
         raise Error(404, "There is nothing at this address.")
-    if request.method not in methods:
-        allowed = ", ".join(methods)
-        raise Error(405, "Use %s for this address." % allowed, Allow=allowed)
-    endpoint, names = methods[request.method]
-    return endpoint, read_arguments(names, texts)
+    allowed = ", ".join(allowed)
+    raise Error(405, "Use %s for this address." % allowed, Allow=allowed)
 
 
 DEFLATED_FROM = 1000  # bytes of an answer
@@ -4321,10 +4324,10 @@ def deflated(request, response):
 
     RFC 9110 calls zlib's format deflate. No client but browsers asks.
     """
-    accepted = request.headers.get("accept-encoding", "").replace(" ", "")
-    wanted = re.search(r"\bdeflate(?!;q=0(\.0*)?(,|$))", accepted)
-    if wanted and len(response.body) >= DEFLATED_FROM:
-        response.deflate()
+    if len(response.body) >= DEFLATED_FROM:
+        accepted = request.headers.get("accept-encoding", "").replace(" ", "")
+        if re.search(r"\bdeflate(?!;q=0(\.0*)?(,|$))", accepted):
+            response.deflate()
     return response
 
 
@@ -4573,11 +4576,13 @@ def body_length(method, headers):
     if "transfer-encoding" in headers:
         raise Error(411, "Send a Content-Length, not chunks.")
     text = headers.get("content-length", "")
-    if not text and method == "POST":
-        raise Error(411, "Send a Content-Length.")
-    if not re.fullmatch("[0-9]{0,25}", text):
+    if not text:
+        if method == "POST":
+            raise Error(411, "Send a Content-Length.")
+        return 0
+    if not re.fullmatch("[0-9]{1,25}", text):
         raise Error(400, "The Content-Length is no number of bytes.")
-    length = int(text or "0")
+    length = int(text)
     if length > MAX_BODY:
         raise Error(413, "The body is over %d bytes." % MAX_BODY)
     return length
@@ -4597,6 +4602,9 @@ REQUEST_LINE = re.compile(TOKEN.join("()") + r" ([!-~]+) HTTP/([0-9]\.[0-9])",
 HEADER_NAME = re.compile(TOKEN, re.A)
 CONTROL = re.compile("[^\t\r\n -~\x80-\xff]|\r(?!\n)")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:[0-9]{1,5})?", re.A)
+PORT = re.compile(r":[0-9]*\Z")
+FIGURES = re.compile(r"\[.*\]|[0-9]+(\.[0-9]+){3}|")
+SITE = re.compile("https?://([^/?]*)", re.I)
 
 
 def blocked(error, events):
@@ -4658,8 +4666,10 @@ class Wire:
         """Return whether a request begins within `seconds`."""
         end = time.monotonic() + seconds
         try:
+            if not self.kept and not hasattr(self.connection, "pending"):
+                await reach(selectors.EVENT_READ, end)  # TLS may have it
             return bool(self.kept) or await self.receive(end)
-        except Error:  # nothing was asked, so nothing is answered
+        except (Error, socket.timeout):  # nothing asked, nothing answered
             return False
 
     async def head(self, seconds):
@@ -4734,7 +4744,7 @@ def read_target(target, version, headers):
 
     The host is "" where an old client names none; Error 400 elsewhere.
     """
-    found = re.match("https?://([^/?]*)", target, re.I)
+    found = SITE.match(target)
     hosts = [found.group(1)] if found else []
     if version != "1.0" or headers.get("host"):
         hosts.append(headers.get("host", ""))
@@ -4746,7 +4756,7 @@ def read_target(target, version, headers):
 
 def name_of(host):
     """Return the name in `host`, without a port."""
-    return re.sub(r":[0-9]*\Z", "", host)
+    return PORT.sub("", host)
 
 
 def check_host(host, names):
@@ -4757,8 +4767,7 @@ def check_host(host, names):
     figures is a name, and `localhost` is nobody else's (RFC 6761).
     """
     name = name_of(host)
-    figures = re.fullmatch(r"\[.*\]|[0-9]+(\.[0-9]+){3}|", name)
-    if not figures and name not in names:
+    if not FIGURES.fullmatch(name) and name not in names:
         if not re.fullmatch(r"(.*\.)?localhost", name):
             raise Error(421, "This server doesn't know itself as %s: start it"
                         " with that name in --url, or use another." % name)
@@ -4773,25 +4782,23 @@ def check_origin(headers, host, names):
             raise Error(403, "Pages of other sites can't call this server.")
 
 
-@functools.lru_cache(maxsize=1)
-def date(second):
-    """Return a time, in whole seconds since 1970, as HTTP writes it."""
-    return email.utils.formatdate(second, usegmt=True)
+@functools.lru_cache(maxsize=99)
+def beginning(status, second):
+    """Return the first lines of an answer, at a second since 1970."""
+    return "HTTP/1.1 %d %s\r\nServer: jobman/%s\r\nDate: %s\r\n" % (
+        status, http.client.responses.get(status, "Refused"), __version__,
+        email.utils.formatdate(second, usegmt=True),
+    )
 
 
 def wire_form(response, connection, *, head_only):
     """Return an answer as bytes; `connection` is what becomes of that."""
-    reason = http.client.responses.get(response.status, "Refused")
-    lines = ["HTTP/1.1 %d %s" % (response.status, reason)]
-    headers = [
-        ("Server", "jobman/" + __version__),
-        ("Date", date(int(time.time()))),
-        *response.headers,
-    ]
+    head = beginning(response.status, int(time.time()))
+    for header in response.headers:
+        head += "%s: %s\r\n" % header
     if connection:
-        headers.append(("Connection", connection))
-    lines += ["%s: %s" % header for header in headers]
-    head = ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
+        head += "Connection: %s\r\n" % connection
+    head = (head + "\r\n").encode("ascii")
     return head if head_only else head + response.body
 
 
