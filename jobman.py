@@ -2995,12 +2995,11 @@ class Store:
         """
         now = self.clock()
         key = {"jobix": jobix, "since": now - within}
+        rows = execute(SQL.WORKERS, key).fetchall()
+        texts = ", ".join(row["stages"] or "null" for row in rows)
         return now, [
-            dict(
-                row, stages=from_json(row["stages"] or "null"),
-                drain=bool(row["drain"]),
-            )
-            for row in execute(SQL.WORKERS, key)
+            dict(row, stages=stages, drain=bool(row["drain"]))
+            for row, stages in zip(rows, from_json("[%s]" % texts))
         ]
 
     @query

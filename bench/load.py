@@ -94,7 +94,11 @@ class Line:
 
 def drive(address, talks, whole, fresh=False):
     """Lead all talks to their end; return the seconds that they took."""
-    lines = [Line(address, talk, whole, fresh) for talk in talks]
+    return carry([Line(address, talk, whole, fresh) for talk in talks], fresh)
+
+
+def carry(lines, fresh=False):
+    """Lead the talks of all lines to their end; return what drive does."""
     if not fresh:
         for line in lines:
             line.connect()
