@@ -191,18 +191,22 @@ def inflate(body):
     return plain
 
 
-def unpack(body):
-    """Return the JSON value in `body`: zlib data, gzip data or plain text.
+def is_zipped(body):
+    """Return whether `body` is zlib data or gzip data.
 
     The bytes decide, not the headers: existing clients send zlib data and
     call it gzip. RFC 1950 and RFC 1952 give the first bytes of each.
     """
-    zipped = body[:2] == b"\x1f\x8b" or (
+    return body[:2] == b"\x1f\x8b" or (
         len(body) > 1
         and body[0] & 15 == 8
         and (body[0] * 256 + body[1]) % 31 == 0
     )
-    if zipped:
+
+
+def unpack(body):
+    """Return the JSON value in `body`: zlib data, gzip data or plain text."""
+    if is_zipped(body):
         body = inflate(body)
     if sum(map(body.count, b",[{")) > MAX_VALUES:
         raise Error(413, "The body has over %d values." % MAX_VALUES)
@@ -4989,7 +4993,7 @@ class Server:
     BACKLOG = 4096  # connections that may wait to be accepted
     AT_ONCE = 100  # of them that are accepted before others go on
     THREADS = 32
-    LARGE = 2**16  # bytes of a body that takes its time
+    LARGE = 2**14  # bytes of a body that takes its time
     GRACE = 0.5  # seconds for another request, as it stops
     END = 4  # seconds to answer the last ones
 
@@ -5162,8 +5166,9 @@ class Server:
 
     async def answer(self, request):
         """Return the Response to a Request; what isn't quick is an errand."""
-        quick = request.endpoint in STEPWISE
-        if quick and len(request.body) < self.LARGE:
+        body = request.body
+        small = len(body) < self.LARGE and not is_zipped(body)
+        if request.endpoint in STEPWISE and (small or request.method == "GET"):
             return await answer(self.store, request)
         errand = Errand(request)
         await reach(errand)
