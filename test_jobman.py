@@ -3225,7 +3225,7 @@ class SocketTest(StoreCase):
     def test_whom_the_system_let_in_is_answered_at_the_end(self):
         server, busy = self.door.server, threading.Event()
         self.addCleanup(busy.set)
-        server.call(busy.wait)  # so nobody accepts
+        server.call(lambda: busy.wait(PATIENCE))  # so nobody accepts
         health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
         clients = [socket.create_connection(self.address, PATIENCE)
                    for _ in range(20)]
@@ -3370,6 +3370,126 @@ class SocketTest(StoreCase):
             yield
         finally:
             threading.stack_size(kept)
+
+
+class LoopTest(StoreCase):
+    """One thread drives all connections, and nothing holds it up."""
+
+    def noted(self, function):
+        """Note from now on what thread calls a function of jobman."""
+        threads, real = [], getattr(jobman, function)
+
+        def noting(*args):
+            threads.append(threading.current_thread())
+            return real(*args)
+
+        self.addCleanup(setattr, jobman, function, real)
+        setattr(jobman, function, noting)
+        return threads
+
+    def test_only_small_and_plain_bodies_are_read_by_it(self):
+        threads, loop = self.noted("from_json"), self.door.server.thread
+        large = json.dumps([" " * jobman.Server.LARGE]).encode()
+        for body, ours in ((b"[]", True), (zlib.compress(b"[]"), False),
+                           (gzip.compress(b"[]"), False), (large, False)):
+            self.call("/update_jobs", body)
+            self.assertEqual(ours, threads.pop() is loop, body[:9])
+
+    def test_it_claims_whatever_body_a_claim_has(self):
+        threads, loop = self.noted("find_route"), self.door.server.thread
+        reply = self.call("/get/0", zlib.compress(b"x"), method="GET")
+        self.assertEqual("nada", reply.json())
+        self.assertEqual([loop], threads)
+
+    def test_what_takes_its_time_keeps_no_claim_waiting(self):
+        go, real = threading.Event(), jobman.glance
+        self.addCleanup(go.set)
+        self.addCleanup(setattr, jobman, "glance", real)
+        jobman.glance = lambda *args: go.wait(PATIENCE) and real(*args)
+        self.set_jobs([1])
+        login = base64.b64encode(b":4711").decode()
+        pages = []
+        waiting = threading.Thread(target=lambda: pages.append(self.call(
+            "/get?plain=1", Authorization="Basic " + login)), daemon=True)
+        waiting.start()
+        wait_for(lambda: self.door.server.busy, "the page's request")
+        self.assertEqual(1, self.get(0)["jobid"])
+        go.set()
+        waiting.join(PATIENCE)
+        self.assertEqual(200, pages[0].status)
+
+    def test_who_brings_wrong_jobix_cannot_take_all_threads(self):
+        self.assertLess(self.store.brake.HELD, jobman.Server.THREADS)
+        self.store.open_to_all = False
+        self.store.brake.FREE, self.store.brake.LONGEST = 0, PATIENCE
+        for _ in range(9):
+            self.store.brake.count("127.0.0.1")
+        n = self.store.brake.HELD
+        callers = [threading.Thread(target=exchange, args=(
+            self.address, "GET", "/status"), kwargs={
+                "headers": {"jobix": "1"}}, daemon=True) for _ in range(n)]
+        for caller in callers:
+            caller.start()
+        wait_for(lambda: self.store.brake.held == n, "%d of them" % n)
+        self.jobix = self.store.jobix
+        self.assertEqual(200, self.call("/status").status)
+        self.store.wake_all()
+        for caller in callers:
+            caller.join(PATIENCE)
+
+    def test_requests_of_one_moment_share_a_commit(self):
+        self.set_jobs(range(20))
+        holds, held = threading.Event(), threading.Event()
+        server = self.door.server
+        self.addCleanup(held.set)
+        clients = [socket.create_connection(self.address, PATIENCE)
+                   for _ in range(20)]
+        wait_for(lambda: len(server.open) == 20, "the connections")
+        server.call(lambda: (holds.set(), held.wait(PATIENCE)))
+        self.assertTrue(holds.wait(PATIENCE))
+        for client in clients:
+            client.sendall(b"GET /get/0 HTTP/1.1\r\nHost: localhost\r\n"
+                           b"jobix: 4711\r\n\r\n")
+        commits, commit = [], self.store.writer.commit
+        self.store.writer.commit = lambda turns: (
+            commits.append(len(turns)), commit(turns))
+        held.set()
+        jobs = set()
+        for client in clients:
+            reply = client.recv(65536)
+            client.close()
+            jobs.add(json.loads(reply.partition(b"\r\n\r\n")[2])["jobid"])
+        self.assertEqual(set(range(20)), jobs)
+        self.assertEqual([20], [n for n in commits if n > 1])
+
+    def test_requests_that_come_at_once_are_answered_in_order(self):
+        self.set_jobs([1, 2])
+        asked = b"".join(
+            b"GET %s HTTP/1.1\r\nHost: localhost\r\njobix: 4711\r\n\r\n" % path
+            for path in (b"/get/0", b"/status", b"/get/0", b"/x", b"/get/0"))
+        with socket.create_connection(self.address, PATIENCE) as client:
+            client.sendall(asked)
+            client.shutdown(socket.SHUT_WR)
+            replies = b"".join(iter(lambda: client.recv(65536), b""))
+        found = re.findall(rb'"jobid": \d|"totals"|nothing at|"nada"', replies)
+        self.assertEqual([b'"jobid": 1', b'"totals"', b'"jobid": 2',
+                          b"nothing at", b'"nada"'], found)
+
+    def test_it_waits_while_the_system_has_no_file_for_a_connection(self):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limits = resource.RLIMIT_NOFILE
+        clients = [socket.socket() for _ in range(9)]
+        self.addCleanup(resource.setrlimit, limits, (soft, hard))
+        resource.setrlimit(limits, (len(os.listdir("/proc/self/fd")), hard))
+        for client in clients:
+            client.settimeout(PATIENCE)
+            client.connect(self.address)
+        waiting = clients.pop()
+        waiting.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for client in clients:
+            client.close()
+        self.assertIn(b" 200 ", waiting.recv(100)[:13])
+        waiting.close()
 
 
 class WsgiBrakeTest(BrakeTest):
