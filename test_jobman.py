@@ -2739,13 +2739,13 @@ class WaitTest(StoreCase):
 
     def test_a_worker_whose_long_poll_is_cut_short_does_not_hurry(self):
         self.store.bell.limit = 0
-        claims, claim = [], self.store.claim
+        claims, listen = [], self.store.bell.listen
 
-        def counted(*args, **options):
-            claims.append(args)
-            return claim(*args, **options)
+        def counted(keys):
+            claims.append(keys)
+            return listen(keys)
 
-        self.store.claim = counted
+        self.store.bell.listen = counted
         self.environment.update(
             JOBMAN_JOBIX="4711", JOBMAN_URL="http://%s:%d" % self.address)
         began = time.monotonic()
