@@ -4640,7 +4640,7 @@ class LoadTest(StoreCase):
         pages = execute("pragma page_count").fetchone()[0]
         execute("pragma max_page_count = %d" % pages)
         large = {"jobstage": 0, "jobcmd": "x" * 1000}
-        jobs = [dict(jobman.read_entry(large), jobid=i) for i in range(9, 500)]
+        jobs = {i: jobman.read_entry(large) for i in range(9, 500)}
         turns = self.commit(
             lambda tx: self.store.update(tx, self.jobix, 1, 2),
             lambda tx: self.store.add(tx, self.jobix, jobs),
@@ -4716,7 +4716,7 @@ class LoadTest(StoreCase):
 
         store.writer.CHECKPOINT_AFTER = 1
         store.writer.connection.set_trace_callback(note)
-        store.set(1, [dict(jobman.read_entry({"jobstage": 0}), jobid=1)])
+        store.set(1, {1: jobman.read_entry({"jobstage": 0})})
         store.writer.connection.set_trace_callback(None)
         self.assertEqual(
             [(word, True, False)
@@ -4740,15 +4740,14 @@ class LoadTest(StoreCase):
         store = self.shared()
         store.close()
         with self.assertRaises(jobman.Unavailable):
-            store.set(1, [])
+            store.set(1, {})
 
     def test_an_end_waits_for_the_commit_on_its_way(self):
         store, begun, go = self.shared(), threading.Event(), threading.Event()
         replies = []
 
         def slow(tx):
-            store.add(tx, 1, [dict(jobman.read_entry({"jobstage": 0}),
-                                   jobid=1)])
+            store.add(tx, 1, {1: jobman.read_entry({"jobstage": 0})})
             begun.set()
             go.wait(PATIENCE)
 
@@ -5222,11 +5221,11 @@ class CostTest(StoreCase):
         self.ok("/init/100/100/0/0/0/0")
         self.set_jobs(range(10**6, 10**6 + 100))
         few = self.costs()
-        entries = [
-            dict(jobman.read_entry({"jobstage": stage}), jobid=jobid)
+        entries = {
+            jobid: jobman.read_entry({"jobstage": stage})
             for stage in (0, 2) for jobid in
             range(10**6 * (stage + 2), 10**6 * (stage + 2) + 50000)
-        ]
+        }
         self.store.set(self.jobix, entries)
         many = self.costs()
         for name in few:

@@ -203,6 +203,7 @@ class Client:
     CONNECT_TIMEOUT = 10  # seconds
     TIMEOUT = 60  # seconds without a byte before a connection is given up
     SETTLE = 1  # seconds until a server that starts has its access file
+    PART = 5000  # jobs in one call
 
     def __init__(
         self, access=None, *, url=None, jobix=None, fingerprint=None,
@@ -269,8 +270,18 @@ class Client:
         return self.call("GET", "/lifetime/%d%s" % (stage, change))
 
     def set(self, jobs):
-        """Add `jobs`: {jobid: {"jobstage": int, "jobcmd": any JSON, …}}."""
-        return self.call("POST", "/set", jobs)
+        """Add `jobs`: {jobid: {"jobstage": int, "jobcmd": any JSON, …}}.
+
+        Many go in several calls, so that others' come between. After an
+        error some may be in: the whole again adds none twice.
+        """
+        left = iter(jobs.items())
+        part = dict(itertools.islice(left, self.PART))
+        while True:
+            answer = self.call("POST", "/set", part)
+            part = dict(itertools.islice(left, self.PART))
+            if not part:
+                return answer
 
     def submit(self, key, jobs):
         """Add `jobs`, a list of entries; return the ids they are given.
