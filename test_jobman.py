@@ -3492,6 +3492,92 @@ class LoopTest(StoreCase):
         waiting.close()
 
 
+class ManyJobsTest(StoreCase):
+    """Many jobs come in at once."""
+
+    CHOICES = {
+        "jobcmd": ("true", {"a": [1, None]}, None, 7), "laststage": (3, 9),
+        "filename": ("f", "\ud800"), "priority": (-5, 0, 8), "cwd": ("/",),
+        "max_attempts": (1, 4), "timeout": (0.5, 60), "outputs": (["a"], []),
+    }
+
+    def random_jobs(self, chance, n):
+        """Return jobs that carry this or that."""
+        names = chance.sample(sorted(self.CHOICES), chance.randrange(9))
+        return {chance.randrange(10**6): dict({
+            name: chance.choice(self.CHOICES[name]) for name in names
+            if chance.random() < 0.9}, jobstage=0) for _ in range(n)}
+
+    def test_each_is_kept_as_it_came(self):
+        chance = random.Random(7)
+        sizes = 1, 2, 99, 100, 101, 250, jobman.VARIABLES
+        for jobix, n in enumerate(sizes * 3):
+            jobs = self.random_jobs(chance, n)
+            again = dict.fromkeys(chance.sample(sorted(jobs), n // 9 + 1), {
+                "jobstage": 1, "jobcmd": "no"})
+            self.assertReply(200, self.post("/set", jobs, jobix=jobix))
+            self.assertReply(200, self.post("/set", again, jobix=jobix))
+            kept = {}
+            for job in self.ok("/get/0?n=9999", jobix=jobix):
+                del job["claim"], job["attempt"], job["jobix"]
+                kept[job.pop("jobid")] = job
+            for job in jobs.values():
+                for name in ("jobcmd", "filename"):
+                    job.setdefault(name, None)
+                if job.get("priority") == 0:
+                    del job["priority"]
+            self.assertEqual(jobs, kept)
+
+    def client(self):
+        """Return a client that adds ten jobs in a call."""
+        client = worker.Client(
+            url="http://%s:%d" % self.address, jobix=self.jobix)
+        client.PART = 10
+        self.addCleanup(client.close)
+        return client
+
+    def test_a_client_adds_them_in_parts(self):
+        calls, respond = [], jobman.respond
+
+        def counted(store, request):
+            calls.append(request.path)
+            return respond(store, request)
+
+        self.addCleanup(setattr, jobman, "respond", respond)
+        jobman.respond = counted
+        client = self.client()
+        for n, times in ((0, 1), (1, 1), (10, 1), (11, 2), (35, 4)):
+            client.set({i: {"jobstage": 0} for i in range(n)})
+            self.assertEqual(["/set"] * times, calls)
+            calls.clear()
+        self.assertEqual({(0, "waiting"): 35}, self.states())
+
+    def test_a_part_whose_answer_is_lost_is_sent_again(self):
+        lost, respond = [], jobman.respond
+
+        def losing(store, request):
+            response = respond(store, request)
+            if request.path == "/set" and len(lost) < 2:
+                lost.append(request)
+                for connection in self.door.server.busy:
+                    connection.socket.shutdown(socket.SHUT_RDWR)
+            return response
+
+        self.addCleanup(setattr, jobman, "respond", respond)
+        jobman.respond = losing
+        self.client().set({i: {"jobstage": 0} for i in range(35)})
+        self.assertEqual(2, len(lost))
+        self.assertEqual({(0, "waiting"): 35}, self.states())
+
+    def test_a_part_that_is_refused_ends_it(self):
+        jobs = {i: {"jobstage": 0} for i in range(35)}
+        jobs[25] = {"jobstage": -1}
+        with self.assertRaises(worker.Refused) as caught:
+            self.client().set(jobs)
+        self.assertEqual(400, caught.exception.status)
+        self.assertEqual({(0, "waiting"): 20}, self.states())
+
+
 class WsgiBrakeTest(BrakeTest):
     """The same behind WSGI."""
 
