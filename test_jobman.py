@@ -3513,8 +3513,8 @@ class ManyJobsTest(StoreCase):
         sizes = 1, 2, 99, 100, 101, 250, jobman.VARIABLES
         for jobix, n in enumerate(sizes * 3):
             jobs = self.random_jobs(chance, n)
-            again = dict.fromkeys(chance.sample(sorted(jobs), n // 9 + 1), {
-                "jobstage": 1, "jobcmd": "no"})
+            again = {jobid: {"jobstage": 1, "jobcmd": "no"}
+                     for jobid in chance.sample(sorted(jobs), n // 9 + 1)}
             self.assertReply(200, self.post("/set", jobs, jobix=jobix))
             self.assertReply(200, self.post("/set", again, jobix=jobix))
             kept = {}
