@@ -5091,17 +5091,24 @@ class Server:
     def run(self):
         """Drive all connections until the end."""
         while not self.over:
-            self.awake = False
-            pause = 0 if self.calls else self.until_alarm()
-            events = self.selector.select(pause)
-            self.awake = True
-            for key, _ in events:
-                key.data()
-            self.ring_alarms()
-            while self.calls:
-                self.calls.popleft()()
-            while self.turns:
-                self.commit()
+            try:
+                self.look()
+                self.ring_alarms()
+                while self.calls:
+                    self.calls.popleft()()
+                while self.turns:
+                    self.commit()
+            except Exception:  # of ours; it is no reason to stop
+                traceback.print_exc()
+
+    def look(self):
+        """Wait for what happens next, and see to it."""
+        self.awake = False
+        pause = 0 if self.calls else self.until_alarm()
+        events = self.selector.select(pause)
+        self.awake = True
+        for key, _ in events:
+            key.data()
 
     def commit(self):
         """Take the turns that connections await."""

@@ -3475,6 +3475,13 @@ class LoopTest(StoreCase):
         self.assertEqual([b'"jobid": 1', b'"totals"', b'"jobid": 2',
                           b"nothing at", b'"nada"'], found)
 
+    def test_a_fault_of_ours_does_not_end_it(self):
+        told = io.StringIO()
+        with contextlib.redirect_stderr(told):
+            self.door.server.call(lambda: 1 / 0)
+            self.assertEqual(200, self.call("/health").status)
+        self.assertIn("ZeroDivisionError", told.getvalue())
+
     def test_it_waits_while_the_system_has_no_file_for_a_connection(self):
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         limits = resource.RLIMIT_NOFILE
