@@ -11,7 +11,7 @@ file is the server and the command line, worker.py beside it runs the jobs.
 What there is to see is at the server's /get, a page that is dashboard.html.
 
 It needs Python 3.6 or later and SQLite 3.7.17 or later, nothing else.
-A request goes this way: front door, respond, endpoint, Store, Writer.
+A request goes this way: front door, answer, endpoint, Store, Writer.
 The manual is README.md.
 """
 
@@ -4869,7 +4869,7 @@ class Connection:
     None when it is over; the Server drives it.
     """
 
-    HANDSHAKE = 10  # seconds that TLS may take
+    HANDSHAKE = 10  # seconds that TLS may take to begin
     FIRST = 20  # seconds until the first request
     IDLE = 300  # seconds until another
     HEAD = 20  # seconds that a head may take
@@ -5191,8 +5191,10 @@ class Server:
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     time.sleep(0.01)  # till somebody ends
                 break
-            with contextlib.suppress(OSError):
+            try:
                 self.take_in(connection, address[0])
+            except OSError:
+                connection.close()
 
     def take_in(self, connection, address):
         """Begin with a connection, if there may be one more."""
