@@ -48,6 +48,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -6290,7 +6291,224 @@ def check(options):
     return int(wrong)
 
 
-# --------------------------------------------------------- batch systems ---
+# ----------------------------------------------------------------- bench ---
+
+BENCH_JOBS = 200000  # at most: on a disk they take 50 MB
+BENCH_CLIENTS = 16
+BATCH = 1000  # jobs claimed, and updated, at once
+LENGTHS = {"1 s": 1, "10 s": 10, "1 min": 60, "10 min": 600, "1 h": 3600}
+USED = 0.5  # of what was measured, by the workers that we think it good for
+CONTENT_LENGTH = re.compile(rb"\r\nContent-Length: ([0-9]+)\r\n")
+
+
+class BenchClient:
+    """A connection that carries a talk: requests and what is answered.
+
+    A talk is a generator: it yields (method, path, JSON value or None), and
+    is sent the JSON value, or text, of the answer.
+    """
+
+    def __init__(self, access, talk):
+        parts = urlsplit(access["url"])
+        self.head = " HTTP/1.1\r\nHost: %s\r\njobix: %d\r\n" % (
+            parts.netloc, access["jobix"])
+        self.talk = talk
+        self.answer = b""
+        self.socket = socket.create_connection((parts.hostname, parts.port))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def ask(self, value=None):
+        """Send the next request; return False at the end of the talk."""
+        try:
+            method, path, body = self.talk.send(value)
+        except StopIteration:
+            self.socket.close()
+            return False
+        head = "%s %s%s" % (method, path, self.head)
+        data = b"" if body is None else zlib.compress(utf8(to_json(body)), 1)
+        head += "Content-Length: %d\r\n\r\n" % len(data)
+        self.socket.sendall(head.encode("ascii") + data)
+        return True
+
+    def go_on(self):
+        """Read what has come; return False at the end of the talk."""
+        more = self.socket.recv(2**18)
+        if not more:
+            raise Trouble("The server of the bench has hung up.")
+        self.answer += more
+        head, end, body = self.answer.partition(b"\r\n\r\n")
+        length = CONTENT_LENGTH.search(head + b"\r\n") if end else None
+        if not length or len(body) < int(length.group(1)):
+            return True
+        self.answer = b""
+        if head[9:12] != b"200":
+            raise Trouble("The server of the bench said: %s"
+                          % printable(body.decode("utf-8", "replace")))
+        text = body.decode("ascii")
+        return self.ask(text if b"\r\nContent-Type: text" in head
+                        else json.loads(text))
+
+
+def converse(access, talks):
+    """Carry talks to their end, side by side; return the seconds taken."""
+    began = time.monotonic()
+    with selectors.DefaultSelector() as selector:
+        for talk in talks:
+            client = BenchClient(access, talk)
+            if client.ask():
+                selector.register(
+                    client.socket, selectors.EVENT_READ, client)
+        while selector.get_map():
+            for key, _ in selector.select():
+                fd = key.fd
+                if not key.data.go_on():
+                    selector.unregister(fd)
+    return time.monotonic() - began
+
+
+def adding(counted, end):
+    """Add jobs until they are many enough, or it is `end`: a talk."""
+    for first in range(0, BENCH_JOBS, CHUNK):
+        if time.monotonic() >= end:
+            break
+        ids = range(first, first + CHUNK)
+        yield "POST", "/set", {i: {
+            "jobstage": 0, "jobcmd": "simulate --seed %d" % i, "laststage": 2,
+        } for i in ids}
+        counted[0] += CHUNK
+
+
+def moving(counted, end):
+    """Claim a job and update it, over and over: a talk."""
+    while time.monotonic() < end:
+        job = yield "GET", "/get/0?lease=600", None
+        if job == "nada":
+            break
+        path = "/update_job/%(jobid)d/2?claim=%(claim)s" % job
+        yield "GET", path, None
+        counted[0] += 1
+
+
+def moving_many(counted, end):
+    """Claim and update many jobs at once, over and over: a talk."""
+    jobs = True
+    while jobs and time.monotonic() < end:
+        jobs = yield "GET", "/get/0?lease=600&n=%d" % BATCH, None
+        yield "POST", "/update_jobs", [
+            {"jobid": job["jobid"], "jobstage": 2, "claim": job["claim"]}
+            for job in jobs
+        ]
+        counted[0] += len(jobs)
+
+
+def rate(access, talk, clients, seconds):
+    """Return how many jobs a second such talks of some clients do."""
+    counted, end = [0], time.monotonic() + seconds
+    taken = converse(access, [talk(counted, end) for _ in range(clients)])
+    return counted[0] / taken
+
+
+def fsync_times(folder, seconds):
+    """Return the sorted seconds of writes of 4 KiB that reach the disk."""
+    times, end = [], time.monotonic() + seconds
+    with tempfile.TemporaryFile(dir=folder) as file:
+        while len(times) < 10 or time.monotonic() < end:
+            file.write(b"x" * 4096)
+            file.flush()
+            began = time.monotonic()
+            os.fsync(file.fileno())
+            times.append(time.monotonic() - began)
+    return sorted(times)
+
+
+@contextlib.contextmanager
+def bench_server(folder):
+    """Serve a database in a folder by a process of its own.
+
+    Hands out the content of its access file.
+    """
+    access = os.path.join(folder, "access.json")
+    command = [sys.executable, os.path.abspath(__file__), "serve"]
+    command += ["--db", os.path.join(folder, "jobs.db"), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--access", access], stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE)
+    try:
+        if not process.stdout.readline():
+            raise Trouble("The server of the bench didn't start.")
+        with open(access) as file:
+            yield json.load(file)
+    finally:
+        process.terminate()
+        process.stdout.close()
+        process.wait()
+
+
+def measure(folder, seconds):
+    """Yield names and figures of a place for a database, as they come."""
+    times = fsync_times(folder, min(seconds, 2))
+    yield "fsync", times[len(times) // 2]
+    yield "fsync_p95", times[int(0.95 * len(times))]
+    with bench_server(folder) as access:
+        yield "added", rate(access, adding, 1, seconds)
+        yield "cycles_1", rate(access, moving, 1, seconds)
+        yield "cycles_16", rate(access, moving, BENCH_CLIENTS, seconds)
+        yield "batches", rate(access, moving_many, 1, seconds)
+
+
+MEASURED = {  # by measure(), each as it is shown
+    "fsync": "%.2f ms until 4 KiB are on the disk, at the median",
+    "fsync_p95": "%.2f ms for 95 of 100",
+    "added": "%d jobs a second are added",
+    "cycles_1": "%d jobs a second are claimed and updated by one client",
+    "cycles_16": "%d jobs a second by 16 clients",
+    "batches": "%d jobs a second, a thousand at a time",
+}
+GOOD_FOR = """\
+If nobody is to wait long, at half of the rate of 16 clients, that is enough
+for so many commands side by side:"""
+
+
+def good_for(cycles):
+    """Return how many slots so many jobs a second keep busy, by length."""
+    return {name: int(cycles * USED * LENGTHS[name]) for name in LENGTHS}
+
+
+def bench(options):
+    """Measure what jobman does on this machine and file system."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        scratch = tempfile.mkdtemp(prefix=".jobman-", dir=options.folder)
+    except OSError as error:
+        raise Trouble("Can't make a folder in %s: %s." % (
+            options.folder, error.strerror)) from None
+    found = {}
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, scratch, ignore_errors=True)
+        place = Place(os.path.join(scratch, "jobs.db"))
+        place.path = os.path.abspath(options.folder)  # for what is said of it
+        found["place"] = place.finding()
+        found["network"] = place.alone
+        found["python"] = "%d.%d.%d" % sys.version_info[:3]
+        found["sqlite"] = sqlite3.sqlite_version
+        if options.output == "table":
+            print("%(place)s; Python %(python)s, SQLite %(sqlite)s" % found)
+            if place.alone:
+                print("That is no good place: see Assumptions in README.")
+        for name, figure in measure(scratch, options.seconds):
+            found[name] = figure
+            if options.output == "table":
+                shown = 1000 * figure if "fsync" in name else figure
+                print("  " + MEASURED[name] % shown, flush=True)
+    found["slots"] = good_for(found["cycles_16"])
+    if options.output == "json":
+        print(to_json(found))
+        return 0
+    print(GOOD_FOR)
+    for length, slots in found["slots"].items():
+        print("  %9d if a job takes %s" % (slots, length))
+    return 0
 
 
 # A node that fails doesn't end the job (--no-kill), a worker that fails or
@@ -6525,6 +6743,18 @@ def add_care(commands, act):
     return command
 
 
+def add_bench(commands):
+    """Describe the command bench."""
+    command = commands.add_parser("bench", help=bench.__doc__)
+    command.set_defaults(act=bench)
+    add = command.add_argument
+    add("folder", nargs="?", default=".", metavar="DIR",
+        help="where the database would be (default: here)")
+    add("--seconds", type=float, default=5, metavar="S",
+        help="how long each figure is measured (default 5)")
+    add("--output", choices=("table", "json"), default="table")
+
+
 def check_run(parser, options):
     """End with exit status 2 when a run isn't described well."""
     if options.words[:1] == ["--"]:
@@ -6615,6 +6845,7 @@ def parse(arguments):
     add_care(commands, backup).add_argument(
         "file", metavar="FILE", help="where the copy goes")
     add_care(commands, check)
+    add_bench(commands)
     add_batch(commands, sbatch, "#SBATCH")
     add_batch(commands, pbs, "#PBS")
     words, rest = split_off(arguments)
@@ -6629,6 +6860,8 @@ def parse(arguments):
         check_run(parser, options)
     elif rest is not None:
         parser.error("::: belongs to run")
+    elif options.command == "bench" and not options.seconds > 0:
+        parser.error("--seconds must be more than 0")
     elif options.command == "serve":
         check_serve(parser, options)
     return options
