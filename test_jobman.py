@@ -14,6 +14,7 @@ import base64
 import contextlib
 import fcntl
 import functools
+import glob
 import gzip
 import hashlib
 import http.client
@@ -10115,6 +10116,73 @@ class StartTest(TemporaryFolder):
 
 
 # ------------------------------------------------------------- data care ---
+
+
+class BenchTest(TemporaryFolder):
+    """`jobman.py bench` measures a place, and leaves it as it was."""
+
+    def bench(self, *argv, **options):
+        """Run it shortly; return (exit status, stdout, stderr)."""
+        return self.command(
+            JOBMAN, "bench", "--seconds", "0.2", *argv, **options)
+
+    def assertClean(self):
+        """Assert that nothing is left of it."""
+        self.assertEqual([], os.listdir(self.folder))
+
+    def test_it_says_what_the_place_is_good_for(self):
+        status, out, err = self.bench()
+        self.assertEqual((0, ""), (status, err))
+        self.assertRegex(out, r"\A%s is on \w+.*; Python 3\S+, SQLite 3\S+\n"
+                         % re.escape(self.folder))
+        for figure in ("until 4 KiB", "95 of 100", "added", "one client",
+                       "by 16 clients", "a thousand"):
+            self.assertRegex(out, r"\n  [\d.]*[1-9][\d.]* .*" + figure)
+        self.assertRegex(out, r"\n +[1-9]\d* if a job takes 1 h\n\Z")
+        self.assertClean()
+
+    def test_it_says_the_same_in_json(self):
+        os.mkdir(self.path("there"))
+        status, out, err = self.bench("there", "--output", "json")
+        self.assertEqual((0, ""), (status, err))
+        found = json.loads(out)
+        self.assertIn(self.path("there") + " is on ", found["place"])
+        for name in jobman.MEASURED:
+            self.assertGreater(found[name], 0, name)
+        self.assertEqual(
+            int(30 * found["cycles_16"]), found["slots"]["1 min"])
+        self.assertEqual([], os.listdir(self.path("there")))
+
+    def test_a_signal_ends_it_and_its_server(self):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            process = self.spawn(JOBMAN, "bench", "--seconds", "60")
+            served = wait_for(lambda: glob.glob(
+                self.path(".jobman-*", "access.json")), "its server")
+            self.assertTrue(served)
+            with open(served[0]) as file:
+                port = int(json.load(file)["url"].rpartition(":")[2])
+            process.send_signal(number)
+            status, _, err = self.finish(process)
+            self.assertEqual((128 + number, ""), (status, err))
+            self.assertClean()
+            with self.assertRaises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port), PATIENCE)
+
+    def test_a_folder_that_cannot_be_written_is_told(self):
+        status, out, err = self.bench("/proc/self")
+        self.assertEqual((1, ""), (status, out))
+        self.assertRegex(err, r"\Ajobman.py: Can't make a folder in [^\n]+\n\Z")
+
+    def test_a_server_that_does_not_start_is_told(self):
+        self.environment["JOBMAN_JOBIX"] = "x"
+        status, _, err = self.bench()
+        self.assertEqual(1, status)
+        self.assertIn("JOBMAN_JOBIX holds no number", err)
+        self.assertIn("The server of the bench didn't start.\n", err)
+        self.assertClean()
+
+    def test_seconds_are_more_than_none(self):
+        self.assertEqual(2, self.bench("--seconds", "0")[0])
 
 
 class CareTest(TemporaryFolder):
