@@ -368,7 +368,7 @@ class SQL:
     # what a move needs to know of a job; `final` is its last stage
     MOVABLE = """
         select row, jobix, jobid, stage, state, expired, since, due, lease,
-            origin, held, claim, worker, attempt, failures, lapses,
+            origin, held, claim, worker, attempt, failures, lapses, rejects,
             max_attempts, coalesce(laststage, (
                 select laststage from pipeline
                 where pipeline.jobix = job.jobix)) as final
@@ -407,11 +407,7 @@ class SQL:
             expired = 0, since = :since, due = :due, lease = :lease,
             origin = :origin, held = :held, claim = :claim,
             worker = :worker, attempt = :attempt, failures = :failures,
-            lapses = :lapses, rejects = coalesce(:rejects, rejects),
-            jobcmd = coalesce(:jobcmd, jobcmd),
-            filename = coalesce(:filename, filename),
-            made = case when :files is null then made else :origin end,
-            files = coalesce(:files, files)
+            lapses = :lapses, rejects = :rejects
         where row = :row and stage = :old_stage and state = :old_state
             and claim is :old_claim"""
     LIMIT_ATTEMPTS = """
@@ -446,27 +442,24 @@ class SQL:
     KEEP_SUBMISSION = """
         insert into submission values (:jobix, :key, :first, :jobs)"""
 
-    # written once, when an attempt ends and before its job moves: what is
-    # about to be replaced is kept, an empty one as text, for null says that
-    # it stays …
+    # written once, when an attempt ends and before its job moves …
     END_ATTEMPT = """
         insert into attempt (job, claim, attempt, stage, target, worker,
-            host, started, ended, outcome, exit_code, error, stderr, jobcmd,
-            filename, files, made)
-        select :row, :claim, :attempt, :origin, :target, :worker,
+            host, started, ended, outcome, exit_code, error, stderr)
+        values (:row, :claim, :attempt, :origin, :target, :worker,
             case when :outcome != 'done' then (select host from worker
                 where jobix = :jobix and name = :worker) end,
-            :since, :now, :outcome, :exit_code, :error, :stderr,
-            case when :new_jobcmd then coalesce(jobcmd, 'null') end,
-            case when :new_filename then coalesce(filename, 'null') end,
-            case when :new_files then coalesce(files, '[]') end,
-            case when :new_files then made end
-        from job where row = :row"""
+            :since, :now, :outcome, :exit_code, :error, :stderr)"""
     # … and once more when it had lapsed and ended after all
     MEND_ATTEMPT = """
         update attempt set target = :target, ended = :now,
             outcome = :outcome, exit_code = :exit_code, error = :error,
-            stderr = :stderr,
+            stderr = :stderr
+        where job = :row and claim = :claim"""
+    # what its update is about to replace is kept, an empty one as text, for
+    # null says that it stays …
+    KEEP = """
+        update attempt set
             jobcmd = case when :new_jobcmd then (
                 select coalesce(jobcmd, 'null') from job
                 where row = :row) end,
@@ -478,12 +471,19 @@ class SQL:
             made = case when :new_files then (
                 select made from job where row = :row) end
         where job = :row and claim = :claim"""
+    # … and replaced, where it isn't null
+    REPLACE = """
+        update job set jobcmd = coalesce(:jobcmd, jobcmd),
+            filename = coalesce(:filename, filename),
+            made = case when :files is null then made else origin end,
+            files = coalesce(:files, files)
+        where row = :row"""
     ATTEMPT = """
         select outcome, target from attempt
         where job = :row and claim = :claim"""
 
     # what a job that goes back has of an earlier stage
-    FILES = "select files, made, rejects from job where row = :row"
+    FILES = "select files, made from job where row = :row"
     # the newest attempt in which that stage was done
     DONE_ATTEMPT = """
         select max(row) from attempt
@@ -1596,19 +1596,156 @@ def for_rows(sql, n, common):
     return start + "values" + ",".join(rows)
 
 
+@functools.lru_cache(maxsize=None)
+def positional(sql):
+    """Return a statement with ? for its :names, and what binds a dict to it.
+
+    SQLite would look every name up at every call.
+    """
+    names = re.findall(r":(\w+)", sql)
+    if len(names) > 1:
+        bind = operator.itemgetter(*names)
+    else:
+        bind = lambda values: [values[name] for name in names]
+    return re.sub(r":\w+", "?", sql), bind
+
+
 class Transaction:
     """What the operations of one commit share.
 
-    `now` is the commit's time in seconds since 1970. What they count is
-    summed up here.
+    `now` is the commit's time in seconds since 1970, `turns` how many
+    operations there are. What they count is summed up here. Moves of jobs
+    gather and are written many at once, before anything else is.
     """
 
-    def __init__(self, connection, now):
+    # what can wait, in this order, with what comes of each: one changed row
+    LATER = SQL.END_ATTEMPT, SQL.KEEP, SQL.REPLACE, SQL.MOVE
+    MOST_LATER = 1000
+    MOST_AHEAD = 64
+
+    def __init__(self, connection, now, turns=1):
         self.connection = connection
-        self.execute = connection.execute
-        self.executemany = connection.executemany
         self.now = now
+        self.ahead = min(turns // 2, self.MOST_AHEAD)
+        self.later = {sql: [] for sql in self.LATER}
+        self.moving = set()  # the jobs that have moves in `later`
+        self.found = {}  # jobs that were looked up, by jobix and jobid
+        self.free = {}  # jobs, by row and in order, of some stages
+        self.counted = []
         self.counts = Counter()
+        self.begin()
+
+    def begin(self):
+        """Begin an operation, which can be taken back up to here."""
+        self.begun = self.extent()
+
+    def extent(self):
+        """Return how much was written, and how much is to be."""
+        waiting = [len(rows) for rows in self.later.values()]
+        return self.connection.total_changes, len(self.counted), waiting
+
+    def take_back(self):
+        """Undo the operation that began last.
+
+        Return whether that could be done, for it has written nothing.
+        """
+        changes, counted, waiting = self.begun
+        if self.connection.total_changes != changes:
+            return False
+        for rows, length in zip(self.later.values(), waiting):
+            del rows[length:]
+        del self.counted[counted:]
+        self.forget()
+        return True
+
+    def forget(self):
+        """Forget what was read of jobs."""
+        self.found.clear()
+        self.free.clear()
+
+    def select(self, sql, values):
+        """Return the rows of what isn't to be written any more, as dicts."""
+        text, bind = positional(sql)
+        cursor = self.connection.execute(text, bind(values))
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row)) for row in cursor]
+
+    def execute(self, sql, values=None):
+        """Execute any statement, after all that was to come before it."""
+        self.write()
+        self.forget()
+        if values is None:
+            return self.connection.execute(sql)
+        text, bind = positional(sql)
+        return self.connection.execute(text, bind(values))
+
+    def executemany(self, sql, values):
+        """Execute a statement as often as there are `values`."""
+        self.write()
+        self.forget()
+        text, bind = positional(sql)
+        return self.connection.executemany(text, map(bind, values))
+
+    def write(self):
+        """Write all that is to be written."""
+        if not any(self.later.values()):
+            return
+        untouched = self.begun == self.extent()
+        for sql, rows in self.later.items():
+            text, bind = positional(sql)
+            done = self.connection.executemany(text, map(bind, rows))
+            if rows and done.rowcount != len(rows):
+                raise sqlite3.IntegrityError("a job was moved meanwhile")
+            rows.clear()
+        self.moving.clear()
+        self.sum_up()
+        if untouched:
+            self.begin()
+
+    def put_off(self, sql, values):
+        """Have one of LATER executed later."""
+        rows = self.later[sql]
+        rows.append(values)
+        if len(rows) >= self.MOST_LATER:
+            self.write()
+
+    def move(self, job, values):
+        """Have `job` moved by SQL.MOVE; forget what was read of it."""
+        key = job["jobix"], job["jobid"]
+        self.moving.add(key)
+        self.found.pop(key, None)
+        self.free.get((job["jobix"], job["stage"]), {}).pop(job["row"], None)
+        if values["free"] > 0:
+            self.free.pop((job["jobix"], values["stage"]), None)
+            self.count("free", job["jobix"], values["stage"])
+        self.put_off(SQL.MOVE, values)
+
+    def look_up(self, jobix, ids):
+        """Read some jobs that will be asked for, many at once."""
+
+    def find(self, jobix, jobid):
+        """Return a job as it is now, a dict of MOVABLE, or None."""
+        key = jobix, jobid
+        if key in self.moving:
+            self.write()
+        if key not in self.found:
+            jobs = self.select(SQL.JOB, {"jobix": jobix, "jobid": jobid})
+            self.found[key] = jobs[0] if jobs else None
+        return self.found[key]
+
+    def next_free(self, jobix, stage, n):
+        """Return the next `n` free jobs of a stage, in order, if it has them.
+
+        More are read where the operations to come may want them.
+        """
+        key = jobix, stage
+        if len(self.free.get(key, ())) < n:
+            self.write()
+            values = {"jobix": jobix, "stage": stage}
+            values["limit"] = max(n, self.ahead)
+            jobs = self.select(SQL.FREE, values)
+            self.free[key] = {job["row"]: job for job in jobs}
+        return list(itertools.islice(self.free[key].values(), n))
 
     def insert(self, sql, rows):
         """Insert rows, dicts in the names of `sql`, which inserts one.
@@ -1616,6 +1753,8 @@ class Transaction:
         Many are inserted by one statement, and what all have in common is
         bound but once: that is most of what a row costs.
         """
+        self.write()
+        self.forget()
         names = re.findall(r":(\w+)", sql)
         common = tuple(
             name for name in names
@@ -1628,14 +1767,23 @@ class Transaction:
             part = rows[i : i + at_once]
             values = [part[0][name] for name in common]
             values += [row[name] for row in part for name in own]
-            self.execute(for_rows(sql, len(part), common), values)
+            self.connection.execute(
+                for_rows(sql, len(part), common), values)
 
     def count(self, kind, *key, n=1):
         """Add `n` to the sum of `kind` (jobs, expired, free, …) for `key`."""
-        self.counts[(kind, *key)] += n
+        self.counted.append(((kind, *key), n))
+
+    def sum_up(self):
+        """Add what was counted to the sums."""
+        for key, n in self.counted:
+            self.counts[key] += n
+        self.counted.clear()
 
     def settle(self):
-        """Write the sums: one update for each group of jobs that changed."""
+        """Write all, and the sums: an update for each group that changed."""
+        self.write()
+        self.sum_up()
         counts = self.counts
         groups = {k[1:] for k in counts if k[0] in ("jobs", "expired")}
         for group in groups:
@@ -1681,14 +1829,14 @@ class Turn:
         Return whether it did all or nothing. It may run again.
         """
         self.error = None
-        changes = transaction.connection.total_changes
+        transaction.begin()
         try:
             self.result = self.operation(transaction)
         except sqlite3.Error:
             raise
         except Exception as error:
             self.error = error
-            self.half = transaction.connection.total_changes != changes
+            self.half = not transaction.take_back()
         return not self.half
 
     def outcome(self):
@@ -1796,7 +1944,7 @@ class Writer:
     def all_whole(self, batch):
         """Commit the operations of `batch` unless one was half done."""
         with contextlib.suppress(HalfDone):
-            with self.transaction(self.prepare) as transaction:
+            with self.transaction(self.prepare, len(batch)) as transaction:
                 for turn in batch:
                     if not turn.run(transaction):
                         raise HalfDone
@@ -1804,7 +1952,7 @@ class Writer:
         return False
 
     @contextlib.contextmanager
-    def transaction(self, prepare):
+    def transaction(self, prepare, turns=1):
         """Begin, do `prepare`, hand out a Transaction, commit.
 
         Rolls back on any error. Before the commit the lock is looked at once
@@ -1815,7 +1963,8 @@ class Writer:
             execute = self.connection.execute
             execute("begin immediate")
             try:
-                transaction = Transaction(self.connection, self.clock())
+                transaction = Transaction(
+                    self.connection, self.clock(), turns)
                 prepare(transaction)
                 yield transaction
                 transaction.settle()
@@ -2012,6 +2161,7 @@ RETRIABLE = ("done", *PUT_ASIDE)
 CANCELLABLE = (*UNENDED, "failed", "aborted")
 REJECTABLE = ("waiting", "delayed", "done", "failed")  # without a token
 # What the end of an attempt may say of itself.
+REPLACED = "jobcmd", "filename", "files"  # by what an update brings
 BLANK_REPORT = dict.fromkeys(("exit_code", "error", "stderr", "seconds"))
 LAPSES_SPENT = (
     "%d leases lapsed in this stage: its workers were not heard of in time."
@@ -2254,24 +2404,18 @@ class Store:
         """Move `job` (a row of MOVABLE) to what `after` says of it.
 
         Unless it says otherwise the job's claim, lease and time to come end
-        and its time in the stage begins now.
+        and its time in the stage begins now. Returns the job as it is then.
         """
         values = dict(
             job, since=tx.now, due=None, lease=None, claim=None,
-            jobcmd=None, filename=None, files=None, rejects=None,
-        )
-        values.update(
-            after,
-            old_stage=job["stage"],
-            old_state=job["state"],
+            old_stage=job["stage"], old_state=job["state"],
             old_claim=job["claim"],
         )
+        values.update(after)
         values["free"] = lane(values["state"], values["lease"])
-        if tx.execute(SQL.MOVE, values).rowcount != 1:
-            raise Error(409, "Job %d was just moved." % job["jobid"])
+        tx.move(job, values)
         self.recount(tx, job, values)
-        if values["free"] > 0:
-            tx.count("free", job["jobix"], values["stage"])
+        return values
 
     def recount(self, tx, before, after):
         """Move one job, and its mark, from one count to another."""
@@ -2282,30 +2426,31 @@ class Store:
         if before["expired"]:
             tx.count("expired", *left, n=-1)
 
-    def end_attempt(
-        self, tx, job, outcome, *, target=None, report=None, given=()
-    ):
-        """Write down how the attempt ended that `job`'s claim stands for.
-
-        `given` are the columns that its update is about to replace.
-        """
+    def end_attempt(self, tx, job, outcome, *, target=None, report=None):
+        """Write down how the attempt ended that `job`'s claim stands for."""
         if job["claim"] is None:
             return
-        values = dict(job, now=tx.now, outcome=outcome, target=target)
-        values.update(BLANK_REPORT)
+        values = dict(
+            job, now=tx.now, outcome=outcome, target=target, **BLANK_REPORT)
         values.update(report or {})
-        for name in ("jobcmd", "filename", "files"):
-            values["new_" + name] = name in given
         took = values["seconds"]
         lapsed = job["lapses"] > 0
         if not (lapsed and tx.execute(SQL.MEND_ATTEMPT, values).rowcount):
-            tx.execute(SQL.END_ATTEMPT, values)
+            tx.put_off(SQL.END_ATTEMPT, values)
             took = tx.now - job["since"] if took is None else took
         if outcome == "done":
             tx.count("updates", job["jobix"])
             if took is not None:
                 key = job["jobix"], job["origin"], run_bucket(took)
                 tx.count("timed", *key)
+
+    def replace(self, tx, job, given):
+        """Give `job` the columns `given`; its attempt keeps the old ones."""
+        new = {"new_" + name: name in given for name in REPLACED}
+        if job["claim"] is not None:
+            tx.put_off(SQL.KEEP, dict(job, **new))
+        values = dict(dict.fromkeys(REPLACED), row=job["row"])
+        tx.put_off(SQL.REPLACE, dict(values, **given))
 
     def cut_off(self, tx, job, outcome):
         """Write down that `job`, if somebody works on it, is taken away."""
@@ -2314,17 +2459,14 @@ class Store:
 
     def find(self, tx, jobix, jobid):
         """Return the job's row; raise Error 404 when there is none."""
-        key = {"jobix": jobix, "jobid": jobid}
-        job = tx.execute(SQL.JOB, key).fetchone()
+        job = tx.find(jobix, jobid)
         if job is None:
             raise Error(404, "There is no job %d." % jobid)
         return job
 
     def do_due(self, tx):
         """Let lapse the leases, and end the delays, whose time has come."""
-        for job in tx.execute(
-            SQL.DUE, {"now": tx.now, "limit": CHUNK}
-        ).fetchall():
+        for job in tx.select(SQL.DUE, {"now": tx.now, "limit": CHUNK}):
             if job["state"] == "working":
                 self.lapse(tx, job)
             else:
@@ -2425,34 +2567,34 @@ class Store:
         """
         free = []
         for stage in dict.fromkeys(stages):
-            key = {"jobix": jobix, "stage": stage, "limit": n - len(free)}
-            free += tx.execute(SQL.FREE, key).fetchall()
+            free += tx.next_free(jobix, stage, n - len(free))
+        tokens = secrets.token_urlsafe(9 * len(free))  # 12 characters each
         return [
             self.hand_out(
-                tx, job, job["stage"] + 1 if target is None else target, **lent
+                tx, job, job["stage"] + 1 if target is None else target,
+                tokens[12 * i : 12 * i + 12], **lent
             )
-            for job in free
+            for i, job in enumerate(free)
         ]
 
-    def hand_out(self, tx, job, target, *, worker, lease):
-        """Move one free job into a new claim's hands; return it as it is."""
+    def hand_out(self, tx, job, target, claim, *, worker, lease):
+        """Move one free job into the hands of a new `claim`; return it so."""
         self.cut_off(tx, job, "superseded")  # claimed without a lease
         fresh = job["state"] == "working" and job["stage"] != job["origin"]
-        claim = dict(
+        return self.move(
+            tx, job,
             stage=target,
             state="working",
             due=None if lease is None else tx.now + lease,
             lease=lease,
             origin=job["stage"],
             held=target,
-            claim=secrets.token_urlsafe(9),
+            claim=claim,
             worker=worker,
             attempt=1 if fresh else job["attempt"] + 1,
             failures=0 if fresh else job["failures"],
             lapses=0 if fresh else job["lapses"],
         )
-        self.move(tx, job, **claim)
-        return dict(job, **claim)
 
     @change
     def update_job(self, tx, jobix, jobid, stage, **given):
@@ -2472,14 +2614,13 @@ class Store:
         job = self.find(tx, jobix, jobid)
         if self.settled(tx, job, claim, "done", stage):
             return
+        self.end_attempt(tx, job, "done", target=stage, report=report)
         given = {k: text for k, text in given.items() if text is not None}
-        self.end_attempt(
-            tx, job, "done", target=stage, report=report, given=given
-        )
+        if given:
+            self.replace(tx, job, given)
         state = stage_state(stage, job["final"])
         self.move(
-            tx, job, stage=stage, state=state, attempt=0, failures=0,
-            lapses=0, **given
+            tx, job, stage=stage, state=state, attempt=0, failures=0, lapses=0
         )
         if state == "done" != job["state"]:
             tx.count("done", jobix)
@@ -2494,8 +2635,8 @@ class Store:
         if claim is None or claim == job["claim"]:
             return False
         key = {"row": job["row"], "claim": claim}
-        ended = tx.execute(SQL.ATTEMPT, key).fetchone()
-        if ended is not None and tuple(ended) == (outcome, target):
+        ended = {"outcome": outcome, "target": target}
+        if ended in tx.select(SQL.ATTEMPT, key):
             return True
         raise Error(409, "Job %d is no longer yours." % job["jobid"])
 
@@ -2572,13 +2713,13 @@ class Store:
         if self.settled(tx, job, claim, "rejected"):
             return {
                 "jobid": jobid, "state": job["state"], "stage": job["stage"],
-                "rejects": had["rejects"], "delay": delay_left(job, tx.now),
+                "rejects": job["rejects"], "delay": delay_left(job, tx.now),
             }
         self.need_files(job, had, claim, files)
         if claim is not None:
             self.end_attempt(tx, job, "rejected", report=report)
         self.restore(tx, job, had["made"])
-        rejects = had["rejects"] + 1
+        rejects = job["rejects"] + 1
         state, delay = self.put_off(
             tx, job, stage=had["made"], rejects=rejects, tries=rejects,
             spent=rejects >= (job["max_attempts"] or self.max_attempts),
@@ -2642,8 +2783,7 @@ class Store:
         drained = tx.execute(SQL.DRAINED, worker).fetchone()
         lost = []
         for jobid, claim in claims:
-            key = {"jobix": jobix, "jobid": jobid}
-            job = tx.execute(SQL.JOB, key).fetchone()
+            job = tx.find(jobix, jobid)
             if job is None or job["claim"] != claim:
                 lost.append(jobid)
             else:
