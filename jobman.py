@@ -358,6 +358,9 @@ drop index job_age;
 }
 
 
+TOGETHER = ["jobid%d" % i for i in range(20)]  # jobs read by one statement
+
+
 class SQL:
     """Every statement that runs on an open database, a line on each."""
 
@@ -374,6 +377,9 @@ class SQL:
                 where pipeline.jobix = job.jobix)) as final
         from job """
     JOB = MOVABLE + "where jobix = :jobix and jobid = :jobid"
+    # as many at once
+    JOBS = MOVABLE + "where jobix = :jobix and jobid in (:%s)" % (
+        ", :".join(TOGETHER))
     # one range of the index job_due; SQLite 3.7.17 walks over the nulls
     DUE = MOVABLE + """
         where due > 0 and due <= :now order by due limit :limit"""
@@ -912,6 +918,8 @@ def connect(path, *, readonly, vfs="unix"):
         isolation_level=None,
         check_same_thread=False,
     )
+    # else every null that is bound is looked up in two places, in vain
+    sqlite3.register_adapter(type(None), lambda null: null)
     connection.row_factory = sqlite3.Row
     connection.execute("pragma wal_autocheckpoint = 0")
     return connection
@@ -1610,6 +1618,11 @@ def positional(sql):
     return re.sub(r":\w+", "?", sql), bind
 
 
+# What a move says to the counts.
+WAY = operator.itemgetter(
+    "jobix", "old_stage", "old_state", "expired", "stage", "state", "free")
+
+
 class Transaction:
     """What the operations of one commit share.
 
@@ -1628,10 +1641,11 @@ class Transaction:
         self.now = now
         self.ahead = min(turns // 2, self.MOST_AHEAD)
         self.later = {sql: [] for sql in self.LATER}
+        self.counted = []
+        self.logs = [self.counted, *self.later.values()]
         self.moving = set()  # the jobs that have moves in `later`
         self.found = {}  # jobs that were looked up, by jobix and jobid
         self.free = {}  # jobs, by row and in order, of some stages
-        self.counted = []
         self.counts = Counter()
         self.begin()
 
@@ -1641,20 +1655,18 @@ class Transaction:
 
     def extent(self):
         """Return how much was written, and how much is to be."""
-        waiting = [len(rows) for rows in self.later.values()]
-        return self.connection.total_changes, len(self.counted), waiting
+        return [self.connection.total_changes, *map(len, self.logs)]
 
     def take_back(self):
         """Undo the operation that began last.
 
         Return whether that could be done, for it has written nothing.
         """
-        changes, counted, waiting = self.begun
+        changes, *lengths = self.begun
         if self.connection.total_changes != changes:
             return False
-        for rows, length in zip(self.later.values(), waiting):
-            del rows[length:]
-        del self.counted[counted:]
+        for log, length in zip(self.logs, lengths):
+            del log[length:]
         self.forget()
         return True
 
@@ -1692,13 +1704,15 @@ class Transaction:
             return
         untouched = self.begun == self.extent()
         for sql, rows in self.later.items():
-            text, bind = positional(sql)
-            done = self.connection.executemany(text, map(bind, rows))
-            if rows and done.rowcount != len(rows):
-                raise sqlite3.IntegrityError("a job was moved meanwhile")
-            rows.clear()
-        self.moving.clear()
+            if rows:
+                text, bind = positional(sql)
+                done = self.connection.executemany(text, map(bind, rows))
+                if done.rowcount != len(rows):
+                    raise sqlite3.IntegrityError("a job was just moved")
         self.sum_up()
+        for log in self.logs:
+            log.clear()
+        self.moving.clear()
         if untouched:
             self.begin()
 
@@ -1717,11 +1731,15 @@ class Transaction:
         self.free.get((job["jobix"], job["stage"]), {}).pop(job["row"], None)
         if values["free"] > 0:
             self.free.pop((job["jobix"], values["stage"]), None)
-            self.count("free", job["jobix"], values["stage"])
         self.put_off(SQL.MOVE, values)
 
     def look_up(self, jobix, ids):
-        """Read some jobs that will be asked for, many at once."""
+        """Read jobs that will be asked for, if they are just TOGETHER."""
+        if len(ids) == len(TOGETHER) and self.moving.isdisjoint(
+                (jobix, jobid) for jobid in ids):
+            values = dict(zip(TOGETHER, ids), jobix=jobix)
+            for job in self.select(SQL.JOBS, values):
+                self.found[jobix, job["jobid"]] = job
 
     def find(self, jobix, jobid):
         """Return a job as it is now, a dict of MOVABLE, or None."""
@@ -1775,10 +1793,17 @@ class Transaction:
         self.counted.append(((kind, *key), n))
 
     def sum_up(self):
-        """Add what was counted to the sums."""
+        """Add what was counted, and the moves, to the sums."""
+        counts = self.counts
         for key, n in self.counted:
-            self.counts[key] += n
-        self.counted.clear()
+            counts[key] += n
+        for way, n in Counter(map(WAY, self.later[SQL.MOVE])).items():
+            jobix, old_stage, old_state, expired, stage, state, free = way
+            counts["jobs", jobix, old_stage, old_state] -= n
+            counts["expired", jobix, old_stage, old_state] -= n * expired
+            counts["jobs", jobix, stage, state] += n
+            if free > 0:
+                counts["free", jobix, stage] += n
 
     def settle(self):
         """Write all, and the sums: an update for each group that changed."""
@@ -2414,17 +2439,7 @@ class Store:
         values.update(after)
         values["free"] = lane(values["state"], values["lease"])
         tx.move(job, values)
-        self.recount(tx, job, values)
         return values
-
-    def recount(self, tx, before, after):
-        """Move one job, and its mark, from one count to another."""
-        jobix = before["jobix"]
-        left = jobix, before["stage"], before["state"]
-        tx.count("jobs", *left, n=-1)
-        tx.count("jobs", jobix, after["stage"], after["state"])
-        if before["expired"]:
-            tx.count("expired", *left, n=-1)
 
     def end_attempt(self, tx, job, outcome, *, target=None, report=None):
         """Write down how the attempt ended that `job`'s claim stands for."""
@@ -2647,13 +2662,19 @@ class Store:
         `updates` is a list of dicts of what update_job takes.
         """
         statuses = []
-        for update in updates:
-            try:
-                self.update(tx, jobix, **update)
-                statuses.append(200)
-            except Error as error:
-                statuses.append(error.status)
+        for i in range(0, len(updates), len(TOGETHER)):
+            part = updates[i : i + len(TOGETHER)]
+            tx.look_up(jobix, [update["jobid"] for update in part])
+            statuses += [self.status_of(tx, jobix, each) for each in part]
         return statuses
+
+    def status_of(self, tx, jobix, update):
+        """Do one of many updates; return its status."""
+        try:
+            self.update(tx, jobix, **update)
+        except Error as error:
+            return error.status
+        return 200
 
     @change
     def fail_job(self, tx, jobix, jobid, *, claim=None, report=None):
@@ -3671,28 +3692,50 @@ def read_optional(given, name, reader):
     return None if value is None else reader(value, name)
 
 
+def read_tail(value):
+    """Return the end of a text as SQLite can hold it, None if it is none."""
+    return clean(value[-MAX_REPORT:]) if type(value) is str else None
+
+
+def read_status(value):
+    """Return an exit status, None if it is none."""
+    if type(value) is int:
+        return max(-(2**31), min(value, 2**31))
+
+
+def read_time(value):
+    """Return a number of seconds, None if it is none."""
+    with contextlib.suppress(Error):
+        return seconds(value, "seconds")
+
+
+# What an attempt's end may say of itself, each key with its reader.
+REPORTS = {
+    "exit_code": read_status,
+    "error": read_tail,
+    "stderr": read_tail,
+    "seconds": read_time,
+}
+# What an update may bring, each key with its reader.
+RESULTS = {"filename": string, "jobcmd": anything, "files": read_files}
+
+
 def read_report(given):
     """Return what an attempt's end says of itself, as columns."""
-    report = {}
-    for name in ("error", "stderr"):
-        text = given.get(name)
-        if type(text) is str:
-            report[name] = clean(text[-MAX_REPORT:])
-    if type(given.get("exit_code")) is int:
-        report["exit_code"] = max(-(2**31), min(given["exit_code"], 2**31))
-    with contextlib.suppress(Error):
-        report["seconds"] = seconds(given.get("seconds"), "seconds")
-    return report
+    return {
+        name: read(given[name])
+        for name, read in REPORTS.items() if name in given
+    }
 
 
 def read_result(given):
     """Return what an update brings beside its stage."""
-    return {
-        "filename": read_optional(given, "filename", string),
-        "jobcmd": read_optional(given, "jobcmd", anything),
-        "files": read_optional(given, "files", read_files),
-        "report": read_report(given),
+    result = {
+        name: read(given[name], name)
+        for name, read in RESULTS.items() if given.get(name) is not None
     }
+    result["report"] = read_report(given)
+    return result
 
 
 # ------------------------------------------------------------- endpoints ---
@@ -3783,32 +3826,32 @@ def splice(values, texts):
     return to_json(values)[:-1] + kept + "}"
 
 
+CLAIMED = (
+    '"jobid": %(jobid)d, "jobstage": %(origin)d, "jobix": %(jobix)d, '
+    '"claim": "%(claim)s", "attempt": %(attempt)d'
+)
+
+
 def claim_reply(job):
     """Return a claimed job as the contract shows it, in JSON.
 
     What is kept as JSON goes in as it is: the claim is made, so nothing may
     fail any more.
     """
-    reply = {
-        "jobid": job["jobid"],
-        "jobstage": job["origin"],
-        "jobix": job["jobix"],
-        "claim": job["claim"],
-        "attempt": job["attempt"],
-    }
+    parts = [CLAIMED % job]
     if job["priority"]:
-        reply["priority"] = job["priority"]
+        parts.append('"priority": %d' % job["priority"])
     for name in ("laststage", "max_attempts", "timeout", "made"):
         if job[name] is not None:
-            reply[name] = job[name]
-    texts = {"jobcmd": job["jobcmd"] or "null"}
-    texts["filename"] = job["filename"] or "null"
+            parts.append('"%s": %r' % (name, job[name]))
+    parts.append('"jobcmd": %s' % (job["jobcmd"] or "null"))
+    parts.append('"filename": %s' % (job["filename"] or "null"))
     for name in ("cwd", "outputs"):
         if job[name] is not None:
-            texts[name] = job[name]
+            parts.append('"%s": %s' % (name, job[name]))
     if job["files"] not in (None, "[]"):
-        texts["files"] = job["files"]
-    return splice(reply, texts)
+        parts.append('"files": %s' % job["files"])
+    return "{%s}" % ", ".join(parts)
 
 
 async def get_job(store, request, stages, nextstage=None):
