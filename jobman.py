@@ -54,7 +54,7 @@ import time
 import traceback
 import types
 import zlib
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
@@ -397,7 +397,10 @@ class SQL:
         and state = :state"""
     # one look-up in job_queue at any number of jobs
     FREE = """
-        select * from job
+        select row, jobix, jobid, stage, state, expired, since, origin, claim,
+            worker, attempt, failures, lapses, rejects, priority, laststage,
+            max_attempts, timeout, made, jobcmd, filename, files, cwd, outputs
+        from job
         where jobix = :jobix and stage = :stage and free = 1
         and not exists (select 1 from paused
             where jobix = :jobix and stage = :stage)
@@ -1614,7 +1617,8 @@ def positional(sql):
     if len(names) > 1:
         bind = operator.itemgetter(*names)
     else:
-        bind = lambda values: [values[name] for name in names]
+        def bind(values):
+            return [values[name] for name in names]
     return re.sub(r":\w+", "?", sql), bind
 
 
@@ -1646,7 +1650,7 @@ class Transaction:
         self.moving = set()  # the jobs that have moves in `later`
         self.found = {}  # jobs that were looked up, by jobix and jobid
         self.free = {}  # jobs, by row and in order, of some stages
-        self.counts = Counter()
+        self.sums = defaultdict(Counter)
         self.begin()
 
     def begin(self):
@@ -1682,12 +1686,10 @@ class Transaction:
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row)) for row in cursor]
 
-    def execute(self, sql, values=None):
+    def execute(self, sql, values={}):
         """Execute any statement, after all that was to come before it."""
         self.write()
         self.forget()
-        if values is None:
-            return self.connection.execute(sql)
         text, bind = positional(sql)
         return self.connection.execute(text, bind(values))
 
@@ -1700,7 +1702,7 @@ class Transaction:
 
     def write(self):
         """Write all that is to be written."""
-        if not any(self.later.values()):
+        if not self.moving:
             return
         untouched = self.begun == self.extent()
         for sql, rows in self.later.items():
@@ -1790,43 +1792,41 @@ class Transaction:
 
     def count(self, kind, *key, n=1):
         """Add `n` to the sum of `kind` (jobs, expired, free, …) for `key`."""
-        self.counted.append(((kind, *key), n))
+        self.counted.append((kind, key, n))
 
     def sum_up(self):
         """Add what was counted, and the moves, to the sums."""
-        counts = self.counts
-        for key, n in self.counted:
-            counts[key] += n
+        sums = self.sums
+        for kind, key, n in self.counted:
+            sums[kind][key] += n
         for way, n in Counter(map(WAY, self.later[SQL.MOVE])).items():
             jobix, old_stage, old_state, expired, stage, state, free = way
-            counts["jobs", jobix, old_stage, old_state] -= n
-            counts["expired", jobix, old_stage, old_state] -= n * expired
-            counts["jobs", jobix, stage, state] += n
+            sums["jobs"][jobix, old_stage, old_state] -= n
+            sums["jobs"][jobix, stage, state] += n
+            if expired:
+                sums["expired"][jobix, old_stage, old_state] -= n
             if free > 0:
-                counts["free", jobix, stage] += n
+                sums["free"][jobix, stage] += n
 
     def settle(self):
         """Write all, and the sums: an update for each group that changed."""
         self.write()
         self.sum_up()
-        counts = self.counts
-        groups = {k[1:] for k in counts if k[0] in ("jobs", "expired")}
-        for group in groups:
-            values = dict(zip(("jobix", "stage", "state"), group))
-            values["jobs"] = counts[("jobs", *group)]
-            values["expired"] = counts[("expired", *group)]
+        jobs, expired, done, updates, timed = (
+            self.sums[kind] for kind in
+            ("jobs", "expired", "done", "updates", "timed"))
+        for key in {**jobs, **expired}:
+            values = dict(zip(("jobix", "stage", "state"), key))
+            values.update(jobs=jobs[key], expired=expired[key])
             if values["jobs"] or values["expired"]:
                 self.add(SQL.COUNT, SQL.COUNT_FIRST, values)
-        for jobix in {k[1] for k in counts if k[0] in ("done", "updates")}:
-            values = {"jobix": jobix, "minute": int(self.now // 60)}
-            values["done"] = counts[("done", jobix)]
-            values["updates"] = counts[("updates", jobix)]
+        for key in {**done, **updates}:
+            values = {"jobix": key[0], "minute": int(self.now // 60)}
+            values.update(done=done[key], updates=updates[key])
             self.add(SQL.PACE, SQL.PACE_FIRST, values)
-        for (kind, *key), n in counts.items():
-            if kind == "timed":
-                values = dict(zip(("jobix", "stage", "bucket"), key))
-                values["attempts"] = n
-                self.add(SQL.TIMED, SQL.TIMED_FIRST, values)
+        for key, n in timed.items():
+            values = dict(zip(("jobix", "stage", "bucket"), key), attempts=n)
+            self.add(SQL.TIMED, SQL.TIMED_FIRST, values)
 
     def add(self, update, insert, values):
         """Add `values` to a row of sums, which may be its first."""
@@ -1906,7 +1906,7 @@ class Writer:
         self.turns = turns
         self.clock = clock
         self.prepare = prepare  # called first in every transaction
-        self.committed = committed  # called with the counts of each commit
+        self.committed = committed  # called with the jobs that a commit freed
         self.mutex = threading.Lock()
         self.rest = threading.Condition(self.mutex)  # nobody leads
         self.queue = []
@@ -2000,7 +2000,7 @@ class Writer:
                     execute("rollback")
                 raise
             self.checkpoint()
-        self.committed(transaction.counts)
+        self.committed(transaction.sums["free"])
 
     def checkpoint(self):
         """Copy the WAL into the database when it has grown.
@@ -2403,11 +2403,10 @@ class Store:
             raise Stranger
         return jobix, False
 
-    def committed(self, counts):
+    def committed(self, freed):
         """Ring for the jobs that a commit has set free."""
-        for (kind, *key), n in counts.items():
-            if kind == "free":
-                self.bell.ring(tuple(key), n)
+        for key, n in freed.items():
+            self.bell.ring(key, n)
 
     def renew_all(self, tx):
         """Give every live lease its full time again, as a server starts."""
