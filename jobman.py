@@ -921,8 +921,8 @@ def connect(path, *, readonly, vfs="unix"):
         isolation_level=None,
         check_same_thread=False,
     )
-    # else every null that is bound is looked up in two places, in vain
-    sqlite3.register_adapter(type(None), lambda null: null)
+    # gives a null that is bound as it is, before it is looked up elsewhere
+    sqlite3.register_adapter(type(None), {}.get)
     connection.row_factory = sqlite3.Row
     connection.execute("pragma wal_autocheckpoint = 0")
     return connection
@@ -1607,19 +1607,26 @@ def for_rows(sql, n, common):
     return start + "values" + ",".join(rows)
 
 
-@functools.lru_cache(maxsize=None)
-def positional(sql):
-    """Return a statement with ? for its :names, and what binds a dict to it.
+class Statement:
+    """A statement with ? for its :names, and what binds a dict to it.
 
-    SQLite would look every name up at every call.
+    SQLite would look every name up at every call. `columns` are those of the
+    result, once there was one.
     """
-    names = re.findall(r":(\w+)", sql)
-    if len(names) > 1:
-        bind = operator.itemgetter(*names)
-    else:
-        def bind(values):
-            return [values[name] for name in names]
-    return re.sub(r":\w+", "?", sql), bind
+
+    __slots__ = ("bind", "columns", "text")
+
+    def __init__(self, sql):
+        names = re.findall(r":(\w+)", sql)
+        self.text = re.sub(r":\w+", "?", sql)
+        self.columns = None
+        if len(names) > 1:
+            self.bind = operator.itemgetter(*names)
+        else:
+            self.bind = lambda values: [values[name] for name in names]
+
+
+prepare = functools.lru_cache(maxsize=None)(Statement)
 
 
 # What a move says to the counts.
@@ -1647,6 +1654,7 @@ class Transaction:
         self.later = {sql: [] for sql in self.LATER}
         self.counted = []
         self.logs = [self.counted, *self.later.values()]
+        self.waiting = False  # whether there may be anything in `later`
         self.moving = set()  # the jobs that have moves in `later`
         self.found = {}  # jobs that were looked up, by jobix and jobid
         self.free = {}  # jobs, by row and in order, of some stages
@@ -1681,40 +1689,48 @@ class Transaction:
 
     def select(self, sql, values):
         """Return the rows of what isn't to be written any more, as dicts."""
-        text, bind = positional(sql)
-        cursor = self.connection.execute(text, bind(values))
-        names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row)) for row in cursor]
+        statement = prepare(sql)
+        cursor = self.connection.execute(
+            statement.text, statement.bind(values))
+        columns = statement.columns
+        if columns is None:
+            columns = [column[0] for column in cursor.description]
+            statement.columns = columns
+        return [dict(zip(columns, row)) for row in cursor]
 
     def execute(self, sql, values={}):
         """Execute any statement, after all that was to come before it."""
         self.write()
         self.forget()
-        text, bind = positional(sql)
-        return self.connection.execute(text, bind(values))
+        statement = prepare(sql)
+        return self.connection.execute(
+            statement.text, statement.bind(values))
 
     def executemany(self, sql, values):
         """Execute a statement as often as there are `values`."""
         self.write()
         self.forget()
-        text, bind = positional(sql)
-        return self.connection.executemany(text, map(bind, values))
+        return self.run_all(sql, values)
+
+    def run_all(self, sql, values):
+        """Execute a statement as often as there are `values`, right now."""
+        statement = prepare(sql)
+        return self.connection.executemany(
+            statement.text, map(statement.bind, values))
 
     def write(self):
         """Write all that is to be written."""
-        if not self.moving:
+        if not self.waiting:
             return
         untouched = self.begun == self.extent()
         for sql, rows in self.later.items():
-            if rows:
-                text, bind = positional(sql)
-                done = self.connection.executemany(text, map(bind, rows))
-                if done.rowcount != len(rows):
-                    raise sqlite3.IntegrityError("a job was just moved")
+            if rows and self.run_all(sql, rows).rowcount != len(rows):
+                raise sqlite3.IntegrityError("a job was just moved")
         self.sum_up()
         for log in self.logs:
             log.clear()
         self.moving.clear()
+        self.waiting = False
         if untouched:
             self.begin()
 
@@ -1722,6 +1738,7 @@ class Transaction:
         """Have one of LATER executed later."""
         rows = self.later[sql]
         rows.append(values)
+        self.waiting = True
         if len(rows) >= self.MOST_LATER:
             self.write()
 
@@ -1790,7 +1807,7 @@ class Transaction:
             self.connection.execute(
                 for_rows(sql, len(part), common), values)
 
-    def count(self, kind, *key, n=1):
+    def count(self, kind, key, n=1):
         """Add `n` to the sum of `kind` (jobs, expired, free, …) for `key`."""
         self.counted.append((kind, key, n))
 
@@ -1812,21 +1829,24 @@ class Transaction:
         """Write all, and the sums: an update for each group that changed."""
         self.write()
         self.sum_up()
-        jobs, expired, done, updates, timed = (
-            self.sums[kind] for kind in
-            ("jobs", "expired", "done", "updates", "timed"))
+        jobs, expired, done, timed = (
+            self.sums[kind] for kind in ("jobs", "expired", "done", "timed"))
         for key in {**jobs, **expired}:
             values = dict(zip(("jobix", "stage", "state"), key))
             values.update(jobs=jobs[key], expired=expired[key])
             if values["jobs"] or values["expired"]:
                 self.add(SQL.COUNT, SQL.COUNT_FIRST, values)
-        for key in {**done, **updates}:
-            values = {"jobix": key[0], "minute": int(self.now // 60)}
-            values.update(done=done[key], updates=updates[key])
+        updates = Counter()
+        for (jobix, stage, bucket), n in timed.items():
+            updates[jobix] += n
+            if bucket is not None:
+                values = {"jobix": jobix, "stage": stage, "bucket": bucket}
+                values["attempts"] = n
+                self.add(SQL.TIMED, SQL.TIMED_FIRST, values)
+        for jobix in {**done, **updates}:
+            values = {"jobix": jobix, "minute": int(self.now // 60)}
+            values.update(done=done[jobix], updates=updates[jobix])
             self.add(SQL.PACE, SQL.PACE_FIRST, values)
-        for key, n in timed.items():
-            values = dict(zip(("jobix", "stage", "bucket"), key), attempts=n)
-            self.add(SQL.TIMED, SQL.TIMED_FIRST, values)
 
     def add(self, update, insert, values):
         """Add `values` to a row of sums, which may be its first."""
@@ -2444,8 +2464,8 @@ class Store:
         """Write down how the attempt ended that `job`'s claim stands for."""
         if job["claim"] is None:
             return
-        values = dict(
-            job, now=tx.now, outcome=outcome, target=target, **BLANK_REPORT)
+        values = dict(job, now=tx.now, outcome=outcome, target=target)
+        values.update(BLANK_REPORT)
         values.update(report or {})
         took = values["seconds"]
         lapsed = job["lapses"] > 0
@@ -2453,10 +2473,8 @@ class Store:
             tx.put_off(SQL.END_ATTEMPT, values)
             took = tx.now - job["since"] if took is None else took
         if outcome == "done":
-            tx.count("updates", job["jobix"])
-            if took is not None:
-                key = job["jobix"], job["origin"], run_bucket(took)
-                tx.count("timed", *key)
+            bucket = None if took is None else run_bucket(took)
+            tx.count("timed", (job["jobix"], job["origin"], bucket))
 
     def replace(self, tx, job, given):
         """Give `job` the columns `given`; its attempt keeps the old ones."""
@@ -2524,8 +2542,9 @@ class Store:
             )
         tx.insert(SQL.ADD, list(jobs.values()))
         for row in tx.execute(SQL.ADDED, {"row": last_row}).fetchall():
-            tx.count("jobs", jobix, row["stage"], row["state"], n=row["jobs"])
-            tx.count("free", jobix, row["stage"], n=row["jobs"])
+            stage = jobix, row["stage"]
+            tx.count("jobs", (*stage, row["state"]), row["jobs"])
+            tx.count("free", stage, row["jobs"])
 
     def final_stage(self, tx, jobix):
         """Return the last stage that /init named, or None."""
@@ -2842,7 +2861,7 @@ class Store:
         tx.execute(SQL.PAUSE if paused else SQL.RESUME, key)
         if not paused:  # wake as many as there can be jobs for
             free = tx.execute(SQL.ANY_FREE, key).fetchall()
-            tx.count("free", jobix, stage, n=len(free))
+            tx.count("free", (jobix, stage), len(free))
 
     # Lifetimes
 
@@ -2888,7 +2907,7 @@ class Store:
         """Set or clear the mark `expired` of a range of jobs; count them."""
         for row in tx.execute(affected, values).fetchall():
             key = values["jobix"], values["stage"], row["state"]
-            tx.count("expired", *key, n=sign * row["jobs"])
+            tx.count("expired", key, sign * row["jobs"])
         tx.execute(update, values)
 
     def flag(self, tx, jobix, stage, minutes):
