@@ -381,7 +381,8 @@ class SQL:
     JOBS = MOVABLE + "where jobix = :jobix and jobid in (:%s)" % (
         ", :".join(TOGETHER))
     # one range of the index job_due; SQLite 3.7.17 walks over the nulls
-    DUE = MOVABLE + """
+    DUE = """
+        select jobix, jobid from job
         where due > 0 and due <= :now order by due limit :limit"""
     NEXT_DUE = "select min(due) from job where due > 0"
     # what a stage has: a few ranges of job_age, one for each state
@@ -1634,6 +1635,9 @@ WAY = operator.itemgetter(
     "jobix", "old_stage", "old_state", "expired", "stage", "state", "free")
 
 
+new_sums = functools.partial(defaultdict, int)
+
+
 class Transaction:
     """What the operations of one commit share.
 
@@ -1658,7 +1662,7 @@ class Transaction:
         self.moving = set()  # the jobs that have moves in `later`
         self.found = {}  # jobs that were looked up, by jobix and jobid
         self.free = {}  # jobs, by row and in order, of some stages
-        self.sums = defaultdict(Counter)
+        self.sums = defaultdict(new_sums)
         self.begin()
 
     def begin(self):
@@ -1816,7 +1820,10 @@ class Transaction:
         sums = self.sums
         for kind, key, n in self.counted:
             sums[kind][key] += n
-        for way, n in Counter(map(WAY, self.later[SQL.MOVE])).items():
+        ways = new_sums()
+        for way in map(WAY, self.later[SQL.MOVE]):
+            ways[way] += 1
+        for way, n in ways.items():
             jobix, old_stage, old_state, expired, stage, state, free = way
             sums["jobs"][jobix, old_stage, old_state] -= n
             sums["jobs"][jobix, stage, state] += n
@@ -1836,7 +1843,7 @@ class Transaction:
             values.update(jobs=jobs[key], expired=expired[key])
             if values["jobs"] or values["expired"]:
                 self.add(SQL.COUNT, SQL.COUNT_FIRST, values)
-        updates = Counter()
+        updates = new_sums()
         for (jobix, stage, bucket), n in timed.items():
             updates[jobix] += n
             if bucket is not None:
@@ -2498,7 +2505,8 @@ class Store:
 
     def do_due(self, tx):
         """Let lapse the leases, and end the delays, whose time has come."""
-        for job in tx.select(SQL.DUE, {"now": tx.now, "limit": CHUNK}):
+        for due in tx.select(SQL.DUE, {"now": tx.now, "limit": CHUNK}):
+            job = self.find(tx, **due)
             if job["state"] == "working":
                 self.lapse(tx, job)
             else:
