@@ -1779,14 +1779,14 @@ class Transaction:
 
         More are read where the operations to come may want them.
         """
-        key = jobix, stage
-        if len(self.free.get(key, ())) < n:
+        jobs = self.free.get((jobix, stage), {})
+        if len(jobs) < n:
             self.write()
             values = {"jobix": jobix, "stage": stage}
             values["limit"] = max(n, self.ahead)
-            jobs = self.select(SQL.FREE, values)
-            self.free[key] = {job["row"]: job for job in jobs}
-        return list(itertools.islice(self.free[key].values(), n))
+            jobs = {job["row"]: job for job in self.select(SQL.FREE, values)}
+            self.free[jobix, stage] = jobs
+        return list(itertools.islice(jobs.values(), n))
 
     def insert(self, sql, rows):
         """Insert rows, dicts in the names of `sql`, which inserts one.

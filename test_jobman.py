@@ -12,6 +12,7 @@ import ast
 import atexit
 import base64
 import contextlib
+import copy
 import fcntl
 import functools
 import glob
@@ -4865,6 +4866,424 @@ class LoadTest(StoreCase):
         self.assertEqual([None], replies)
         found = rows(self.path("shared.db"), "select jobid from job")
         self.assertEqual([{"jobid": 1}], found)
+
+
+class TogetherTest(StoreCase):
+    """Operations that share a commit see what those before them did."""
+
+    LENT = {"worker": None, "lease": 60}
+
+    def setUp(self):
+        super().setUp()
+        self.ran = Counter()
+
+    def do(self, name, *args, **named):
+        """Return an operation: a method of the Store, in this jobix."""
+        method = getattr(jobman.Store, name)
+        method = getattr(method, "__wrapped__", method)
+
+        def operation(tx):
+            self.ran[name] += 1
+            return method(self.store, tx, self.jobix, *args, **named)
+
+        return operation
+
+    def claim(self, *stages, **options):
+        return self.do("claim", stages, **dict(self.LENT, **options))
+
+    def sweep(self, act, *ids):
+        """Return an operation on jobs in any state."""
+        return self.do("sweep_ids", getattr(self.store, act), ids,
+                       states=jobman.STATES, stage=None)
+
+    def commit(self, *operations):
+        """Run operations in one commit; return what comes of each: the ids
+
+        that a claim has, else a result, or the status of an error.
+        """
+        turns = [jobman.Turn(operation) for operation in operations]
+        self.store.writer.commit(turns)
+        self.assertCounts()
+        outcomes = []
+        for turn in turns:
+            try:
+                outcome = turn.outcome()
+            except jobman.Error as error:
+                outcome = error.status
+            if isinstance(outcome, list):
+                outcome = [job["jobid"] for job in outcome]
+            outcomes.append(outcome)
+        return outcomes
+
+    def lend(self, **options):
+        """Claim a job in a commit of its own; return it."""
+        job, = self.store.claim(self.jobix, [0], **dict(self.LENT, **options))
+        return job
+
+    def test_a_job_is_moved_again_and_again(self):
+        self.set_jobs([1])
+        self.assertEqual(
+            [None, [1], None, [1], {"jobid": 1, "state": "waiting"}, [1]],
+            self.commit(
+                self.do("update_job", 1, 2), self.claim(2),
+                self.do("update_job", 1, 5), self.claim(5),
+                self.do("release_job", 1), self.claim(5, lease=None)))
+        self.assertEqual({(6, "working"): 1}, self.states())
+        self.assertEqual([("done", 2, 5), ("released", 5, None)],
+                         self.attempts("outcome", "stage", "target"))
+
+    def test_an_update_that_stands_twice_in_a_list_is_done_twice(self):
+        self.set_jobs(range(100))
+        jobs = [self.lend() for _ in range(40)]
+        updates = [
+            dict(jobid=job["jobid"], stage=2, claim=job["claim"])
+            for job in jobs]
+        updates[25:25] = updates[20:25]  # the same: 200
+        updates[10]["stage"] = 6
+        updates[12] = dict(updates[10], stage=7)  # another: 409
+        updates += [dict(jobid=5, stage=3), dict(jobid=500, stage=3)]
+        statuses = self.store.update_jobs(self.jobix, updates)
+        self.assertEqual({12: 409, 46: 404}, {
+            i: status for i, status in enumerate(statuses) if status != 200})
+        self.assertEqual(
+            {(0, "waiting"): 60, (1, "working"): 1, (2, "waiting"): 37,
+             (3, "waiting"): 1, (6, "waiting"): 1}, self.states())
+        self.assertEqual(39, len(self.attempts("row")))
+
+    def test_the_claims_of_a_stage_are_in_order(self):
+        self.set_jobs(range(10))
+        self.set_jobs([20, 21], priority=5)
+        self.set_jobs([30], stage=4, priority=9)
+        self.assertEqual(
+            [[20], [21, 0], [1], [30], [2], [3, 4, 5, 6, 7, 8, 9], []],
+            self.commit(
+                self.claim(0), self.claim(0, n=2), self.claim(0),
+                self.claim(4), self.claim(0), self.claim(0, n=30),
+                self.claim(0)))
+
+    def test_a_job_that_is_put_before_the_others_is_next(self):
+        self.set_jobs(range(10, 20))
+        self.set_jobs([1], stage=5)
+        self.set_jobs([2])
+        job, entry = self.lend(), jobman.read_entry({"jobstage": 0})
+        self.assertEqual(2, job["jobid"])
+        outcomes = self.commit(
+            self.claim(0),
+            self.do("update_job", 1, 0), self.claim(0),
+            self.do("add", {3: dict(entry, priority=2)}), self.claim(0),
+            self.do("release_job", 2), self.claim(0),
+            self.sweep("call_off", 2), self.claim(0),
+            self.sweep("put_back", 2), self.claim(0))
+        self.assertEqual([[10], [1], [3], [2], [11], [2]], outcomes[::2])
+
+    def test_a_job_that_is_taken_away_is_not_handed_out(self):
+        self.set_jobs(range(8))
+        bare = self.lend(lease=None, target=0)  # free as it is
+        self.set_jobs([8, 9], priority=1)
+        beat = dict(claims=[(0, bare["claim"])], lease=60,
+                    worker=jobman.read_worker({"worker": "w"}))
+        outcomes = self.commit(
+            self.claim(0), self.do("heartbeat", **beat),
+            self.claim(0), self.claim(0),
+            self.do("update_job", 2, 3), self.claim(0),
+            self.sweep("call_off", 4, 5), self.claim(0),
+            self.do("pause", 0, paused=True), self.claim(0),
+            self.do("pause", 0, paused=False), self.claim(0), self.claim(0))
+        claimed = [ids for ids in outcomes if isinstance(ids, list)]
+        self.assertEqual([[8], [9], [1], [3], [6], [], [7], []], claimed)
+
+    def test_a_job_that_is_free_where_it_goes_is_claimed_again(self):
+        self.set_jobs([1, 2, 3])
+        again = self.claim(0, target=0, lease=None)
+        self.assertEqual([[1]] * 3 + [[1, 2]], self.commit(
+            again, again, again, self.claim(0, n=2)))
+        self.assertEqual(["superseded"] * 3,
+                         [outcome for outcome, in self.attempts("outcome")])
+
+    def test_what_is_refused_costs_nobody_a_second_run(self):
+        self.set_jobs(range(8))
+        jobs = [self.lend() for _ in range(3)]
+
+        def refused(tx):
+            self.do("update_job", 7, 9)(tx)
+            raise jobman.Error(409, "No.")
+
+        outcomes = self.commit(
+            self.claim(0), refused, self.do("update_job", 99, 1),
+            self.do("update_job", 0, 2, claim="another"),
+            self.claim(0), self.do("fail_job", 6),
+            self.do("update_job", 1, 2, claim=jobs[1]["claim"]))
+        self.assertEqual([[3], 409, 404, 409, [4], 409, None], outcomes)
+        self.assertEqual(
+            {"claim": 2, "update_job": 4, "fail_job": 1}, self.ran)
+        self.assertEqual({(0, "waiting"): 3, (1, "working"): 4,
+                          (2, "waiting"): 1}, self.states())
+
+    def test_what_is_refused_half_done_is_taken_back(self):
+        self.set_jobs(range(4))
+
+        def refused(tx):
+            self.do("update_job", 3, 9)(tx)
+            tx.write()
+            raise jobman.Error(409, "No.")
+
+        outcomes = self.commit(
+            self.claim(0), refused, self.do("update_job", 1, 2))
+        self.assertEqual([[0], 409, None], outcomes)
+        self.assertEqual({"claim": 2, "update_job": 2}, self.ran)
+        self.assertEqual({(0, "waiting"): 2, (1, "working"): 1,
+                          (2, "waiting"): 1}, self.states())
+
+    def test_a_job_that_somebody_else_has_moved_costs_its_commit(self):
+        self.set_jobs([1, 2])
+
+        def twice(tx):
+            job = self.store.find(tx, self.jobix, 1)
+            self.store.move(tx, job, stage=5)
+            self.store.move(tx, job, stage=6)
+
+        outcomes = self.commit(self.do("update_job", 2, 3), twice)
+        self.assertEqual([503, 503], outcomes)
+        self.assertEqual({(0, "waiting"): 2}, self.states())
+        for column, value in (("stage", 3), ("state", "x"), ("claim", "y")):
+            def moved(tx):
+                job = self.store.find(tx, self.jobix, 1)
+                job[column] = value
+                self.store.move(tx, job, stage=5, state="waiting")
+
+            self.assertEqual([503], self.commit(moved))
+        self.assertEqual({(0, "waiting"): 2}, self.states())
+
+    def test_a_thousand_moves_are_not_kept_in_memory(self):
+        self.set_jobs(range(2500))
+        kept = []
+
+        def some(tx):
+            for jobid in range(2500):
+                self.store.update(tx, self.jobix, jobid, 2)
+                kept.append(len(tx.later[jobman.SQL.MOVE]))
+
+        self.assertEqual([None], self.commit(some))
+        self.assertEqual(999, max(kept))
+        self.assertEqual({(2, "waiting"): 2500}, self.states())
+
+    def test_nulls_are_bound_as_they_are(self):
+        self.assertEqual((None, 1, None), tuple(
+            self.store.writer.connection.execute(
+                "select ?, ?, ?", (None, 1, None)).fetchone()))
+
+
+class MixTest(SeededCase):
+    """Any mix of operations in one commit does what it does in many."""
+
+    ROUNDS = 60
+    IDS = range(1, 25)
+    TABLES = {
+        "job": "select * from job order by row",
+        "attempt": "select * from attempt order by row",
+        "tally": "select * from tally where jobs or expired order by 1, 2, 3",
+        "pace": "select * from pace order by 1, 2",
+        "runtime": "select * from runtime order by 1, 2, 3",
+        "paused": "select * from paused order by 1, 2",
+        "worker": "select * from worker order by 1, 2",
+        "submission": "select * from submission order by 1, 2",
+    }
+
+    def setUp(self):
+        super().setUp()
+        self.clock = Clock()
+        self.numbers = itertools.count()
+        self.names = [("job", 1)]
+        self.handed = {}  # (store, name): jobid and token
+        self.together, self.apart = map(self.open, ("together", "apart"))
+
+    def open(self, name):
+        store = jobman.Store(
+            self.path(name + ".db"), clock=self.clock, max_lapses=3)
+        self.addCleanup(store.close)
+        return store
+
+    def name(self):
+        """Return the name of a job, or of a claim that was or will be."""
+        if self.random.random() < 0.3:
+            return "job", self.random.choice(self.IDS)
+        return self.random.choice(self.names[-20:])
+
+    def find(self, store, name):
+        """Return the id and the token, or None, that a name stands for."""
+        if name[0] == "job":
+            return name[1], None
+        return self.handed.get((store, name), (1, "token"))
+
+    def method(self, name):
+        method = getattr(jobman.Store, name)
+        return getattr(method, "__wrapped__", method)
+
+    def claim(self):
+        number, pick = next(self.numbers), self.random.choice
+        stages = self.random.sample(range(4), pick((1, 1, 2)))
+        options = dict(
+            target=pick((None, None, 0, 1, 3)), n=pick((1, 1, 1, 3, 9)),
+            worker=pick((None, "a", "b")), lease=pick((None, 7, 60)))
+        self.names += [("claim", number, i) for i in range(pick((1, 2)))]
+
+        def act(store, tx):
+            jobs = self.method("claim")(store, tx, 1, stages, **options)
+            for i, job in enumerate(jobs):
+                key = store, ("claim", number, i)
+                self.handed[key] = job["jobid"], job["claim"]
+            return [
+                {name: job[name] for name in
+                 ("jobid", "origin", "attempt", "jobcmd", "files", "made")}
+                for job in jobs]
+
+        return act
+
+    def brought(self):
+        """Return what an update or a failure brings."""
+        pick = self.random.choice
+        text = '"%d"' % next(self.numbers)
+        given = {"jobcmd": text, "filename": text, "files": '[%s]' % text}
+        given = {k: v for k, v in given.items() if pick((0, 0, 1))}
+        report = {"seconds": 3, "error": text, "exit_code": pick((0, 75))}
+        report = {k: v for k, v in report.items() if pick((0, 1))}
+        return dict(given, report=report)
+
+    def update(self):
+        name, stage, given = self.name(), self.random.randrange(6), \
+            self.brought()
+
+        def act(store, tx):
+            jobid, claim = self.find(store, name)
+            return store.update(tx, 1, jobid, stage, claim=claim, **given)
+
+        return act
+
+    def updates(self):
+        names = [self.name() for _ in range(self.random.choice((2, 25)))]
+        names += names[:2]
+        given = [dict(self.brought(), stage=i % 6) for i in range(len(names))]
+
+        def act(store, tx):
+            found = [self.find(store, name) for name in names]
+            return self.method("update_jobs")(store, tx, 1, [
+                dict(each, jobid=jobid, claim=claim)
+                for each, (jobid, claim) in zip(given, found)])
+
+        return act
+
+    def end(self):
+        """Return an operation that ends an attempt otherwise."""
+        name, kind = self.name(), self.random.choice(("fail", "release"))
+        report = {} if kind == "release" else {
+            "report": self.brought()["report"]}
+        if self.random.random() < 0.2:
+            kind, report = "reject", {}
+
+        def act(store, tx):
+            jobid, claim = self.find(store, name)
+            return self.method(kind + "_job")(
+                store, tx, 1, jobid, claim=claim, **report)
+
+        return act
+
+    def beat(self):
+        names = [self.name() for _ in range(3)]
+
+        def act(store, tx):
+            found = [self.find(store, name) for name in names]
+            claims = [(jobid, claim or "token") for jobid, claim in found]
+            return self.method("heartbeat")(
+                store, tx, 1, claims=claims, lease=30, worker=dict(
+                    jobman.read_worker({"worker": "a"}), host="h"))
+
+        return act
+
+    def sweep(self):
+        ids = self.random.sample(self.IDS, 3)
+        kind, states = self.random.choice((
+            ("put_back", jobman.RETRIABLE), ("call_off", jobman.CANCELLABLE)))
+        return lambda store, tx: self.method("sweep_ids")(
+            store, tx, 1, getattr(store, kind), ids, states=states, stage=None)
+
+    def other(self):
+        """Return an operation on a stage or on a new job."""
+        pick, stage = self.random.choice, self.random.randrange(5)
+        entry = jobman.read_entry({
+            "jobstage": stage, "priority": pick((0, 0, 1)),
+            "laststage": pick((None, 3)), "max_attempts": pick((None, 1))})
+        name, *given = pick((
+            ("set", {pick(self.IDS): entry}),
+            ("submit", [(str(next(self.numbers)), [dict(entry)])]),
+            ("pause", stage), ("pause", stage), ("check_stages",),
+            ("set_lifetime", stage, pick((0, 1))),
+            ("move_expired", stage, pick((0, 4))),
+            ("init", [0, 1, 0, 0, 0]),
+            ("limit_attempts", [pick(self.IDS)], 2)))
+        named = {"paused": pick((False, False, True))} \
+            if name == "pause" else {}
+        return lambda store, tx: self.method(name)(
+            store, tx, 1, *copy.deepcopy(given), **named)
+
+    def some(self):
+        """Return some operations, each of (store, transaction)."""
+        kinds = [self.claim] * 6 + [self.update] * 6 + [self.end] * 3 + [
+            self.updates, self.beat, self.sweep, self.other, self.other]
+        return [self.random.choice(kinds)()
+                for _ in range(self.random.randint(1, 16))]
+
+    def outcomes(self, store, operations, size):
+        """Run operations, `size` in a commit; return what comes of each."""
+        turns = [jobman.Turn(functools.partial(operation, store))
+                 for operation in operations]
+        for i in range(0, len(turns), size):
+            store.writer.commit(turns[i:i + size])
+        outcomes = []
+        for turn in turns:
+            try:
+                outcomes.append(turn.outcome())
+            except jobman.Error as error:
+                self.assertNotEqual(503, error.status, str(error))
+                outcomes.append(str(error))
+        return outcomes
+
+    def tables(self, store):
+        """Return all that a database holds, tokens as the claims' names."""
+        names = {token: name for (of, name), (_, token) in self.handed.items()
+                 if of is store}
+        execute = store.writer.connection.execute
+        tables = {}
+        for table, sql in self.TABLES.items():
+            tables[table] = [
+                {key: names.get(value, value) for key, value in
+                 dict(row).items()} for row in execute(sql)]
+            for row in tables[table]:
+                if isinstance(row.get("claim"), str):
+                    row["claim"] = "?"  # of those that have no name
+        return tables
+
+    def test_it_does(self):
+        for jobid in self.IDS[::2]:
+            entry = jobman.read_entry({"jobstage": jobid % 3})
+            for store in (self.together, self.apart):
+                store.set(1, {jobid: dict(entry)})
+        refused = 0
+        for _ in range(self.ROUNDS):
+            operations = self.some()
+            together = self.outcomes(self.together, operations, 99)
+            apart = self.outcomes(self.apart, operations, 1)
+            self.assertEqual(apart, together)
+            refused += sum(isinstance(outcome, str) for outcome in apart)
+            expected, found = map(self.tables, (self.apart, self.together))
+            for table in self.TABLES:
+                self.assertEqual(expected[table], found[table], table)
+            self.clock.advance(self.random.choice((0, 1, 5, 100)))
+        self.assertGreater(refused, self.ROUNDS / 2)
+        for store in (self.together, self.apart):
+            with jobman.looking(store.place) as execute:
+                for name, look in jobman.CHECKS:
+                    self.assertEqual([], jobman.findings(look, execute), name)
+        self.wrong = False
 
 
 SCHEMA_1 = """
