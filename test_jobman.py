@@ -5077,7 +5077,7 @@ class MixTest(SeededCase):
     """Any mix of operations in one commit does what it does in many."""
 
     ROUNDS = 60
-    IDS = range(1, 25)
+    IDS = range(1, 60)
     TABLES = {
         "job": "select * from job order by row",
         "attempt": "select * from attempt order by row",
@@ -5107,7 +5107,7 @@ class MixTest(SeededCase):
         """Return the name of a job, or of a claim that was or will be."""
         if self.random.random() < 0.3:
             return "job", self.random.choice(self.IDS)
-        return self.random.choice(self.names[-20:])
+        return self.random.choice(self.names[-15:])
 
     def find(self, store, name):
         """Return the id and the token, or None, that a name stands for."""
@@ -5121,7 +5121,7 @@ class MixTest(SeededCase):
 
     def claim(self):
         number, pick = next(self.numbers), self.random.choice
-        stages = self.random.sample(range(4), pick((1, 1, 2)))
+        stages = self.random.sample(range(5), pick((1, 1, 2)))
         options = dict(
             target=pick((None, None, 0, 1, 3)), n=pick((1, 1, 1, 3, 9)),
             worker=pick((None, "a", "b")), lease=pick((None, 7, 60)))
