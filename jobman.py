@@ -1609,9 +1609,9 @@ def for_rows(sql, n, common):
 
 
 class Statement:
-    """A statement with ? for its :names, and what binds a dict to it.
+    """A statement with ? for its :names, and what takes their values.
 
-    SQLite would look every name up at every call. `columns` are those of the
+    SQLite would look every name up at every call. `columns` are those of its
     result, once there was one.
     """
 
@@ -1623,11 +1623,13 @@ class Statement:
         self.columns = None
         if len(names) > 1:
             self.bind = operator.itemgetter(*names)
+        elif names:
+            self.bind = lambda values: (values[names[0]],)
         else:
-            self.bind = lambda values: [values[name] for name in names]
+            self.bind = tuple  # it has none: values in order, if any
 
 
-prepare = functools.lru_cache(maxsize=None)(Statement)
+prepare = functools.lru_cache(maxsize=300)(Statement)
 
 
 # What a move says to the counts.
@@ -1694,15 +1696,12 @@ class Transaction:
     def select(self, sql, values):
         """Return the rows of what isn't to be written any more, as dicts."""
         statement = prepare(sql)
-        cursor = self.connection.execute(
-            statement.text, statement.bind(values))
-        columns = statement.columns
-        if columns is None:
-            columns = [column[0] for column in cursor.description]
-            statement.columns = columns
-        return [dict(zip(columns, row)) for row in cursor]
+        rows = self.connection.execute(statement.text, statement.bind(values))
+        if statement.columns is None:
+            statement.columns = [column[0] for column in rows.description]
+        return [dict(zip(statement.columns, row)) for row in rows]
 
-    def execute(self, sql, values={}):
+    def execute(self, sql, values=()):
         """Execute any statement, after all that was to come before it."""
         self.write()
         self.forget()
@@ -1710,26 +1709,18 @@ class Transaction:
         return self.connection.execute(
             statement.text, statement.bind(values))
 
-    def executemany(self, sql, values):
-        """Execute a statement as often as there are `values`."""
-        self.write()
-        self.forget()
-        return self.run_all(sql, values)
-
-    def run_all(self, sql, values):
-        """Execute a statement as often as there are `values`, right now."""
-        statement = prepare(sql)
-        return self.connection.executemany(
-            statement.text, map(statement.bind, values))
-
     def write(self):
         """Write all that is to be written."""
         if not self.waiting:
             return
         untouched = self.begun == self.extent()
         for sql, rows in self.later.items():
-            if rows and self.run_all(sql, rows).rowcount != len(rows):
-                raise sqlite3.IntegrityError("a job was just moved")
+            if rows:
+                statement = prepare(sql)
+                done = self.connection.executemany(
+                    statement.text, map(statement.bind, rows))
+                if done.rowcount != len(rows):
+                    raise sqlite3.IntegrityError("a job was just moved")
         self.sum_up()
         for log in self.logs:
             log.clear()
@@ -1794,8 +1785,6 @@ class Transaction:
         Many are inserted by one statement, and what all have in common is
         bound but once: that is most of what a row costs.
         """
-        self.write()
-        self.forget()
         names = re.findall(r":(\w+)", sql)
         common = tuple(
             name for name in names
@@ -1808,8 +1797,7 @@ class Transaction:
             part = rows[i : i + at_once]
             values = [part[0][name] for name in common]
             values += [row[name] for row in part for name in own]
-            self.connection.execute(
-                for_rows(sql, len(part), common), values)
+            self.execute(for_rows(sql, len(part), common), values)
 
     def count(self, kind, key, n=1):
         """Add `n` to the sum of `kind` (jobs, expired, free, …) for `key`."""
@@ -3368,9 +3356,8 @@ class Store:
             place for place in self.places_after(tx.execute, key, PRUNED)
             if place[0] < before
         ]
-        tx.executemany(SQL.PRUNE, [
-            {"jobix": key["jobix"], "jobid": jobid} for _, jobid in places
-        ])
+        for _, jobid in places:
+            tx.execute(SQL.PRUNE, {"jobix": key["jobix"], "jobid": jobid})
         return places[-1] if len(places) == PRUNED else None
 
 

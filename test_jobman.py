@@ -4889,7 +4889,9 @@ class TogetherTest(StoreCase):
         return operation
 
     def claim(self, *stages, **options):
-        return self.do("claim", stages, **dict(self.LENT, **options))
+        """Return an operation that claims jobs; what comes of it are ids."""
+        claim = self.do("claim", stages, **dict(self.LENT, **options))
+        return lambda tx: [job["jobid"] for job in claim(tx)]
 
     def sweep(self, act, *ids):
         """Return an operation on jobs in any state."""
@@ -4897,22 +4899,16 @@ class TogetherTest(StoreCase):
                        states=jobman.STATES, stage=None)
 
     def commit(self, *operations):
-        """Run operations in one commit; return what comes of each: the ids
-
-        that a claim has, else a result, or the status of an error.
-        """
+        """Run operations in one commit; return their results or statuses."""
         turns = [jobman.Turn(operation) for operation in operations]
         self.store.writer.commit(turns)
         self.assertCounts()
         outcomes = []
         for turn in turns:
             try:
-                outcome = turn.outcome()
+                outcomes.append(turn.outcome())
             except jobman.Error as error:
-                outcome = error.status
-            if isinstance(outcome, list):
-                outcome = [job["jobid"] for job in outcome]
-            outcomes.append(outcome)
+                outcomes.append(error.status)
         return outcomes
 
     def lend(self, **options):
@@ -5005,12 +5001,12 @@ class TogetherTest(StoreCase):
         jobs = [self.lend() for _ in range(3)]
 
         def refused(tx):
-            self.do("update_job", 7, 9)(tx)
+            self.do("update_job", 4, 9)(tx)
             raise jobman.Error(409, "No.")
 
         outcomes = self.commit(
             self.claim(0), refused, self.do("update_job", 99, 1),
-            self.do("update_job", 0, 2, claim="another"),
+            self.do("update_job", 3, 2, claim="another"),
             self.claim(0), self.do("fail_job", 6),
             self.do("update_job", 1, 2, claim=jobs[1]["claim"]))
         self.assertEqual([[3], 409, 404, 409, [4], 409, None], outcomes)
@@ -5053,6 +5049,41 @@ class TogetherTest(StoreCase):
 
             self.assertEqual([503], self.commit(moved))
         self.assertEqual({(0, "waiting"): 2}, self.states())
+
+    def test_what_waits_is_written_before_anything_is_read(self):
+        self.set_jobs([1])
+        self.lend()
+
+        def fail(tx):
+            job = self.store.find(tx, self.jobix, 1)
+            self.store.end_attempt(tx, job, "failed")
+            ended = tx.execute("select count(*) from attempt").fetchone()[0]
+            self.store.move(tx, job, stage=0, state="failed")
+            moved = tx.execute(
+                "select count(*) from job where state = :state",
+                {"state": "failed"}).fetchone()[0]
+            return ended, moved
+
+        self.assertEqual([(1, 1)], self.commit(fail))
+
+    def test_jobs_are_read_many_at_once(self):
+        self.set_jobs(range(60))
+        jobs = [self.lend() for _ in range(50)]
+        updates = [dict(jobid=job["jobid"], stage=2) for job in jobs[:45]]
+        read = []
+        connection = self.store.writer.connection
+        connection.set_trace_callback(
+            lambda sql: re.search("select row, .* from job", sql, re.DOTALL)
+            and read.append(sql))
+        try:
+            self.commit(
+                *[self.claim(0)] * 6, self.do("update_jobs", updates),
+                *[self.do("update_job", jobid, 2) for jobid in range(45, 50)])
+        finally:
+            connection.set_trace_callback(None)
+        self.assertEqual(1 + 2 + 5 + 5, len(read))
+        self.assertEqual({(0, "waiting"): 4, (1, "working"): 6,
+                          (2, "waiting"): 50}, self.states())
 
     def test_a_thousand_moves_are_not_kept_in_memory(self):
         self.set_jobs(range(2500))
