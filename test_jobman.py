@@ -5041,14 +5041,15 @@ class TogetherTest(StoreCase):
         outcomes = self.commit(self.do("update_job", 2, 3), twice)
         self.assertEqual([503, 503], outcomes)
         self.assertEqual({(0, "waiting"): 2}, self.states())
-        for column, value in (("stage", 3), ("state", "x"), ("claim", "y")):
-            def moved(tx):
-                job = self.store.find(tx, self.jobix, 1)
-                job[column] = value
-                self.store.move(tx, job, stage=5, state="waiting")
-
-            self.assertEqual([503], self.commit(moved))
+        for stale in ({"stage": 3}, {"state": "x"}, {"claim": "y"}):
+            self.assertEqual(
+                [503], self.commit(functools.partial(self.move_stale, stale)))
         self.assertEqual({(0, "waiting"): 2}, self.states())
+
+    def move_stale(self, stale, tx):
+        """Move job 1 as it was when it had other columns."""
+        job = dict(self.store.find(tx, self.jobix, 1), **stale)
+        self.store.move(tx, job, stage=5, state="waiting")
 
     def test_what_waits_is_written_before_anything_is_read(self):
         self.set_jobs([1])
