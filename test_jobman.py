@@ -10654,9 +10654,7 @@ class CareTest(TemporaryFolder):
     def add(self, store, ids, **options):
         """Add jobs that are done in stage 4."""
         entry = dict({"jobstage": 0, "laststage": 4, "jobcmd": 1}, **options)
-        store.set(7, [
-            dict(jobman.read_entry(entry), jobid=jobid) for jobid in ids
-        ])
+        store.set(7, {jobid: jobman.read_entry(entry) for jobid in ids})
 
     def do(self, store, stage, target, **given):
         """Claim a job and update it to another stage."""
