@@ -12079,19 +12079,19 @@ class LockTest(TemporaryFolder):
     # To lose it
 
     def entry(self, jobid):
-        """Return a job as columns."""
-        return dict(jobman.read_entry({"jobstage": 0}), jobid=jobid)
+        """Return a job as Store.set takes it."""
+        return {jobid: jobman.read_entry({"jobstage": 0})}
 
     def test_nothing_is_changed_once_it_is_lost(self):
         for alone in (False, True):
             if alone:
                 self.make_alone()
             store = self.store()
-            store.set(7, [self.entry(1)])
+            store.set(7, self.entry(1))
             os.unlink(self.lock_path)
             self.write(self.holder())
             with self.assertRaisesRegex(jobman.Unavailable, "17 on far"):
-                store.set(7, [self.entry(2)])
+                store.set(7, self.entry(2))
             ran = []
             with self.assertRaises(jobman.Unavailable):
                 store.writer.run(ran.append)
@@ -12106,7 +12106,7 @@ class LockTest(TemporaryFolder):
         store = self.store()
 
         def lose(tx):
-            store.add(tx, 7, [self.entry(1)])
+            store.add(tx, 7, self.entry(1))
             os.unlink(self.lock_path)
 
         with self.assertRaisesRegex(jobman.Unavailable, "removed"):
@@ -12117,7 +12117,7 @@ class LockTest(TemporaryFolder):
     def test_who_lost_it_leaves_the_newer_ones_journal(self):
         self.make_alone()
         store = self.store()
-        store.set(7, [self.entry(1)])
+        store.set(7, self.entry(1))
         path = self.path("jobs.db-journal")
         older = os.stat(path).st_ino
         os.unlink(self.lock_path)
