@@ -922,7 +922,7 @@ def connect(path, *, readonly, vfs="unix"):
         isolation_level=None,
         check_same_thread=False,
     )
-    # gives a null that is bound as it is, before it is looked up elsewhere
+    # a null that is bound stays one: Python would seek its adapter in vain
     sqlite3.register_adapter(type(None), {}.get)
     connection.row_factory = sqlite3.Row
     connection.execute("pragma wal_autocheckpoint = 0")
@@ -1629,7 +1629,7 @@ class Statement:
             self.bind = tuple  # it has none: values in order, if any
 
 
-prepare = functools.lru_cache(maxsize=300)(Statement)
+prepared = functools.lru_cache(maxsize=300)(Statement)
 
 
 # What a move says to the counts.
@@ -1645,13 +1645,14 @@ class Transaction:
 
     `now` is the commit's time in seconds since 1970, `turns` how many
     operations there are. What they count is summed up here. Moves of jobs
-    gather and are written many at once, before anything else is.
+    gather and are written many at once: before any other statement, and
+    before their jobs are read again.
     """
 
-    # what can wait, in this order, with what comes of each: one changed row
+    # what can wait: by kind, in this order, each to change one row
     LATER = SQL.END_ATTEMPT, SQL.KEEP, SQL.REPLACE, SQL.MOVE
-    MOST_LATER = 1000
-    MOST_AHEAD = 64
+    MOST_LATER = 1000  # of a kind
+    MOST_AHEAD = 64  # jobs that are read for claims to come
 
     def __init__(self, connection, now, turns=1):
         self.connection = connection
@@ -1661,9 +1662,9 @@ class Transaction:
         self.counted = []
         self.logs = [self.counted, *self.later.values()]
         self.waiting = False  # whether there may be anything in `later`
-        self.moving = set()  # the jobs that have moves in `later`
+        self.moving = set()  # the jobs that may have a move in `later`
         self.found = {}  # jobs that were looked up, by jobix and jobid
-        self.free = {}  # jobs, by row and in order, of some stages
+        self.free = {}  # of some stages the next free jobs, by their row
         self.sums = defaultdict(new_sums)
         self.begin()
 
@@ -1694,8 +1695,8 @@ class Transaction:
         self.free.clear()
 
     def select(self, sql, values):
-        """Return the rows of what isn't to be written any more, as dicts."""
-        statement = prepare(sql)
+        """Return rows as dicts; nothing in `later` may be about them."""
+        statement = prepared(sql)
         rows = self.connection.execute(statement.text, statement.bind(values))
         if statement.columns is None:
             statement.columns = [column[0] for column in rows.description]
@@ -1705,7 +1706,7 @@ class Transaction:
         """Execute any statement, after all that was to come before it."""
         self.write()
         self.forget()
-        statement = prepare(sql)
+        statement = prepared(sql)
         return self.connection.execute(
             statement.text, statement.bind(values))
 
@@ -1716,7 +1717,7 @@ class Transaction:
         untouched = self.begun == self.extent()
         for sql, rows in self.later.items():
             if rows:
-                statement = prepare(sql)
+                statement = prepared(sql)
                 done = self.connection.executemany(
                     statement.text, map(statement.bind, rows))
                 if done.rowcount != len(rows):
@@ -1730,7 +1731,7 @@ class Transaction:
             self.begin()
 
     def put_off(self, sql, values):
-        """Have one of LATER executed later."""
+        """Have a statement, of LATER, executed later."""
         rows = self.later[sql]
         rows.append(values)
         self.waiting = True
@@ -1827,9 +1828,10 @@ class Transaction:
         jobs, expired, done, timed = (
             self.sums[kind] for kind in ("jobs", "expired", "done", "timed"))
         for key in {**jobs, **expired}:
-            values = dict(zip(("jobix", "stage", "state"), key))
-            values.update(jobs=jobs[key], expired=expired[key])
-            if values["jobs"] or values["expired"]:
+            jobix, stage, state = key
+            values = {"jobix": jobix, "stage": stage, "state": state}
+            values["jobs"], values["expired"] = jobs[key], expired[key]
+            if jobs[key] or expired[key]:
                 self.add(SQL.COUNT, SQL.COUNT_FIRST, values)
         updates = new_sums()
         for (jobix, stage, bucket), n in timed.items():
@@ -1840,7 +1842,7 @@ class Transaction:
                 self.add(SQL.TIMED, SQL.TIMED_FIRST, values)
         for jobix in {**done, **updates}:
             values = {"jobix": jobix, "minute": int(self.now // 60)}
-            values.update(done=done[jobix], updates=updates[jobix])
+            values["done"], values["updates"] = done[jobix], updates[jobix]
             self.add(SQL.PACE, SQL.PACE_FIRST, values)
 
     def add(self, update, insert, values):
@@ -2592,7 +2594,7 @@ class Store:
 
         A job moves to the stage `target`, else one up. `lent` has `worker`
         (a name or None) and `lease` (seconds or None). Returns the jobs as
-        dicts in the columns of the table, as they are in the claim.
+        they are in the claim, dicts with the columns of SQL.FREE.
         """
         free = []
         for stage in dict.fromkeys(stages):
