@@ -33,7 +33,6 @@ import ipaddress
 import itertools
 import json
 import math
-import operator
 import os
 import re
 import resource
@@ -1780,25 +1779,26 @@ class Transaction:
             self.free[jobix, stage] = jobs
         return list(itertools.islice(jobs.values(), n))
 
-    def insert(self, sql, rows):
-        """Insert rows, dicts in the names of `sql`, which inserts one.
+    def insert(self, sql, n, columns):
+        """Insert `n` rows, given as columns in the names of `sql`.
 
-        Many are inserted by one statement, and what all have in common is
-        bound but once: that is most of what a row costs.
+        A column is a list, or a value that all rows have. Many rows are
+        inserted by one statement, and what all have is bound but once: that
+        is most of what a row costs.
         """
         names = re.findall(r":(\w+)", sql)
-        common = tuple(
-            name for name in names
-            if len(set(map(operator.itemgetter(name), rows))) == 1
-        )
-        own = [name for name in names if name not in common]
-        bound = VARIABLES - len(common)
-        at_once = min(ROWS_AT_ONCE, bound // max(1, len(own)))
-        for i in range(0, len(rows), at_once):
-            part = rows[i : i + at_once]
-            values = [part[0][name] for name in common]
-            values += [row[name] for row in part for name in own]
-            self.execute(for_rows(sql, len(part), common), values)
+        own = [name for name in names if type(columns[name]) is list]
+        common = tuple(name for name in names if name not in own)
+        values = [columns[name] for name in common]
+        rows = zip(*(columns[name] for name in own))
+        most = min(ROWS_AT_ONCE, (VARIABLES - len(common)) // len(own))
+        while n:
+            at_once = next(size for size in (most, 10, 1) if size <= n)
+            part = itertools.islice(rows, at_once)
+            self.execute(
+                for_rows(sql, at_once, common),
+                [*values, *itertools.chain.from_iterable(part)])
+            n -= at_once
 
     def count(self, kind, key, n=1):
         """Add `n` to the sum of `kind` (jobs, expired, free, …) for `key`."""
@@ -2255,6 +2255,19 @@ def stage_state(stage, final):
     return "done" if final is not None and stage >= final else "waiting"
 
 
+def columnwise(function, *columns):
+    """Return the column of what `function` makes of those of each row.
+
+    A column is a list, or a value that all rows have.
+    """
+    if list not in map(type, columns):
+        return function(*columns)
+    return list(map(function, *(
+        column if type(column) is list else itertools.repeat(column)
+        for column in columns
+    )))
+
+
 def change(operation):
     """Make a Store method one operation of the Writer's next commit."""
 
@@ -2524,21 +2537,23 @@ class Store:
     # Jobs come in
 
     @change
-    def set(self, tx, jobix, jobs):
-        """Add `jobs`, entries by their id; leave existing ones."""
-        self.add(tx, jobix, jobs)
+    def set(self, tx, jobix, ids, jobs):
+        """Add jobs with these ids; leave existing ones. See read_jobs."""
+        self.add(tx, jobix, ids, jobs)
 
-    def add(self, tx, jobix, jobs):
-        """Insert `jobs` and count those that are new."""
+    def add(self, tx, jobix, ids, jobs):
+        """Insert jobs and count those that are new."""
+        if not ids:
+            return
         final = self.final_stage(tx, jobix)
         last_row = tx.execute(SQL.LAST_ROW).fetchone()[0]
-        for jobid, job in jobs.items():
-            job["jobix"], job["since"] = jobix, tx.now
-            job["jobid"], last = jobid, job["laststage"]
-            job["state"] = stage_state(
-                job["jobstage"], final if last is None else last
-            )
-        tx.insert(SQL.ADD, list(jobs.values()))
+        state = columnwise(
+            lambda stage, last:
+                stage_state(stage, final if last is None else last),
+            jobs["jobstage"], jobs["laststage"],
+        )
+        tx.insert(SQL.ADD, len(ids), dict(
+            jobs, jobix=jobix, jobid=ids, state=state, since=tx.now))
         for row in tx.execute(SQL.ADDED, {"row": last_row}).fetchall():
             stage = jobix, row["stage"]
             tx.count("jobs", (*stage, row["state"]), row["jobs"])
@@ -2550,24 +2565,28 @@ class Store:
         return row and row["laststage"]
 
     @change
-    def submit(self, tx, jobix, submissions):
+    def submit(self, tx, jobix, submissions, jobs):
         """Add jobs under ids that the server gives.
 
-        `submissions` is a list of (key, entries). Returns a range of ids for
-        each; a key that was there before has its ids from then and adds
-        nothing.
+        `submissions` is a list of (key, number of jobs). Returns a range of
+        ids for each; a key that was there before has its ids from then and
+        adds nothing.
         """
         last = tx.execute(SQL.LAST_JOBID, {"jobix": jobix}).fetchone()[0]
-        first = 1 if last is None else last + 1
-        given, new = [], {}
-        for key, jobs in submissions:
+        first = start = 1 if last is None else last + 1
+        given, new = [], []
+        for key, n in submissions:
             ids = self.known_ids(tx, jobix, key)
+            new += [ids is None] * n
             if ids is None:
-                ids = self.new_ids(tx, jobix, key, first, len(jobs))
+                ids = self.new_ids(tx, jobix, key, first, n)
                 first = ids.stop
-                new.update(zip(ids, jobs))
             given.append(ids)
-        self.add(tx, jobix, new)
+        self.add(tx, jobix, list(range(start, first)), {
+            name: list(itertools.compress(column, new))
+            if type(column) is list else column
+            for name, column in jobs.items()
+        })
         return given
 
     def known_ids(self, tx, jobix, key):
@@ -3576,7 +3595,8 @@ def anything(value, name):
     Its depth is bounded: what this Python reads every other must read too.
     """
     text = to_json(value)
-    if text.count("[") + text.count("{") > MAX_DEPTH:
+    long = len(text) > MAX_DEPTH
+    if long and text.count("[") + text.count("{") > MAX_DEPTH:
         depth = 0
         for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
             depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(bracket, 0)
@@ -3652,7 +3672,7 @@ CARRIES = {
     "outputs": strings,
 }
 BLANK = dict(dict.fromkeys(CARRIES), priority=0)
-
+SIMPLE = {int, str, type(None)}  # of equals of one kind each is as the other
 
 COUNT = integer(0, 2**53)
 # What a worker may say of itself, each key with its reader.
@@ -3668,19 +3688,36 @@ ABOUT_WORKER = {
 }
 
 
-def read_entry(entry):
-    """Return a job of /set as columns; raise Error 400 for a bad one."""
-    if type(entry) is not dict:
+def read_column(name, values):
+    """Return what jobs have under a name, read: a list, or one for all."""
+    reader, blank = CARRIES[name], BLANK[name]
+
+    def read(value):
+        return blank if value is None else reader(value, name)
+
+    if set(map(type, values)) <= SIMPLE and values[1:] == values[:-1]:
+        return read(values[0])
+    return list(map(read, values))
+
+
+def read_jobs(entries):
+    """Return jobs of /set as columns; raise Error 400 for a bad one.
+
+    They are by their names, each a list, or a value that all jobs have.
+    """
+    if set(map(type, entries)) - {dict}:
         raise Error(400, "A job must be an object with its jobstage.")
-    job = dict(BLANK)
-    for name, value in entry.items():
-        if name not in CARRIES:
-            raise Error(400, "A job can't carry %.80r." % name)
-        if value is not None:
-            job[name] = CARRIES[name](value, name)
-    if job["jobstage"] is None:
+    names = set().union(*entries)
+    for name in sorted(names.difference(CARRIES)):
+        raise Error(400, "A job can't carry %.80r." % name)
+    given = {
+        name: [entry.get(name) for entry in entries]
+        for name in CARRIES if name in names
+    }
+    if entries and None in given.get("jobstage", [None]):
         raise Error(400, "A job's jobstage is missing.")
-    return job
+    return dict(BLANK, **{
+        name: read_column(name, values) for name, values in given.items()})
 
 
 def read_object(request, *required):
@@ -3768,14 +3805,11 @@ def init(store, request, *minutes):
 
 def set_jobs(store, request):
     """Add jobs, all or none."""
-    given = read_object(request)
-    jobs = {
-        JOBID(number(jobid), "jobid"): read_entry(entry)
-        for jobid, entry in bounded(given).items()
-    }
-    if len(jobs) != len(given):
+    given = bounded(read_object(request))
+    ids = [JOBID(number(jobid), "jobid") for jobid in given]
+    if len(set(ids)) != len(ids):
         raise Error(400, "A jobid stands twice.")
-    store.set(request.jobix, jobs)
+    store.set(request.jobix, ids, read_jobs(list(given.values())))
     return Response.text("Accepted to %d!" % request.jobix)
 
 
@@ -3784,9 +3818,10 @@ def submit(store, request):
     given = read_object(request, "key", "jobs")
     if type(given["jobs"]) is not list:
         raise Error(400, "jobs must be a list.")
-    jobs = [read_entry(entry) for entry in bounded(given["jobs"])]
+    jobs = read_jobs(bounded(given["jobs"]))
     key = to_json(word(given["key"], "key"))
-    ids = store.submit(request.jobix, [(key, jobs)])[0]
+    keys = [(key, len(given["jobs"]))]
+    ids = store.submit(request.jobix, keys, jobs)[0]
     return Response.json({"ids": list(ids)})
 
 
@@ -6104,29 +6139,23 @@ class Run:
 
     def add(self, items, seen):
         """Add the jobs of some items, or bring them back."""
-        submissions = []
+        keys, jobs = [], []
         for place, item in enumerate(items, self.items + 1):
             seen[item] += 1
             known = to_json([self.command, item, seen[item]]).encode("ascii")
-            key = hashlib.sha256(known).hexdigest()[:32]
-            submissions.append((key, [self.job(item, place)]))
-        given = self.store.submit(self.store.jobix, submissions)
+            keys.append((hashlib.sha256(known).hexdigest()[:32], 1))
+            jobs.append(self.job(item, place))
+        given = self.store.submit(self.store.jobix, keys, read_jobs(jobs))
         ids = [ids[0] for ids in given]
         self.store.limit_attempts(self.store.jobix, ids, self.max_attempts)
         self.store.retry(self.store.jobix, ids=ids, state="cancelled")
         self.items += len(items)
 
     def job(self, item, place):
-        """Return the job of an item, as columns."""
+        """Return the job of an item."""
         script = shell_script(self.command, place)
         argv = ["/bin/sh", "-c", script, "sh", item]
-        return read_entry(
-            {
-                "jobstage": 0,
-                "jobcmd": argv,
-                "laststage": 2,
-            }
-        )
+        return {"jobstage": 0, "jobcmd": argv, "laststage": 2}
 
     def figures(self):
         """Return whether it is over, and some numbers of jobs.

@@ -316,6 +316,11 @@ def made(*names):
     ]
 
 
+def to_add(jobs):
+    """Return jobs, {id: entry}, as a Store takes them."""
+    return list(jobs), jobman.read_jobs(list(jobs.values()))
+
+
 class StoreCase(TemporaryFolder):
     """A Store behind a front door, on a clock moved by hand."""
 
@@ -3537,6 +3542,27 @@ class ManyJobsTest(StoreCase):
                     del job["priority"]
             self.assertEqual(jobs, kept)
 
+    def test_equals_are_not_taken_for_each_other(self):
+        for jobix, pair in enumerate((
+            (1, True), (2, 2.0), (0.0, -0.0), ([1], [True]), ("", None),
+        )):
+            entries = {i: {"jobstage": 0, "jobcmd": value}
+                       for i, value in enumerate(pair)}
+            self.assertReply(200, self.post("/set", entries, jobix=jobix))
+            kept = [job["jobcmd"]
+                    for job in self.ok("/get/0?n=9", jobix=jobix)]
+            self.assertEqual(repr(list(pair)), repr(kept))
+        for stage in (True, 1.0, None):
+            entries = {1: {"jobstage": 1}, 2: {"jobstage": stage}}
+            self.assertReply(400, self.post("/set", entries))
+        self.assertEqual({}, self.states())
+
+    def test_none_is_no_fault(self):
+        self.ok("/init/1/1")
+        self.assertReply(200, self.post("/set", {}))
+        self.assertEqual(
+            {"ids": []}, self.ok("/submit", {"key": "none", "jobs": []}))
+
     def client(self):
         """Return a client that adds ten jobs in a call."""
         client = worker.Client(
@@ -4735,10 +4761,10 @@ class LoadTest(StoreCase):
         pages = execute("pragma page_count").fetchone()[0]
         execute("pragma max_page_count = %d" % pages)
         large = {"jobstage": 0, "jobcmd": "x" * 1000}
-        jobs = {i: jobman.read_entry(large) for i in range(9, 500)}
+        jobs = to_add(dict.fromkeys(range(9, 500), large))
         turns = self.commit(
             lambda tx: self.store.update(tx, self.jobix, 1, 2),
-            lambda tx: self.store.add(tx, self.jobix, jobs),
+            lambda tx: self.store.add(tx, self.jobix, *jobs),
             lambda tx: self.store.update(tx, self.jobix, 2, 2),
         )
         for turn in turns:
@@ -4811,7 +4837,7 @@ class LoadTest(StoreCase):
 
         store.writer.CHECKPOINT_AFTER = 1
         store.writer.connection.set_trace_callback(note)
-        store.set(1, {1: jobman.read_entry({"jobstage": 0})})
+        store.set(1, *to_add({1: {"jobstage": 0}}))
         store.writer.connection.set_trace_callback(None)
         self.assertEqual(
             [(word, True, False)
@@ -4835,14 +4861,14 @@ class LoadTest(StoreCase):
         store = self.shared()
         store.close()
         with self.assertRaises(jobman.Unavailable):
-            store.set(1, {})
+            store.set(1, *to_add({}))
 
     def test_an_end_waits_for_the_commit_on_its_way(self):
         store, begun, go = self.shared(), threading.Event(), threading.Event()
         replies = []
 
         def slow(tx):
-            store.add(tx, 1, {1: jobman.read_entry({"jobstage": 0})})
+            store.add(tx, 1, *to_add({1: {"jobstage": 0}}))
             begun.set()
             go.wait(PATIENCE)
 
@@ -5766,12 +5792,12 @@ class CostTest(StoreCase):
         self.ok("/init/100/100/0/0/0/0")
         self.set_jobs(range(10**6, 10**6 + 100))
         few = self.costs()
-        entries = {
-            jobid: jobman.read_entry({"jobstage": stage})
+        jobs = {
+            jobid: {"jobstage": stage}
             for stage in (0, 2) for jobid in
             range(10**6 * (stage + 2), 10**6 * (stage + 2) + 50000)
         }
-        self.store.set(self.jobix, entries)
+        self.store.set(self.jobix, *to_add(jobs))
         many = self.costs()
         for name in few:
             self.assertLess(many[name], few[name] * 1.2 + 50, (few, many))
@@ -9762,8 +9788,8 @@ class RunTest(TemporaryFolder):
     def test_many_leftovers_of_another_run_are_not_run(self):
         store = jobman.Store(self.path("jobman-run.db"))
         touch = {"jobstage": 0, "jobcmd": "touch leftover", "laststage": 2}
-        jobs = [jobman.read_entry(touch) for _ in range(8000)]
-        store.submit(store.jobix, [("others", jobs)])
+        jobs = jobman.read_jobs([touch] * 8000)
+        store.submit(store.jobix, [("others", 8000)], jobs)
         store.close()
         _, err = self.over("echo {}", ":::", "x")
         self.assertIn("1 of 1 done, 0 failed", err)
@@ -10654,7 +10680,7 @@ class CareTest(TemporaryFolder):
     def add(self, store, ids, **options):
         """Add jobs that are done in stage 4."""
         entry = dict({"jobstage": 0, "laststage": 4, "jobcmd": 1}, **options)
-        store.set(7, {jobid: jobman.read_entry(entry) for jobid in ids})
+        store.set(7, *to_add(dict.fromkeys(ids, entry)))
 
     def do(self, store, stage, target, **given):
         """Claim a job and update it to another stage."""
@@ -12078,20 +12104,16 @@ class LockTest(TemporaryFolder):
 
     # To lose it
 
-    def entry(self, jobid):
-        """Return a job as Store.set takes it."""
-        return {jobid: jobman.read_entry({"jobstage": 0})}
-
     def test_nothing_is_changed_once_it_is_lost(self):
         for alone in (False, True):
             if alone:
                 self.make_alone()
             store = self.store()
-            store.set(7, self.entry(1))
+            store.set(7, *to_add({1: {"jobstage": 0}}))
             os.unlink(self.lock_path)
             self.write(self.holder())
             with self.assertRaisesRegex(jobman.Unavailable, "17 on far"):
-                store.set(7, self.entry(2))
+                store.set(7, *to_add({2: {"jobstage": 0}}))
             ran = []
             with self.assertRaises(jobman.Unavailable):
                 store.writer.run(ran.append)
@@ -12106,7 +12128,7 @@ class LockTest(TemporaryFolder):
         store = self.store()
 
         def lose(tx):
-            store.add(tx, 7, self.entry(1))
+            store.add(tx, 7, *to_add({1: {"jobstage": 0}}))
             os.unlink(self.lock_path)
 
         with self.assertRaisesRegex(jobman.Unavailable, "removed"):
@@ -12117,7 +12139,7 @@ class LockTest(TemporaryFolder):
     def test_who_lost_it_leaves_the_newer_ones_journal(self):
         self.make_alone()
         store = self.store()
-        store.set(7, self.entry(1))
+        store.set(7, *to_add({1: {"jobstage": 0}}))
         path = self.path("jobs.db-journal")
         older = os.stat(path).st_ino
         os.unlink(self.lock_path)
@@ -13906,9 +13928,9 @@ class BrowserTest(StoreCase):
         self.see_rows("#jobs", [[2], [3], [1]])
 
     def test_100000_jobs_are_paged_by_the_server(self):
-        entries = [dict(jobman.read_entry({"jobstage": 0, "jobcmd": "c"}),
-                        jobid=jobid) for jobid in range(1, 10**5 + 1)]
-        self.store.set(self.jobix, entries)
+        job = {"jobstage": 0, "jobcmd": "c"}
+        self.store.set(self.jobix, *to_add(
+            dict.fromkeys(range(1, 10**5 + 1), job)))
         self.show()
         self.see("#jobs caption", "1 to 100 of 100,000 jobs")
         self.assertEqual(100, len(self.browser.rows("#jobs")))
