@@ -433,14 +433,13 @@ class SQL:
 
     LAST_ROW = "select coalesce(max(row), 0) from job"
     LAST_JOBID = "select max(jobid) from job where jobix = :jobix"
-    # an existing job is left as it is
+    # an existing job is left as it is; what comes after: see for_rows()
     ADD = """
         insert or ignore into job (jobix, jobid, stage, state, free,
             priority, since, jobcmd, filename, laststage, max_attempts,
             timeout, cwd, outputs)
-        values (:jobix, :jobid, :jobstage, :state, 1, :priority, :since,
-            :jobcmd, :filename, :laststage, :max_attempts, :timeout, :cwd,
-            :outputs)"""
+        select jobix, jobid, jobstage, state, 1, priority, since, jobcmd,
+            filename, laststage, max_attempts, timeout, cwd, outputs from"""
     # linear in what was just added
     ADDED = """
         select stage, state, count(*) as jobs from job where row > :row
@@ -1589,22 +1588,18 @@ ROWS_AT_ONCE = 100  # before SQLite 3.8.8 it could be 500
 
 
 @functools.lru_cache(maxsize=100)
-def for_rows(sql, n, common):
-    """Return `sql`, which inserts a row, as one that inserts `n` rows.
+def for_rows(sql, common, own, n):
+    """Return `sql` to insert `n` rows: what it selects from comes after it.
 
-    Its parameters have numbers: first those of the names in `common`, then
-    for each row those of the others.
+    That are the names that all rows have in `common`, and those of their own.
     """
-    start, row = sql.split("values")
-    numbers = itertools.count(len(common) + 1)
-
-    def numbered(found):
-        name = found.group(1)
-        known = name in common
-        return "?%d" % (common.index(name) + 1 if known else next(numbers))
-
-    rows = [re.sub(r":(\w+)", numbered, row) for _ in range(n)]
-    return start + "values" + ",".join(rows)
+    shared, first = (
+        ", ".join("? as " + name for name in names) for names in (common, own)
+    )
+    more = " union all select " + ", ".join("?" * len(own))
+    return "%s (select %s) cross join (select %s%s)" % (
+        sql, shared, first, more * (n - 1)
+    )
 
 
 class Statement:
@@ -1780,24 +1775,26 @@ class Transaction:
         return list(itertools.islice(jobs.values(), n))
 
     def insert(self, sql, n, columns):
-        """Insert `n` rows, given as columns in the names of `sql`.
+        """Insert `n` rows, given as columns: each by its name in `sql`.
 
         A column is a list, or a value that all rows have. Many rows are
         inserted by one statement, and what all have is bound but once: that
         is most of what a row costs.
         """
-        names = re.findall(r":(\w+)", sql)
-        own = [name for name in names if type(columns[name]) is list]
-        common = tuple(name for name in names if name not in own)
-        values = [columns[name] for name in common]
+        own = tuple(
+            name for name, column in columns.items() if type(column) is list
+        )
+        common = tuple(name for name in columns if name not in own)
+        shared = [columns[name] for name in common]
         rows = zip(*(columns[name] for name in own))
         most = min(ROWS_AT_ONCE, (VARIABLES - len(common)) // len(own))
         while n:
             at_once = next(size for size in (most, 10, 1) if size <= n)
-            part = itertools.islice(rows, at_once)
+            some = itertools.islice(rows, at_once)
             self.execute(
-                for_rows(sql, at_once, common),
-                [*values, *itertools.chain.from_iterable(part)])
+                for_rows(sql, common, own, at_once),
+                [*shared, *itertools.chain.from_iterable(some)],
+            )
             n -= at_once
 
     def count(self, kind, key, n=1):
