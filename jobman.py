@@ -431,7 +431,6 @@ class SQL:
         update job set due = :now + lease
         where due > 0 and state = 'working'"""
 
-    LAST_ROW = "select coalesce(max(row), 0) from job"
     LAST_JOBID = "select max(jobid) from job where jobix = :jobix"
     # an existing job is left as it is; what comes after: see for_rows()
     ADD = """
@@ -440,10 +439,6 @@ class SQL:
             timeout, cwd, outputs)
         select jobix, jobid, jobstage, state, 1, priority, since, jobcmd,
             filename, laststage, max_attempts, timeout, cwd, outputs from"""
-    # linear in what was just added
-    ADDED = """
-        select stage, state, count(*) as jobs from job where row > :row
-        group by stage, state"""
     SUBMISSION = """
         select first, jobs from submission
         where jobix = :jobix and key = :key"""
@@ -1774,28 +1769,30 @@ class Transaction:
             self.free[jobix, stage] = jobs
         return list(itertools.islice(jobs.values(), n))
 
-    def insert(self, sql, n, columns):
-        """Insert `n` rows, given as columns: each by its name in `sql`.
+    def insert(self, sql, columns):
+        """Insert rows, given as columns: each by its name in `sql`.
 
-        A column is a list, or a value that all rows have. Many rows are
-        inserted by one statement, and what all have is bound but once: that
-        is most of what a row costs.
+        A column is a list, or a value that all rows have; at least one is a
+        list. Many rows are inserted by one statement, and what all have is
+        bound but once: that is most of what a row costs. Returns how many
+        rows are new.
         """
         own = tuple(
             name for name, column in columns.items() if type(column) is list
         )
         common = tuple(name for name in columns if name not in own)
         shared = [columns[name] for name in common]
-        rows = zip(*(columns[name] for name in own))
+        rows = list(zip(*(columns[name] for name in own)))
         most = min(ROWS_AT_ONCE, (VARIABLES - len(common)) // len(own))
-        while n:
-            at_once = next(size for size in (most, 10, 1) if size <= n)
-            some = itertools.islice(rows, at_once)
-            self.execute(
-                for_rows(sql, common, own, at_once),
-                [*shared, *itertools.chain.from_iterable(some)],
-            )
-            n -= at_once
+        done = new = 0
+        while done < len(rows):
+            n = next(n for n in (most, 10, 1) if done + n <= len(rows))
+            some = itertools.chain.from_iterable(rows[done : done + n])
+            new += self.execute(
+                for_rows(sql, common, own, n), [*shared, *some]
+            ).rowcount
+            done += n
+        return new
 
     def count(self, kind, key, n=1):
         """Add `n` to the sum of `kind` (jobs, expired, free, …) for `key`."""
@@ -2252,17 +2249,28 @@ def stage_state(stage, final):
     return "done" if final is not None and stage >= final else "waiting"
 
 
-def columnwise(function, *columns):
-    """Return the column of what `function` makes of those of each row.
+def pick(columns, places):
+    """Return of columns, lists or one value for all, the rows at `places`."""
+    return {
+        name: [column[place] for place in places]
+        if type(column) is list else column
+        for name, column in columns.items()
+    }
 
-    A column is a list, or a value that all rows have.
+
+def split(columns, *names):
+    """Yield (values, columns) for the rows that have the same under `names`.
     """
-    if list not in map(type, columns):
-        return function(*columns)
-    return list(map(function, *(
-        column if type(column) is list else itertools.repeat(column)
-        for column in columns
-    )))
+    values = [columns[name] for name in names]
+    if list not in map(type, values):
+        yield values, columns
+        return
+    lists = [v if type(v) is list else itertools.repeat(v) for v in values]
+    places = {}
+    for place, key in enumerate(zip(*lists)):
+        places.setdefault(key, []).append(place)
+    for key, found in places.items():
+        yield key, dict(pick(columns, found), **dict(zip(names, key)))
 
 
 def change(operation):
@@ -2543,18 +2551,12 @@ class Store:
         if not ids:
             return
         final = self.final_stage(tx, jobix)
-        last_row = tx.execute(SQL.LAST_ROW).fetchone()[0]
-        state = columnwise(
-            lambda stage, last:
-                stage_state(stage, final if last is None else last),
-            jobs["jobstage"], jobs["laststage"],
-        )
-        tx.insert(SQL.ADD, len(ids), dict(
-            jobs, jobix=jobix, jobid=ids, state=state, since=tx.now))
-        for row in tx.execute(SQL.ADDED, {"row": last_row}).fetchall():
-            stage = jobix, row["stage"]
-            tx.count("jobs", (*stage, row["state"]), row["jobs"])
-            tx.count("free", stage, row["jobs"])
+        jobs = dict(jobs, jobix=jobix, jobid=ids, since=tx.now)
+        for (stage, last), some in split(jobs, "jobstage", "laststage"):
+            state = stage_state(stage, final if last is None else last)
+            n = tx.insert(SQL.ADD, dict(some, state=state))
+            tx.count("jobs", (jobix, stage, state), n)
+            tx.count("free", (jobix, stage), n)
 
     def final_stage(self, tx, jobix):
         """Return the last stage that /init named, or None."""
@@ -2571,19 +2573,16 @@ class Store:
         """
         last = tx.execute(SQL.LAST_JOBID, {"jobix": jobix}).fetchone()[0]
         first = start = 1 if last is None else last + 1
-        given, new = [], []
+        given, new, place = [], [], 0
         for key, n in submissions:
             ids = self.known_ids(tx, jobix, key)
-            new += [ids is None] * n
             if ids is None:
                 ids = self.new_ids(tx, jobix, key, first, n)
                 first = ids.stop
+                new += range(place, place + n)
+            place += n
             given.append(ids)
-        self.add(tx, jobix, list(range(start, first)), {
-            name: list(itertools.compress(column, new))
-            if type(column) is list else column
-            for name, column in jobs.items()
-        })
+        self.add(tx, jobix, list(range(start, first)), pick(jobs, new))
         return given
 
     def known_ids(self, tx, jobix, key):
@@ -3382,16 +3381,16 @@ class Store:
 # -------------------------------------------------------------- requests ---
 
 
-NUMBER = re.compile(r"(-?[0-9]{1,25})|[0-9]{1,10}\.[0-9]+")
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,25}")
+DECIMAL = re.compile(r"[0-9]{1,10}\.[0-9]+")
 CLAIM_TOKEN = re.compile(r"[\w-]{1,64}", re.A)
 
 
 def number(text):
     """Return the integer or decimal number that `text` is, else `text`."""
-    found = NUMBER.fullmatch(text)
-    if found is None:
-        return text
-    return int(text) if found.group(1) else float(text)
+    if WHOLE_NUMBER.fullmatch(text):
+        return int(text)
+    return float(text) if DECIMAL.fullmatch(text) else text
 
 
 class Request:
@@ -3688,13 +3687,12 @@ ABOUT_WORKER = {
 def read_column(name, values):
     """Return what jobs have under a name, read: a list, or one for all."""
     reader, blank = CARRIES[name], BLANK[name]
-
-    def read(value):
-        return blank if value is None else reader(value, name)
-
-    if set(map(type, values)) <= SIMPLE and values[1:] == values[:-1]:
-        return read(values[0])
-    return list(map(read, values))
+    alike = set(map(type, values)) <= SIMPLE and values[1:] == values[:-1]
+    read = [
+        blank if value is None else reader(value, name)
+        for value in (values[:1] if alike else values)
+    ]
+    return read[0] if alike else read
 
 
 def read_jobs(entries):
