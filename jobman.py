@@ -23,6 +23,7 @@ import email.utils
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import heapq
 import html
@@ -5844,6 +5845,7 @@ def serve(options):
     """Serve a database until a signal ends it."""
     jobix = own_jobix(options)
     raise_file_limit()
+    gc.set_threshold(50000)  # a large body of JSON is no garbage
     ending = until_signal()
     access_file = options.access or access_path()
     with contextlib.ExitStack() as stack:
