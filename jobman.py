@@ -34,6 +34,7 @@ import ipaddress
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import resource

@@ -10652,7 +10652,8 @@ class BenchTest(TemporaryFolder):
     def test_a_folder_that_cannot_be_written_is_told(self):
         status, out, err = self.bench("/proc/self")
         self.assertEqual((1, ""), (status, out))
-        self.assertRegex(err, r"\Ajobman.py: Can't make a folder in [^\n]+\n\Z")
+        self.assertRegex(
+            err, r"\Ajobman.py: Can't make a folder in [^\n]+\n\Z")
 
     def test_a_server_that_does_not_start_is_told(self):
         self.environment["JOBMAN_JOBIX"] = "x"
