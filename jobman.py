@@ -5323,23 +5323,30 @@ class Server:
         """Drive all connections until the end."""
         while not self.over:
             try:
-                self.look()
+                self.awake = False
+                self.look(0 if self.calls else self.until_alarm())
                 self.ring_alarms()
                 while self.calls:
                     self.calls.popleft()()
                 while self.turns:
+                    self.gather()
                     self.commit()
             except Exception:  # of ours; it is no reason to stop
                 traceback.print_exc()
 
-    def look(self):
-        """Wait for what happens next, and see to it."""
-        self.awake = False
-        pause = 0 if self.calls else self.until_alarm()
-        events = self.selector.select(pause)
+    def look(self, seconds):
+        """Wait up to `seconds` for what happens next, and see to it."""
+        events = self.selector.select(seconds)
         self.awake = True
         for key, _ in events:
             key.data()
+
+    def gather(self):
+        """Let who has come meanwhile share the next commit."""
+        n = 0
+        while n < len(self.turns):
+            n = len(self.turns)
+            self.look(0)
 
     def commit(self):
         """Take the turns that connections await."""
