@@ -5390,8 +5390,16 @@ class Server:
         if before and events != before:
             self.selector.unregister(connection.socket)
         if events and events != before:
-            drive = functools.partial(self.drive, connection)
-            self.selector.register(connection.socket, events, drive)
+            heard = functools.partial(self.heard, connection)
+            self.selector.register(connection.socket, events, heard)
+
+    def heard(self, connection):
+        """Drive a connection whose socket is ready, if it awaits that.
+
+        One that awaits a commit is left watched: that takes but a moment.
+        """
+        if isinstance(connection.step, int):
+            self.drive(connection)
 
     def set_alarm(self, connection):
         """Let a connection be late at its end."""
