@@ -4987,12 +4987,12 @@ class TogetherTest(StoreCase):
         self.set_jobs(range(10, 20))
         self.set_jobs([1], stage=5)
         self.set_jobs([2])
-        job, entry = self.lend(), jobman.read_entry({"jobstage": 0})
-        self.assertEqual(2, job["jobid"])
+        self.assertEqual(2, self.lend()["jobid"])
+        first = to_add({3: {"jobstage": 0, "priority": 2}})
         outcomes = self.commit(
             self.claim(0),
             self.do("update_job", 1, 0), self.claim(0),
-            self.do("add", {3: dict(entry, priority=2)}), self.claim(0),
+            self.do("add", *first), self.claim(0),
             self.do("release_job", 2), self.claim(0),
             self.sweep("call_off", 2), self.claim(0),
             self.sweep("put_back", 2), self.claim(0))
@@ -5267,12 +5267,13 @@ class MixTest(SeededCase):
     def other(self):
         """Return an operation on a stage or on a new job."""
         pick, stage = self.random.choice, self.random.randrange(5)
-        entry = jobman.read_entry({
+        entry = {
             "jobstage": stage, "priority": pick((0, 0, 1)),
-            "laststage": pick((None, 3)), "max_attempts": pick((None, 1))})
+            "laststage": pick((None, 3)), "max_attempts": pick((None, 1))}
         name, *given = pick((
-            ("set", {pick(self.IDS): entry}),
-            ("submit", [(str(next(self.numbers)), [dict(entry)])]),
+            ("set", *to_add({pick(self.IDS): entry})),
+            ("submit", [(str(next(self.numbers)), 1)],
+             jobman.read_jobs([entry])),
             ("pause", stage), ("pause", stage), ("check_stages",),
             ("set_lifetime", stage, pick((0, 1))),
             ("move_expired", stage, pick((0, 4))),
@@ -5322,9 +5323,8 @@ class MixTest(SeededCase):
 
     def test_it_does(self):
         for jobid in self.IDS[::2]:
-            entry = jobman.read_entry({"jobstage": jobid % 3})
             for store in (self.together, self.apart):
-                store.set(1, {jobid: dict(entry)})
+                store.set(1, *to_add({jobid: {"jobstage": jobid % 3}}))
         refused = 0
         for _ in range(self.ROUNDS):
             operations = self.some()
