@@ -209,6 +209,12 @@ class TemporaryFolder(unittest.TestCase):
         return process, (found.group(1), int(found.group(2)))
 
 
+def most_memory(process):
+    """Return the bytes that a process has had in memory at most."""
+    with open("/proc/%d/status" % process.pid) as file:
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", file.read())[1])
+
+
 def long(case):
     """Mark a class of tests as one that takes minutes."""
     case.long = True
@@ -3571,21 +3577,64 @@ class ManyJobsTest(StoreCase):
         self.addCleanup(client.close)
         return client
 
-    def test_a_client_adds_them_in_parts(self):
+    def sent(self):
+        """Return a list that will have the ids in each /set to come."""
         calls, respond = [], jobman.respond
 
-        def counted(store, request):
-            calls.append(request.path)
+        def noted(store, request):
+            if request.path == "/set":
+                calls.append([int(jobid) for jobid in request.json()])
             return respond(store, request)
 
         self.addCleanup(setattr, jobman, "respond", respond)
-        jobman.respond = counted
-        client = self.client()
-        for n, times in ((0, 1), (1, 1), (10, 1), (11, 2), (35, 4)):
+        jobman.respond = noted
+        return calls
+
+    def test_a_client_adds_them_in_parts_in_order(self):
+        calls, client = self.sent(), self.client()
+        for n in (0, 1, 10, 11, 35):
             client.set({i: {"jobstage": 0} for i in range(n)})
-            self.assertEqual(["/set"] * times, calls)
+            ids = list(range(n))
+            self.assertEqual(
+                [ids[i:i + 10] for i in range(0, max(n, 1), 10)], calls)
             calls.clear()
         self.assertEqual({(0, "waiting"): 35}, self.states())
+
+    def test_a_client_adds_large_ones_in_smaller_parts(self):
+        calls, client = self.sent(), self.client()
+        client.PART_SIZE = 1000
+        jobs = {i: {"jobstage": 0, "jobcmd": "x" * (150 * i)}
+                for i in range(10)}
+        client.set(jobs)
+        self.assertEqual(list(jobs), sum(calls, []))
+        self.assertLess(len(calls), 10)
+        for ids in calls:
+            size = len(json.dumps({i: jobs[i] for i in ids}))
+            self.assertTrue(size <= 1000 or len(ids) == 1, calls)
+        self.assertEqual({(0, "waiting"): 10}, self.states())
+
+    def test_a_client_makes_a_part_when_the_one_before_is_in(self):
+        calls, made = self.sent(), []
+
+        def pairs():
+            for jobid in range(35):
+                self.assertEqual(len(calls), jobid // 10)
+                made.append(jobid)
+                yield jobid, {"jobstage": 0}
+
+        self.client().set(pairs())
+        self.assertEqual(made, sum(calls, []))
+
+    def test_a_server_takes_many_with_little_memory(self):
+        process, address = self.serve("--open")
+        client = worker.Client(url="http://%s:%d" % address, jobix=7)
+        self.addCleanup(client.close)
+        client.set({1: {"jobstage": 0}})
+        before = most_memory(process)
+        client.set((i, {"jobstage": 0, "jobcmd": "run %d" % i})
+                   for i in range(100000))
+        self.assertLess(most_memory(process) - before, 32 * 2**20)
+        self.assertEqual(100000, client.status()["totals"]["jobs"])
 
     def test_a_part_whose_answer_is_lost_is_sent_again(self):
         lost, respond = [], jobman.respond
@@ -10221,17 +10270,12 @@ class StartTest(TemporaryFolder):
         mebibyte += squeeze.flush(zlib.Z_FULL_FLUSH)
         bomb = head + mebibyte * 1024
         self.assertLess(len(bomb), 2 * 2**20)
-        most = self.most_memory(server)
+        most = most_memory(server)
         for _ in range(3):
             reply = exchange(address, "POST", "/set", bomb, {"jobix": "1"})
             self.assertEqual(413, reply.status)
-        grown = self.most_memory(server) - most
+        grown = most_memory(server) - most
         self.assertLess(grown, 3 * jobman.MAX_BODY)
-
-    def most_memory(self, process):
-        """Return the bytes that a process has had in memory at most."""
-        with open("/proc/%d/status" % process.pid) as file:
-            return 1024 * int(re.search(r"VmHWM:\s+(\d+)", file.read())[1])
 
     def test_long_poll_is_answered_as_it_ends(self):
         process, address = self.serve()

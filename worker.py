@@ -184,6 +184,30 @@ def shake_hands(sock, fingerprint):
             raise Impostor("its fingerprint is %s" % shown)
 
 
+def halves(pairs, size):
+    """Yield the JSON of an object, in halves where it is over `size` long."""
+    text = json.dumps(dict(pairs))
+    middle = len(pairs) // 2
+    if len(text) <= size or not middle:
+        yield text
+    else:
+        yield from halves(pairs[:middle], size)
+        yield from halves(pairs[middle:], size)
+
+
+def parts(pairs, most, size):
+    """Yield the JSON of objects that have, one after another, all `pairs`.
+
+    Each has up to `most` of them, and up to `size` characters where it has
+    more than one. There is at least one object.
+    """
+    left = iter(pairs)
+    part = list(itertools.islice(left, most))
+    yield from halves(part, size)
+    for first in left:
+        yield from halves([first, *itertools.islice(left, most - 1)], size)
+
+
 class Client:
     """Speak to a server: one method for each of its calls.
 
@@ -203,7 +227,8 @@ class Client:
     CONNECT_TIMEOUT = 10  # seconds
     TIMEOUT = 60  # seconds without a byte before a connection is given up
     SETTLE = 1  # seconds until a server that starts has its access file
-    PART = 5000  # jobs in one call
+    PART = 2000  # jobs in one call of many
+    PART_SIZE = 2**20  # characters of them
 
     def __init__(
         self, access=None, *, url=None, jobix=None, fingerprint=None,
@@ -272,16 +297,14 @@ class Client:
     def set(self, jobs):
         """Add `jobs`: {jobid: {"jobstage": int, "jobcmd": any JSON, …}}.
 
-        Many go in several calls, so that others' come between. After an
-        error some may be in: the whole again adds none twice.
+        Or an iterable of such pairs. Many go in several calls, one after
+        another, so that others' calls come between. After an error some may
+        be in: the whole again adds none twice.
         """
-        left = iter(jobs.items())
-        part = dict(itertools.islice(left, self.PART))
-        while True:
-            answer = self.call("POST", "/set", part)
-            part = dict(itertools.islice(left, self.PART))
-            if not part:
-                return answer
+        pairs = jobs.items() if hasattr(jobs, "items") else jobs
+        for text in parts(pairs, self.PART, self.PART_SIZE):
+            answer = self.call("POST", "/set", text=text)
+        return answer
 
     def submit(self, key, jobs):
         """Add `jobs`, a list of entries; return the ids they are given.
@@ -435,15 +458,20 @@ class Client:
 
     def call(
         self, method, path, value=None, *,
-        options=None, repeat=True, timeout=TIMEOUT
+        text=None, options=None, repeat=True, timeout=TIMEOUT
     ):
-        """Make a call; return its answer: a JSON value, or text."""
+        """Make a call; return its answer: a JSON value, or text.
+
+        It sends `value`, or the JSON `text`.
+        """
         given = {k: v for k, v in (options or {}).items() if v is not None}
         if given:
             path += "?" + urlencode(given)
-        body = None
         if value is not None:
-            body = zlib.compress(json.dumps(value).encode("ascii"), 1)
+            text = json.dumps(value)
+        body = None
+        if text is not None:
+            body = zlib.compress(text.encode("ascii"), 1)
             if len(body) > MAX_BODY:
                 raise Refused(413, "That is too much for one call.")
         with self.mutex:
