@@ -6736,6 +6736,8 @@ def bench(options):
             print("%(place)s; Python %(python)s, SQLite %(sqlite)s" % found)
             if place.alone:
                 print("That is no good place: see Assumptions in README.")
+            if place.kind in ("tmpfs", "ramfs"):
+                print("That is memory: nothing in it outlives the machine.")
         for name, figure in measure(scratch, options.seconds):
             found[name] = figure
             if options.output == "table":

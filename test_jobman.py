@@ -10678,6 +10678,10 @@ class BenchTest(TemporaryFolder):
             int(30 * found["cycles_16"]), found["slots"]["1 min"])
         self.assertEqual([], os.listdir(self.path("there")))
 
+    def test_it_says_where_no_disk_is(self):
+        disk = self.small_disk("300m")
+        self.assertIn("\nThat is memory: ", self.bench(disk)[1])
+
     def test_a_signal_ends_it_and_its_server(self):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             process = self.spawn(JOBMAN, "bench", "--seconds", "60")
