@@ -3803,10 +3803,11 @@ def init(store, request, *minutes):
 def set_jobs(store, request):
     """Add jobs, all or none."""
     given = bounded(read_object(request))
+    jobs = read_jobs(list(given.values()))
     ids = [JOBID(number(jobid), "jobid") for jobid in given]
     if len(set(ids)) != len(ids):
         raise Error(400, "A jobid stands twice.")
-    store.set(request.jobix, ids, read_jobs(list(given.values())))
+    store.set(request.jobix, ids, jobs)
     return Response.text("Accepted to %d!" % request.jobix)
 
 
