@@ -5258,9 +5258,11 @@ class Errand:
         self.response = None
 
     def run(self, store, done):
-        """Answer it; call `done()`."""
-        self.response = respond(store, self.request)
-        done()
+        """Answer it; call `done()`, whatever comes."""
+        try:
+            self.response = respond(store, self.request)
+        finally:
+            done()
 
 
 class Server:
