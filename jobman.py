@@ -4951,8 +4951,10 @@ class Wire:
         """Return whether a request begins within `seconds`."""
         end = time.monotonic() + seconds
         try:
-            if not self.kept and not hasattr(self.connection, "pending"):
-                await reach(selectors.EVENT_READ, end)  # TLS may have it
+            if self.kept:  # who sends many at once lets others come between
+                await reach(selectors.EVENT_WRITE, end)
+            elif not hasattr(self.connection, "pending"):  # TLS may have it
+                await reach(selectors.EVENT_READ, end)
             return bool(self.kept) or await self.receive(end)
         except (Error, socket.timeout):  # nothing asked, nothing answered
             return False

@@ -3488,6 +3488,35 @@ class LoopTest(StoreCase):
         self.assertEqual([b'"jobid": 1', b'"totals"', b'"jobid": 2',
                           b"nothing at", b'"nada"'], found)
 
+    def test_who_asks_much_at_once_lets_others_come_between(self):
+        holds, held = threading.Event(), threading.Event()
+        self.addCleanup(held.set)
+        server, asked, find_route = self.door.server, [], jobman.find_route
+
+        def noting(request):
+            asked.append(request.path)
+            return find_route(request)
+
+        self.addCleanup(setattr, jobman, "find_route", find_route)
+        jobman.find_route = noting
+        line = b"GET /%s HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        with self.dial() as greedy, self.dial() as modest:
+            wait_for(lambda: len(server.open) == 2, "the connections")
+            server.call(lambda: (holds.set(), held.wait(PATIENCE)))
+            self.assertTrue(holds.wait(PATIENCE))
+            greedy.sendall(line % b"much" * 500)
+            modest.sendall(line % b"little")
+            held.set()
+            self.assertIn(b" 404 ", modest.recv(100)[:13])
+            self.assertLess(asked.index("/little"), 3)
+            replies = b""
+            while replies.count(b"HTTP/1.1 404") < 500:
+                replies += greedy.recv(65536)
+
+    def dial(self):
+        """Return a connection."""
+        return socket.create_connection(self.address, PATIENCE)
+
     def test_a_fault_of_ours_does_not_end_it(self):
         told = io.StringIO()
         with contextlib.redirect_stderr(told):
