@@ -2044,6 +2044,16 @@ class Writer:
 # --------------------------------------------------------------- waiting ---
 
 
+@types.coroutine
+def reach(step, end=math.inf):
+    """Await a step: whoever drives the coroutine takes it.
+
+    That is a Turn that is to be taken, or an Ear that is listened with up to
+    the moment `end` (of time.monotonic).
+    """
+    yield step, end
+
+
 class Ear:
     """One long poll that listens for free jobs."""
 
@@ -2158,7 +2168,8 @@ class Brake:
         self.clock = clock
         self.mutex = threading.Lock()  # guards all below
         self.wrong = OrderedDict()  # address: (how many, when the last was)
-        self.held = 0
+        self.held = set()  # the Ears of those that are held up
+        self.closed = False
 
     def count(self, address):
         """Note one more wrong one; return the seconds that it costs."""
@@ -2173,21 +2184,28 @@ class Brake:
             return 0
         return min(self.LONGEST, 0.05 * 2 ** min(wrong - self.FREE, 10))
 
-    def hold(self, address, ending):
-        """Wait for what a wrong one costs, or until the event `ending`.
+    async def hold(self, address):
+        """Wait for what a wrong one costs, or until the brake is closed.
 
-        Not when too many wait already: they must not take all threads.
+        Not when too many wait already: they must not take all there is.
         """
-        seconds = self.count(address)
+        seconds, ear = self.count(address), Ear()
         with self.mutex:
-            if not seconds or self.held >= self.HELD:
+            if self.closed or not seconds or len(self.held) >= self.HELD:
                 return
-            self.held += 1
+            self.held.add(ear)
         try:
-            ending.wait(seconds)
+            await reach(ear, time.monotonic() + seconds)
         finally:
             with self.mutex:
-                self.held -= 1
+                self.held.discard(ear)
+
+    def close(self):
+        """Let go all, for good."""
+        with self.mutex:
+            self.closed = True
+            for ear in self.held:
+                ear.ring()
 
 
 # ----------------------------------------------------------------- store ---
@@ -2417,6 +2435,7 @@ class Store:
         """Answer the long polls, and who is held up, now and from now on."""
         self.ending.set()
         self.bell.close()
+        self.brake.close()
 
     def close(self):
         """Answer who waits, end the last commit, close the database."""
@@ -3402,6 +3421,7 @@ class Request:
     gives the body, as bytes; without it there is none. `gone()` tells whether
     the caller has hung up; `address` is where the call comes from. What it
     asks for is an `endpoint` with its `arguments`, once it has been let in.
+    It is `wrong` when it has brought a jobix that isn't admitted.
     """
 
     def __init__(
@@ -3417,7 +3437,7 @@ class Request:
         self.gone = gone
         self.address = address
         self.jobix = None
-        self.readonly = False
+        self.readonly = self.wrong = False
         self.endpoint = self.arguments = None
 
     def identify(self, store):
@@ -3428,7 +3448,11 @@ class Request:
         jobix = number(self.headers.get("jobix", "").strip())
         if type(jobix) is not int or not 0 <= jobix <= MAX_JOBIX:
             raise Error(403, "The header jobix must hold your number.")
-        self.jobix, self.readonly = store.admit(jobix)
+        try:
+            self.jobix, self.readonly = store.admit(jobix)
+        except Stranger:
+            self.wrong = True
+            raise
 
     def load(self):
         """Receive the body, if it is still to come; or Error."""
@@ -3821,16 +3845,6 @@ def submit(store, request):
     keys = [(key, len(given["jobs"]))]
     ids = store.submit(request.jobix, keys, jobs)[0]
     return Response.json({"ids": list(ids)})
-
-
-@types.coroutine
-def reach(step, end=math.inf):
-    """Await a step of an endpoint: whoever drives it takes it.
-
-    That is a Turn that is to be taken, or an Ear that is listened with up to
-    the moment `end` (of time.monotonic).
-    """
-    yield step, end
 
 
 async def on_disk(change, *args, **named):
@@ -4430,12 +4444,8 @@ def caller(store, request):
         with contextlib.suppress(ValueError):
             _, _, password = base64.b64decode(login).partition(b":")
             request.headers["jobix"] = password.decode("ascii")
-    try:
+    with contextlib.suppress(Error):
         request.identify(store)
-    except Stranger:
-        store.brake.hold(request.address, store.ending)
-    except Error:
-        pass
     return request.jobix
 
 
@@ -4646,9 +4656,6 @@ async def answer(store, request):
         if request.endpoint in STEPWISE:
             response = await response
         return deflated(request, response)
-    except Stranger as error:
-        store.brake.hold(request.address, store.ending)
-        return refusal(error)
     except Error as error:
         return refusal(error)
     except sqlite3.Error as error:
@@ -4658,18 +4665,22 @@ async def answer(store, request):
         return refusal(Error(500, "jobman has a fault here; see its log."))
 
 
-def respond(store, request):
-    """Return the Response to a Request: take its steps in this thread."""
-    steps = answer(store, request)
+def take_steps(store, coroutine):
+    """Return what a coroutine does, whose steps are taken in this thread."""
     while True:
         try:
-            step, end = steps.send(None)
+            step, end = coroutine.send(None)
         except StopIteration as over:
             return over.value
         if isinstance(step, Turn):
             store.writer.take([step])
         else:
             step.wait(max(0, end - time.monotonic()))
+
+
+def respond(store, request):
+    """Return the Response to a Request, at once in this thread."""
+    return take_steps(store, answer(store, request))
 
 
 # ----------------------------------------------------------- access file ---
@@ -5149,6 +5160,8 @@ class Connection:
             await self.send(refusal(error))
             return await self.linger()
         response = await self.server.answer(request)
+        if request.wrong:
+            await self.server.store.brake.hold(self.address)
         self.keeps = self.keeps and request.loaded
         await self.send(response)
         if not request.loaded:
@@ -5278,7 +5291,7 @@ class Server:
 
     BACKLOG = 4096  # connections that may wait to be accepted
     AT_ONCE = 100  # of them that are accepted before others go on
-    THREADS = 32
+    THREADS = 4  # more would keep the interpreter's lock from the first
     LARGE = 2**14  # bytes of a body that takes its time
     GRACE = 0.5  # seconds for another request, as it stops
     END = 4  # seconds to answer the last ones
@@ -5311,7 +5324,6 @@ class Server:
     def start(self):
         """Serve in threads of its own."""
         self.store.keep_ticking()
-        self.store.brake.HELD = self.THREADS // 2  # those take threads too
         self.pool = ThreadPoolExecutor(self.THREADS)
         self.pool.submit(int)  # so that there is a thread, whatever comes
         self.selector = selectors.DefaultSelector()
@@ -5478,7 +5490,8 @@ class Server:
         """Return the Response to a Request; what isn't quick is an errand."""
         body = request.body
         small = len(body) < self.LARGE and not is_zipped(body)
-        if request.endpoint in STEPWISE and (small or request.method == "GET"):
+        quick = request.endpoint in STEPWISE or request.endpoint is None
+        if quick and (small or request.method == "GET"):
             return await answer(self.store, request)
         errand = Errand(request)
         await reach(errand)
@@ -5581,8 +5594,10 @@ class Application:
 
     def __call__(self, environ, start_response):
         try:
-            store = self.open()
-            response = respond(store, self.read(environ))
+            store, request = self.open(), self.read(environ)
+            response = respond(store, request)
+            if request.wrong:
+                take_steps(store, store.brake.hold(request.address))
         except Error as error:
             response = refusal(error)
         reason = http.client.responses[response.status]

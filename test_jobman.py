@@ -2970,7 +2970,7 @@ class BrakeTest(StoreCase):
         waiting = [threading.Thread(target=self.wrong) for _ in range(2)]
         for thread in waiting:
             thread.start()
-        wait_for(lambda: brake.held == 2, "two of them")
+        wait_for(lambda: len(brake.held) == 2, "two of them")
         self.wrong()
         self.assertTrue(all(thread.is_alive() for thread in waiting))
         self.store.wake_all()
@@ -3431,24 +3431,29 @@ class LoopTest(StoreCase):
         waiting.join(PATIENCE)
         self.assertEqual(200, pages[0].status)
 
-    def test_who_brings_wrong_jobix_cannot_take_all_threads(self):
-        self.assertLess(self.store.brake.HELD, jobman.Server.THREADS)
+    def test_who_brings_wrong_jobix_takes_no_thread(self):
         self.store.open_to_all = False
         self.store.brake.FREE, self.store.brake.LONGEST = 0, PATIENCE
         for _ in range(9):
             self.store.brake.count("127.0.0.1")
-        n = self.store.brake.HELD
-        callers = [threading.Thread(target=exchange, args=(
-            self.address, "GET", "/status"), kwargs={
-                "headers": {"jobix": "1"}}, daemon=True) for _ in range(n)]
+        n = 5 * jobman.Server.THREADS
+        login = "Basic " + base64.b64encode(b":1").decode()
+        callers = [threading.Thread(
+            target=exchange, args=(self.address, "GET", path),
+            kwargs={"headers": headers}, daemon=True,
+        ) for path, headers in (
+            ("/status", {"jobix": "1"}),
+            ("/get?plain=1", {"Authorization": login}),
+        ) * (n // 2)]
         for caller in callers:
             caller.start()
-        wait_for(lambda: self.store.brake.held == n, "%d of them" % n)
+        wait_for(lambda: len(self.store.brake.held) == n, "%d of them" % n)
         self.jobix = self.store.jobix
         self.assertEqual(200, self.call("/status").status)
         self.store.wake_all()
         for caller in callers:
             caller.join(PATIENCE)
+            self.assertFalse(caller.is_alive())
 
     def test_requests_of_one_moment_share_a_commit(self):
         self.set_jobs(range(20))
