@@ -5927,10 +5927,97 @@ def using_worker():
         raise Trouble(str(trouble)) from None
 
 
+@contextlib.contextmanager
+def speaking(options, patience=5):
+    """Hand out a Client of the server that a command's options name.
+
+    It gives the server up after `patience` seconds.
+    """
+    with using_worker() as worker:
+        client = worker.Client(options.access, patience=patience)
+        with contextlib.closing(client):
+            yield client
+
+
+# What a state looks like on a terminal: numbers of ECMA-48's SGR.
+COLOURS = {
+    "working": 36, "done": 32, "failed": 31, "aborted": 31, "expired": 33,
+    "blocked": 35, "delayed": 33, "cancelled": 90,
+}
+
+
+def is_coloured(stream):
+    """Return whether colours may go to a stream: see no-color.org."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def columns(heads, rows):
+    """Yield the lines of a table for standard output, numbers to the right.
+
+    A value may be None; a word that is a state has its colour.
+    """
+    shown = [["" if v is None else printable(str(v)) for v in row]
+             for row in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*shown)]
+    right = [{type(v) for v in column} <= {int, float, type(None)}
+             for column in zip(*rows)] or [False] * len(heads)
+    colours = COLOURS if is_coloured(sys.stdout) else {}
+    for texts in shown:
+        line = []
+        for text, width, to_right in zip(texts, widths, right):
+            cell = text.rjust(width) if to_right else text.ljust(width)
+            if text in colours:
+                cell = "\033[%dm%s\033[0m" % (colours[text], cell)
+            line.append(cell)
+        yield "  ".join(line).rstrip()
+
+
+def report(options, value, lines, names=()):
+    """Print what a command has found, in the form that --output names.
+
+    `value` is printed as JSON, `lines` to be read, `names` (of jobs or of
+    workers), where quiet, one a line.
+    """
+    if options.output == "json":
+        lines = [to_json(value)]
+    elif options.output == "quiet":
+        lines = names
+    for line in lines:
+        print(line)
+
+
+# --------------------------------------------------------------- looking ---
+
+
+def status_lines(figures):
+    """Yield the lines of a table of the stages, and how far all is."""
+    totals = figures["totals"]
+    states = [state for state in STATES if totals["states"][state]]
+    rows = []
+    for stage in [*figures["stages"], dict(totals, stage="all")]:
+        took = stage.get("runtime") or {"median": None}
+        rows.append((
+            str(stage["stage"]), stage["jobs"],
+            *(stage["states"][state] or None for state in states),
+            stage["expired"] or None, took["median"] and span(took["median"]),
+            "paused" if stage.get("paused") else None,
+        ))
+    heads = "stage", "jobs", *states, "expired", "median", ""
+    yield from columns(heads, rows)
+    yield progress_line(figures)
+
+
+def print_status(options):
+    """Show how far the jobs are."""
+    with speaking(options) as client:
+        figures = client.status()
+    report(options, figures, status_lines(figures))
+    return 0
+
+
 def snapshot(options):
     """Write a page of how the jobs stand that needs no server."""
-    with using_worker() as worker:
-        client = worker.Client(options.access)
+    with speaking(options) as client:
         seen = {
             name: client.call("GET", "/" + endpoint.__name__, options=asked)
             for name, endpoint, asked in GLANCE
@@ -6403,6 +6490,9 @@ def run(options):
         return sum_up(this, figures, progress)
 
 
+# ---------------------------------------------------------------- acting ---
+
+
 # ------------------------------------------------------------- data care ---
 
 
@@ -6773,6 +6863,8 @@ def bench(options):
     return 0
 
 
+# --------------------------------------------------------- batch systems ---
+
 # A node that fails doesn't end the job (--no-kill), a worker that fails or
 # ends doesn't end the others (--kill-on-bad-exit, --wait). Without
 # --cpus-per-task a step has all cores that the job has on each node.
@@ -6869,18 +6961,27 @@ def pbs(options):
 
 # ------------------------------------------------------------------ main ---
 
-EXAMPLES = """examples:
-  python3 jobman.py serve --db jobs.db
-  python3 jobman.py run 'gzip -k {}' ::: *.txt
-  find . -name '*.png' | python3 jobman.py run 'optipng {}'
-  python3 jobman.py sbatch --nodes 4 --time 8h -- --partition=long | sbatch
-"""
+
+def check_serve(parser, options):
+    """End with exit status 2 when a server isn't described well."""
+    if options.retries < 0:
+        parser.error("--retries can't be negative")
+    if options.lapses < 1:
+        parser.error("--lapses must be at least 1")
+    if options.keyfile and not options.certfile:
+        parser.error("--keyfile goes with --certfile")
+    if options.tls and options.certfile:
+        parser.error("give --tls or --certfile, not both")
+    if options.tls or options.certfile:
+        if options.url and not options.url.lower().startswith("https://"):
+            parser.error("with TLS the --url begins with https://")
+    if options.keep_days is not None and options.keep_days < 1:
+        parser.error("--keep-days must be at least 1")
 
 
-def add_serve(commands):
-    """Describe the command serve."""
-    command = commands.add_parser("serve", help=serve.__doc__)
-    command.set_defaults(act=serve)
+def add_serve(command):
+    """Describe serve."""
+    command.set_defaults(check=check_serve)
     add = command.add_argument
     add("--db", default="jobman.db", metavar="FILE",
         help="the database (default jobman.db)")
@@ -6915,33 +7016,28 @@ def add_serve(commands):
         " ago (default: keep all)")
 
 
-def check_serve(parser, options):
-    """End with exit status 2 when a server isn't described well."""
+def check_run(parser, options):
+    """End with exit status 2 when a run isn't described well."""
+    if options.words[:1] == ["--"]:
+        del options.words[0]
+    if not options.words:
+        parser.error("run needs a command")
     if options.retries < 0:
         parser.error("--retries can't be negative")
-    if options.lapses < 1:
-        parser.error("--lapses must be at least 1")
-    if options.keyfile and not options.certfile:
-        parser.error("--keyfile goes with --certfile")
-    if options.tls and options.certfile:
-        parser.error("give --tls or --certfile, not both")
-    if options.tls or options.certfile:
-        if options.url and not options.url.lower().startswith("https://"):
-            parser.error("with TLS the --url begins with https://")
-    if options.keep_days is not None and options.keep_days < 1:
-        parser.error("--keep-days must be at least 1")
+    if options.slots is not None and options.slots < 1:
+        parser.error("--slots must be at least 1")
+    if options.items is not None and options.arg_file is not None:
+        parser.error("give items after ::: or in a file, not both")
+    if options.items is None and options.arg_file is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            parser.error("give items after :::, in a file, or on stdin")
 
 
-def add_run(commands):
-    """Describe the command run."""
-    command = commands.add_parser(
-        "run", help=run.__doc__,
-        usage="jobman.py run [options] 'COMMAND {}' [::: ITEM ...]",
-        epilog="{} is the item as one shell word, {#} its number. Items come "
-        "after :::, from FILE, or from standard input, one a line.",
-    )
+def add_run(command):
+    """Describe run."""
+    command.usage = "%(prog)s [options] 'COMMAND {}' [::: ITEM ...]"
     command.set_defaults(
-        act=run, host="127.0.0.1", port=0, url=None, shared=False,
+        check=check_run, host="127.0.0.1", port=0, url=None, shared=False,
         lapses=MAX_LAPSES, keep_days=None, open=False, tls=False,
         certfile=None, keyfile=None,
     )
@@ -6964,30 +7060,32 @@ def add_access(command):
         help="the server's access file (default ~/.jobman/access.json)")
 
 
-def add_snapshot(commands):
-    """Describe the command snapshot."""
-    command = commands.add_parser("snapshot", help=snapshot.__doc__)
-    command.set_defaults(act=snapshot)
+def add_client(command):
+    """Add what every command has that asks the server."""
+    add_access(command)
+    command.add_argument(
+        "--output", choices=("table", "json", "quiet"), default="table",
+        help="how the answer is printed (default table)")
+
+
+def add_snapshot(command):
+    """Describe snapshot."""
     command.add_argument(
         "folder", metavar="DIR", help="where status.html is written")
     add_access(command)
 
 
-def add_verify(commands):
-    """Describe the command verify."""
-    command = commands.add_parser("verify", help=verify.__doc__)
-    command.set_defaults(act=verify)
-    add = command.add_argument
+def add_verify(command):
+    """Describe verify."""
     add_access(command)
+    add = command.add_argument
     add("--lag", type=float, default=10, metavar="SECONDS",
         help="how late files of other nodes may be seen here (default 10)")
     add("--dry-run", action="store_true", help="only say what is damaged")
 
 
-def add_logs(commands):
-    """Describe the command logs."""
-    command = commands.add_parser("logs", help=logs.__doc__)
-    command.set_defaults(act=logs)
+def add_logs(command):
+    """Describe logs."""
     add = command.add_argument
     add("jobid", type=int, metavar="JOBID")
     add_access(command)
@@ -6995,66 +7093,40 @@ def add_logs(commands):
         help="where workers keep output (default: next to the access file)")
 
 
-def add_care(commands, act):
-    """Describe the command backup or check."""
-    command = commands.add_parser(act.__name__, help=act.__doc__)
-    command.set_defaults(act=act)
+def add_check(command):
+    """Describe check."""
     command.add_argument(
         "--db", default="jobman.db", metavar="FILE",
         help="the database (default jobman.db)")
-    return command
 
 
-def add_bench(commands):
-    """Describe the command bench."""
-    command = commands.add_parser("bench", help=bench.__doc__)
-    command.set_defaults(act=bench)
+def add_backup(command):
+    """Describe backup."""
+    add_check(command)
+    command.add_argument("file", metavar="FILE", help="where the copy goes")
+
+
+def check_bench(parser, options):
+    """End with exit status 2 when a measurement isn't described well."""
+    if not options.seconds > 0:
+        parser.error("--seconds must be more than 0")
+
+
+def add_bench(command):
+    """Describe bench."""
+    command.set_defaults(check=check_bench)
     add = command.add_argument
     add("folder", nargs="?", default=".", metavar="DIR",
         help="where the database would be (default: here)")
     add("--seconds", type=float, default=5, metavar="S",
         help="how long each figure is measured (default 5)")
-    add("--output", choices=("table", "json"), default="table")
-
-
-def check_run(parser, options):
-    """End with exit status 2 when a run isn't described well."""
-    if options.words[:1] == ["--"]:
-        del options.words[0]
-    if not options.words:
-        parser.error("run needs a command")
-    if options.retries < 0:
-        parser.error("--retries can't be negative")
-    if options.slots is not None and options.slots < 1:
-        parser.error("--slots must be at least 1")
-    if options.items is not None and options.arg_file is not None:
-        parser.error("give items after ::: or in a file, not both")
-    if options.items is None and options.arg_file is None:
-        if sys.stdin is None or sys.stdin.isatty():
-            parser.error("give items after :::, in a file, or on stdin")
-
-
-def add_batch(commands, act, mark):
-    """Describe the command sbatch or pbs."""
-    name = act.__name__
-    command = commands.add_parser(
-        name, help=act.__doc__,
-        usage="jobman.py %s [options] [-- %s OPTION ...]" % (name, mark),
-        epilog="What follows -- becomes %s lines of the script." % mark,
-    )
-    command.set_defaults(act=act)
-    add = command.add_argument
-    add("--nodes", type=int, default=1, metavar="N",
-        help="how many nodes, so workers (default 1)")
-    add("--time", required=True, metavar="TIME",
-        help="how long at most: 1:00:00, 1-12:00:00, 90m, 2h30m")
-    add("--worker", type=shell_words, default=[], metavar="'OPTIONS'",
-        help="options for worker.py, in one word")
-    add_access(command)
+    add("--output", choices=("table", "json"), default="table",
+        help="how the figures are printed (default table)")
 
 
 def check_batch(parser, options):
     """End with exit status 2 when a script's options aren't good."""
+    options.more = options.items or []
     if options.nodes < 1:
         parser.error("--nodes must be at least 1")
     if options.more and not options.more[0].startswith("-"):
@@ -7070,18 +7142,70 @@ def check_batch(parser, options):
         worker.parse(options.worker)  # ends with exit status 2 if it's bad
 
 
+def add_batch(command):
+    """Describe sbatch or pbs."""
+    command.usage = "%(prog)s [options] [-- OPTION ...]"
+    command.set_defaults(check=check_batch)
+    add = command.add_argument
+    add("--nodes", type=int, default=1, metavar="N",
+        help="how many nodes, so workers (default 1)")
+    add("--time", required=True, metavar="TIME",
+        help="how long at most: 1:00:00, 1-12:00:00, 90m, 2h30m")
+    add("--worker", type=shell_words, default=[], metavar="'OPTIONS'",
+        help="options for worker.py, in one word")
+    add_access(command)
+
+
+# Each command: its name, what it does, what describes its options, and a text:
+# a line that says what it is for, and examples.
+COMMANDS = (
+    ("serve", serve, add_serve, """serve a database until a signal ends it
+  python3 jobman.py serve
+  python3 jobman.py serve --db jobs.db --host 0.0.0.0 --tls"""),
+    ("run", run, add_run, """run a command for each item, and end
+  python3 jobman.py run 'gzip -k {}' ::: *.txt
+  find . -name '*.png' | python3 jobman.py run 'optipng {}'
+{} is the item as one shell word, {#} its number. Items come after :::, from a
+file, or from standard input, one a line."""),
+    ("status", print_status, add_client, """show how far the jobs are
+  python3 jobman.py status
+  python3 jobman.py status --output json"""),
+    ("snapshot", snapshot, add_snapshot, """write a page that needs no server
+  python3 jobman.py snapshot /shared/www"""),
+    ("verify", verify, add_verify, """check the files of all done jobs
+  python3 jobman.py verify --dry-run"""),
+    ("logs", logs, add_logs, """print what a job's commands have printed
+  python3 jobman.py logs 17"""),
+    ("backup", backup, add_backup, """copy a database, also a served one
+  python3 jobman.py backup --db jobs.db copy.db"""),
+    ("check", check, add_check, """look whether a database is whole
+  python3 jobman.py check --db jobs.db"""),
+    ("bench", bench, add_bench, """measure what a place is good for
+  python3 jobman.py bench /scratch"""),
+    ("sbatch", sbatch, add_batch, """print a script for Slurm
+  python3 jobman.py sbatch --nodes 4 --time 8h -- --partition=long | sbatch
+What follows -- becomes #SBATCH lines."""),
+    ("pbs", pbs, add_batch, """print a script for PBS
+  python3 jobman.py pbs --time 8h -- -l select=4:ncpus=64 | qsub
+What follows -- becomes #PBS lines."""),
+)
+MARKS = {"run": ":::", "sbatch": "--", "pbs": "--"}  # see split_off
+EPILOG = """\
+python3 jobman.py COMMAND --help has the options and examples of each.
+"""
+
+
 def split_off(arguments):
     """Return the arguments, and those after `:::`, None without it.
 
     With sbatch and pbs the latter are those after `--`. What follows
     --worker is its value, even if it looks like an option.
     """
-    batch = arguments[:1] in (["sbatch"], ["pbs"])
-    mark, rest = "--" if batch else ":::", None
+    mark, rest = MARKS.get("".join(arguments[:1]), ":::"), None
     if mark in arguments:
         at = arguments.index(mark)
         arguments, rest = arguments[:at], arguments[at + 1 :]
-    if batch and "--worker" in arguments[:-1]:
+    if mark == "--" and "--worker" in arguments[:-1]:
         at = arguments.index("--worker")
         joined = "=".join(arguments[at : at + 2])
         arguments = [*arguments[:at], joined, *arguments[at + 2 :]]
@@ -7089,43 +7213,32 @@ def split_off(arguments):
 
 
 def parse(arguments):
-    """Return the command line's options."""
+    """Return the command line's options; end with exit status 2 or 0."""
     parser = argparse.ArgumentParser(
-        prog="jobman.py",
+        prog="jobman.py", epilog=EPILOG,
         description="Hand out jobs to any number of workers.",
-        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = "jobman %s" % __version__
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    add_serve(commands)
-    add_run(commands)
-    add_snapshot(commands)
-    add_verify(commands)
-    add_logs(commands)
-    add_care(commands, backup).add_argument(
-        "file", metavar="FILE", help="where the copy goes")
-    add_care(commands, check)
-    add_bench(commands)
-    add_batch(commands, sbatch, "#SBATCH")
-    add_batch(commands, pbs, "#PBS")
+    for name, act, add, text in COMMANDS:
+        line, _, examples = text.partition("\n")
+        command = commands.add_parser(
+            name, help=line, description=line,
+            epilog="examples:\n" + examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.set_defaults(act=act, check=None)
+        add(command)
     words, rest = split_off(arguments)
     options = parser.parse_args(words)
     if options.command is None:
         parser.error("name a command: %s" % ", ".join(commands.choices))
-    if options.command in ("sbatch", "pbs"):
-        options.more = rest or []
-        check_batch(parser, options)
-    elif options.command == "run":
-        options.items = rest
-        check_run(parser, options)
-    elif rest is not None:
+    if rest is not None and options.command not in MARKS:
         parser.error("::: belongs to run")
-    elif options.command == "bench" and not options.seconds > 0:
-        parser.error("--seconds must be more than 0")
-    elif options.command == "serve":
-        check_serve(parser, options)
+    options.items = rest
+    if options.check:
+        options.check(commands.choices[options.command], options)
     return options
 
 
@@ -7144,6 +7257,8 @@ def main(arguments=None):
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         return options.act(options)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # as by `| head`: no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
