@@ -228,10 +228,11 @@ def unpack(body):
 # ------------------------------------------------------- schema and SQL ---
 
 APPLICATION_ID = 0x6A6F626D  # "jobm", in the database's header
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
-# What schema 2 has and schema 1 hadn't, beside the columns in UPGRADES.
-NEW_TABLES = """
+# What schemas 2 and 3 have that the one before hadn't, beside the columns in
+# UPGRADES.
+NEW_IN_2 = """
 create table runtime (                 -- of attempts that ended as done
     jobix integer not null, stage integer not null, bucket integer not null,
     attempts integer not null,
@@ -249,6 +250,30 @@ create index worker_heard on worker (jobix, heard);
 create table paused (
     jobix integer not null, stage integer not null,
     primary key (jobix, stage));
+"""
+NEW_IN_3 = """
+create table dependency (              -- job.row of two: the child waits
+    parent integer not null, child integer not null,
+    known integer not null);           -- to the child: see known_end()
+create index dependency_parent on dependency (parent, known);
+create index dependency_child on dependency (child, known);
+
+create table unsettled (               -- job.row whose children don't know yet
+    parent integer primary key);
+
+create table effort (                  -- sums of attempts by their outcome,
+    jobix integer not null, stage integer not null,
+    kind text not null,                -- of claims, their waits, and idle time
+    attempts integer not null, seconds real not null,
+    primary key (jobix, stage, kind));
+
+create table waited (                  -- of claims: how long their jobs waited
+    jobix integer not null, stage integer not null, bucket integer not null,
+    claims integer not null,
+    primary key (jobix, stage, bucket));
+
+create table forgotten (               -- the highest jobid that was forgotten
+    jobix integer primary key, jobid integer not null);
 """
 
 # Beside each group of jobs in one state, those longest in their stage first.
@@ -297,6 +322,9 @@ create table job (
     timeout real,
     cwd text,
     outputs text,
+    missing integer not null default 0,   -- of those it waits for, not done
+    followed integer not null default 0,  -- 1: others wait for it
+    blame integer,                     -- jobid by whose end it is aborted
     unique (jobix, jobid));
 create index job_queue on job (jobix, stage, free, priority desc, jobid);
 create index job_due on job (due);
@@ -337,7 +365,7 @@ create table submission (
     jobix integer not null, key text not null,
     first integer not null, jobs integer not null,
     primary key (jobix, key));
-""" + NEW_TABLES + AGE_INDEX
+""" + NEW_IN_2 + NEW_IN_3 + AGE_INDEX
 
 # What brings a database of each older version to the next one.
 UPGRADES = {
@@ -355,7 +383,12 @@ update job set free = case state when 'delayed' then -1 when 'blocked' then -2
     when 'working' then -3 when 'failed' then -5 when 'cancelled' then -6
     when 'aborted' then -7 else free end where free = 0;
 drop index job_age;
-""" + NEW_TABLES + AGE_INDEX,
+""" + NEW_IN_2 + AGE_INDEX,
+    2: """
+alter table job add column missing integer not null default 0;
+alter table job add column followed integer not null default 0;
+alter table job add column blame integer;
+""" + NEW_IN_3,
 }
 
 
@@ -373,7 +406,7 @@ class SQL:
     MOVABLE = """
         select row, jobix, jobid, stage, state, expired, since, due, lease,
             origin, held, claim, worker, attempt, failures, lapses, rejects,
-            max_attempts, coalesce(laststage, (
+            missing, followed, blame, max_attempts, coalesce(laststage, (
                 select laststage from pipeline
                 where pipeline.jobix = job.jobix)) as final
         from job """
@@ -381,6 +414,7 @@ class SQL:
     # as many at once
     JOBS = MOVABLE + "where jobix = :jobix and jobid in (:%s)" % (
         ", :".join(TOGETHER))
+    BY_ROW = MOVABLE + "where row = :row"
     # one range of the index job_due; SQLite 3.7.17 walks over the nulls
     DUE = """
         select jobix, jobid from job
@@ -400,8 +434,9 @@ class SQL:
     # one look-up in job_queue at any number of jobs
     FREE = """
         select row, jobix, jobid, stage, state, expired, since, origin, claim,
-            worker, attempt, failures, lapses, rejects, priority, laststage,
-            max_attempts, timeout, made, jobcmd, filename, files, cwd, outputs
+            worker, attempt, failures, lapses, rejects, missing, followed,
+            priority, laststage, max_attempts, timeout, made, jobcmd,
+            filename, files, cwd, outputs
         from job
         where jobix = :jobix and stage = :stage and free = 1
         and not exists (select 1 from paused
@@ -418,7 +453,7 @@ class SQL:
             expired = 0, since = :since, due = :due, lease = :lease,
             origin = :origin, held = :held, claim = :claim,
             worker = :worker, attempt = :attempt, failures = :failures,
-            lapses = :lapses, rejects = :rejects
+            lapses = :lapses, rejects = :rejects, blame = :blame
         where row = :row and stage = :old_stage and state = :old_state
             and claim is :old_claim"""
     LIMIT_ATTEMPTS = """
@@ -433,14 +468,65 @@ class SQL:
         update job set due = :now + lease
         where due > 0 and state = 'working'"""
 
-    LAST_JOBID = "select max(jobid) from job where jobix = :jobix"
+    LAST_JOBID = """
+        select max(
+            coalesce((select max(jobid) from job where jobix = :jobix), 0),
+            coalesce((select jobid from forgotten where jobix = :jobix), 0))
+        """
     # an existing job is left as it is; what comes after: see for_rows()
     ADD = """
         insert or ignore into job (jobix, jobid, stage, state, free,
             priority, since, jobcmd, filename, laststage, max_attempts,
             timeout, cwd, outputs)
-        select jobix, jobid, jobstage, state, 1, priority, since, jobcmd,
+        select jobix, jobid, jobstage, state, free, priority, since, jobcmd,
             filename, laststage, max_attempts, timeout, cwd, outputs from"""
+    # a child waits for those that there are, as many as JOBS reads; SQLite
+    # would look through a whole jobix in job_age
+    FOLLOW = """
+        insert into dependency
+        select row, :child, case when state = 'done' then 1
+            when state in ('failed', 'cancelled', 'aborted') then 2 else 0 end
+        from job indexed by sqlite_autoindex_job_1
+        where jobix = :jobix and jobid in (:%s)""" % ", :".join(TOGETHER)
+    FOLLOWED = """
+        update job set followed = 1
+        where followed = 0 and jobix = :jobix and jobid in (:%s)""" % (
+            ", :".join(TOGETHER))
+    # one range of dependency_child for each
+    MISSING = """
+        update job set missing = (select count(*) from dependency
+            where child = job.row and known in (0, 2))
+        where row = :row"""
+    CULPRIT = """
+        select jobid from job where row = (
+            select parent from dependency
+            where child = :row and known = 2 limit 1)"""
+    UNSETTLE = "insert or ignore into unsettled values (:row)"
+    UNSETTLED = "select parent as row from unsettled limit 1"
+    SETTLED = "delete from unsettled where parent = :row"
+    # those that know otherwise: two ranges of dependency_parent
+    CHILDREN = """
+        select rowid as place, child as row, known from dependency
+        where parent = :parent and known in (:other, :another)
+        limit :limit"""
+    KNOW = "update dependency set known = :known where rowid = :place"
+    MISS = "update job set missing = missing + :more where row = :row"
+    WAITED_FOR = """
+        select jobid from dependency cross join job on job.row = parent
+        where child = :row and known in (0, 2) limit :limit"""
+
+    # a job is forgotten, once all who waited for it know that it is done
+    FORGET = "delete from job where row = :row"
+    FORGET_ATTEMPTS = "delete from attempt where job = :row"
+    FORGET_PARENTS = "delete from dependency where child = :row"
+    FORGET_CHILDREN = "delete from dependency where parent = :row"
+    WAITED_ON = """
+        select 1 from dependency where parent = :row and known in (0, 2)
+        limit 1"""
+    FORGOTTEN = """
+        insert or replace into forgotten select :jobix, max(:jobid, coalesce(
+            (select jobid from forgotten where jobix = :jobix), 0))"""
+
     SUBMISSION = """
         select first, jobs from submission
         where jobix = :jobix and key = :key"""
@@ -483,6 +569,9 @@ class SQL:
             made = case when :files is null then made else origin end,
             files = coalesce(:files, files)
         where row = :row"""
+    LAPSED = """
+        select ended - started as seconds from attempt
+        where job = :row and claim = :claim and outcome = 'lapsed'"""
     ATTEMPT = """
         select outcome, target from attempt
         where job = :row and claim = :claim"""
@@ -513,6 +602,9 @@ class SQL:
                 case when made = :stage then null else made end)
         where row = :row"""
 
+    WORKER = """
+        select heard, slots, busy, stages from worker
+        where jobix = :jobix and name = :name"""
     # one row for each name, the newest it said
     HEARD = """
         update worker set host = :host, stages = :stages, slots = :slots,
@@ -549,7 +641,8 @@ class SQL:
     SHOWN_JOB = """
         select row, jobid, stage, state, expired, since, due, worker, attempt,
             failures, lapses, rejects, jobcmd, filename, files, made,
-            laststage, priority, max_attempts, timeout, cwd, outputs
+            laststage, priority, max_attempts, timeout, cwd, outputs,
+            missing as waits, blame as aborted_by
         from job where jobix = :jobix and jobid = :jobid"""
     ATTEMPTS = """
         select attempt, stage, target, worker, host, started, ended, outcome,
@@ -636,6 +729,40 @@ class SQL:
     RUN_TIMES = """
         select stage, bucket, attempts from runtime where jobix = :jobix
         order by stage, bucket"""
+    WAITED = """
+        update waited set claims = claims + :claims
+        where jobix = :jobix and stage = :stage and bucket = :bucket"""
+    WAITED_FIRST = """
+        insert into waited values (:jobix, :stage, :bucket, :claims)"""
+    WAIT_TIMES = """
+        select stage, bucket, claims from waited where jobix = :jobix
+        order by stage, bucket"""
+    SPENT = """
+        update effort set attempts = attempts + :attempts,
+            seconds = seconds + :seconds
+        where jobix = :jobix and stage = :stage and kind = :kind"""
+    SPENT_FIRST = """
+        insert into effort
+        values (:jobix, :stage, :kind, :attempts, :seconds)"""
+    EFFORTS = """
+        select stage, kind, attempts, seconds from effort
+        where jobix = :jobix"""
+    # of all jobix, whose groups are few
+    ALL_JOBS = """
+        select stage, state, sum(jobs) as jobs, sum(expired) as expired
+        from tally group by stage, state having sum(jobs) > 0"""
+    ALL_EFFORTS = """
+        select stage, kind, sum(attempts) as attempts, sum(seconds) as seconds
+        from effort group by stage, kind"""
+    ALL_RUN_TIMES = """
+        select stage, bucket, sum(attempts) from runtime
+        group by stage, bucket order by stage, bucket"""
+    ALL_WAIT_TIMES = """
+        select stage, bucket, sum(claims) from waited
+        group by stage, bucket order by stage, bucket"""
+    ALL_WORKERS = """
+        select count(*) as workers, coalesce(sum(slots), 0) as slots,
+            coalesce(sum(busy), 0) as busy from worker where heard >= :since"""
     DONE_SINCE = """
         select coalesce(sum(done), 0) from pace
         where jobix = :jobix and minute >= :minute"""
@@ -701,6 +828,21 @@ class SQL:
         select state, case when lease is null then null else 0 end as lease,
             free, count(*) as jobs, min(jobid) as jobid
         from job group by 1, 2, 3"""
+    # how often a child counts otherwise than its dependencies say
+    WHOLE_MISSING = """
+        select count(*), min(jobid) from job where missing != (
+            select count(*) from dependency
+            where child = job.row and known in (0, 2))"""
+    # … and those that say otherwise than the parents, all of whom are told
+    WHOLE_DEPENDENCIES = """
+        select count(*), min(child) from dependency
+        left join job on job.row = parent
+        where parent not in (select parent from unsettled) and (
+            jobid is null or not followed or known != case
+                when state = 'done' then 1
+                when state in ('failed', 'cancelled', 'aborted') then 2
+                else 0 end or not exists (
+                    select 1 from job as other where other.row = child))"""
     WHOLE_ORPHANS = """
         select count(*), min(row) from attempt where not exists (
             select 1 from job where job.row = attempt.job)"""
@@ -719,13 +861,18 @@ class SQL:
                 then 'due for nothing'
             when state != 'working' and lease is not null
                 then 'on lease to nobody'
-            when state not in ('working', 'waiting', 'done')
+            when state not in ('working', 'waiting', 'done', 'blocked')
                 and claim is not null then 'claimed and put aside'
             when state = 'done' and (final is null or stage < final)
                 then 'done before the last stage'
             when state = 'waiting' and stage >= final
                 then 'waiting in the last stage'
             when expired not in (0, 1) then 'expired by half'
+            when state = 'waiting' and missing > 0
+                then 'waiting, and for others too'
+            when state = 'blocked' and missing = 0 then 'blocked by nothing'
+            when (state = 'aborted') != (blame is not null)
+                then 'aborted and nobody to blame, or to blame and not'
             end as odd, count(*), min(jobid)
         from (select job.*, coalesce(job.laststage, (
                 select pipeline.laststage from pipeline
@@ -1653,6 +1800,7 @@ class Transaction:
         self.counted = []
         self.logs = [self.counted, *self.later.values()]
         self.waiting = False  # whether there may be anything in `later`
+        self.unsettled = False  # whether jobs have children yet to be told
         self.moving = set()  # the jobs that may have a move in `later`
         self.found = {}  # jobs that were looked up, by jobix and jobid
         self.free = {}  # of some stages the next free jobs, by their row
@@ -1821,8 +1969,10 @@ class Transaction:
         """Write all, and the sums: an update for each group that changed."""
         self.write()
         self.sum_up()
-        jobs, expired, done, timed = (
-            self.sums[kind] for kind in ("jobs", "expired", "done", "timed"))
+        jobs, expired, done, timed, waited, spent, seconds = (
+            self.sums[kind] for kind in (
+                "jobs", "expired", "done", "timed", "waited", "spent",
+                "seconds"))
         for key in {**jobs, **expired}:
             jobix, stage, state = key
             values = {"jobix": jobix, "stage": stage, "state": state}
@@ -1836,6 +1986,13 @@ class Transaction:
                 values = {"jobix": jobix, "stage": stage, "bucket": bucket}
                 values["attempts"] = n
                 self.add(SQL.TIMED, SQL.TIMED_FIRST, values)
+        for (jobix, stage, bucket), n in waited.items():
+            values = {"jobix": jobix, "stage": stage, "bucket": bucket}
+            self.add(SQL.WAITED, SQL.WAITED_FIRST, dict(values, claims=n))
+        for key, n in spent.items():
+            values = dict(zip(("jobix", "stage", "kind"), key))
+            values["attempts"], values["seconds"] = n, seconds[key]
+            self.add(SQL.SPENT, SQL.SPENT_FIRST, values)
         for jobix in {**done, **updates}:
             values = {"jobix": jobix, "minute": int(self.now // 60)}
             values["done"], values["updates"] = done[jobix], updates[jobix]
@@ -1913,12 +2070,15 @@ class Writer:
 
     CHECKPOINT_AFTER = 1000  # changed rows
 
-    def __init__(self, connection, turns, lock, clock, prepare, committed):
+    def __init__(
+        self, connection, turns, lock, clock, *, prepare, finish, committed
+    ):
         self.connection = connection
         self.lock = lock
         self.turns = turns
         self.clock = clock
         self.prepare = prepare  # called first in every transaction
+        self.finish = finish  # called last in one that leaves jobs unsettled
         self.committed = committed  # called with the jobs that a commit freed
         self.mutex = threading.Lock()
         self.rest = threading.Condition(self.mutex)  # nobody leads
@@ -2005,6 +2165,8 @@ class Writer:
                     self.connection, self.clock(), turns)
                 prepare(transaction)
                 yield transaction
+                if transaction.unsettled:
+                    self.finish(transaction)
                 transaction.settle()
                 self.lock.check()
                 execute("commit")
@@ -2231,6 +2393,8 @@ JSON_COLUMNS = "jobcmd", "filename", "files", "cwd", "outputs"
 CHUNK = 5000  # jobs that one transaction of a sweeping change moves
 PRUNED = 1000  # jobs whose attempts one transaction looks at, one a tick
 PRUNE_EVERY = 3600  # seconds
+SILENT = 300  # seconds after which a worker isn't there any more
+CUT_OFF = "released", "lapsed", "cancelled", "expired", "superseded"
 
 
 def delay_after(failures):
@@ -2248,6 +2412,14 @@ def is_free(state, lease):
     return state in ("waiting", "done") or (
         state == "working" and lease is None
     )
+
+
+def known_end(state):
+    """Return what a state means for jobs that wait for one that has it.
+
+    1: it is done, 2: it won't be, 0: neither.
+    """
+    return 1 if state == "done" else 2 * (state in PUT_ASIDE)
 
 
 def lane(state, lease):
@@ -2381,6 +2553,24 @@ def percentile(buckets, part):
             return 0.001 * 2 ** (bucket / 4)
 
 
+def by_stage(rows):
+    """Return {stage: [(bucket, n), …]} of rows (stage, bucket, n)."""
+    stages = {}
+    for stage, *bucket in rows:
+        stages.setdefault(stage, []).append(bucket)
+    return stages
+
+
+PARTS = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+
+
+def quantiles(buckets, counted, *names):
+    """Return how many a list of (bucket, n) has, and some of its PARTS."""
+    found = {counted: sum(n for _, n in buckets)}
+    found.update((name, percentile(buckets, PARTS[name])) for name in names)
+    return found
+
+
 class Store:
     """The jobs and everything that can happen to them.
 
@@ -2422,7 +2612,8 @@ class Store:
                 connection = open_writer(self.place)
             lock.cover()
             self.writer = Writer(
-                connection, turns, lock, clock, self.do_due, self.committed
+                connection, turns, lock, clock, prepare=self.do_due,
+                finish=self.tell_children, committed=self.committed,
             )
             undo.callback(self.writer.close)
             with self.writer.transaction(self.renew_all) as tx:
@@ -2485,16 +2676,89 @@ class Store:
 
         Unless it says otherwise the job's claim, lease and time to come end
         and its time in the stage begins now. Returns the job as it is then.
+        Those that wait for it are told before the commit.
         """
         values = dict(
-            job, since=tx.now, due=None, lease=None, claim=None,
+            job, since=tx.now, due=None, lease=None, claim=None, blame=None,
             old_stage=job["stage"], old_state=job["state"],
             old_claim=job["claim"],
         )
         values.update(after)
         values["free"] = lane(values["state"], values["lease"])
         tx.move(job, values)
+        if job["followed"]:
+            if known_end(job["state"]) != known_end(values["state"]):
+                tx.execute(SQL.UNSETTLE, job)
+                tx.unsettled = True
         return values
+
+    def resting(self, tx, job, stage):
+        """Return what becomes of a job that comes to rest in `stage`.
+
+        A dict of its stage, state and whom to blame for that.
+        """
+        state, blame = stage_state(stage, job["final"]), None
+        if job["missing"] and state == "waiting":
+            culprit = tx.execute(SQL.CULPRIT, job).fetchone()
+            blame = culprit and culprit["jobid"]
+            state = "blocked" if blame is None else "aborted"
+        return {"stage": stage, "state": state, "blame": blame}
+
+    # Jobs wait for others
+
+    def tell_children(self, tx):
+        """Let those who wait for a job know that it is done, or won't be.
+
+        Of up to CHUNK jobs; the rest when a tick comes to it.
+        """
+        left = CHUNK
+        while left > 0:
+            unsettled = tx.execute(SQL.UNSETTLED).fetchone()
+            if unsettled is None:
+                break
+            parent = tx.execute(SQL.BY_ROW, unsettled).fetchone()
+            known = known_end(parent["state"])
+            other, another = {0, 1, 2} - {known}
+            children = tx.execute(SQL.CHILDREN, {
+                "parent": parent["row"], "other": other, "another": another,
+                "limit": left,
+            }).fetchall()
+            for child in children:
+                self.tell(tx, child, known)
+            if len(children) < left:
+                tx.execute(SQL.SETTLED, unsettled)
+            left -= 1 + len(children)
+
+    def tell(self, tx, child, known):
+        """Let one child know of the end of one parent, see known_end()."""
+        tx.execute(SQL.KNOW, {"place": child["place"], "known": known})
+        more = (child["known"] == 1) - (known == 1)
+        if more:
+            tx.execute(SQL.MISS, {"row": child["row"], "more": more})
+        job = tx.execute(SQL.BY_ROW, {"row": child["row"]}).fetchone()
+        if job["state"] in ("waiting", "blocked", "aborted"):
+            self.move_to_rest(tx, job)
+
+    def move_to_rest(self, tx, job):
+        """Move a job to how it should be where it stands, if it isn't so."""
+        after = self.resting(tx, job, job["stage"])
+        if any(after[name] != job[name] for name in after):
+            self.move(tx, job, **after)
+
+    def follow(self, tx, jobix, jobid, parents):
+        """Let a new job wait for others; or Error 400 without one of them."""
+        child = tx.find(jobix, jobid)["row"]
+        for i in range(0, len(parents), len(TOGETHER)):
+            some = parents[i : i + len(TOGETHER)]
+            padded = some + some[-1:] * (len(TOGETHER) - len(some))
+            values = dict(zip(TOGETHER, padded), jobix=jobix, child=child)
+            if tx.execute(SQL.FOLLOW, values).rowcount != len(some):
+                lost = next(i for i in some if tx.find(jobix, i) is None)
+                raise Error(400, "Job %d waits for job %d, which isn't there."
+                            % (jobid, lost))
+            tx.execute(SQL.FOLLOWED, values)
+        tx.execute(SQL.MISSING, {"row": child})
+        self.move_to_rest(tx, tx.find(jobix, jobid))
 
     def end_attempt(self, tx, job, outcome, *, target=None, report=None):
         """Write down how the attempt ended that `job`'s claim stands for."""
@@ -2504,13 +2768,27 @@ class Store:
         values.update(BLANK_REPORT)
         values.update(report or {})
         took = values["seconds"]
-        lapsed = job["lapses"] > 0
-        if not (lapsed and tx.execute(SQL.MEND_ATTEMPT, values).rowcount):
+        if not (job["lapses"] and self.mend_attempt(tx, values)):
             tx.put_off(SQL.END_ATTEMPT, values)
             took = tx.now - job["since"] if took is None else took
         if outcome == "done":
             bucket = None if took is None else run_bucket(took)
             tx.count("timed", (job["jobix"], job["origin"], bucket))
+        self.spend(tx, values, outcome, took or 0)
+
+    def mend_attempt(self, tx, ending):
+        """Let an attempt that had lapsed end otherwise; return if it had."""
+        lapsed = tx.execute(SQL.LAPSED, ending).fetchone()
+        if lapsed:
+            tx.execute(SQL.MEND_ATTEMPT, ending)
+            self.spend(tx, ending, "mended", lapsed["seconds"])
+        return lapsed is not None
+
+    def spend(self, tx, job, kind, seconds, n=1):
+        """Add to the sums of what was done in the stage of a job's claim."""
+        key = job["jobix"], job["origin"], kind
+        tx.count("spent", key, n)
+        tx.count("seconds", key, seconds)
 
     def replace(self, tx, job, given):
         """Give `job` the columns `given`; its attempt keeps the old ones."""
@@ -2539,8 +2817,8 @@ class Store:
             if job["state"] == "working":
                 self.lapse(tx, job)
             else:
-                state = stage_state(job["stage"], job["final"])
-                self.move(tx, job, state=state, since=job["since"])
+                after = self.resting(tx, job, job["stage"])
+                self.move(tx, job, since=job["since"], **after)
 
     def lapse(self, tx, job):
         """Take a job back from a worker that was not heard of in time.
@@ -2548,17 +2826,15 @@ class Store:
         The claim stays: until somebody else has the job its late result is
         taken.
         """
-        lapses = job["lapses"] + 1
-        state, claim = stage_state(job["origin"], job["final"]), job["claim"]
-        report = {}
+        lapses, claim, report = job["lapses"] + 1, job["claim"], {}
+        after = self.resting(tx, job, job["origin"])
         if lapses >= self.max_lapses:
-            state, claim = "failed", None
+            after.update(state="failed", blame=None)
             report["error"] = LAPSES_SPENT % lapses
+        if after["state"] in PUT_ASIDE:
+            claim = None
         self.end_attempt(tx, job, "lapsed", report=report)
-        self.move(
-            tx, job, stage=job["origin"], state=state, claim=claim,
-            lapses=lapses,
-        )
+        self.move(tx, job, claim=claim, lapses=lapses, **after)
 
     # Jobs come in
 
@@ -2573,11 +2849,24 @@ class Store:
             return
         final = self.final_stage(tx, jobix)
         jobs = dict(jobs, jobix=jobix, jobid=ids, since=tx.now)
-        for (stage, last), some in split(jobs, "jobstage", "laststage"):
+        after = jobs.pop("after")
+        following = {
+            jobid: parents for jobid, parents in zip(ids, after or ())
+            if parents and tx.find(jobix, jobid) is None
+        }
+        jobs["blocked"] = bool(following) and [i in following for i in ids]
+        keys = "jobstage", "laststage", "blocked"
+        for (stage, last, blocked), some in split(jobs, *keys):
             state = stage_state(stage, final if last is None else last)
-            n = tx.insert(SQL.ADD, dict(some, state=state))
+            if blocked and state == "waiting":
+                state = "blocked"
+            free = lane(state, None)
+            n = tx.insert(SQL.ADD, dict(some, state=state, free=free))
             tx.count("jobs", (jobix, stage, state), n)
-            tx.count("free", (jobix, stage), n)
+            if free > 0:
+                tx.count("free", (jobix, stage), n)
+        for jobid, parents in following.items():
+            self.follow(tx, jobix, jobid, parents)
 
     def final_stage(self, tx, jobix):
         """Return the last stage that /init named, or None."""
@@ -2593,7 +2882,9 @@ class Store:
         adds nothing.
         """
         last = tx.execute(SQL.LAST_JOBID, {"jobix": jobix}).fetchone()[0]
-        first = start = 1 if last is None else last + 1
+        first = start = last + 1
+        if any(max(parents or [0]) > last for parents in jobs["after"] or ()):
+            raise Error(400, "A job can't wait for jobs that aren't there.")
         given, new, place = [], [], 0
         for key, n in submissions:
             ids = self.known_ids(tx, jobix, key)
@@ -2648,7 +2939,8 @@ class Store:
         """Move one free job into the hands of a new `claim`; return it so."""
         self.cut_off(tx, job, "superseded")  # claimed without a lease
         fresh = job["state"] == "working" and job["stage"] != job["origin"]
-        return self.move(
+        waited = max(0, tx.now - job["since"])
+        job = self.move(
             tx, job,
             stage=target,
             state="working",
@@ -2662,6 +2954,12 @@ class Store:
             failures=0 if fresh else job["failures"],
             lapses=0 if fresh else job["lapses"],
         )
+        self.spend(tx, job, "claimed", waited)
+        if job["attempt"] > 1:
+            self.spend(tx, job, "again", waited)
+        key = job["jobix"], job["origin"], run_bucket(waited)
+        tx.count("waited", key)
+        return job
 
     @change
     def update_job(self, tx, jobix, jobid, stage, **given):
@@ -2685,11 +2983,9 @@ class Store:
         given = {k: text for k, text in given.items() if text is not None}
         if given:
             self.replace(tx, job, given)
-        state = stage_state(stage, job["final"])
-        self.move(
-            tx, job, stage=stage, state=state, attempt=0, failures=0, lapses=0
-        )
-        if state == "done" != job["state"]:
+        after = self.resting(tx, job, stage)
+        self.move(tx, job, attempt=0, failures=0, lapses=0, **after)
+        if after["state"] == "done" != job["state"]:
             tx.count("done", jobix)
 
     def settled(self, tx, job, claim, outcome, target=None):
@@ -2827,13 +3123,14 @@ class Store:
         if self.settled(tx, job, claim, "released"):
             return {"jobid": jobid, "state": job["state"]}
         self.need_claim(job)
+        return {"jobid": jobid, "state": self.give_back(tx, job)}
+
+    def give_back(self, tx, job):
+        """Undo a claim; return the state that its job has then."""
         self.end_attempt(tx, job, "released")
-        state = stage_state(job["origin"], job["final"])
-        self.move(
-            tx, job, stage=job["origin"], state=state,
-            attempt=job["attempt"] - 1,
-        )
-        return {"jobid": jobid, "state": state}
+        after = self.resting(tx, job, job["origin"])
+        self.move(tx, job, attempt=job["attempt"] - 1, **after)
+        return after["state"]
 
     def need_claim(self, job):
         """Raise Error 409 when nobody has claimed `job`."""
@@ -2849,6 +3146,7 @@ class Store:
         lost, and whether it should drain.
         """
         worker = dict(worker, jobix=jobix, heard=tx.now)
+        self.count_idle(tx, worker)
         if worker["ended"] and worker["quarantine"] is None:
             tx.execute(SQL.ENDED, worker)
         else:
@@ -2862,6 +3160,21 @@ class Store:
             else:
                 self.renew(tx, job, lease)
         return lost, drained is not None
+
+    def count_idle(self, tx, worker):
+        """Count how long a worker's slots were idle since it was heard of.
+
+        That goes to the first of its stages. One that was silent for long
+        was not there.
+        """
+        before = tx.execute(SQL.WORKER, worker).fetchone()
+        if before and None not in tuple(before):
+            stages, silent = from_json(before["stages"]), \
+                worker["heard"] - before["heard"]
+            idle = (before["slots"] - before["busy"]) * silent
+            if stages and 0 <= silent <= SILENT and idle > 0:
+                claim = {"jobix": worker["jobix"], "origin": stages[0]}
+                self.spend(tx, claim, "idle", idle, 0)
 
     def renew(self, tx, job, lease):
         """Give a claim more time, also one that lapsed and nobody took."""
@@ -2983,13 +3296,11 @@ class Store:
         moving = [job for job in flagged if job["state"] not in PUT_ASIDE]
         for job in moving:
             self.cut_off(tx, job, "expired")
-            self.move(
-                tx, job, stage=new, state=stage_state(new, job["final"]),
-                attempt=0, failures=0, lapses=0,
-            )
+            after = self.resting(tx, job, new)
+            self.move(tx, job, attempt=0, failures=0, lapses=0, **after)
         return not flagged, len(moving)
 
-    # Jobs are retried and cancelled
+    # Jobs are retried, cancelled, released, forgotten
 
     def retry(self, jobix, **selector):
         """Put ended jobs back where they were claimed, budgets fresh.
@@ -3002,6 +3313,14 @@ class Store:
     def cancel(self, jobix, **selector):
         """Cancel whatever isn't done; selector and result as retry's."""
         return self.sweep(jobix, self.call_off, CANCELLABLE, **selector)
+
+    def release(self, jobix, **selector):
+        """Give claims back unharmed; selector and result as retry's."""
+        return self.sweep(jobix, self.let_go, ("working",), **selector)
+
+    def forget(self, jobix, **selector):
+        """Delete done jobs; selector and result as retry's."""
+        return self.sweep(jobix, self.delete, ("done",), **selector)
 
     def sweep(self, jobix, act, states, *, ids=None, stage=None, state=None):
         """Do `act` to the selected jobs in one of `states`; count them.
@@ -3067,12 +3386,13 @@ class Store:
         stage = job["origin"] if job["state"] == "done" else job["stage"]
         if stage is None:  # nobody ever claimed it
             return 0
+        after = self.resting(tx, job, stage)
+        if after["state"] == "aborted" == job["state"]:
+            return 0  # it comes back with the job that it waits for
         if job["state"] == "done":
             self.restore(tx, job, stage)
         self.move(
-            tx, job, stage=stage, state=stage_state(stage, job["final"]),
-            attempt=0, failures=0, lapses=0, rejects=0,
-        )
+            tx, job, attempt=0, failures=0, lapses=0, rejects=0, **after)
         return 1
 
     def call_off(self, tx, job):
@@ -3081,6 +3401,25 @@ class Store:
         self.cut_off(tx, job, "cancelled")
         stage = job["origin"] if working else job["stage"]
         self.move(tx, job, stage=stage, state="cancelled")
+        return 1
+
+    def let_go(self, tx, job):
+        """Take a job from who works on it; return 1."""
+        self.give_back(tx, job)
+        return 1
+
+    def delete(self, tx, job):
+        """Delete a done job; return 0 if another doesn't know of its end yet.
+        """
+        if job["followed"] and tx.execute(SQL.WAITED_ON, job).fetchone():
+            return 0
+        for statement in (SQL.FORGET_ATTEMPTS, SQL.FORGET_PARENTS,
+                          SQL.FORGET_CHILDREN, SQL.SETTLED, SQL.FORGOTTEN,
+                          SQL.FORGET):
+            tx.execute(statement, job)
+        group = job["jobix"], job["stage"], job["state"]
+        tx.count("jobs", group, -1)
+        tx.count("expired", group, -job["expired"])
         return 1
 
     # What there is
@@ -3121,17 +3460,33 @@ class Store:
 
     def runtimes(self, execute, jobix):
         """Return {stage: how long the commands of its attempts ran}."""
-        stages = {}
-        for stage, *bucket in execute(SQL.RUN_TIMES, {"jobix": jobix}):
-            stages.setdefault(stage, []).append(bucket)
+        stages = by_stage(execute(SQL.RUN_TIMES, {"jobix": jobix}))
         return {
-            stage: {
-                "attempts": sum(attempts for _, attempts in buckets),
-                "median": percentile(buckets, 0.5),
-                "p90": percentile(buckets, 0.9),
-            }
+            stage: quantiles(buckets, "attempts", "median", "p90")
             for stage, buckets in stages.items()
         }
+
+    @query
+    def stats(self, execute, jobix):
+        """Return the time, and rows of EFFORTS, RUN_TIMES and WAIT_TIMES."""
+        statements = SQL.EFFORTS, SQL.RUN_TIMES, SQL.WAIT_TIMES
+        key = {"jobix": jobix}
+        return (self.clock(), *(
+            execute(sql, key).fetchall() for sql in statements))
+
+    @query
+    def metrics(self, execute):
+        """Return the figures of all jobix together.
+
+        Rows of ALL_JOBS, one of ALL_WORKERS, and then as stats().
+        """
+        key = {"since": self.clock() - SILENT}
+        return (
+            execute(SQL.ALL_JOBS).fetchall(),
+            execute(SQL.ALL_WORKERS, key).fetchone(),
+            *(execute(sql).fetchall() for sql in (
+                SQL.ALL_EFFORTS, SQL.ALL_RUN_TIMES, SQL.ALL_WAIT_TIMES)),
+        )
 
     def rate(self, execute, jobix):
         """Return the jobs that became done a second, of late."""
@@ -3167,27 +3522,37 @@ class Store:
 
     @query
     def job(self, execute, jobix, jobid):
-        """Return a job and a list of its last attempts, the oldest first.
+        """Return a job, whom it waits for, and a list of its last attempts.
 
-        All are dicts in the columns of their tables. None where there is no
-        such job.
+        Jobs and attempts are dicts in the columns of their tables, whom it
+        waits for is a list of some ids. None where there is no such job.
         """
         key = {"jobix": jobix, "jobid": jobid}
         job = execute(SQL.SHOWN_JOB, key).fetchone()
         if job is None:
             return None
         key = {"row": job["row"], "limit": ATTEMPTS_SHOWN}
-        attempts = [dict(row) for row in execute(SQL.ATTEMPTS, key)]
-        return dict(job), attempts[::-1]
+        waits_for = [jobid for jobid, in execute(SQL.WAITED_FOR, key)]
+        return dict(job), waits_for, self.attempts(execute, **key)
+
+    def attempts(self, execute, row, limit):
+        """Return a list of a job's last attempts, the oldest first."""
+        if not limit:
+            return []
+        key = {"row": row, "limit": limit}
+        return [dict(row) for row in execute(SQL.ATTEMPTS, key)][::-1]
 
     @query
-    def jobs(self, execute, jobix, *, order, after, limit, stage, state):
+    def jobs(
+        self, execute, jobix, *, order, after, limit, stage, state, attempts=0
+    ):
         """Return a page of jobs and the place to go on from, None at the end.
 
         `order` is by `id` or `time` in their stage, the longest first; a
         place, None at first, is an id or a tuple (since, id). Jobs are those
         of a stage and a state (`expired` for the marked), None for any. A
-        page has up to `limit` dicts, fewer when they are large.
+        page has up to `limit` pairs of a job and a list of its last
+        `attempts`, fewer when they are large.
         """
         find = self.places_by_id if order == "id" else self.places_by_time
         places = find(execute, jobix, stage, state, after, limit + 1)
@@ -3195,8 +3560,13 @@ class Store:
         for place in places[:limit]:
             jobid = place if order == "id" else place[1]
             key = {"jobix": jobix, "jobid": jobid}
-            jobs.append(dict(execute(SQL.SHOWN_JOB, key).fetchone()))
-            size += sum(len(jobs[-1][name] or "") for name in JSON_COLUMNS)
+            job = dict(execute(SQL.SHOWN_JOB, key).fetchone())
+            last = self.attempts(execute, job["row"], attempts)
+            jobs.append((job, last))
+            size += sum(len(job[name] or "") for name in JSON_COLUMNS)
+            size += sum(
+                len(attempt[name] or "")
+                for attempt in last for name in ("error", "stderr"))
             if size > PAGE_TEXT:
                 break
         return jobs, place if len(jobs) < len(places) else None
@@ -3331,9 +3701,14 @@ class Store:
 
     @query
     def behind(self, execute):
-        """Return whether a job is due, and what stages have overdue jobs."""
+        """Return whether a job is due, and what stages have overdue jobs.
+
+        Due is also one whose children don't know of its end.
+        """
         now = self.clock()
         due = execute(SQL.NEXT_DUE).fetchone()[0]
+        if execute(SQL.UNSETTLED).fetchone():
+            due = now
         overdue = []
         for row in execute(SQL.ALL_LIFETIMES).fetchall():
             values = dict(row, before=now - row["minutes"] * 60)
@@ -3343,7 +3718,11 @@ class Store:
 
     @change
     def catch_up(self, tx, overdue):
-        """Flag in `overdue` stages; what is due was done as this began."""
+        """Flag in `overdue` stages; what is due was done as this began.
+
+        And jobs that were left unsettled are settled as it ends.
+        """
+        tx.unsettled = True
         for jobix, stage, minutes in overdue:
             self.flag(tx, jobix, stage, minutes)
 
@@ -3681,6 +4060,13 @@ def read_files(value, name):
     return to_json([{key: file[key] for key in keys} for file in value])
 
 
+def parents(value, name):
+    """Read a list of the jobids that a job waits for; None when empty."""
+    if type(value) is not list:
+        raise Error(400, "%s must be a list of jobids." % name)
+    return list(dict.fromkeys(JOBID(jobid, name) for jobid in value)) or None
+
+
 # What a job may carry in /set: each key with its reader.
 CARRIES = {
     "jobstage": STAGE,
@@ -3692,6 +4078,7 @@ CARRIES = {
     "timeout": period,
     "cwd": string,
     "outputs": strings,
+    "after": parents,
 }
 BLANK = dict(dict.fromkeys(CARRIES), priority=0)
 SIMPLE = {int, str, type(None)}  # of equals of one kind each is as the other
@@ -3824,6 +4211,30 @@ def init(store, request, *minutes):
     return Response.json(store.init(request.jobix, minutes))
 
 
+def need_order(ids, after):
+    """Raise Error 400 where jobs wait for each other in a circle.
+
+    `after` has for each of `ids` a list of those that it waits for, or None.
+    """
+    parents = {i: waited for i, waited in zip(ids, after) if waited}
+    children, left = defaultdict(list), Counter()
+    for child, waited in parents.items():
+        for parent in waited:
+            if parent in parents:
+                children[parent].append(child)
+                left[child] += 1
+    ready = [jobid for jobid in parents if not left[jobid]]
+    for jobid in ready:  # grows meanwhile
+        for child in children[jobid]:
+            left[child] -= 1
+            if not left[child]:
+                ready.append(child)
+    if len(ready) < len(parents):
+        jobid = min(set(parents).difference(ready))
+        raise Error(400, "Job %d would wait for itself, or for one that does."
+                    % jobid)
+
+
 def set_jobs(store, request):
     """Add jobs, all or none."""
     given = bounded(read_object(request))
@@ -3831,6 +4242,7 @@ def set_jobs(store, request):
     ids = [JOBID(number(jobid), "jobid") for jobid in given]
     if len(set(ids)) != len(ids):
         raise Error(400, "A jobid stands twice.")
+    need_order(ids, jobs["after"] or ())
     store.set(request.jobix, ids, jobs)
     return Response.text("Accepted to %d!" % request.jobix)
 
@@ -4100,6 +4512,20 @@ def cancel(store, request):
     return Response.json({"cancelled": cancelled})
 
 
+def release(store, request):
+    """Take jobs from who works on them, unharmed."""
+    selector = read_selector(request)
+    released = store.release(request.jobix, **selector)
+    return Response.json({"released": released})
+
+
+def forget(store, request):
+    """Delete done jobs."""
+    selector = read_selector(request)
+    forgotten = store.forget(request.jobix, **selector)
+    return Response.json({"forgotten": forgotten})
+
+
 def tagged(request, text, same=None):
     """Answer with JSON text, or with 304 when the caller has it already.
 
@@ -4132,8 +4558,9 @@ def job(store, request, jobid):
     found = store.job(request.jobix, jobid)
     if found is None:
         raise Error(404, "There is no job %d." % jobid)
-    job, attempts = found
-    return tagged(request, shown(job, attempts=to_json(attempts)))
+    job, waits_for, attempts = found
+    return tagged(request, shown(
+        job, waits_for=to_json(waits_for), attempts=to_json(attempts)))
 
 
 def read_place(text, order):
@@ -4155,7 +4582,10 @@ def jobs(store, request):
         order=read_order,
         after=word,
         limit=in_text(integer(1, 10**25)),
+        attempts=in_text(integer(0, ATTEMPTS_SHOWN)),
     )
+    more = given["attempts"] is not None
+    given["attempts"] = given["attempts"] or 0
     given["limit"] = min(given["limit"] or 100, MAX_PAGE)
     given["order"] = given["order"] or "id"
     if given["after"] is not None:
@@ -4164,7 +4594,9 @@ def jobs(store, request):
     if type(after) is tuple:
         after = "%r,%d" % after
     text = '{"jobs": [%s], "after": %s}'
-    listed = ", ".join(shown(job) for job in page)
+    listed = ", ".join(
+        shown(job, attempts=to_json(attempts)) if more else shown(job)
+        for job, attempts in page)
     return tagged(request, text % (listed, to_json(after)))
 
 
@@ -4210,6 +4642,130 @@ def status(store, request):
     figures = store.status(request.jobix)
     figures["readonly"] = request.readonly
     return timed(request, figures.pop("time"), figures)
+
+
+def spent_in(stage, spent, ran, waited):
+    """Return what was spent on jobs claimed from a stage: see GET /stats."""
+    lapsed, mended = spent.get("lapsed"), spent.get("mended")
+    if mended:  # late results, taken after all
+        lapsed = {name: lapsed[name] - mended[name] for name in lapsed}
+    outcomes = {
+        kind: sums for kind, sums in dict(spent, lapsed=lapsed).items()
+        if kind not in ("claimed", "again", "idle", "mended") and sums
+    }
+    run = quantiles(ran, "attempts", *PARTS) if ran else None
+    nothing = {"attempts": 0, "seconds": 0}
+    return {
+        "stage": stage,
+        "claims": spent.get("claimed", nothing)["attempts"],
+        "retries": spent.get("again", nothing)["attempts"],
+        "run": run,
+        "wait": quantiles(waited, "claims", *PARTS) if waited else None,
+        "outcomes": outcomes,
+        "useful": outcomes.get("done", nothing)["seconds"],
+        "lost": sum(outcomes.get(kind, nothing)["seconds"]
+                    for kind in CUT_OFF),
+        "idle": spent.get("idle", nothing)["seconds"],
+        "advised": run and max(1, math.ceil(2 * run["p95"] / 60)),
+    }
+
+
+def stats(store, request):
+    """Show what time the attempts have taken, and what was lost."""
+    now, efforts, ran, waited = store.stats(request.jobix)
+    spent = defaultdict(dict)
+    for stage, kind, attempts, seconds in efforts:
+        spent[stage][kind] = {"attempts": attempts, "seconds": seconds}
+    ran, waited = by_stage(ran), by_stage(waited)
+    stages = [
+        spent_in(stage, sums, ran.get(stage), waited.get(stage))
+        for stage, sums in sorted(spent.items())
+    ]
+    names = "claims", "retries", "useful", "lost", "idle"
+    totals = {name: sum(stage[name] for stage in stages) for name in names}
+    return timed(request, now, {"stages": stages, "totals": totals})
+
+
+def metric(name, kind, meaning, samples):
+    """Return a metric in Prometheus' text format, version 0.0.4.
+
+    `samples` are (what is added to the name, labels, value). See
+    https://prometheus.io/docs/instrumenting/exposition_formats/
+    """
+    lines = ["# HELP %s %s" % (name, meaning), "# TYPE %s %s" % (name, kind)]
+    for more, labels, value in samples:
+        pairs = ",".join('%s="%s"' % pair for pair in labels.items())
+        named = "{%s}" % pairs if pairs else ""
+        lines.append("%s%s%s %r" % (name, more, named, value))
+    return "\n".join(lines) + "\n"
+
+
+def histogram(stages, seconds):
+    """Yield samples of run times: `stages` as by_stage() has them.
+
+    `seconds` is the sum of each stage. The bounds are 1 ms, and 4 times the
+    one before.
+    """
+    for stage, buckets in stages.items():
+        labels = {"stage": stage}
+        for power in range(14):
+            within = sum(n for bucket, n in buckets if bucket <= 8 * power)
+            bound = "%g" % (0.001 * 4**power)
+            yield "_bucket", dict(labels, le=bound), within
+        count = sum(n for _, n in buckets)
+        yield "_bucket", dict(labels, le="+Inf"), count
+        yield "_sum", labels, seconds.get(stage, 0)
+        yield "_count", labels, count
+
+
+# Of effort: what /metrics calls a kind that is no outcome of an attempt.
+KINDS = {
+    "claimed": ("jobman_claims_total", "Jobs that were claimed."),
+    "again": ("jobman_retries_total", "Claims that were not a job's first."),
+    "mended": ("jobman_mended_total", "Lapsed attempts that ended after all."),
+}
+
+
+def metrics(store, request):
+    """Show the figures of all jobix together, for Prometheus."""
+    groups, workers, efforts, ran, waited = store.metrics()
+    spent = defaultdict(list)
+    for row in efforts:
+        spent[row["kind"]].append(row)
+    seconds = {kind: {row["stage"]: row["seconds"] for row in rows}
+               for kind, rows in spent.items()}
+    outcomes = [row for row in efforts if row["kind"] not in (*KINDS, "idle")]
+    labels = [{"stage": row["stage"], "outcome": row["kind"]}
+              for row in outcomes]
+    places = [{"stage": g["stage"], "state": g["state"]} for g in groups]
+    parts = [
+        metric("jobman_info", "gauge", "This server's version.",
+               [("", {"version": __version__}, 1)]),
+        metric("jobman_jobs", "gauge", "Jobs by stage and state.", [
+            ("", p, g["jobs"]) for p, g in zip(places, groups)]),
+        metric("jobman_expired_jobs", "gauge", "Jobs over their lifetime.", [
+            ("", p, g["expired"]) for p, g in zip(places, groups)]),
+        *(metric("jobman_" + name, "gauge", "Of workers heard of lately.",
+                 [("", {}, workers[name])])
+          for name in ("workers", "slots", "busy")),
+        *(metric(name, "counter", meaning, [
+            ("", {"stage": row["stage"]}, row["attempts"])
+            for row in spent[kind]])
+          for kind, (name, meaning) in KINDS.items()),
+        metric("jobman_attempts_total", "counter", "Attempts that ended.", [
+            ("", p, row["attempts"]) for p, row in zip(labels, outcomes)]),
+        metric("jobman_spent_seconds_total", "counter", "Their time.", [
+            ("", p, row["seconds"]) for p, row in zip(labels, outcomes)]),
+        metric("jobman_idle_seconds_total", "counter", "Time of idle slots.", [
+            ("", {"stage": row["stage"]}, row["seconds"])
+            for row in spent["idle"]]),
+        metric("jobman_attempt_seconds", "histogram", "Attempts, when done.",
+               histogram(by_stage(ran), seconds.get("done", {}))),
+        metric("jobman_wait_seconds", "histogram", "From free to claimed.",
+               histogram(by_stage(waited), seconds.get("claimed", {}))),
+    ]
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    return Response(200, "".join(parts).encode(), kind)
 
 
 def health(store, request):
@@ -4518,6 +5074,7 @@ PARAMETERS = {
 ROUTES = (
     ("GET", "/", greet),
     ("GET", "/health", health),
+    ("GET", "/metrics", metrics),
     ("GET", "/get", dashboard),
     ("GET", "/lifetime", lifetime_page),
     ("GET", "/init", lifetimes),
@@ -4539,6 +5096,8 @@ ROUTES = (
     ("GET", "/check_stages/<old>/<new>", check_stages),
     ("POST", "/retry", retry),
     ("POST", "/cancel", cancel),
+    ("POST", "/release", release),
+    ("POST", "/forget", forget),
     ("POST", "/pause/<stage>", pause),
     ("POST", "/resume/<stage>", pause),
     ("POST", "/drain/<worker…>", drain),
@@ -4547,12 +5106,14 @@ ROUTES = (
     ("GET", "/pace", pace),
     ("GET", "/workers", workers),
     ("GET", "/failures", failures),
+    ("GET", "/stats", stats),
     ("GET", "/jobs", jobs),
     ("GET", "/job/<jobid>", job),
 )
-PUBLIC = frozenset((greet, health, dashboard, lifetime_page))
+PUBLIC = frozenset((greet, health, metrics, dashboard, lifetime_page))
 READING = frozenset((
-    lifetimes, lifetime, status, pace, workers, failures, jobs, job, *PUBLIC
+    lifetimes, lifetime, status, pace, workers, failures, stats, jobs, job,
+    *PUBLIC
 ))
 # coroutines, whose steps are soon taken (see reach)
 STEPWISE = frozenset((
@@ -6597,6 +7158,17 @@ def check_attempts(execute):
         yield "%d attempts are of no job (row %d)" % (orphans, row)
 
 
+def check_dependencies(execute):
+    """Yield the jobs that wait for others by mistake, or don't."""
+    jobs, jobid = execute(SQL.WHOLE_MISSING).fetchone()
+    if jobs:
+        yield "%d jobs wait for more or fewer than they know (job %d)" % (
+            jobs, jobid)
+    wrong, row = execute(SQL.WHOLE_DEPENDENCIES).fetchone()
+    if wrong:
+        yield "%d jobs are waited for in another state (row %d)" % (wrong, row)
+
+
 def check_jobs(execute):
     """Yield the jobs whose state contradicts what else they have."""
     for odd, jobs, jobid in execute(SQL.WHOLE_ODD):
@@ -6609,6 +7181,7 @@ CHECKS = (
     ("counts", check_counts),
     ("free", check_lanes),
     ("attempts", check_attempts),
+    ("dependencies", check_dependencies),
     ("jobs", check_jobs),
 )
 FINDINGS_SHOWN = 5  # of one check

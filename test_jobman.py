@@ -22,6 +22,7 @@ import http.client
 import io
 import itertools
 import json
+import math
 import os
 import pty
 import random
@@ -484,7 +485,8 @@ class ContractTest(StoreCase):
         self.assertFalse(self.ok("/status")["readonly"])
         self.assertIn("<td>0</td>", self.call("/get?plain=1", **reading).text)
         readable = {"/init", "/lifetime/<stage>", "/status", "/pace",
-                    "/workers", "/failures", "/jobs", "/job/<jobid>"}
+                    "/workers", "/failures", "/stats", "/jobs",
+                    "/job/<jobid>"}
         for method, pattern, endpoint in jobman.ROUTES:
             path = re.sub("<[^>]*>", "1", pattern)
             body = b"{}" if method == "POST" else None
@@ -2136,6 +2138,7 @@ class ShowTest(StoreCase):
             carried, jobid=1, stage=3, state="working", expired=False,
             since=now, due=now + 60, worker="w3", attempt=1, failures=0,
             lapses=0, rejects=0, jobcmd=["cmd", 2], files=made("a"), made=0,
+            waits=0, waits_for=[], aborted_by=None,
         ), shown)
         self.assertNotIn(job["claim"], json.dumps(shown))
         self.assertEqual([
@@ -2204,8 +2207,22 @@ class ShowTest(StoreCase):
         self.get(0, lease=60)
         for shown in self.ok("/jobs")["jobs"]:
             job = self.ok("/job/%d" % shown["jobid"])
-            del job["attempts"]
+            del job["attempts"], job["waits_for"]
             self.assertEqual(job, shown)
+
+    def test_jobs_are_shown_with_their_last_attempts(self):
+        self.set_jobs([1, 2])
+        for _ in range(3):
+            self.fail(self.get(0), exit_code=1)
+            self.clock.advance(600)
+        for n in (0, 1, 2, 100):
+            for job in self.ok("/jobs?attempts=%d" % n)["jobs"]:
+                whole = self.ok("/job/%d" % job["jobid"])["attempts"]
+                self.assertEqual(whole[len(whole) - n :] if n < 3 else whole,
+                                 job["attempts"])
+        for bad in ("-1", "101", "x"):
+            self.assertReply(400, self.call("/jobs?attempts=" + bad))
+        self.assertNotIn("attempts", self.ok("/jobs")["jobs"][0])
 
     def test_jobs_are_chosen_by_stage_and_state(self):
         self.set_jobs([1, 2, 3])
@@ -2736,6 +2753,688 @@ class SweepTest(StoreCase):
         query = "select state from job"
         wait_for(lambda: rows(self.path("jobs.db"), query)
                  == [{"state": "waiting"}], "the delay's end")
+
+
+class DependencyTest(StoreCase):
+    """Jobs wait for other jobs."""
+
+    def add(self, after, **options):
+        """Add jobs of one stage: {id: those it waits for}."""
+        self.assertReply(200, self.post("/set", {
+            jobid: dict({"jobstage": 0, "laststage": 2, "after": parents},
+                        **options)
+            for jobid, parents in after.items()
+        }))
+
+    def finish(self, *ids):
+        """Let jobs be done."""
+        for jobid in ids:
+            self.assertReply(200, self.call("/update_job/%d/2" % jobid))
+
+    def spoil(self, *ids):
+        """Let jobs be claimed, and fail for good."""
+        while ids:
+            job = self.get(0)
+            self.assertIn(job["jobid"], ids)
+            self.assertEqual("failed", self.fail(job).json()["state"])
+            ids = [jobid for jobid in ids if jobid != job["jobid"]]
+
+    def told(self):
+        """Return {id: state}, having checked what the database says."""
+        self.states()
+        with contextlib.closing(self.look()) as db:
+            db.row_factory = sqlite3.Row
+            for name, look in jobman.CHECKS:
+                self.assertEqual([], jobman.findings(look, db.execute), name)
+        return {job["jobid"]: job["state"]
+                for job in self.ok("/jobs?limit=1000")["jobs"]}
+
+    def blame(self):
+        """Return {id: by whose end it is aborted}."""
+        return {job["jobid"]: job["aborted_by"]
+                for job in self.ok("/jobs")["jobs"]
+                if job["aborted_by"] is not None}
+
+    def test_a_job_waits_until_all_are_done(self):
+        self.add({1: [], 2: None, 3: [1, 2, 1]})
+        self.assertEqual(
+            {1: "waiting", 2: "waiting", 3: "blocked"}, self.told())
+        shown = self.ok("/job/3")
+        self.assertEqual((2, [1, 2]), (shown["waits"], shown["waits_for"]))
+        self.finish(2)
+        self.assertEqual("blocked", self.told()[3])
+        shown = self.ok("/job/3")
+        self.assertEqual((1, [1]), (shown["waits"], shown["waits_for"]))
+        self.assertEqual(1, self.get(0, lease=9)["jobid"])
+        self.assertEqual("nada", self.get(0, lease=9))
+        self.finish(1)
+        self.assertEqual(3, self.get(0, lease=9)["jobid"])
+
+    def test_a_job_waits_for_the_last_stage_of_another(self):
+        self.add({1: []}, laststage=4)
+        self.add({2: [1]})
+        self.assertReply(200, self.call("/update_job/1/2"))
+        self.assertEqual("blocked", self.told()[2])
+        self.assertReply(200, self.call("/update_job/1/4"))
+        self.assertEqual("waiting", self.told()[2])
+
+    def test_init_may_make_others_done(self):
+        self.set_jobs([1], stage=2)
+        self.set_jobs([2], after=[1])
+        self.assertEqual("blocked", self.told()[2])
+        self.ok("/init/0/0/0")
+        self.assertEqual({1: "done", 2: "waiting"}, self.told())
+
+    def test_what_has_ended_before_counts(self):
+        self.add({1: [], 2: [], 3: []}, max_attempts=1)
+        self.finish(1)
+        self.ok("/cancel", {"ids": [2]})
+        self.add({4: [1], 5: [1, 2], 6: [1, 3]})
+        self.assertEqual(
+            {1: "done", 2: "cancelled", 3: "waiting", 4: "waiting",
+             5: "aborted", 6: "blocked"}, self.told())
+        self.assertEqual({5: 2}, self.blame())
+
+    def test_a_job_whose_last_stage_this_is_waits_for_nobody(self):
+        self.add({1: []})
+        self.add({2: [1]}, jobstage=2)
+        self.assertEqual({1: "waiting", 2: "done"}, self.told())
+
+    def test_one_that_fails_for_good_aborts_all_that_wait_for_it(self):
+        self.add({1: [], 2: [1], 3: [2], 4: []}, max_attempts=2)
+        job = self.get(0)
+        self.assertEqual("delayed", self.fail(job).json()["state"])
+        self.assertEqual("blocked", self.told()[2])
+        self.clock.advance(10)
+        self.fail(self.get(0))
+        self.assertEqual(
+            {1: "failed", 2: "aborted", 3: "aborted", 4: "waiting"},
+            self.told())
+        self.assertEqual({2: 1, 3: 2}, self.blame())
+        self.assertEqual({"retried": 1}, self.ok("/retry", {"ids": [1]}))
+        self.assertEqual(
+            {1: "waiting", 2: "blocked", 3: "blocked", 4: "waiting"},
+            self.told())
+        self.assertEqual({}, self.blame())
+        self.finish(1)
+        self.assertEqual("waiting", self.told()[2])
+        self.finish(2)
+        self.assertEqual("waiting", self.told()[3])
+
+    def test_spent_leases_and_lost_files_abort_too(self):
+        self.add({1: [], 2: [1], 3: [], 4: [3]}, max_attempts=1)
+        for _ in range(jobman.MAX_LAPSES):
+            self.assertEqual(1, self.get(0, lease=5)["jobid"])
+            self.clock.advance(6)
+        job = self.get(0, lease=5)
+        body = packed({"files": made("a")})
+        self.update(job, 1, body=body)
+        self.assertReply(200, self.post("/reject_job/3", {}))
+        self.assertEqual(
+            {1: "failed", 2: "aborted", 3: "failed", 4: "aborted"},
+            self.told())
+
+    def test_a_cancelled_one_aborts_too(self):
+        self.add({1: [], 2: [1], 3: [2]})
+        self.ok("/cancel", {"ids": [2]})
+        self.assertEqual({3: 2}, self.blame())
+        self.ok("/cancel", {"ids": [1]})
+        self.assertEqual(
+            {1: "cancelled", 2: "cancelled", 3: "aborted"}, self.told())
+        self.assertEqual({"retried": 1}, self.ok("/retry", {"ids": [1]}))
+        self.assertEqual(
+            {1: "waiting", 2: "cancelled", 3: "aborted"}, self.told())
+        self.assertEqual({"retried": 1}, self.ok("/retry", {"ids": [2]}))
+        self.assertEqual(
+            {1: "waiting", 2: "blocked", 3: "blocked"}, self.told())
+
+    def test_one_aborted_by_two_comes_back_with_the_second(self):
+        self.add({1: [], 2: [], 3: [1, 2]}, max_attempts=1)
+        self.spoil(1, 2)
+        first = self.blame()[3]
+        self.ok("/retry", {"ids": [first]})
+        self.assertEqual({3: 3 - first}, self.blame())
+        self.assertEqual("aborted", self.told()[3])
+        self.ok("/retry", {"ids": [3 - first]})
+        self.assertEqual("blocked", self.told()[3])
+
+    def test_a_retry_of_all_brings_all_back(self):
+        self.add({1: [2], 2: [3], 3: []}, max_attempts=1)
+        self.spoil(3)
+        self.assertEqual({"retried": 1}, self.ok("/retry", {"all": True}))
+        self.assertEqual(
+            {1: "blocked", 2: "blocked", 3: "waiting"}, self.told())
+
+    def test_a_retry_of_an_aborted_one_alone_is_nothing(self):
+        self.add({1: [], 2: [1]}, max_attempts=1)
+        self.spoil(1)
+        self.assertEqual({"retried": 0}, self.ok("/retry", {"ids": [2]}))
+        self.assertEqual("aborted", self.told()[2])
+
+    def test_an_aborted_one_may_be_cancelled_and_stays_so(self):
+        self.add({1: [], 2: [1]}, max_attempts=1)
+        self.spoil(1)
+        self.assertEqual({"cancelled": 1}, self.ok("/cancel", {"ids": [2]}))
+        self.ok("/retry", {"ids": [1]})
+        self.assertEqual({1: "waiting", 2: "cancelled"}, self.told())
+        self.ok("/retry", {"ids": [2]})
+        self.assertEqual("blocked", self.told()[2])
+
+    def test_one_that_runs_again_holds_up_who_has_not_begun(self):
+        self.add({1: [], 2: [1], 3: [1], 4: [1]})
+        self.update(self.get(0), 2)
+        working = self.get(0, lease=60)
+        self.assertEqual(2, working["jobid"])
+        self.finish(3)
+        self.assertEqual({"retried": 1}, self.ok("/retry", {"ids": [1]}))
+        self.assertEqual(
+            {1: "waiting", 2: "working", 3: "done", 4: "blocked"},
+            self.told())
+        self.assertReply(200, self.update(working, 2))
+        self.ok("/retry", {"ids": [3]})
+        self.assertEqual("done", self.told()[3])  # nobody ever claimed it
+        self.finish(1)
+        self.assertEqual(
+            {1: "done", 2: "done", 3: "done", 4: "waiting"}, self.told())
+
+    def test_who_works_meanwhile_waits_when_it_goes_back(self):
+        self.add({1: [], 2: [1], 3: [1], 4: [1]})
+        self.update(self.get(0), 2)
+        jobs = [self.get(0, lease=60) for _ in range(3)]
+        self.ok("/retry", {"ids": [1]})
+        self.release(jobs[0])
+        self.fail(jobs[1])
+        self.assertEqual(
+            {1: "waiting", 2: "blocked", 3: "delayed", 4: "working"},
+            self.told())
+        self.clock.advance(61)
+        self.assertEqual(
+            {1: "waiting", 2: "blocked", 3: "blocked", 4: "blocked"},
+            self.told())
+        self.assertReply(200, self.update(jobs[2], 2))  # late, and taken
+        self.finish(1)
+        self.assertEqual(
+            {1: "done", 2: "waiting", 3: "waiting", 4: "done"}, self.told())
+
+    def test_who_works_meanwhile_is_aborted_when_it_goes_back(self):
+        self.add({1: [], 2: [1]})
+        self.update(self.get(0), 2)
+        job = self.get(0, lease=60)
+        self.ok("/retry", {"ids": [1]})
+        self.ok("/cancel", {"ids": [1]})
+        self.assertEqual("working", self.told()[2])
+        self.release(job)
+        self.assertEqual({2: 1}, self.blame())
+        self.assertEqual({1: "cancelled", 2: "aborted"}, self.told())
+
+    def test_parents_come_before_or_in_the_same_call(self):
+        self.add({1: [2], 2: [3], 3: []})
+        self.add({4: [1]})
+        self.assertEqual("blocked", self.told()[1])
+        for bad in ({5: [99]}, {5: [5]}, {5: [6], 6: [7], 7: [5]},
+                    {5: [1], 6: [6]}, {5: [6, 99], 6: []}):
+            entries = {jobid: {"jobstage": 0, "after": parents}
+                       for jobid, parents in bad.items()}
+            reply = self.assertReply(400, self.post("/set", entries))
+            self.assertRegex(reply.json()["error"], "99|wait for itself")
+        for bad in ("1", [1.5], ["1"], [-1], [2**53], {}, [None]):
+            self.assertReply(400, self.post(
+                "/set", {5: {"jobstage": 0, "after": bad}}))
+        self.assertEqual({1, 2, 3, 4}, set(self.told()))
+
+    def test_the_jobs_of_another_jobix_are_not_there(self):
+        self.add({1: []})
+        entry = {2: {"jobstage": 0, "after": [1]}}
+        self.assertReply(400, self.post("/set", entry, jobix=1))
+
+    def test_a_call_can_be_repeated(self):
+        for _ in range(2):
+            self.add({1: [], 2: [1]})
+            self.assertEqual({1: "waiting", 2: "blocked"}, self.told())
+        self.add({2: [99], 3: []})  # one that is there is left as it is
+        self.finish(1)
+        self.add({1: [], 2: [1]})
+        self.assertEqual(
+            {1: "done", 2: "waiting", 3: "waiting"}, self.told())
+
+    def test_submitted_ones_wait_for_those_that_are_there(self):
+        entry = {"jobstage": 0, "laststage": 2}
+        self.ok("/submit", {"key": "a", "jobs": [entry, entry]})
+        later = dict(entry, after=[1, 2])
+        self.ok("/submit", {"key": "b", "jobs": [later, entry, later]})
+        self.assertEqual(
+            {1: "waiting", 2: "waiting", 3: "blocked", 4: "waiting",
+             5: "blocked"}, self.told())
+        for bad in ([6], [7], [99]):
+            self.assertReply(400, self.post("/submit", {
+                "key": "c", "jobs": [entry, dict(entry, after=bad)]}))
+        self.ok("/submit", {"key": "b", "jobs": [later, entry, later]})
+        self.assertEqual(5, len(self.told()))
+
+    def test_a_long_poll_gets_a_job_that_came_free(self):
+        self.add({1: [], 2: [1]})
+        job = self.get(0, lease=60)
+        polled = []
+        poll = threading.Thread(
+            target=lambda: polled.append(self.get(0, lease=60, wait=30)))
+        poll.start()
+        wait_for(lambda: self.store.bell.listening, "a long poll")
+        self.update(job, 2)
+        poll.join()
+        self.assertEqual(2, polled[0]["jobid"])
+
+    def test_a_job_that_only_waits_wakes_nobody(self):
+        self.add({1: []})
+        self.get(0, lease=60)
+        with self.store.bell.listen([(self.jobix, 0)]) as ear:
+            self.add({2: [1]})
+            self.assertFalse(ear.rung)
+            self.finish(1)
+            self.assertTrue(ear.rung)
+
+    def test_many_are_told_little_by_little(self):
+        n = jobman.CHUNK * 2 + 100
+        self.add({0: []})
+        self.add({i: [0] for i in range(1, n)})
+        self.finish(0)
+        waiting = self.ok("/status")["totals"]["states"]["waiting"]
+        self.assertLessEqual(waiting, jobman.CHUNK)
+        self.assertGreater(waiting, jobman.CHUNK // 2)
+        self.restart()  # what is left outlives the server
+        self.assertEqual(
+            {(0, "waiting"): n - 1, (2, "done"): 1}, self.states())
+        self.assertCounts()
+
+    def test_a_long_chain_is_aborted_and_comes_back(self):
+        n = 7000
+        self.add({i: [i - 1] if i else [] for i in range(n)}, max_attempts=1)
+        self.spoil(0)
+        self.assertEqual(
+            {(0, "aborted"): n - 1, (0, "failed"): 1}, self.states())
+        self.assertEqual(n - 2, self.ok("/job/%d" % (n - 1))["aborted_by"])
+        self.ok("/retry", {"ids": [0]})
+        self.assertEqual(
+            {(0, "blocked"): n - 1, (0, "waiting"): 1}, self.states())
+
+    def steps(self, operation):
+        """Return how many steps of SQLite's machine an operation takes."""
+        steps, connection = [0], self.store.writer.connection
+
+        def step():
+            steps[0] += 1
+
+        connection.set_progress_handler(step, 1)
+        operation()
+        connection.set_progress_handler(None, 1)
+        return steps[0]
+
+    def test_waiting_for_many_costs_each_the_same(self):
+        costs = []
+        for jobix, n in ((1, 500), (2, 10000)):
+            self.jobix = jobix
+            entries = {i: {"jobstage": 0, "laststage": 2} for i in range(n)}
+            entries[n] = {"jobstage": 0, "after": list(range(n))}
+            adding = self.steps(lambda: self.post("/set", entries))
+            updates = [{"jobid": i, "jobstage": 2} for i in range(n)]
+            ending = self.steps(lambda: (
+                self.post("/update_jobs", updates), self.store.tick()))
+            self.assertEqual("waiting", self.ok("/job/%d" % n)["state"])
+            self.ok("/retry", {"ids": [n]})
+            costs.append((adding / n, ending / n))
+        for few, many in zip(*costs):
+            self.assertLess(many, few * 1.5)
+
+    def test_blocked_jobs_cost_a_claim_nothing(self):
+        self.set_jobs([10**6], stage=4)
+        self.set_jobs([10**6 + 1, 10**6 + 2])
+
+        def claim():
+            return self.store.claim(self.jobix, [0], worker=None, lease=60)
+
+        few = self.steps(claim)
+        self.add({i: [10**6] for i in range(5000)})
+        self.assertLess(self.steps(claim), few * 1.2 + 50)
+
+    def test_any_mix_of_ends_leaves_all_as_it_should_be(self):
+        seed = random.randrange(2**32)
+        pick = random.Random(seed)
+        ids = range(14)
+        after = {i: pick.sample(range(i), min(i, pick.choice((0, 1, 1, 3))))
+                 for i in ids}
+        self.add(after, max_attempts=1)
+        for _ in range(250):
+            jobid = pick.choice(ids)
+            act = pick.choice(("claim", "claim", "update", "fail", "release",
+                               "retry", "cancel", "lapse", "forth"))
+            if act == "claim":
+                self.get(0, lease=pick.choice((5, 500)))
+            elif act == "lapse":
+                self.clock.advance(6)
+            elif act in ("retry", "cancel"):
+                self.ok("/" + act, {"ids": [jobid]})
+            elif act == "forth":
+                self.call("/update_job/%d/%d" % (jobid, pick.choice((0, 2))))
+            elif act == "update":
+                if self.ok("/job/%d" % jobid)["state"] == "working":
+                    self.call("/update_job/%d/2" % jobid)
+            else:
+                self.post("/%s_job/%d" % (act, jobid), {})
+            try:
+                self.check_states(after, self.told())
+            except AssertionError as error:
+                self.fail("seed %d, %s: %s" % (seed, act, error))
+
+    def check_states(self, after, states):
+        """Check the states of jobs against those that they wait for."""
+        for jobid, parents in after.items():
+            ends = {jobman.known_end(states[parent]) for parent in parents}
+            state = states[jobid]
+            if state in ("waiting", "blocked", "aborted"):
+                held = "aborted" if 2 in ends else \
+                    "blocked" if 0 in ends else "waiting"
+                self.assertEqual(held, state, (jobid, states))
+            waits = sum(states[parent] != "done" for parent in parents)
+            shown = self.ok("/job/%d" % jobid)
+            self.assertEqual(waits, shown["waits"])
+            self.assertEqual(
+                {p for p in parents if states[p] != "done"},
+                set(shown["waits_for"]))
+            if state == "aborted":
+                self.assertIn(shown["aborted_by"], parents)
+                self.assertIn(states[shown["aborted_by"]], jobman.PUT_ASIDE)
+
+
+class WsgiDependencyTest(DependencyTest):
+    """The same under WSGI."""
+
+    front = WsgiFront
+
+
+class ForgetTest(StoreCase):
+    """Done jobs are forgotten, claims released by selectors."""
+
+    def test_done_jobs_are_forgotten_with_all_that_was_theirs(self):
+        self.set_jobs([1, 2, 3, 4], laststage=2, max_attempts=1)
+        self.update(self.get(0), 2)
+        self.update(self.get(0), 2)
+        self.fail(self.get(0))
+        self.ok("/lifetime/2/1")
+        self.clock.advance(61)
+        self.assertEqual(2, self.states()[2, "done"])
+        for ids in ([3], [4]):
+            self.assertEqual({"forgotten": 0}, self.ok("/forget", {
+                "ids": ids}))
+        self.assertEqual({"forgotten": 1}, self.ok("/forget", {"ids": [1]}))
+        self.assertReply(404, self.call("/job/1"))
+        self.assertEqual({"forgotten": 1}, self.ok("/forget", {"all": True}))
+        self.assertEqual(
+            {(0, "failed"): 1, (0, "waiting"): 1}, self.states())
+        self.assertEqual([("failed",)], self.attempts("outcome"))
+        self.assertReply(404, self.post("/forget", {"ids": [1]}))
+        self.assertEqual(3, self.ok("/stats")["totals"]["claims"])
+
+    def test_a_late_worker_has_no_word_in_a_forgotten_job(self):
+        self.set_jobs([1], laststage=2)
+        late = self.get(0, lease=5)
+        self.clock.advance(6)
+        self.update(self.get(0, lease=5), 2)
+        self.ok("/forget", {"all": True})
+        self.assertReply(404, self.update(late, 2))
+        self.set_jobs([1], laststage=2)
+        self.assertReply(409, self.update(late, 2))
+
+    def test_ids_of_forgotten_jobs_are_given_to_nobody(self):
+        entry = {"jobstage": 0, "laststage": 0}
+        body = {"key": "a", "jobs": [entry] * 3}
+        self.assertEqual([1, 2, 3], self.ok("/submit", body)["ids"])
+        self.ok("/forget", {"ids": [3, 1]})
+        self.ok("/forget", {"ids": [2]})
+        self.assertEqual([1, 2, 3], self.ok("/submit", body)["ids"])
+        self.assertEqual({}, self.states())
+        body["key"] = "b"
+        self.assertEqual([4, 5, 6], self.ok("/submit", body)["ids"])
+        self.assertEqual([1, 2, 3], self.ok(
+            "/submit", body, jobix=5)["ids"])
+
+    def test_who_waited_for_a_forgotten_job_goes_on(self):
+        self.set_jobs([1], laststage=2)
+        self.set_jobs([2], laststage=2, after=[1])
+        self.update(self.get(0), 2)
+        self.assertEqual({"forgotten": 1}, self.ok("/forget", {"ids": [1]}))
+        self.update(self.get(0), 2)
+        self.ok("/retry", {"ids": [2]})
+        self.assertEqual({(0, "waiting"): 1}, self.states())
+        self.assertReply(400, self.post(
+            "/set", {3: {"jobstage": 0, "after": [1]}}))
+        self.set_jobs([1])
+        self.assertEqual({(0, "waiting"): 2}, self.states())
+        with contextlib.closing(self.look()) as db:
+            left = db.execute("select count(*) from dependency").fetchone()
+        self.assertEqual((0,), left)
+
+    def test_a_job_is_kept_until_all_who_wait_for_it_know(self):
+        n = jobman.CHUNK + 10
+        self.set_jobs([0], laststage=2)
+        self.set_jobs(range(1, n), after=[0])
+        self.call("/update_job/0/2")
+        self.assertEqual({"forgotten": 0}, self.ok("/forget", {"ids": [0]}))
+        self.store.tick()
+        self.assertEqual({"forgotten": 1}, self.ok("/forget", {"ids": [0]}))
+        self.assertEqual({(0, "waiting"): n - 1}, self.states())
+
+    def test_claims_are_released_by_stage_and_state(self):
+        self.set_jobs([1, 2, 3])
+        self.set_jobs([4], stage=2)
+        jobs = [self.get(0, lease=60) for _ in range(3)] + [self.get(2)]
+        self.assertEqual({"released": 1}, self.ok("/release", {"stage": 3}))
+        self.assertEqual({"released": 1}, self.ok("/release", {"ids": [1]}))
+        self.assertEqual({"released": 0}, self.ok("/release", {
+            "state": "waiting"}))
+        self.assertEqual({"released": 2}, self.ok("/release", {"all": True}))
+        self.assertEqual({(0, "waiting"): 3, (2, "waiting"): 1},
+                         self.states())
+        for job in jobs:
+            self.assertReply(409, self.update(job, 2))
+        self.assertEqual(1, self.get(0)["attempt"])
+
+
+class StatsTest(StoreCase):
+    """What /stats and /metrics say of time."""
+
+    def spend(self, stage=0, *, wait=0, run=0):
+        """Let a job wait, be claimed and worked on; return it."""
+        self.clock.advance(wait)
+        job = self.get(stage, lease=1000)
+        self.clock.advance(run)
+        return job
+
+    def stage(self, number=0):
+        """Return what /stats says of a stage."""
+        stages = self.ok("/stats")["stages"]
+        return next(s for s in stages if s["stage"] == number)
+
+    def test_nothing_was_spent_at_first(self):
+        stats = self.ok("/stats")
+        self.assertEqual([], stats["stages"])
+        self.assertEqual({0}, set(stats["totals"].values()))
+
+    def test_it_tells_useful_time_from_lost(self):
+        self.set_jobs([1, 2, 3, 4], max_attempts=9)
+        self.update(self.spend(wait=10, run=100), 2)
+        self.fail(self.spend(run=7))
+        self.release(self.spend(run=20))
+        self.spend(run=30)
+        self.ok("/cancel", {"state": "working"})
+        found = self.stage()
+        self.assertEqual(4, found["claims"])
+        self.assertEqual(1, found["retries"])
+        self.assertEqual({
+            "done": {"attempts": 1, "seconds": 100},
+            "failed": {"attempts": 1, "seconds": 7},
+            "released": {"attempts": 1, "seconds": 20},
+            "cancelled": {"attempts": 1, "seconds": 30},
+        }, found["outcomes"])
+        self.assertEqual((100, 50), (found["useful"], found["lost"]))
+        totals = self.ok("/stats")["totals"]
+        self.assertEqual({"claims": 4, "retries": 1, "useful": 100,
+                          "lost": 50, "idle": 0}, totals)
+        self.assertEqual([], self.ok("/stats", jobix=1)["stages"])
+
+    def test_what_the_worker_says_of_its_command_counts(self):
+        self.set_jobs([1])
+        job = self.spend(run=50)
+        self.update(job, 2, body=packed({"seconds": 3}))
+        self.assertEqual(3, self.stage()["useful"])
+
+    def test_retries_are_the_claims_after_the_first_in_a_stage(self):
+        self.set_jobs([1], max_attempts=9)
+        self.fail(self.spend())
+        self.fail(self.spend(wait=600))
+        self.update(self.spend(wait=600), 2)
+        self.update(self.spend(2), 4)
+        self.assertEqual((3, 2), (
+            self.stage()["claims"], self.stage()["retries"]))
+        self.assertEqual((1, 0), (
+            self.stage(2)["claims"], self.stage(2)["retries"]))
+
+    def test_quantiles_of_run_and_wait_and_the_lifetime_advised(self):
+        self.set_jobs(range(100))
+        jobs = self.get(0, n=100, lease=100000)
+        for job in jobs[:90]:
+            self.update(job, 2, body=packed({"seconds": 1}))
+        for job in jobs[90:]:
+            self.update(job, 2, body=packed({"seconds": 300}))
+        found = self.stage()
+        run = found["run"]
+        self.assertEqual(100, run["attempts"])
+        for name, seconds in (("median", 1), ("p90", 1), ("p95", 300),
+                              ("p99", 300)):
+            self.assertGreaterEqual(run[name], seconds)
+            self.assertLess(run[name], seconds * 1.2)
+        self.assertEqual(math.ceil(2 * run["p95"] / 60), found["advised"])
+        self.assertEqual(100, found["wait"]["claims"])
+        self.assertLess(found["wait"]["p99"], 0.01)
+        self.spend(2, wait=50)
+        wait = self.stage(2)["wait"]
+        self.assertEqual(1, wait["claims"])
+        self.assertGreaterEqual(wait["median"], 50)
+        self.assertLess(wait["median"], 60)
+        self.assertIsNone(self.stage(2)["run"])
+        self.assertIsNone(self.stage(2)["advised"])
+
+    def test_a_lapsed_attempt_that_ends_after_all_is_not_lost(self):
+        self.set_jobs([1, 2])
+        late, dead = self.get(0, lease=10), self.get(0, lease=10)
+        self.clock.advance(20)
+        self.store.tick()
+        self.assertEqual((20, 20), (
+            self.stage()["lost"] // 2, self.stage()["lost"] / 2))
+        self.update(late, 2, body=packed({"seconds": 18}))
+        found = self.stage()
+        self.assertEqual((18, 20), (found["useful"], found["lost"]))
+        self.assertEqual({"attempts": 1, "seconds": 20},
+                         found["outcomes"]["lapsed"])
+        self.assertReply(200, self.release(dead))
+
+    def beat(self, **about):
+        self.ok("/heartbeat", dict(
+            about, worker="w", lease=60, claims=[]))
+
+    def test_idle_time_is_that_of_slots_without_a_job(self):
+        self.beat(slots=4, busy=1, stages=[2, 0])
+        self.clock.advance(30)
+        self.beat(slots=4, busy=4, stages=[2, 0])
+        self.assertEqual(90, self.stage(2)["idle"])
+        self.clock.advance(30)
+        self.beat(slots=4, busy=0, stages=[2, 0])
+        self.clock.advance(jobman.SILENT + 1)  # it wasn't there
+        self.beat(slots=4, busy=0, stages=[2, 0])
+        self.clock.advance(-10)  # the clock was put back
+        self.beat(slots=4, busy=0, stages=[2, 0])
+        self.assertEqual(90, self.stage(2)["idle"])
+        self.clock.advance(10)
+        self.beat(ended=True)
+        self.assertEqual(130, self.ok("/stats")["totals"]["idle"])
+
+    def test_a_worker_that_says_nothing_of_itself_is_not_idle(self):
+        for _ in range(2):
+            self.beat()
+            self.clock.advance(10)
+        self.beat(slots=4, busy=0, stages=[])
+        self.clock.advance(10)
+        self.beat()
+        self.assertEqual([], self.ok("/stats")["stages"])
+
+    def test_figures_outlive_the_server(self):
+        self.set_jobs([1])
+        self.update(self.spend(wait=5, run=7), 2)
+        before = self.ok("/stats")
+        self.restart()
+        self.assertEqual(before, self.ok("/stats"))
+
+    def samples(self):
+        """Return /metrics as {name with labels: value}."""
+        reply = exchange(self.address, "GET", "/metrics")
+        self.assertReply(200, reply)
+        self.assertEqual("text/plain; version=0.0.4; charset=utf-8",
+                         reply.headers["content-type"])
+        for secret in (self.jobix, self.store.jobix,
+                       self.store.reading_jobix):
+            self.assertNotIn(str(secret), reply.text)
+        lines = [line.rsplit(" ", 1) for line in reply.text.splitlines()
+                 if not line.startswith("#")]
+        found = {name: float(value) for name, value in lines}
+        self.assertEqual(len(lines), len(found))
+        return found
+
+    def some_work(self):
+        self.set_jobs([1, 2, 3, 4], max_attempts=1)
+        self.update(self.spend(wait=10, run=100), 2)
+        self.fail(self.spend(run=7))
+        late = self.get(0, lease=10)
+        self.clock.advance(11)
+        self.store.tick()
+        self.update(late, 2, body=packed({"seconds": 5}))
+        self.beat(slots=4, busy=1, stages=[0])
+
+    def ok_text(self, path, value, **options):
+        self.assertReply(200, self.post(path, value, **options))
+
+    def test_metrics_are_of_all_jobix_together(self):
+        self.some_work()
+        self.ok_text("/set", {"1": {"jobstage": 0}}, jobix=99)
+        found = self.samples()
+        for name, value in (
+            ('jobman_info{version="%s"}' % jobman.__version__, 1),
+            ('jobman_jobs{stage="0",state="waiting"}', 2),
+            ('jobman_jobs{stage="0",state="failed"}', 1),
+            ('jobman_jobs{stage="2",state="waiting"}', 2),
+            ('jobman_claims_total{stage="0"}', 3),
+            ('jobman_attempts_total{stage="0",outcome="failed"}', 1),
+            ('jobman_attempts_total{stage="0",outcome="lapsed"}', 1),
+            ('jobman_mended_total{stage="0"}', 1),
+            ('jobman_spent_seconds_total{stage="0",outcome="done"}', 105),
+            ('jobman_attempt_seconds_count{stage="0"}', 2),
+            ('jobman_attempt_seconds_sum{stage="0"}', 105),
+            ('jobman_attempt_seconds_bucket{stage="0",le="65.536"}', 1),
+            ('jobman_attempt_seconds_bucket{stage="0",le="262.144"}', 2),
+            ('jobman_attempt_seconds_bucket{stage="0",le="+Inf"}', 2),
+            ('jobman_wait_seconds_count{stage="0"}', 3),
+            ("jobman_workers", 1), ("jobman_slots", 4), ("jobman_busy", 1),
+        ):
+            self.assertEqual(value, found.get(name), name)
+
+    def test_promtool_finds_nothing_wrong_in_them(self):
+        promtool = shutil.which("promtool")
+        if promtool is None and "CI" not in os.environ:
+            self.skipTest("Debian's package prometheus isn't installed")
+        for work in (lambda: None, self.some_work):
+            work()
+            text = exchange(self.address, "GET", "/metrics").text
+            done = subprocess.run(
+                ["promtool", "check", "metrics"], input=text.encode(),
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            self.assertEqual((0, b""), (done.returncode, done.stdout))
 
 
 class WaitTest(StoreCase):
@@ -5791,7 +6490,7 @@ class UpgradeTest(StoreCase):
         self.assertEqual(jobman.SCHEMA_VERSION, jobman.inspect(old))
 
     def test_an_older_jobman_sees_at_once_that_it_is_newer(self):
-        self.assertEqual(2, jobman.inspect(self.path("jobs.db")))
+        self.assertEqual(3, jobman.inspect(self.path("jobs.db")))
 
     def test_it_changes_as_a_whole_or_not_at_all(self):
         path = self.path("odd.db")
@@ -5904,7 +6603,7 @@ class CostTest(StoreCase):
                 continue
             values = dict.fromkeys(re.findall(r":(\w+)", sql), 1)
             if name == "ADD":
-                columns = *jobman.BLANK, "jobix", "since", "state"
+                columns = *jobman.BLANK, "jobix", "since", "state", "free"
                 sql = jobman.for_rows(sql, columns, ("jobid",), 2)
                 values = [1] * (len(columns) + 2)
             plan = connection.execute("explain query plan " + sql, values)

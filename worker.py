@@ -398,6 +398,14 @@ class Client:
         """Cancel jobs that aren't done; return how many; as retry."""
         return self.call("POST", "/cancel", selector)["cancelled"]
 
+    def release(self, **selector):
+        """Take jobs from who works on them, unharmed; return how many."""
+        return self.call("POST", "/release", selector)["released"]
+
+    def forget(self, **selector):
+        """Delete done jobs; return how many; as retry."""
+        return self.call("POST", "/forget", selector)["forgotten"]
+
     def pause(self, stage):
         """Let nothing be handed out of a stage."""
         return self.call("POST", "/pause/%d" % stage, {})
@@ -437,8 +445,8 @@ class Client:
         """Return a page of jobs: {"jobs": [job, …], "after": place or None}.
 
         Options: `stage`, `state` (also `expired`), `order` (`id` or `time`),
-        `after` (from the page before), `limit`. A page may be short and not
-        the last.
+        `after` (from the page before), `limit`, `attempts` (of each job so
+        many, the last). A page may be short and not the last.
         """
         return self.call("GET", "/jobs", options=options)
 
@@ -449,6 +457,14 @@ class Client:
         "message", "host", "jobs", "ids"}, …]}
         """
         return self.call("GET", "/failures")
+
+    def stats(self):
+        """Return what time attempts have taken: see GET /stats in README."""
+        return self.call("GET", "/stats")
+
+    def metrics(self):
+        """Return the figures of all jobix together, a text for Prometheus."""
+        return self.call("GET", "/metrics")
 
     def job(self, jobid):
         """Return all that the server knows of a job, and its attempts."""
