@@ -411,9 +411,10 @@ class SQL:
                 where pipeline.jobix = job.jobix)) as final
         from job """
     JOB = MOVABLE + "where jobix = :jobix and jobid = :jobid"
-    # as many at once
-    JOBS = MOVABLE + "where jobix = :jobix and jobid in (:%s)" % (
-        ", :".join(TOGETHER))
+    # as many at once; SQLite would look through a whole jobix in job_age
+    THESE = """indexed by sqlite_autoindex_job_1
+        where jobix = :jobix and jobid in (:%s)""" % ", :".join(TOGETHER)
+    JOBS = MOVABLE + THESE
     BY_ROW = MOVABLE + "where row = :row"
     # one range of the index job_due; SQLite 3.7.17 walks over the nulls
     DUE = """
@@ -480,18 +481,15 @@ class SQL:
             timeout, cwd, outputs)
         select jobix, jobid, jobstage, state, free, priority, since, jobcmd,
             filename, laststage, max_attempts, timeout, cwd, outputs from"""
-    # a child waits for those that there are, as many as JOBS reads; SQLite
-    # would look through a whole jobix in job_age
+    # a child waits for those that there are
     FOLLOW = """
         insert into dependency
         select row, :child, case when state = 'done' then 1
             when state in ('failed', 'cancelled', 'aborted') then 2 else 0 end
-        from job indexed by sqlite_autoindex_job_1
-        where jobix = :jobix and jobid in (:%s)""" % ", :".join(TOGETHER)
+        from job """ + THESE
     FOLLOWED = """
-        update job set followed = 1
-        where followed = 0 and jobix = :jobix and jobid in (:%s)""" % (
-            ", :".join(TOGETHER))
+        update job set followed = 1 where followed = 0 and row in (
+            select row from job """ + THESE + ")"
     # one range of dependency_child for each
     MISSING = """
         update job set missing = (select count(*) from dependency

@@ -6599,7 +6599,7 @@ class CostTest(StoreCase):
         self.assertGreater(len(names), 30)
         for name in names:
             sql = getattr(jobman.SQL, name)
-            if name in ("MOVABLE", "IN_STAGE") or name.startswith("WHOLE_"):
+            if name in ("MOVABLE", "THESE", "IN_STAGE") or name.startswith("WHOLE_"):
                 continue
             values = dict.fromkeys(re.findall(r":(\w+)", sql), 1)
             if name == "ADD":
@@ -6611,6 +6611,9 @@ class CostTest(StoreCase):
                 self.assertNotRegex(
                     row["detail"], r"(?i)scan (table )?(job|attempt)\b", name
                 )
+                if name in ("JOBS", "FOLLOW", "FOLLOWED"):
+                    self.assertNotIn("job_", row["detail"].replace(
+                        "autoindex_job_", ""), name)
                 if name in ("FREE", "DUE", "NEXT_DUE", "PAGE", "GROUP_PAGE",
                             "SAME_AGE", "YOUNGER"):
                     self.assertNotIn("TEMP B-TREE", row["detail"], name)
