@@ -5510,6 +5510,9 @@ class Wire:
         Raises Error 408 when the time is `end`.
         """
         try:
+            # who sends much lets others come between; TLS holds nothing
+            # back, for a record is shorter than what is taken at once
+            await reach(selectors.EVENT_READ, end)
             more = await self.attempt(
                 self.connection.recv, 65536, selectors.EVENT_READ, end)
         except socket.timeout:
@@ -5523,8 +5526,6 @@ class Wire:
         try:
             if self.kept:  # who sends many at once lets others come between
                 await reach(selectors.EVENT_WRITE, end)
-            elif not hasattr(self.connection, "pending"):  # TLS may have it
-                await reach(selectors.EVENT_READ, end)
             return bool(self.kept) or await self.receive(end)
         except (Error, socket.timeout):  # nothing asked, nothing answered
             return False
