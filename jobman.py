@@ -5867,6 +5867,7 @@ class Server:
         self.awake = True  # it will see what is put into `calls`
         self.calls = deque()  # of functions, that others want called
         self.turns = []  # connections that await a commit
+        self.away = False  # some of them wait in another thread
         self.alarms = []  # a heap of (moment, number, connection)
         self.numbers = itertools.count()
         self.socket = socket.socket()
@@ -5885,7 +5886,11 @@ class Server:
         """Serve in threads of its own."""
         self.store.keep_ticking()
         self.pool = ThreadPoolExecutor(self.THREADS)
-        self.pool.submit(int)  # so that there is a thread, whatever comes
+        self.stepwise = ThreadPoolExecutor(self.THREADS)  # are soon done
+        self.committer = ThreadPoolExecutor(1)
+        self.pools = self.pool, self.stepwise, self.committer
+        for pool in self.pools:
+            pool.submit(int)  # so that there is a thread, whatever comes
         self.selector = selectors.DefaultSelector()
         self.bell, self.button = socket.socketpair()
         for end, act in ((self.bell, self.hear), (self.socket, self.accept)):
@@ -5905,7 +5910,7 @@ class Server:
                 self.ring_alarms()
                 while self.calls:
                     self.calls.popleft()()
-                while self.turns:
+                while self.turns and not self.away:
                     self.gather()
                     self.commit()
             except Exception:  # of ours; it is no reason to stop
@@ -5926,11 +5931,29 @@ class Server:
             self.look(0)
 
     def commit(self):
-        """Take the turns that connections await."""
+        """Take the turns that connections await.
+
+        While another thread leads, who may take long, a third one does that:
+        then we go on with all that needs no commit.
+        """
         waiting, self.turns = self.turns, []
-        self.store.writer.take([connection.step for connection in waiting])
+        turns = [connection.step for connection in waiting]
+        if not self.store.writer.leading:
+            self.store.writer.take(turns)
+            return self.taken(waiting)
+        self.away = True
         for connection in waiting:
-            self.drive(connection)
+            self.watch(connection, 0)
+        done = functools.partial(self.taken, waiting)
+        taking = self.committer.submit(self.store.writer.take, turns)
+        taking.add_done_callback(lambda _: self.call(done))
+
+    def taken(self, waiting):
+        """Drive those whose turns were taken."""
+        self.away = False
+        for connection in waiting:
+            if connection.step is not None:  # we haven't closed it meanwhile
+                self.drive(connection)
 
     def drive(self, connection, late=False):
         """Let a connection go on, and see to its next step."""
@@ -5938,6 +5961,8 @@ class Server:
             self.end(connection)
         elif isinstance(connection.step, Turn):
             self.turns.append(connection)
+            if self.away:
+                self.watch(connection, 0)
         else:
             self.wait(connection)
 
@@ -6059,8 +6084,10 @@ class Server:
 
     def employ(self, errand, done):
         """Have an errand run by another thread."""
+        soon = errand.request.endpoint in STEPWISE
+        pool = self.stepwise if soon else self.pool
         with contextlib.suppress(RuntimeError):  # no more threads: it waits
-            self.pool.submit(errand.run, self.store, done)
+            pool.submit(errand.run, self.store, done)
 
     def hear(self):
         """Be woken: there are calls."""
@@ -6084,6 +6111,7 @@ class Server:
     def close(self):
         """End all connections, and the loop."""
         self.over = True
+        self.turns.clear()
         for connection in list(self.open):
             self.end(connection)
 
@@ -6117,7 +6145,8 @@ class Server:
             self.changes.wait_for(self.deserted, self.END)
         self.call(self.close)
         self.thread.join()
-        self.pool.shutdown(wait=False)
+        for pool in self.pools:
+            pool.shutdown(wait=False)
         for thing in (self.selector, self.bell, self.button):
             thing.close()
         self.store.close()

@@ -4063,6 +4063,14 @@ class SocketTest(StoreCase):
             reply = b"".join(iter(lambda: client.recv(100), b""))
             self.assertTrue(reply.startswith(b"HTTP/1.1 200 "), reply)
 
+    def test_nor_does_an_early_alarm_let_the_later_be_forgotten(self):
+        self.in_haste(jobman.Connection, "FIRST", 1)
+        self.in_haste(jobman.Connection, "IDLE", 1.5)
+        with self.dial() as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            reply = b"".join(iter(lambda: client.recv(100), b""))
+            self.assertTrue(reply.startswith(b"HTTP/1.1 200 "), reply)
+
     def test_who_does_not_read_holds_nothing_for_long(self):
         self.in_haste(jobman.Wire, "PATIENCE", 0.1)
         self.in_haste(jobman.Wire, "SLOWEST", 10**9)
@@ -4176,6 +4184,117 @@ class LoopTest(StoreCase):
         go.set()
         waiting.join(PATIENCE)
         self.assertEqual(200, pages[0].status)
+
+    def test_what_takes_its_time_keeps_no_update_waiting(self):
+        go, real = threading.Event(), jobman.Store.lifetimes
+        self.addCleanup(go.set)
+        self.addCleanup(setattr, jobman.Store, "lifetimes", real)
+        jobman.Store.lifetimes = lambda *args: (
+            go.wait(PATIENCE) and real(*args))
+        n = jobman.Server.THREADS
+        self.set_jobs([1])
+        callers = [threading.Thread(target=self.call, args=("/init",))
+                   for _ in range(n)]
+        for caller in callers:
+            caller.start()
+        wait_for(lambda: len(self.door.server.busy) == n, "their requests")
+        reply = self.post("/update_jobs", [{"jobid": 1, "jobstage": 1}])
+        self.assertEqual([{"jobid": 1, "status": 200}], reply.json())
+        self.assertTrue(all(caller.is_alive() for caller in callers))
+        go.set()
+        for caller in callers:
+            caller.join()
+
+    def lead(self):
+        """Have another thread make a commit; return what lets it end."""
+        leads, go = threading.Event(), threading.Event()
+        self.addCleanup(go.set)
+        threading.Thread(target=self.store.writer.run, daemon=True, args=(
+            lambda tx: (leads.set(), go.wait(PATIENCE)),)).start()
+        self.assertTrue(leads.wait(PATIENCE))
+        return go
+
+    def asking(self, path):
+        """Return a connection on which a request was sent, and twice so."""
+        client = socket.create_connection(self.address, PATIENCE)
+        self.addCleanup(client.close)
+        client.sendall(b"GET %s HTTP/1.1\r\nHost: localhost\r\n"
+                       b"jobix: 4711\r\n\r\n" % path * 2)
+        return client
+
+    def test_a_commit_of_another_thread_keeps_nobody_else_waiting(self):
+        self.set_jobs(range(8))
+        commits, commit = [], self.store.writer.commit
+        go = self.lead()
+        self.store.writer.commit = lambda turns: (
+            commits.append(len(turns)), commit(turns))
+        clients = [self.asking(b"/get/0") for _ in range(4)]
+        wait_for(lambda: len(self.door.server.busy) == 4, "the claims")
+        self.assertEqual(404, self.call("/x").status)
+        self.assertEqual(200, self.call("/status").status)
+        self.assertTrue(self.store.writer.leading)
+        self.assertEqual({0}, {  # so it sleeps
+            each.events for each in list(self.door.server.busy)})
+        go.set()
+        replies = b""
+        for client in clients:
+            client.shutdown(socket.SHUT_WR)
+            receive = functools.partial(client.recv, 65536)
+            replies += b"".join(iter(receive, b""))
+        self.assertEqual({b"%d" % i for i in range(8)},
+                         set(re.findall(rb'"jobid": (\d+)', replies)))
+        self.assertLess(len(commits), 8)
+
+    def test_it_ends_also_while_another_thread_makes_a_commit(self):
+        server, told = self.door.server, io.StringIO()
+        server.GRACE = server.END = 0.1
+        go = self.lead()
+        self.asking(b"/get/0")
+        wait_for(lambda: server.away, "a claim on its way to a commit")
+        self.asking(b"/get/0")
+        wait_for(lambda: server.turns, "another, that is not yet")
+        with contextlib.redirect_stderr(told):
+            stopping = threading.Thread(target=server.stop)
+            stopping.start()
+            server.thread.join(PATIENCE)
+            self.assertTrue(self.store.writer.leading)
+            go.set()
+            stopping.join(PATIENCE)
+        self.assertFalse(stopping.is_alive())
+        self.assertEqual("", told.getvalue())
+
+    def end_between(self, before, meanwhile):
+        """End the loop, which is held up `meanwhile`; return what it said."""
+        server, told = self.door.server, io.StringIO()
+        server.GRACE = server.END = 0.1
+        holds, held = threading.Event(), threading.Event()
+        before()
+        with contextlib.redirect_stderr(told):
+            server.call(lambda: (
+                holds.set(), held.wait(PATIENCE), server.look(0),
+                server.look(0), server.close_door(), server.close()))
+            self.assertTrue(holds.wait(PATIENCE))
+            meanwhile()
+            held.set()
+            server.thread.join(PATIENCE)
+        return told.getvalue()
+
+    def test_it_ends_also_as_a_commit_is_due(self):
+        self.assertEqual("", self.end_between(
+            int, lambda: self.asking(b"/get/0")))
+
+    def test_it_ends_also_as_a_commit_was_made(self):
+        server, go = self.door.server, self.lead()
+
+        def claim():
+            self.asking(b"/get/0")
+            wait_for(lambda: server.away, "a claim")
+
+        def made():
+            go.set()
+            wait_for(lambda: server.calls, "the commit")
+
+        self.assertEqual("", self.end_between(claim, made))
 
     def test_who_brings_wrong_jobix_takes_no_thread(self):
         self.store.open_to_all = False
@@ -5753,6 +5872,14 @@ class TogetherTest(StoreCase):
         self.assertEqual({(6, "working"): 1}, self.states())
         self.assertEqual([("done", 2, 5), ("released", 5, None)],
                          self.attempts("outcome", "stage", "target"))
+
+    def test_lists_of_updates_of_the_same_jobs_are_both_done(self):
+        n = len(jobman.TOGETHER)
+        self.set_jobs(range(n))
+        first, second = (self.do("update_jobs", [
+            dict(jobid=i, stage=stage) for i in range(n)]) for stage in (1, 2))
+        self.assertEqual([[200] * n] * 2, self.commit(first, second))
+        self.assertEqual({(2, "waiting"): n}, self.states())
 
     def test_an_update_that_stands_twice_in_a_list_is_done_twice(self):
         self.set_jobs(range(100))
