@@ -5914,7 +5914,8 @@ class Server:
                     self.gather()
                     self.commit()
             except Exception:  # of ours; it is no reason to stop
-                traceback.print_exc()
+                with contextlib.suppress(OSError, ValueError):
+                    traceback.print_exc()
 
     def look(self, seconds):
         """Wait up to `seconds` for what happens next, and see to it."""
@@ -6007,7 +6008,15 @@ class Server:
         """Let a connection be late at its end."""
         connection.alarm = connection.end
         alarm = connection.end, next(self.numbers), connection
+        if len(self.alarms) > 2 * len(self.open) + 1000:
+            self.alarms = list(filter(self.is_set, self.alarms))
+            heapq.heapify(self.alarms)
         heapq.heappush(self.alarms, alarm)
+
+    def is_set(self, alarm):
+        """Return whether its connection has no earlier one, nor has ended."""
+        moment, _, connection = alarm
+        return moment == connection.alarm and connection.step is not None
 
     def until_alarm(self):
         """Return the seconds until the next alarm, None without one."""
@@ -6019,9 +6028,10 @@ class Server:
         """Drive those that are late."""
         now = time.monotonic()
         while self.alarms and self.alarms[0][0] <= now:
-            moment, _, connection = heapq.heappop(self.alarms)
-            if moment != connection.alarm or connection.step is None:
-                continue  # it has an earlier one, or none any more
+            alarm = heapq.heappop(self.alarms)
+            connection = alarm[-1]
+            if not self.is_set(alarm):
+                continue
             connection.alarm = math.inf
             if connection.end <= now:
                 self.drive(connection, late=isinstance(connection.step, int))

@@ -4185,6 +4185,15 @@ class LoopTest(StoreCase):
         waiting.join(PATIENCE)
         self.assertEqual(200, pages[0].status)
 
+    def test_many_short_polls_leave_nothing_behind(self):
+        connection = http.client.HTTPConnection(*self.address)
+        self.addCleanup(connection.close)
+        for _ in range(1500):
+            connection.request("GET", "/get/0?wait=0.00001", headers={
+                "jobix": "1"})
+            connection.getresponse().read()
+        self.assertLess(len(self.door.server.alarms), 1010)
+
     def test_what_takes_its_time_keeps_no_update_waiting(self):
         go, real = threading.Event(), jobman.Store.lifetimes
         self.addCleanup(go.set)
