@@ -2391,7 +2391,7 @@ JSON_COLUMNS = "jobcmd", "filename", "files", "cwd", "outputs"
 CHUNK = 5000  # jobs that one transaction of a sweeping change moves
 PRUNED = 1000  # jobs whose attempts one transaction looks at, one a tick
 PRUNE_EVERY = 3600  # seconds
-SILENT = 300  # seconds after which a worker isn't there any more
+AWAY_AFTER = 300  # seconds after which a worker isn't there any more
 CUT_OFF = "released", "lapsed", "cancelled", "expired", "superseded"
 
 
@@ -3170,7 +3170,7 @@ class Store:
             stages, silent = from_json(before["stages"]), \
                 worker["heard"] - before["heard"]
             idle = (before["slots"] - before["busy"]) * silent
-            if stages and 0 <= silent <= SILENT and idle > 0:
+            if stages and 0 <= silent <= AWAY_AFTER and idle > 0:
                 claim = {"jobix": worker["jobix"], "origin": stages[0]}
                 self.spend(tx, claim, "idle", idle, 0)
 
@@ -3478,7 +3478,7 @@ class Store:
 
         Rows of ALL_JOBS, one of ALL_WORKERS, and then as stats().
         """
-        key = {"since": self.clock() - SILENT}
+        key = {"since": self.clock() - AWAY_AFTER}
         return (
             execute(SQL.ALL_JOBS).fetchall(),
             execute(SQL.ALL_WORKERS, key).fetchone(),

@@ -3347,7 +3347,7 @@ class StatsTest(StoreCase):
         self.assertEqual(90, self.stage(2)["idle"])
         self.clock.advance(30)
         self.beat(slots=4, busy=0, stages=[2, 0])
-        self.clock.advance(jobman.SILENT + 1)  # it wasn't there
+        self.clock.advance(jobman.AWAY_AFTER + 1)  # it wasn't there
         self.beat(slots=4, busy=0, stages=[2, 0])
         self.clock.advance(-10)  # the clock was put back
         self.beat(slots=4, busy=0, stages=[2, 0])
@@ -14952,6 +14952,15 @@ class BrowserTest(StoreCase):
             "[...document.querySelectorAll('#jobs tbody button')].find("
             "node => node.innerText === arguments[0]).click()", str(jobid))
         self.see("#job", "Attempts")
+
+    def test_a_job_says_whom_it_waits_for(self):
+        self.set_jobs([1, 2], laststage=2)
+        self.set_jobs([5], after=[1, 2])
+        self.show()
+        self.open_job(5)
+        self.assertRegex(self.see("#job", "Waits for"), r"Waits for\s+1, 2\s")
+        self.ok("/cancel", {"ids": [2]})
+        self.see("#job", "by the end of job 2")
 
     def test_a_retry_asks_first_and_says_what_happened(self):
         self.set_jobs([5], max_attempts=1)
