@@ -6538,6 +6538,31 @@ def speaking(options, patience=5):
             yield client
 
 
+def read_ids(text):
+    """Return what jobids `1,3,5-8` names: ranges, in order and apart.
+
+    A list of (first, last). Raises ArgumentTypeError, for argparse.
+    """
+    ranges = []
+    for part in text.split(","):
+        ends = re.fullmatch("([0-9]{1,20})(?:-([0-9]{1,20}))?", part.strip())
+        first, last = 1, 0
+        if ends:
+            first, last = int(ends[1]), int(ends[2] or ends[1])
+        if not first <= last <= MAX_JOBID:
+            raise argparse.ArgumentTypeError(
+                "%.80r names no jobs; write ids as 1,3,5-8, up to %d" % (
+                    part, MAX_JOBID))
+        ranges.append((first, last))
+    apart = []
+    for first, last in sorted(ranges):
+        if apart and first <= apart[-1][1] + 1:
+            apart[-1] = apart[-1][0], max(last, apart[-1][1])
+        else:
+            apart.append((first, last))
+    return apart
+
+
 # What a state looks like on a terminal: numbers of ECMA-48's SGR.
 COLOURS = {
     "working": 36, "done": 32, "failed": 31, "aborted": 31, "expired": 33,

@@ -8,6 +8,7 @@
 Only the clock is passed in, so that leases and lifetimes need no sleep.
 """
 
+import argparse
 import ast
 import atexit
 import base64
@@ -10595,6 +10596,34 @@ class ScriptTest(TemporaryFolder):
         self.assertTrue(
             jobman.shell_script("echo {#}:'{#}'", 7).endswith("echo 7:'7'")
         )
+
+
+class IdsTest(unittest.TestCase):
+    """What 1,3,5-8 means on the command line."""
+
+    def test_ids_are_kept_as_ranges_in_order(self):
+        for text, ranges in (
+            ("17", [(17, 17)]),
+            ("1,3,5-8", [(1, 1), (3, 3), (5, 8)]),
+            ("9,5-5,007", [(5, 5), (7, 7), (9, 9)]),
+            ("4-6,1-3", [(1, 6)]),
+            ("1-10,3-4,8-12,12", [(1, 12)]),
+            ("0-9007199254740991", [(0, 2**53 - 1)]),
+            (" 1, 3 ", [(1, 1), (3, 3)]),
+        ):
+            with self.subTest(text=text):
+                self.assertEqual(ranges, jobman.read_ids(text))
+
+    def test_what_names_no_jobs_is_refused(self):
+        for text in (
+            "", ",", "1,", "1,,2", "a", "-1", "1-", "8-5", "1-2-3", "1.5",
+            "9007199254740992", "1-9007199254740992", "\u0663", "9" * 5000,
+            "1 2", "0x1", "all",
+        ):
+            with self.subTest(text=text[:20]):
+                with self.assertRaises(argparse.ArgumentTypeError) as caught:
+                    jobman.read_ids(text)
+                self.assertIn("1,3,5-8", str(caught.exception))
 
 
 class RunTest(TemporaryFolder):
