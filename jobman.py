@@ -46,6 +46,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import stat
 import struct
 import subprocess
 import sys
@@ -6538,6 +6539,29 @@ def speaking(options, patience=5):
             yield client
 
 
+PATIENCE = 60  # seconds for a server to answer who changes something
+
+
+def read_array(text):
+    """Return the numbers that --array names, a list of ranges.
+
+    `1-9:2,12`, as Slurm reads it. Raises ArgumentTypeError, for argparse.
+    """
+    found = []
+    for part in text.split(","):
+        ends = re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9})(?::([0-9]{1,9}))?)?",
+                            part.strip())
+        first, last, step = 1, 0, 1
+        if ends:
+            first, last = int(ends[1]), int(ends[2] or ends[1])
+            step = int(ends[3] or 1)
+        if last < first or not step:
+            raise argparse.ArgumentTypeError(
+                "%.80r names no numbers; write 1-1000, 1-9:2,12" % part)
+        found.append(range(first, last + 1, step))
+    return found
+
+
 def read_ids(text):
     """Return what jobids `1,3,5-8` names: ranges, in order and apart.
 
@@ -6594,6 +6618,11 @@ def columns(heads, rows):
                 cell = "\033[%dm%s\033[0m" % (colours[text], cell)
             line.append(cell)
         yield "  ".join(line).rstrip()
+
+
+def number_of(n, thing):
+    """Return how many there are of a thing: 1 job, 2 jobs."""
+    return "%d %s%s" % (n, thing, "" if n == 1 else "s")
 
 
 def report(options, value, lines, names=()):
@@ -6784,9 +6813,10 @@ def shell_script(command, number):
 
     The script is run with the item as its first argument and takes it from
     a variable, so that nothing in an item is ever executed. `{}` becomes
-    one word in any quotes that it stands in; `{#}` becomes `number`.
+    one word in any quotes that it stands in; `{#}` becomes `number`. What the
+    script starts has the item in its environment.
     """
-    script, quotes, i = ["JOBMAN_ITEM=$1; "], [""], 0
+    script, quotes, i = ["export JOBMAN_ITEM=\"$1\"; "], [""], 0
     while i < len(command):
         match = SHELL_PIECE.match(command, i)
         piece, inside = match.group(), quotes[-1]
@@ -6803,9 +6833,25 @@ def shell_script(command, number):
     return "".join(script)
 
 
+def with_item(command):
+    """Return a command in which the item stands, at the end if not before."""
+    named = "{}" in command or "{#}" in command
+    return command if named else command + " {}"
+
+
+def argv_of(command, item, number):
+    """Return what is executed for an item of a command; see shell_script."""
+    return ["/bin/sh", "-c", shell_script(command, number), "sh", item]
+
+
 def from_utf8(text):
     """Return bytes as a string, those that aren't UTF-8 preserved."""
     return text.decode("utf-8", "surrogateescape")
+
+
+def command_in(options):
+    """Return the command in a command line's words."""
+    return from_utf8(os.fsencode(" ".join(options.words)))
 
 
 def open_items(options):
@@ -6847,10 +6893,8 @@ class Run:
     NAMED = 10  # failures told one by one at the end
 
     def __init__(self, store, command, retries):
-        if "{}" not in command and "{#}" not in command:
-            command += " {}"
         self.store = store
-        self.command = command
+        self.command = with_item(command)
         self.max_attempts = retries + 1
         self.items = 0  # that have become jobs
         self.loaded = False
@@ -6897,8 +6941,7 @@ class Run:
 
     def job(self, item, place):
         """Return the job of an item."""
-        script = shell_script(self.command, place)
-        argv = ["/bin/sh", "-c", script, "sh", item]
+        argv = argv_of(self.command, item, place)
         return {"jobstage": 0, "jobcmd": argv, "laststage": 2}
 
     def figures(self):
@@ -7094,8 +7137,7 @@ def run(options):
     progress = Progress(sys.stderr)
     with serving(options, access_file) as (server, access):
         say("Watch it at " + page_address(access, "jobix", sys.stderr))
-        command = from_utf8(os.fsencode(" ".join(options.words)))
-        this = Run(server.store, command, options.retries)
+        this = Run(server.store, command_in(options), options.retries)
         this.put_others_aside()
         worker = WorkerProcess(access_file, options.slots, progress)
         items = read_items(options, source)
@@ -7115,6 +7157,299 @@ def run(options):
 
 
 # ---------------------------------------------------------------- acting ---
+
+ASKED_FROM = 100  # of more than so many one is asked
+IDS_AT_ONCE = 100000  # in a call
+PART = 2000  # jobs that are submitted in a call
+PART_SIZE = 2**20  # characters of them
+
+
+def agree(options, what):
+    """Ask whether to do `what`; raise Trouble where that isn't wanted."""
+    if options.yes:
+        return
+    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+        raise Trouble("That would %s; say --yes to do it." % what)
+    sys.stderr.write("%s? [y/N] " % (what[0].upper() + what[1:]))
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise Trouble("Nothing was changed.")
+
+
+def read_selection(text):
+    """Return what IDS names: "all", or a list of ranges of jobids."""
+    return text if text == "all" else read_ids(text)
+
+
+def count_selected(client, options, states):
+    """Return how many jobs a selection may be about."""
+    if type(options.ids) is list:
+        return sum(last - first + 1 for first, last in options.ids)
+    return sum(
+        stage["states"][state]
+        for stage in client.status()["stages"]
+        if options.stage in (None, stage["stage"])
+        for state in states if options.state in (None, state)
+    )
+
+
+def selections(options):
+    """Yield what a selection is in calls, ids in parts."""
+    narrowed = {"stage": options.stage, "state": options.state}
+    if type(options.ids) is list:
+        ids = itertools.chain.from_iterable(
+            range(first, last + 1) for first, last in options.ids)
+        for some in iter(lambda: list(itertools.islice(ids, IDS_AT_ONCE)), []):
+            yield dict(narrowed, ids=some)
+    elif options.stage is options.state is None:
+        yield {"all": True}
+    else:
+        yield narrowed
+
+
+# What is done to jobs, and in what states they must be for that.
+DEEDS = {
+    "retry": ("retried", RETRIABLE),
+    "cancel": ("cancelled", CANCELLABLE),
+    "release": ("released", ("working",)),
+    "forget": ("forgotten", ("done",)),
+}
+
+
+def change_jobs(options):
+    """Do to the selected jobs what the command is called."""
+    deed, states = DEEDS[options.command]
+    changed = 0
+    with speaking(options, PATIENCE) as client:
+        n = count_selected(client, options, states)
+        if n > ASKED_FROM:
+            agree(options, "%s %d jobs" % (options.command, n))
+        try:
+            for selector in selections(options):
+                changed += getattr(client, options.command)(**selector)
+        except BaseException:
+            if changed:
+                say("%s %s before that." % (number_of(changed, "job"), deed))
+            raise
+    line = "%s %s" % (number_of(changed, "job"), deed)
+    report(options, {deed: changed}, [line])
+    return 0
+
+
+def change_stage(options):
+    """Pause or resume a stage."""
+    with speaking(options, PATIENCE) as client:
+        answer = getattr(client, options.command)(options.stage)
+    goes = "is paused" if answer["paused"] else "goes on"
+    report(options, answer, ["stage %d %s" % (answer["stage"], goes)])
+    return 0
+
+
+def change_workers(options):
+    """Drain or undrain a worker, or all."""
+    with speaking(options, PATIENCE) as client:
+        names = [options.worker]
+        if options.worker == "all":
+            names = [worker["name"] for worker in client.workers()["workers"]]
+        if len(names) > ASKED_FROM:
+            agree(options, "%s %d workers" % (options.command, len(names)))
+        answers = [getattr(client, options.command)(name) for name in names]
+    goes = "claims no more" if options.command == "drain" else "goes on"
+    lines = ("%s %s" % (printable(answer["worker"]), goes)
+             for answer in answers)
+    report(options, answers, lines, names)
+    return 0
+
+
+def move_jobs(options):
+    """Move the expired jobs of a stage to another."""
+    with speaking(options, PATIENCE) as client:
+        n = sum(stage["expired"] for stage in client.status()["stages"]
+                if stage["stage"] == options.old)
+        if n > ASKED_FROM:
+            agree(options, "move %d jobs" % n)
+        answer = client.check_stages(options.old, options.new)
+    moved = number_of(answer["n_bad_jobs were degraded:"], "expired job")
+    report(options, answer, ["%s moved" % moved])
+    return 0
+
+
+def lifetime_lines(minutes):
+    """Return the lines of a table of {stage: minutes}."""
+    return columns(("stage", "minutes"), sorted(minutes.items()))
+
+
+def change_lifetime(options):
+    """Show the lifetimes, or that of a stage, or set it."""
+    with speaking(options, PATIENCE) as client:
+        if options.stage is None:
+            found = client.init()
+            report(options, found, lifetime_lines(found))
+        else:
+            found = client.lifetime(options.stage, options.minutes)
+            report(options, found, [str(found)])
+    return 0
+
+
+def set_lifetimes(options):
+    """Set the lifetimes of the first stages, where there are none yet."""
+    with speaking(options, PATIENCE) as client:
+        found = client.init(*options.minutes)
+    report(options, found, lifetime_lines(found))
+    if options.minutes and found != dict(enumerate(options.minutes)):
+        raise Trouble("There were lifetimes already, and they stay: change one"
+                      " with `lifetime STAGE MINUTES`.")
+    return 0
+
+
+def ids_text(ranges):
+    """Return ranges of jobids as read_ids() reads them."""
+    return ",".join("%d" % pair[0] if pair[0] == pair[1] else "%d-%d" % pair
+                    for pair in ranges)
+
+
+def add_ids(ranges, ids):
+    """Add jobids to a list of ranges."""
+    for jobid in ids:
+        if ranges and ranges[-1][1] == jobid - 1:
+            ranges[-1] = ranges[-1][0], jobid
+        else:
+            ranges.append((jobid, jobid))
+
+
+def count_lines(source):
+    """Return how many lines a file has, None where it is no regular file."""
+    if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+        return None
+    blocks = iter(lambda: source.read(2**20), b"")
+    lines = sum(block.count(b"\n") for block in blocks)
+    source.seek(0)
+    return lines
+
+
+def carried(options):
+    """Return what each job that is submitted carries, but its command."""
+    entry = {name: getattr(options, name) for name in (
+        "laststage", "priority", "max_attempts", "timeout")}
+    if entry["laststage"] is None:
+        entry["laststage"] = options.stage + 2
+    entry["cwd"] = from_utf8(os.fsencode(os.path.abspath(options.cwd or ".")))
+    entry["after"] = [
+        jobid for first, last in options.after
+        for jobid in range(first, last + 1)] or None
+    return dict(
+        {name: value for name, value in entry.items() if value is not None},
+        jobstage=options.stage,
+    )
+
+
+def array_items(ranges):
+    """Yield the items of --array, a list of ranges: their numbers."""
+    for numbers in ranges:
+        yield [str(number) for number in numbers]
+
+
+def entries(options, lists):
+    """Yield the jobs of lists of items, or of commands."""
+    common, command = carried(options), with_item(command_in(options))
+    for place, item in enumerate(itertools.chain.from_iterable(lists), 1):
+        if not options.commands:
+            yield dict(common, jobcmd=argv_of(command, item, place))
+        elif item.strip() and not item.startswith("#"):
+            yield dict(common, jobcmd=item)
+
+
+def in_parts(jobs):
+    """Yield lists of jobs, each for one call."""
+    part, size = [], 0
+    for job in jobs:
+        length = len(to_json(job))
+        if part and (len(part) >= PART or size + length > PART_SIZE):
+            yield part
+            part, size = [], 0
+        part.append(job)
+        size += length
+    if part:
+        yield part
+
+
+def jobs_to_submit(options):
+    """Return an iterator of jobs, and how many, None where nobody knows."""
+    if options.array:
+        numbers = options.array
+        return entries(options, array_items(numbers)), sum(map(len, numbers))
+    if options.items is not None or options.arg_file:
+        source = open_items(options)
+        n = len(options.items) if source is None else count_lines(source)
+        return entries(options, read_items(options, source)), n
+    return [dict(carried(options), jobcmd=command_in(options))], 1
+
+
+def read_json(name):
+    """Return the JSON value in a file, `-`: on standard input, or Trouble."""
+    try:
+        with open(0 if name == "-" else name, "rb") as file:
+            jobs = from_json(file.read().decode("utf-8-sig"))
+        if type(jobs) not in (dict, list):
+            raise Error(400, "It must be an object or a list.")
+        return jobs
+    except (OSError, UnicodeDecodeError, Error) as error:
+        raise Trouble("Can't read jobs in %s: %s" % (name, cause(error))) \
+            from None
+
+
+def set_from_json(client, jobs):
+    """Add jobs under their own ids, those that there aren't yet; or Trouble.
+
+    Returns ranges of their ids.
+    """
+    if not all(re.match("[0-9]{1,16}$", jobid) for jobid in jobs):
+        raise Trouble("Jobs in a JSON object need numbers for names.")
+    client.set(jobs)
+    ranges = []
+    add_ids(ranges, sorted(map(int, jobs)))
+    return ranges
+
+
+def submit_parts(client, options, jobs, total):
+    """Submit jobs in parts; return ranges of the ids that they are given.
+
+    Each part has a key, so that none is added twice.
+    """
+    key, ranges, done = options.key or secrets.token_hex(8), [], 0
+    try:
+        for number, part in enumerate(in_parts(jobs)):
+            add_ids(ranges, client.submit("%s/%d" % (key, number), part))
+            done += len(part)
+            if sys.stderr.isatty():
+                shown = bar(min(1, done / total)) if total else ""
+                sys.stderr.write("\r%s %d jobs\033[K\r" % (shown, done))
+    except BaseException:
+        say("%s: the same command with --key %s adds the rest, and none twice."
+            % (number_of(done, "job") + " added", shlex.quote(key)))
+        raise
+    if sys.stderr.isatty():
+        sys.stderr.write("\033[K")
+    return ranges
+
+
+def submit_jobs(options):
+    """Add jobs: of a command and items, of commands, or described in JSON."""
+    with speaking(options, PATIENCE) as client:
+        if options.from_json:
+            jobs = read_json(options.from_json)
+            total = len(jobs)
+        else:
+            jobs, total = jobs_to_submit(options)
+        if type(jobs) is dict:
+            ranges = set_from_json(client, jobs)
+        else:
+            ranges = submit_parts(client, options, jobs, total)
+    n = sum(last - first + 1 for first, last in ranges)
+    ids = ids_text(ranges)
+    line = number_of(n, "job") + (": " + ids if ids else "")
+    report(options, {"jobs": n, "ids": ids}, [line], [ids] if ids else [])
+    return 0
 
 
 # ------------------------------------------------------------- data care ---
@@ -7597,7 +7932,6 @@ def pbs(options):
 
 # ------------------------------------------------------------------ main ---
 
-
 def check_serve(parser, options):
     """End with exit status 2 when a server isn't described well."""
     if options.retries < 0:
@@ -7696,12 +8030,145 @@ def add_access(command):
         help="the server's access file (default ~/.jobman/access.json)")
 
 
+def argument(reader):
+    """Return `reader`, of a request's values, as one of arguments."""
+
+    def read(text):
+        try:
+            return reader(number(text), "it")
+        except Error as error:
+            raise argparse.ArgumentTypeError(
+                "%.80r: %s" % (text, error)) from None
+
+    return read
+
+
+stage_number = argument(STAGE)
+
+
 def add_client(command):
     """Add what every command has that asks the server."""
     add_access(command)
     command.add_argument(
         "--output", choices=("table", "json", "quiet"), default="table",
         help="how the answer is printed (default table)")
+
+
+def add_yes(command):
+    """Add what every command has that may be about many."""
+    add_client(command)
+    command.add_argument(
+        "--yes", action="store_true",
+        help="do it to more than %d without asking" % ASKED_FROM)
+
+
+def check_selector(parser, options):
+    """End with exit status 2 when no jobs are named."""
+    if options.ids is options.stage is options.state is None:
+        parser.error("name jobs: 1,3,5-8, or all, or by --state or --stage")
+
+
+def add_selector(command):
+    """Describe retry, cancel, release or forget."""
+    command.set_defaults(check=check_selector)
+    add = command.add_argument
+    add("ids", nargs="?", type=read_selection, metavar="IDS",
+        help="jobids, as 1,3,5-8, or all")
+    add("--state", choices=STATES, help="only jobs in this state")
+    add("--stage", type=stage_number, metavar="N",
+        help="only jobs in this stage")
+    add_yes(command)
+
+
+def add_stage(command):
+    """Describe pause or resume."""
+    command.add_argument("stage", type=stage_number, metavar="STAGE")
+    add_client(command)
+
+
+def add_worker(command):
+    """Describe drain or undrain."""
+    command.add_argument("worker", metavar="WORKER", help="its name, or all")
+    add_yes(command)
+
+
+def add_move(command):
+    """Describe move."""
+    command.add_argument("old", type=stage_number, metavar="OLD")
+    command.add_argument("new", type=stage_number, metavar="NEW")
+    add_yes(command)
+
+
+def add_lifetime(command):
+    """Describe lifetime."""
+    add = command.add_argument
+    add("stage", nargs="?", type=stage_number, metavar="STAGE")
+    add("minutes", nargs="?", type=argument(MINUTES), metavar="MINUTES",
+        help="0: no limit")
+    add_client(command)
+
+
+def add_init(command):
+    """Describe init."""
+    command.add_argument(
+        "minutes", nargs="*", type=argument(MINUTES), metavar="MINUTES",
+        help="of stage 0, of stage 1, and so on; 0: no limit")
+    add_client(command)
+
+
+def check_submit(parser, options):
+    """End with exit status 2 when jobs aren't described well."""
+    if options.words[:1] == ["--"]:
+        del options.words[0]
+    sources = [name for name, given in (
+        ("items after :::", options.items is not None),
+        ("--each-line", options.each_line), ("--array", options.array),
+        ("--commands", options.commands), ("--from-json", options.from_json),
+    ) if given]
+    if len(sources) > 1:
+        parser.error("give %s, not both" % " or ".join(sources[:2]))
+    whole = options.commands or options.from_json
+    if bool(options.words) == bool(whole):
+        parser.error("%s brings the commands: give no other" % sources[0]
+                     if whole else "submit needs a command")
+    after = sum(last - first + 1 for first, last in options.after)
+    if after > IDS_AT_ONCE:
+        parser.error("--after can name up to %d jobs" % IDS_AT_ONCE)
+    options.arg_file = options.each_line or options.commands
+
+
+def add_submit(command):
+    """Describe submit."""
+    command.usage = "%(prog)s [options] ['COMMAND {}' [::: ITEM ...]]"
+    command.set_defaults(check=check_submit)
+    add = command.add_argument
+    add("words", nargs=argparse.REMAINDER, metavar="COMMAND",
+        help="the command; {} is the item, at its end if not said")
+    add("--each-line", metavar="FILE",
+        help="a job for each line, as an item; -: standard input")
+    add("--array", type=read_array, metavar="NUMBERS",
+        help="a job for each number, as an item: 1-1000, 1-9:2,12")
+    add("--commands", metavar="FILE",
+        help="a job for each line, as a command; -: standard input")
+    add("--from-json", metavar="FILE",
+        help="jobs as /set or /submit take them; -: standard input")
+    add("--stage", type=stage_number, default=0, metavar="N",
+        help="where they wait (default 0)")
+    add("--laststage", type=stage_number, metavar="N",
+        help="where they are done (default: two above)")
+    add("--priority", type=argument(CARRIES["priority"]), metavar="N",
+        help="higher goes first (default 0)")
+    add("--max-attempts", type=argument(CARRIES["max_attempts"]), metavar="N",
+        help="how many failures until a job has failed (default: the"
+        " server's)")
+    add("--timeout", type=argument(period), metavar="SECONDS",
+        help="how long a command may take (default: no limit)")
+    add("--cwd", metavar="DIR", help="where they run (default: here)")
+    add("--after", type=read_ids, default=[], metavar="IDS",
+        help="jobs that they wait for, as 1,3,5-8")
+    add("--key", type=argument(word), metavar="KEY",
+        help="a name for this submission: what it names is added once")
+    add_client(command)
 
 
 def add_snapshot(command):
@@ -7803,9 +8270,45 @@ COMMANDS = (
   find . -name '*.png' | python3 jobman.py run 'optipng {}'
 {} is the item as one shell word, {#} its number. Items come after :::, from a
 file, or from standard input, one a line."""),
+    ("submit", submit_jobs, add_submit, """add jobs
+  python3 jobman.py submit 'gzip -k {}' ::: *.txt
+  find . -name '*.png' | python3 jobman.py submit --each-line - 'optipng {}'
+  python3 jobman.py submit --array 1-1000 ./simulate.sh --seed {}
+  python3 jobman.py submit --commands todo.txt --priority 5
+  python3 jobman.py submit --after 1-1000 ./summarize.sh
+{} is the item as one shell word, {#} its number, as with run."""),
     ("status", print_status, add_client, """show how far the jobs are
   python3 jobman.py status
   python3 jobman.py status --output json"""),
+    ("retry", change_jobs, add_selector, """let ended jobs run again
+  python3 jobman.py retry 17
+  python3 jobman.py retry --state failed --stage 2"""),
+    ("cancel", change_jobs, add_selector, """cancel jobs that aren't done
+  python3 jobman.py cancel 1,3,5-8
+  python3 jobman.py cancel --state working
+  python3 jobman.py cancel all --yes"""),
+    ("release", change_jobs, add_selector, """take jobs from their workers
+  python3 jobman.py release 17
+  python3 jobman.py release --stage 1"""),
+    ("forget", change_jobs, add_selector, """delete done jobs
+  python3 jobman.py forget 1-1000
+  python3 jobman.py forget all --yes"""),
+    ("pause", change_stage, add_stage, """hand out nothing of a stage
+  python3 jobman.py pause 2"""),
+    ("resume", change_stage, add_stage, """end a pause
+  python3 jobman.py resume 2"""),
+    ("drain", change_workers, add_worker, """let workers claim no more
+  python3 jobman.py drain node7-4711
+  python3 jobman.py drain all"""),
+    ("undrain", change_workers, add_worker, """let them claim again
+  python3 jobman.py undrain all"""),
+    ("move", move_jobs, add_move, """move expired jobs to another stage
+  python3 jobman.py move 1 0"""),
+    ("lifetime", change_lifetime, add_lifetime, """show or set lifetimes
+  python3 jobman.py lifetime
+  python3 jobman.py lifetime 1 90"""),
+    ("init", set_lifetimes, add_init, """set the first lifetimes
+  python3 jobman.py init 0 60 0 90 0"""),
     ("snapshot", snapshot, add_snapshot, """write a page that needs no server
   python3 jobman.py snapshot /shared/www"""),
     ("verify", verify, add_verify, """check the files of all done jobs
@@ -7825,7 +8328,8 @@ What follows -- becomes #SBATCH lines."""),
   python3 jobman.py pbs --time 8h -- -l select=4:ncpus=64 | qsub
 What follows -- becomes #PBS lines."""),
 )
-MARKS = {"run": ":::", "sbatch": "--", "pbs": "--"}  # see split_off
+# What parts the arguments of some; see split_off.
+MARKS = {"run": ":::", "submit": ":::", "sbatch": "--", "pbs": "--"}
 EPILOG = """\
 python3 jobman.py COMMAND --help has the options and examples of each.
 """
@@ -7871,7 +8375,7 @@ def parse(arguments):
     if options.command is None:
         parser.error("name a command: %s" % ", ".join(commands.choices))
     if rest is not None and options.command not in MARKS:
-        parser.error("::: belongs to run")
+        parser.error("::: belongs to run and submit")
     options.items = rest
     if options.check:
         options.check(commands.choices[options.command], options)

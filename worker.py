@@ -226,6 +226,7 @@ class Client:
 
     CONNECT_TIMEOUT = 10  # seconds
     TIMEOUT = 60  # seconds without a byte before a connection is given up
+    SWEEP_TIMEOUT = 3600  # for a call that may be about millions of jobs
     SETTLE = 1  # seconds until a server that starts has its access file
     PART = 2000  # jobs in one call of many
     PART_SIZE = 2**20  # characters of them
@@ -392,19 +393,19 @@ class Client:
 
         `selector`: `ids`, or `stage` and `state`, or `all=True`.
         """
-        return self.call("POST", "/retry", selector)["retried"]
+        return self.sweep("/retry", selector)["retried"]
 
     def cancel(self, **selector):
         """Cancel jobs that aren't done; return how many; as retry."""
-        return self.call("POST", "/cancel", selector)["cancelled"]
+        return self.sweep("/cancel", selector)["cancelled"]
 
     def release(self, **selector):
         """Take jobs from who works on them, unharmed; return how many."""
-        return self.call("POST", "/release", selector)["released"]
+        return self.sweep("/release", selector)["released"]
 
     def forget(self, **selector):
         """Delete done jobs; return how many; as retry."""
-        return self.call("POST", "/forget", selector)["forgotten"]
+        return self.sweep("/forget", selector)["forgotten"]
 
     def pause(self, stage):
         """Let nothing be handed out of a stage."""
@@ -532,6 +533,10 @@ class Client:
             late = self.patience is not None and time.monotonic() >= end
             if late or self.aborted.wait(pause):
                 raise Unreachable(error)
+
+    def sweep(self, path, selector):
+        """Make a call that may be about millions of jobs."""
+        return self.call("POST", path, selector, timeout=self.SWEEP_TIMEOUT)
 
     def exchange(self, method, path, body, timeout):
         """Make a call once; return (status, content type, text)."""
