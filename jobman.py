@@ -7424,9 +7424,10 @@ def submit_parts(client, options, jobs, total):
             if sys.stderr.isatty():
                 shown = bar(min(1, done / total)) if total else ""
                 sys.stderr.write("\r%s %d jobs\033[K\r" % (shown, done))
-    except BaseException:
-        say("%s: the same command with --key %s adds the rest, and none twice."
-            % (number_of(done, "job") + " added", shlex.quote(key)))
+    except BaseException as error:
+        if done or not hasattr(error, "status"):  # it may be in, if not refused
+            say("%s added; the same command with --key %s adds the rest, and"
+                " none twice." % (number_of(done, "job"), shlex.quote(key)))
         raise
     if sys.stderr.isatty():
         sys.stderr.write("\033[K")

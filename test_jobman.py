@@ -10555,6 +10555,423 @@ NASTY = [
 ]
 
 
+class CutProxy(threading.Thread):
+    """Pass bytes between clients and a server, and lose some answers.
+
+    `lose(request)` tells whether the answer to a request's bytes is lost,
+    once the server has given it.
+    """
+
+    def __init__(self, address, lose):
+        super().__init__(daemon=True)
+        self.address, self.lose = address, lose
+        self.socket = socket.create_server(("127.0.0.1", 0)) if hasattr(
+            socket, "create_server") else self.listening()
+        self.port = self.socket.getsockname()[1]
+        self.start()
+
+    def listening(self):
+        """Return a socket that listens, on Python 3.6 and 3.7."""
+        listening = socket.socket()
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(5)
+        return listening
+
+    def run(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.socket.accept()
+                with contextlib.suppress(OSError), client, \
+                        socket.create_connection(self.address) as server:
+                    self.serve(client, server)
+
+    def serve(self, client, server):
+        """Pass a request on and its answer back, until an answer is lost."""
+        while True:
+            request = client.recv(2**20)
+            if not request:
+                return
+            while b"\r\n\r\n" not in request or len(request) < self.length(
+                    request):
+                request += client.recv(2**20)
+            server.sendall(request)
+            answer = server.recv(2**20)
+            if self.lose(request):
+                return
+            while len(answer) < self.length(answer):
+                answer += server.recv(2**20)
+            client.sendall(answer)
+
+    def length(self, message):
+        """Return how long a message is that has its whole head."""
+        head, _, _ = message.partition(b"\r\n\r\n")
+        found = re.search(rb"(?i)\ncontent-length: (\d+)", head)
+        return len(head) + 4 + (int(found.group(1)) if found else 0)
+
+
+USAGE = r"usage: [\s\S]*error: .*\n?"  # what wrong usage is told
+
+
+class CommandCase(StoreCase):
+    """Commands that ask a server whose clock and store are at hand."""
+
+    def setUp(self):
+        super().setUp()
+        self.lead_to("http://%s:%d" % self.address)
+
+    def lead_to(self, url):
+        """Let commands find a server."""
+        self.environment.update(JOBMAN_URL=url, JOBMAN_JOBIX=str(self.jobix))
+
+    def does(self, *argv, status=0, err="", **options):
+        """Run a command of jobman; return its standard output."""
+        found, out, said = self.command(JOBMAN, *argv, **options)
+        self.assertNotIn("Traceback", said)
+        self.assertEqual(status, found, said)
+        if err is not None:
+            self.assertRegex(said, "^%s$" % err)
+        return out
+
+    def told(self):
+        """Return {id: state}."""
+        return {job["jobid"]: job["state"]
+                for job in self.ok("/jobs?limit=1000")["jobs"]}
+
+    def on_terminal(self, *argv, say=""):
+        """Run a command on a terminal; return (status, what is to be seen)."""
+        ours, theirs = pty.openpty()
+        self.addCleanup(os.close, ours)
+        process = self.spawn(
+            JOBMAN, *argv, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        os.write(ours, say.encode())
+        seen = b""
+        with contextlib.suppress(OSError):  # it has ended
+            while True:
+                seen += os.read(ours, 65536)
+        return process.wait(PATIENCE), seen.decode("utf-8", "replace")
+
+
+class ActingTest(CommandCase):
+    """Commands that change jobs, stages and workers."""
+
+    def test_jobs_are_named_by_ids_state_and_stage(self):
+        self.set_jobs(range(1, 10), laststage=2)
+        self.set_jobs([20, 21], stage=4)
+        self.assertEqual("4 jobs cancelled\n", self.does(
+            "cancel", "1,3,5-6"))
+        self.assertEqual("1 job cancelled\n", self.does(
+            "cancel", "9,20", "--stage", "4"))
+        self.assertEqual('{"retried": 5}\n', self.does(
+            "retry", "--state", "cancelled", "--output", "json"))
+        self.assertEqual("", self.does(
+            "cancel", "--stage", "4", "--output", "quiet"))
+        self.assertEqual({(0, "waiting"): 9, (4, "cancelled"): 2},
+                         self.states())
+        for job in self.get(0, n=3, lease=60):
+            self.update(job, 2)
+        self.get(0, lease=60)
+        self.assertEqual("1 job released\n", self.does("release", "all"))
+        self.assertEqual("2 jobs forgotten\n", self.does("forget", "1-2"))
+        self.assertEqual("1 job forgotten\n", self.does("forget", "all"))
+        self.assertEqual({(0, "waiting"): 6, (4, "cancelled"): 2},
+                         self.states())
+
+    def test_no_jobs_named_or_badly_is_wrong_usage(self):
+        self.set_jobs([1])
+        for verb in ("retry", "cancel", "release", "forget"):
+            for bad in ((), ("x",), ("3-1",), ("1,,2",), ("-1",),
+                        ("--state", "lost"), ("--stage", "-1"),
+                        ("--stage", "1000001"), ("1", "2")):
+                self.assertEqual("", self.does(
+                    verb, *bad, status=2, err=USAGE))
+        self.assertEqual({1: "waiting"}, self.told())
+
+    def test_an_id_that_is_none_changes_nothing(self):
+        self.set_jobs([1, 3])
+        self.does("cancel", "1-3", status=1,
+                  err=r"jobman.py: There is no job 2.\n")
+        self.assertEqual({1: "waiting", 3: "waiting"}, self.told())
+
+    def test_many_ids_go_in_parts(self):
+        self.set_jobs(range(5))
+        script = "import sys; sys.path.insert(0, %r); import jobman;" \
+            "jobman.IDS_AT_ONCE = 2; sys.exit(jobman.main())" % HERE
+        found = self.command("-c", script, "cancel", "0-6")
+        self.assertEqual((1, "", "4 jobs cancelled before that.\n"
+                          "jobman.py: There is no job 5.\n"), found)
+        self.assertEqual("waiting", self.told()[4])
+
+    def test_more_than_100_are_asked_for(self):
+        self.set_jobs(range(101))
+        self.set_jobs(range(101, 110), stage=2)
+        for named in (("all",), ("0-100",), ("--stage", "0"),
+                      ("--state", "waiting")):
+            self.does("cancel", *named, status=1,
+                      err=r"jobman.py: That would cancel 1\d\d jobs; say"
+                      r" --yes to do it.\n")
+        self.does("cancel", "--stage", "2")
+        self.does("cancel", "0-99")
+        self.assertEqual(1, self.states()[0, "waiting"])
+        self.assertEqual("109 jobs retried\n", self.does(
+            "retry", "all", "--yes"))
+
+    def test_on_a_terminal_one_is_asked(self):
+        self.set_jobs(range(101))
+        status, seen = self.on_terminal("cancel", "all", say="\n")
+        self.assertEqual(1, status)
+        self.assertIn("Cancel 101 jobs? [y/N]", seen)
+        self.assertIn("Nothing was changed.", seen)
+        self.assertEqual({(0, "waiting"): 101}, self.states())
+        status, seen = self.on_terminal("cancel", "all", say="y\n")
+        self.assertEqual(0, status)
+        self.assertIn("101 jobs cancelled", seen)
+
+    def test_a_stage_is_paused_and_goes_on(self):
+        self.set_jobs([1])
+        self.assertEqual("stage 0 is paused\n", self.does("pause", "0"))
+        self.assertEqual("nada", self.get(0))
+        answer = self.does("resume", "0", "--output", "json")
+        self.assertEqual({"stage": 0, "paused": False}, json.loads(answer))
+        self.assertEqual(1, self.get(0)["jobid"])
+        self.does("pause", status=2, err=USAGE)
+
+    def beat(self, name):
+        """Let a worker be heard of; return whether it should drain."""
+        return self.ok("/heartbeat", {
+            "worker": name, "lease": 60, "claims": []})["drain"]
+
+    def test_workers_are_drained_one_or_all(self):
+        names = ["a", "node 7/\u00e9"]
+        for name in names:
+            self.beat(name)
+        self.assertEqual("a claims no more\n", self.does("drain", "a"))
+        self.assertEqual([True, False], [self.beat(name) for name in names])
+        drained = json.loads(self.does("drain", "all", "--output", "json"))
+        self.assertEqual({"a", names[1]}, {each["worker"] for each in drained})
+        self.assertEqual([True, True], [self.beat(name) for name in names])
+        self.does("undrain", "all")
+        self.assertEqual([False, False], [self.beat(name) for name in names])
+        self.does("drain", "b", status=1,
+                  err="jobman.py: There is no worker b.\n")
+
+    def test_expired_jobs_are_moved(self):
+        self.set_jobs([1, 2])
+        self.ok("/lifetime/0/1")
+        self.clock.advance(61)
+        self.set_jobs([3])
+        self.assertEqual("2 expired jobs moved\n", self.does("move", "0", "6"))
+        self.assertEqual({(0, "waiting"): 1, (6, "waiting"): 2},
+                         self.states())
+        self.set_jobs(range(100, 201))
+        self.clock.advance(61)
+        self.store.tick()
+        self.does("move", "0", "6", status=1, err=".* move 102 jobs; .*\n")
+        answer = json.loads(self.does(
+            "move", "0", "6", "--yes", "--output", "json"))
+        self.assertEqual(102, answer["n_bad_jobs were degraded:"])
+
+    def test_lifetimes_are_shown_and_set(self):
+        self.assertEqual("stage  minutes\n    0        5\n    1        0\n",
+                         self.does("init", "5", "0"))
+        self.assertEqual("0\n", self.does("lifetime", "1"))
+        self.assertEqual("90\n", self.does("lifetime", "1", "90"))
+        self.assertEqual({"0": 5, "1": 90}, json.loads(
+            self.does("lifetime", "--output", "json")))
+        self.assertIn("90", self.does("init", "1", status=1, err=(
+            "jobman.py: There were lifetimes already.*\n")))
+        self.assertIn("90", self.does("init"))
+        for bad in ("x", "-1", "1.5", str(10**9 + 1)):
+            self.does("lifetime", "1", bad, status=2, err=USAGE)
+        self.assertEqual({"0": 5, "1": 90}, self.ok("/init"))
+
+    def test_a_server_that_is_not_there_is_said(self):
+        self.closing.close()
+        self.lead_to("http://127.0.0.1:1")
+        self.does("status", status=1,
+                  err=r"jobman.py: The server at .* can't be reached.*\n")
+        del self.environment["JOBMAN_URL"]
+        self.does("cancel", "all", status=1,
+                  err="jobman.py: There is no access file .*\n")
+
+
+class SubmitTest(CommandCase):
+    """`submit`: jobs of many kinds, each once."""
+
+    def carried(self, jobid):
+        """Return what a job carries, without what is null."""
+        job = self.ok("/job/%d" % jobid)
+        names = "stage", *jobman.CARRIES, "waits_for"
+        return {name: job[name] for name in names
+                if job.get(name) not in (None, [], 0)}
+
+    def work(self, **options):
+        """Let a worker run all; return what was printed, in lines."""
+        status, out, err = self.command(
+            WORKER, "--print", "--idle-timeout", "0", **options)
+        self.assertEqual((0, ""), (status, err))
+        return sorted(out.splitlines())
+
+    def test_a_command_with_items(self):
+        self.assertEqual("3 jobs: 1-3\n", self.does(
+            "submit", "echo {#} {}", ":::", "a", "b c", "d'e"))
+        self.assertEqual(["1 a", "2 b c", "3 d'e"], self.work())
+        self.assertEqual({(2, "done"): 3}, self.states())
+
+    def test_a_lone_command_is_one_job(self):
+        self.assertEqual("1 job: 1\n", self.does("submit", "echo", "a;",
+                                                 "echo", "b"))
+        self.assertEqual(
+            {"jobcmd": "echo a; echo b", "laststage": 2,
+             "cwd": os.path.realpath(self.folder)}, self.carried(1))
+        self.assertEqual(["a", "b"], self.work())
+
+    def test_items_from_a_file_and_from_standard_input(self):
+        with open(self.path("items"), "wb") as file:
+            file.write(b"a\n\nb\xff\n")
+        self.assertEqual("3 jobs: 1-3\n", self.does(
+            "submit", "--each-line", "items", "echo {}"))
+        self.assertEqual("2 jobs: 4-5\n", self.does(
+            "submit", "--each-line", "-", "echo", given=b"c\nd"))
+        self.assertEqual(["", "a", "b\udcff", "c", "d"], self.work())
+        self.does("submit", "--each-line", "no", "echo", status=1,
+                  err="jobman.py: Can't read no: No such file.*\n")
+
+    def test_an_array_is_numbers(self):
+        self.does("submit", "--array", "1-9:4,20", "echo {} $JOBMAN_ITEM")
+        self.does("submit", "--array", "3", "sh -c 'echo $JOBMAN_ITEM' {}")
+        self.assertEqual(["1 1", "20 20", "3", "5 5", "9 9"], self.work())
+        for bad in ("", "x", "5-1", "1-3:0", "1-", "1-2-3"):
+            self.does("submit", "--array", bad, "echo", status=2,
+                      err=USAGE)
+
+    def test_a_file_of_commands(self):
+        with open(self.path("todo"), "w") as file:
+            file.write("echo 1\n# no\n\n  \necho 2; echo 3\n")
+        self.assertEqual("2 jobs: 1-2\n", self.does(
+            "submit", "--commands", "todo"))
+        self.assertEqual(["1", "2", "3"], self.work())
+
+    def test_what_jobs_carry(self):
+        self.does("submit", "--array", "1-2", "true")
+        self.does("submit", "--stage", "4", "--laststage", "8", "--priority",
+                  "-5", "--max-attempts", "7", "--timeout", "2.5", "--cwd",
+                  "/tmp", "--after", "1-2", "true")
+        self.assertEqual(
+            {"stage": 4, "laststage": 8, "priority": -5, "max_attempts": 7,
+             "timeout": 2.5, "cwd": "/tmp", "jobcmd": "true",
+             "waits_for": [1, 2]}, self.carried(3))
+        for bad in (("--stage", "-1"), ("--laststage", "x"),
+                    ("--priority", "1.5"), ("--max-attempts", "0"),
+                    ("--timeout", "0"), ("--after", "x"),
+                    ("--after", "1-100001"), ("--key", ""),
+                    ("--array", "1", "--commands", "-"),
+                    ("--from-json", "-")):
+            self.does("submit", *bad, "true", status=2, err=USAGE)
+        self.does("submit", status=2, err="usage: [^$]*: submit needs a command\n")
+        self.does("submit", "--array", "1", "true", ":::", "1", status=2,
+                  err="usage: [^$]*, not both\n")
+        self.does("submit", "--after", "9", "true", status=1,
+                  err="jobman.py: A job can't wait for .*\n")
+        self.assertEqual(3, len(self.told()))
+
+    def test_jobs_in_json(self):
+        jobs = {"7": {"jobstage": 0, "jobcmd": "a"},
+                "8": {"jobstage": 0, "after": [7]},
+                "20": {"jobstage": 5}}
+        for _ in range(2):
+            self.assertEqual("3 jobs: 7-8,20\n", self.does(
+                "submit", "--from-json", "-",
+                given=json.dumps(jobs).encode()))
+        self.assertEqual(
+            {7: "waiting", 8: "blocked", 20: "waiting"}, self.told())
+        with open(self.path("list.json"), "w") as file:
+            json.dump([{"jobstage": 0}] * 2, file)
+        answer = self.does("submit", "--from-json", "list.json",
+                           "--output", "json")
+        self.assertEqual({"jobs": 2, "ids": "21-22"}, json.loads(answer))
+        for bad in (b"5", b"{", b"\xff", b'{"a": {"jobstage": 0}}',
+                    b'{"1": {}}', b'[{"jobstage": 0, "x": 1}]', b"[1]",
+                    b'{"1": {"jobstage": 0}, "1": {"jobstage": 0}}'):
+            self.does("submit", "--from-json", "-", given=bad, status=1,
+                      err="jobman.py: .*\n")
+        self.assertEqual(5, len(self.told()))
+
+    def test_only_ids_where_it_is_quiet(self):
+        quiet = "--output", "quiet"
+        self.assertEqual("1-3\n", self.does(
+            "submit", *quiet, "--array", "1-3", "true"))
+        self.assertEqual("", self.does(
+            "submit", *quiet, "--commands", "-", given=b""))
+
+    def test_two_users_of_one_jobix_never_collide(self):
+        submits = [
+            self.spawn(JOBMAN, "submit", "--array", "1-5000",
+                       "--output", "quiet", "true %d" % i)
+            for i in range(2)
+        ]
+        given = set()
+        for submit in submits:
+            status, out, err = self.finish(submit)
+            self.assertEqual((0, ""), (status, err))
+            for first, last in jobman.read_ids(out.strip()):
+                given |= set(range(first, last + 1))
+        self.assertEqual(set(range(1, 10001)), given)
+        self.assertEqual({(0, "waiting"): 10000}, self.states())
+
+    def test_an_answer_that_is_lost_adds_nothing_twice(self):
+        lost = []
+
+        def lose(request):
+            if b"POST /submit" in request and len(lost) < 3:
+                lost.append(1)
+                return True
+
+        proxy = CutProxy(self.address, lose)
+        self.addCleanup(proxy.socket.close)
+        self.lead_to("http://127.0.0.1:%d" % proxy.port)
+        self.assertEqual("5000 jobs: 1-5000\n", self.does(
+            "submit", "--array", "1-5000", "true"))
+        self.assertEqual(3, len(lost))
+        self.assertEqual({(0, "waiting"): 5000}, self.states())
+
+    def test_one_that_is_broken_off_goes_on_with_its_key(self):
+        submit = "submit", "--commands", "-"
+        process = self.spawn(JOBMAN, *submit, stdin=subprocess.PIPE)
+        lines = [b"echo %d\n" % i for i in range(5000)]
+        process.stdin.write(b"".join(lines[:3000]))
+        process.stdin.flush()
+        wait_for(lambda: self.ok("/status")["totals"]["jobs"], "jobs")
+        process.send_signal(signal.SIGINT)
+        status, out, err = self.finish(process)
+        self.assertEqual((130, ""), (status, out))
+        found = re.match(r"2000 jobs added; .* --key (\w+) adds the rest",
+                         err)
+        self.assertTrue(found, err)
+        self.assertEqual("5000 jobs: 1-5000\n", self.does(
+            *submit, "--key", found.group(1), given=b"".join(lines)))
+        self.assertEqual({(0, "waiting"): 5000}, self.states())
+
+    def test_memory_is_bounded_and_a_bar_shows_how_far_it_is(self):
+        with open(self.path("many"), "w") as file:
+            file.writelines("sleep %d\n" % i for i in range(100000))
+        script = "import sys; sys.path.insert(0, %r); import jobman;" \
+            "import resource; status = jobman.main(sys.argv[1:]);" \
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)" % HERE
+        most = []
+        for n in (100, 100000):
+            with open(self.path("many")) as file:
+                lines = file.readlines()[:n]
+            out = self.command("-c", script, "submit", "--commands", "-",
+                               given="".join(lines).encode())[1]
+            most.append(int(out.split()[-1]))
+        self.assertLess(most[1] - most[0], 12000)  # KiB
+        status, seen = self.on_terminal("submit", "--commands", "many")
+        self.assertEqual(0, status)
+        self.assertRegex(seen, r"\[#+\.+\] +\d+% \d+ jobs")
+        self.assertIn("100000 jobs: 100101-200100", seen)
+
+
 class ScriptTest(TemporaryFolder):
     """What `run` makes of a command, run by /bin/sh."""
 
