@@ -19,6 +19,7 @@ import argparse
 import atexit
 import base64
 import contextlib
+import csv
 import email.utils
 import errno
 import fcntl
@@ -6599,25 +6600,52 @@ def is_coloured(stream):
     return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
-def columns(heads, rows):
+def screen_size(stream):
+    """Return the columns and lines of the terminal that a stream goes to."""
+    try:
+        size = tuple(os.get_terminal_size(stream.fileno()))
+    except (OSError, ValueError):
+        size = 0, 0
+    return size if all(size) else (80, 24)
+
+
+def shorten(text, width):
+    """Return `text`, cut to a width, with dots where it was cut."""
+    return text if len(text) <= width else text[: max(0, width - 3)] + "..."
+
+
+def in_line(texts, widths, right, colours):
+    """Return a table's line: a text for each width, to the `right` or not."""
+    cells = []
+    for text, width, to_right in zip(texts, widths, right):
+        cell = text.rjust(width) if to_right else text.ljust(width)
+        colour = colours.get(text.rpartition(", ")[2])
+        cells.append("\033[%dm%s\033[0m" % (colour, cell) if colour else cell)
+    return "  ".join(cells).rstrip()
+
+
+def columns(heads, rows, widths=None, most=math.inf):
     """Yield the lines of a table for standard output, numbers to the right.
 
-    A value may be None; a word that is a state has its colour.
+    A value may be None; a word that is a state has its colour. Of a table in
+    pages only the first has `heads`, and all have a list of `widths`, which
+    grow. A line has `most` characters, if its last column can be cut to that.
     """
+    rows = list(rows)
     shown = [["" if v is None else printable(str(v)) for v in row]
-             for row in (heads, *rows)]
-    widths = [max(map(len, column)) for column in zip(*shown)]
+             for row in [heads, *rows] if row]
     right = [{type(v) for v in column} <= {int, float, type(None)}
-             for column in zip(*rows)] or [False] * len(heads)
+             for column in zip(*rows)] or [False] * len(heads or ())
+    found = [max(map(len, column)) for column in zip(*shown)]
+    if right and not right[-1]:
+        found[-1] = 0  # nothing stands beyond it
+    widths = [] if widths is None else widths
+    widths[:] = map(max, itertools.zip_longest(found, widths, fillvalue=0))
+    room = max(10, most - sum(widths[:-1]) - 2 * len(widths[1:]))
     colours = COLOURS if is_coloured(sys.stdout) else {}
     for texts in shown:
-        line = []
-        for text, width, to_right in zip(texts, widths, right):
-            cell = text.rjust(width) if to_right else text.ljust(width)
-            if text in colours:
-                cell = "\033[%dm%s\033[0m" % (colours[text], cell)
-            line.append(cell)
-        yield "  ".join(line).rstrip()
+        texts[-1] = shorten(texts[-1], room)
+        yield in_line(texts, widths, right, colours)
 
 
 def number_of(n, thing):
@@ -6634,12 +6662,87 @@ def report(options, value, lines, names=()):
     if options.output == "json":
         lines = [to_json(value)]
     elif options.output == "quiet":
-        lines = names
+        lines = (printable(str(name)) for name in names)
     for line in lines:
         print(line)
 
 
+def took(period):
+    """Return how long something took, in seconds when they are few."""
+    return "%.3g s" % period if period < 59.95 else span(period)
+
+
+def bar(part, width=20):
+    """Return a bar of which `part` (0 to 1) is full, and its percentage."""
+    full = int(part * width)
+    return "[%s%s] %3d%%" % ("#" * full, "." * (width - full), part * 100)
+
+
+class Progress:
+    """Show how far a run is: a bar on a terminal, else a line at times."""
+
+    PERIOD = 10  # seconds between two lines
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.bar = stream.isatty()
+        self.mutex = threading.Lock()  # one writes to the terminal at a time
+        self.began = time.monotonic()
+        self.said = self.began
+        self.line = ""
+        self.midway = False  # whether the output stands in mid-line
+
+    def show(self, items, done, failed, fresh):
+        """Show the figures, if it is time to; `fresh`: ended in this run."""
+        now = time.monotonic()
+        over, left = done + failed, items - done - failed
+        rate = fresh / max(now - self.began, 0.001)
+        text = "%d of %d done, %d failed, %.1f/s, %s left" % (
+            done, items, failed, rate, span(left / rate) if rate else "?"
+        )
+        if self.bar:
+            width = screen_size(self.stream)[0] - 1
+            line = "%s %s" % (bar(over / max(items, 1)), text)
+            with self.mutex:
+                self.line = line[:width]
+                self.draw()
+        elif now - self.said >= self.PERIOD:
+            self.said = now
+            print(text, file=self.stream, flush=True)
+
+    def draw(self):
+        """Write the bar on a line of its own; the mutex is held."""
+        if self.midway:
+            self.stream.write("\n")
+            self.midway = False
+        self.stream.write("\r%s\033[K" % self.line)
+        self.stream.flush()
+
+    def relay(self, source, target):
+        """Copy a command's output to the terminal, the bar kept below it."""
+        for block in iter(lambda: source.read1(65536), b""):
+            with self.mutex:
+                if not self.midway:
+                    self.stream.write("\r\033[K")
+                    self.stream.flush()
+                target.write(block)
+                target.flush()
+                self.midway = not block.endswith(b"\n")
+                if not self.midway:
+                    self.draw()
+
+    def end(self):
+        """Take the bar away."""
+        if self.bar:
+            with self.mutex:
+                self.line = ""
+                self.draw()
+
+
 # --------------------------------------------------------------- looking ---
+
+
+SILENT = 120  # seconds without a heartbeat, after which a worker is in doubt
 
 
 def status_lines(figures):
@@ -6648,11 +6751,11 @@ def status_lines(figures):
     states = [state for state in STATES if totals["states"][state]]
     rows = []
     for stage in [*figures["stages"], dict(totals, stage="all")]:
-        took = stage.get("runtime") or {"median": None}
+        ran = stage.get("runtime") or {"median": None}
         rows.append((
             str(stage["stage"]), stage["jobs"],
             *(stage["states"][state] or None for state in states),
-            stage["expired"] or None, took["median"] and span(took["median"]),
+            stage["expired"] or None, ran["median"] and took(ran["median"]),
             "paused" if stage.get("paused") else None,
         ))
     heads = "stage", "jobs", *states, "expired", "median", ""
@@ -6668,6 +6771,668 @@ def print_status(options):
     return 0
 
 
+def pages(client, *, most=math.inf, after=None, **options):
+    """Yield lists of jobs until there are no more, or were `most`."""
+    while most > 0:
+        limit = min(most, MAX_PAGE)
+        page = client.jobs(after=after, limit=limit, **options)
+        yield page["jobs"]
+        after, most = page["after"], most - len(page["jobs"])
+        if after is None:
+            return
+
+
+def json_array(pages):
+    """Yield the parts of a JSON array of what is in `pages`, one a line."""
+    before = "[\n"
+    for page in pages:
+        if page:
+            yield before + ",\n".join(map(to_json, page))
+            before = ",\n"
+    yield "[]\n" if before == "[\n" else "\n]\n"
+
+
+def command_of(job):
+    """Return a job's command as one would write it in a shell."""
+    command = job["jobcmd"]
+    if command is None or type(command) is str:
+        return command
+    if type(command) is list and {type(word) for word in command} == {str}:
+        return " ".join(map(shlex.quote, command))
+    return to_json(command)
+
+
+def job_row(job):
+    """Return what a table of jobs shows of one."""
+    state = job["state"] + ", expired" * job["expired"]
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job["since"]))
+    return (job["jobid"], job["stage"], state, since, job["worker"],
+            job["attempt"] or None, command_of(job))
+
+
+def job_lines(pages):
+    """Yield the lines of a table of the jobs in `pages`, a page at a time."""
+    heads = "job", "stage", "state", "since", "worker", "attempt", "command"
+    stdout, widths = sys.stdout, []
+    most = screen_size(stdout)[0] if stdout.isatty() else math.inf
+    for page in pages:
+        lines = columns(heads, map(job_row, page), widths, most)
+        yield "".join(line + "\n" for line in lines)
+        heads = None
+
+
+def print_jobs(options):
+    """List jobs, a page at a time."""
+    asked = {"stage": options.stage, "state": options.state}
+    with speaking(options) as client:
+        found = pages(client, most=options.limit, order=options.order, **asked)
+        if options.output == "json":
+            parts = json_array(found)
+        elif options.output == "quiet":
+            parts = ("".join("%d\n" % job["jobid"] for job in page)
+                     for page in found)
+        else:
+            parts = job_lines(found)
+        for part in parts:
+            sys.stdout.write(part)
+            sys.stdout.flush()
+    return 0
+
+
+def moment(then, now):
+    """Return a moment near now as a time of day, another with its date."""
+    if abs(then - now) < 43200:
+        return time.strftime("%H:%M:%S", time.localtime(then))
+    return clock_time(then)
+
+
+def reason(job):
+    """Return why a job's last attempt ended: `exit 1: no such file`."""
+    attempt = job["attempts"][-1] if job["attempts"] else None
+    if attempt is None:
+        return "no attempt of it is known"
+    code, error = attempt["exit_code"], last_line(attempt["error"])
+    if code is not None and error in (None, "exit status %d" % code):
+        error = "exit %d" % code
+    words = error or attempt["outcome"], last_line(attempt["stderr"])
+    return ": ".join(shorten(word, 200) for word in words if word)
+
+
+def fault(worker, now):
+    """Return why a worker takes no jobs, a word, or None if it does."""
+    if worker["quarantine"]:
+        return "quarantined"
+    if worker["drain"]:
+        return "drained"
+    return "silent" if now - worker["heard"] > SILENT else None
+
+
+def why_none(stage, serving, now):
+    """Return why no worker of those serving a stage takes its jobs."""
+    faults = Counter(fault(worker, now) for worker in serving)
+    which, = faults if len(faults) == 1 else (None,)
+    if which == "silent":
+        which += " for " + span(now - max(w["heard"] for w in serving))
+    elif which is None:
+        which = ", ".join("%s (%d)" % pair for pair in sorted(faults.items()))
+    if len(serving) > 1:
+        return "all %d workers of stage %d are %s" % (
+            len(serving), stage, which)
+    only, = serving
+    line = "the only worker of stage %d, %s, is %s" % (
+        stage, only["name"], which)
+    return line + ": %s" % only["quarantine"] if only["quarantine"] else line
+
+
+def why_waiting(job, figures, heard):
+    """Return why a job that could be claimed isn't."""
+    now, stage = heard["time"], job["stage"]
+    if any(s["paused"] for s in figures["stages"] if s["stage"] == stage):
+        return "stage %d is paused" % stage
+    serving = [w for w in heard["workers"] if stage in (w["stages"] or ())]
+    if not serving:
+        return "no worker serves stage %d" % stage
+    able = [worker for worker in serving if fault(worker, now) is None]
+    if not able:
+        return why_none(stage, serving, now)
+    line = "%s serve%s stage %d" % (
+        number_of(len(able), "worker"), "s" * (len(able) == 1), stage)
+    slots = sum(worker["slots"] or 0 for worker in able)
+    free = slots - sum(worker["busy"] or 0 for worker in able)
+    if free > 0:
+        return "%s, and of %s %d free: its turn should come soon" % (
+            line, number_of(slots, "slot"), free)
+    if slots > 1:
+        return "%s and all %s %d slots are busy" % (
+            line, "their" if len(able) > 1 else "its", slots)
+    return line + ", which is busy"
+
+
+def why_delayed(job, figures, heard):
+    """Return until when a job is delayed, and what for."""
+    now, due = figures["time"], job["due"]
+    last = job["attempts"][-1]["outcome"] if job["attempts"] else None
+    after = "failure %d" % job["failures"]
+    if last == "deferred":
+        after = "it was deferred"
+    elif last == "rejected" or not job["failures"]:
+        after = "its files were rejected"
+    elif job["max_attempts"]:
+        after += " of %d" % job["max_attempts"]
+    return "delayed until %s (in %s) after %s: %s" % (
+        moment(due, now), span(max(0, due - now)), after, reason(job))
+
+
+def why_blocked(job, figures, heard):
+    """Return which jobs a job waits for."""
+    named = [str(jobid) for jobid in job["waits_for"][:2]]
+    more = job["waits"] - len(named)
+    if more > 0:
+        named.append(number_of(more, "other"))
+    rest, last = named[:-1], named[-1:]
+    return "waits for " + " and ".join(filter(None, [", ".join(rest), *last]))
+
+
+def why_working(job, figures, heard):
+    """Return who works on a job, since when and until when."""
+    now, since, due = figures["time"], job["since"], job["due"]
+    end = "has no lease"
+    if due is not None:
+        end = "has a lease until " + moment(due, now)
+    return "%s has worked on it since %s (for %s) and %s" % (
+        job["worker"] or "somebody", moment(since, now),
+        span(max(0, now - since)), end)
+
+
+def why_aborted(job, figures, heard):
+    """Return by which job a job was aborted."""
+    return "aborted, because job %s, which it waits for, failed or was " \
+        "cancelled" % job["aborted_by"]
+
+
+def why_ended(job, figures, heard):
+    """Return since when a job has been in its state."""
+    return "%s since %s" % (job["state"], clock_time(job["since"]))
+
+
+def why_failed(job, figures, heard):
+    """Return what a job has failed of."""
+    return "failed: " + reason(job)
+
+
+WHY = {
+    "waiting": why_waiting, "delayed": why_delayed, "blocked": why_blocked,
+    "working": why_working, "done": why_ended, "failed": why_failed,
+    "cancelled": why_ended, "aborted": why_aborted,
+}
+
+
+def why(job, figures, heard):
+    """Return in one sentence why a job isn't running, or who works on it.
+
+    Of what /job, /status and /workers say, and nothing else.
+    """
+    return printable(WHY[job["state"]](job, figures, heard))
+
+
+def attempt_row(attempt):
+    """Return what a table of attempts shows of one."""
+    return (
+        attempt["attempt"], attempt["stage"],
+        attempt["host"] or attempt["worker"], clock_time(attempt["started"]),
+        took(attempt["ended"] - attempt["started"]), attempt["outcome"],
+        attempt["exit_code"],
+        last_line(attempt["stderr"]) or last_line(attempt["error"]),
+    )
+
+
+def details(job):
+    """Yield the lines that show a job and its attempts to a person."""
+    told = "jobid", "attempts", "why", "jobcmd", "expired", "since", "due"
+    stages = "stage", "laststage", "made"  # that may be 0
+    rows = [("why", job["why"]), ("command", command_of(job)),
+            ("since", clock_time(job["since"]))]
+    rows += [("expired", "its stage's lifetime is over")] * job["expired"]
+    rows += [
+        (name, value if type(value) is str else to_json(value))
+        for name, value in job.items()
+        if name not in told and (value or name in stages)
+        and value is not None
+    ]
+    yield from columns(("job", str(job["jobid"])), rows)
+    if job["attempts"]:
+        yield ""
+        heads = ("attempt", "stage", "where", "started", "took", "outcome",
+                 "exit", "said")
+        yield from columns(heads, map(attempt_row, job["attempts"]))
+        said = (job["attempts"][-1]["stderr"] or "").splitlines()
+        if len(said) > 1:
+            yield "\nThe end of what the last one said:"
+            yield from ("  " + printable(line) for line in said)
+
+
+def print_job(options):
+    """Show all that is known of a job, and why it isn't running."""
+    with speaking(options) as client:
+        job = client.job(options.jobid)
+        job["why"] = why(job, client.status(), client.workers())
+    report(options, job, details(job), [job["jobid"]])
+    return 0
+
+
+def worker_row(worker, now):
+    """Return what a table of workers shows of one."""
+    note = fault(worker, now)
+    if worker["quarantine"]:
+        note += ": " + worker["quarantine"]
+    return (
+        worker["name"], worker["host"],
+        ",".join(map(str, worker["stages"] or ())), worker["slots"],
+        worker["busy"], worker["done"], worker["failed"],
+        span(max(0, now - worker["heard"])) + " ago", note,
+    )
+
+
+def worker_lines(heard):
+    """Yield the lines of a table of the workers."""
+    heads = ("worker", "host", "stages", "slots", "busy", "done", "failed",
+             "heard", "")
+    now = heard["time"]
+    if heard["workers"]:
+        rows = [worker_row(worker, now) for worker in heard["workers"]]
+        yield from columns(heads, rows)
+    else:
+        yield "No worker was heard of in the last day."
+
+
+def print_workers(options):
+    """Show the workers that were heard of in the last day."""
+    with speaking(options) as client:
+        heard = client.workers()
+    names = [worker["name"] for worker in heard["workers"]]
+    report(options, heard, worker_lines(heard), names)
+    return 0
+
+
+# What stands for a job in each state in the bar of a stage, in order.
+SIGNS = {
+    "done": "#", "working": "=", "waiting": ".", "delayed": "-",
+    "blocked": ":", "failed": "!", "aborted": "!", "cancelled": "x",
+}
+
+
+def parts_of(states, width):
+    """Return how many of a bar's characters each state has, in order.
+
+    Whatever there is has one at least; the largest part makes up for that.
+    """
+    jobs = sum(states.values())
+    parts = {
+        state: max(1, int(width * states[state] / jobs))
+        for state in SIGNS if states[state]
+    }
+    if parts:
+        most = max(parts, key=lambda state: states[state])
+        parts[most] += width - sum(parts.values())
+    return parts
+
+
+def stage_line(name, states, width, coloured):
+    """Return a line of a `width` on a stage: a bar, and its figures."""
+    def shown(state, text):
+        colour = COLOURS.get(state) if coloured else None
+        return "\033[%dm%s\033[0m" % (colour, text) if colour else text
+
+    line, room = "%9s [" % name, max(10, min(40, width // 3))
+    parts = parts_of(states, room)
+    line += "".join(shown(s, SIGNS[s] * n) for s, n in parts.items())
+    line += ("" if parts else " " * room) + "]"
+    left = width - 12 - room
+    for state in parts:
+        text = " %s %d %s" % (SIGNS[state], states[state], state)
+        if len(text) > left:
+            break
+        line += shown(state, text)
+        left -= len(text)
+    return line
+
+
+def workers_line(heard):
+    """Return a sentence on the workers."""
+    now, workers = heard["time"], heard["workers"]
+    faults = Counter(fault(worker, now) for worker in workers)
+    able = [worker for worker in workers if fault(worker, now) is None]
+    line = "No worker takes jobs"
+    if able:
+        line = "%s, %d of %s busy" % (
+            number_of(len(able), "worker"),
+            sum(worker["busy"] or 0 for worker in able),
+            number_of(sum(worker["slots"] or 0 for worker in able), "slot"))
+    for word in ("drained", "quarantined", "silent"):
+        line += ", %d %s" % (faults[word], word) if faults[word] else ""
+    return line + "."
+
+
+def frame(figures, heard, size, coloured):
+    """Return the lines of a live view that fits into a terminal."""
+    width, height = size
+    stages = [
+        stage_line("stage %d%s" % (s["stage"], "*" * s["paused"]),
+                   s["states"], width - 1, coloured)
+        for s in figures["stages"]
+    ]
+    room = max(0, height - 6)
+    if len(stages) > room:
+        more = number_of(len(stages) - room, "more stage")
+        stages[room:] = ["    ... and " + more]
+    all_states = figures["totals"]["states"]
+    paused = any(s["paused"] for s in figures["stages"])
+    return [
+        *stages, stage_line("all", all_states, width - 1, coloured),
+        shorten(progress_line(figures), width - 1),
+        shorten(workers_line(heard) + " (*: paused)" * paused, width - 1),
+    ]
+
+
+class Screen:
+    """A live view on a terminal, drawn again in its place.
+
+    A view is one write that leaves the terminal as it found it, so that we
+    may be ended at any moment. Lines don't wrap, and after a change of the
+    terminal's size, which may have moved them, it begins at the top.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.size = screen_size(stream)
+        self.drawn = 0  # lines above the cursor that are ours
+
+    def show(self, seen, trouble):
+        """Draw what was `seen` last, and what `trouble` there is now."""
+        size, up = screen_size(self.stream), "\033[%dA" % self.drawn
+        if size != self.size:
+            self.size, up = size, "\033[H\033[2J"
+        elif not self.drawn:
+            up = ""
+        lines = []
+        if seen:
+            lines = frame(*seen, size, is_coloured(self.stream))
+        if trouble:
+            lines.append(shorten(away(seen, trouble), size[0] - 1))
+        self.drawn = len(lines)
+        self.stream.write("%s\033[?7l%s\033[J\033[?7h" % (
+            up, "".join(line + "\033[K\n" for line in lines)))
+        self.stream.flush()
+
+    def end(self):
+        """Leave what is drawn, and begin a new line."""
+        self.stream.write("\n")
+
+
+def away(seen, trouble):
+    """Return a line that says that the server can't be asked."""
+    line = printable(str(trouble)) + " Still asking."
+    if seen:
+        line += " Figures of %s." % clock_time(seen[0]["time"])
+    return line
+
+
+class Ticker:
+    """A live view where there is no terminal: a line when there is news."""
+
+    PERIOD = 10  # seconds between two lines at least
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.said = -math.inf
+        self.states = self.trouble = None
+        self.reader = select.poll()
+        self.reader.register(stream, 0)
+
+    def show(self, seen, trouble):
+        """Say what is new; raise BrokenPipeError when nobody reads us."""
+        if any(event & select.POLLERR for _, event in self.reader.poll(0)):
+            raise BrokenPipeError
+        if trouble and not self.trouble:
+            say(away(seen, trouble))
+        self.trouble = trouble
+        states = seen and seen[0]["totals"]["states"]
+        now = time.monotonic()
+        if states != self.states and now >= self.said + self.PERIOD:
+            self.states, self.said = states, now
+            line = "%s %s" % (
+                clock_time(seen[0]["time"]), progress_line(seen[0]))
+            self.stream.write(line + "\n")
+            self.stream.flush()
+
+    def end(self):
+        """Leave it at that."""
+
+
+def watch(options):
+    """Show live how the jobs stand, until a signal."""
+    view = (Screen if sys.stdout.isatty() else Ticker)(sys.stdout)
+    seen = None
+    with using_worker() as worker, speaking(options, 0) as client:
+        try:
+            while True:
+                began, trouble = time.monotonic(), None
+                try:
+                    seen = client.status(), client.workers()
+                except worker.Unreachable as lost:
+                    trouble = lost
+                view.show(seen, trouble)
+                time.sleep(max(1, time.monotonic() - began))
+        except KeyboardInterrupt:
+            view.end()
+            raise
+
+
+def first_open(client, first, last, seen):
+    """Return the first of jobs first … last that hasn't ended, or None.
+
+    The states of those before it are counted in `seen`.
+    """
+    after = first - 1 if first else None
+    for page in pages(client, most=last - first + 1, after=after):
+        for job in page:
+            if job["jobid"] > last:
+                return None
+            if job["state"] in UNENDED:
+                return job["jobid"]
+            seen[job["state"]] += 1
+    return None
+
+
+def standing_of(client, ranges):
+    """Yield how jobs stand: how many haven't ended, and states of the rest.
+
+    Only the first that hasn't ended is looked at, again and again; those
+    after it count as such. At last none is left. Raises Trouble when there
+    is no job in one of the ranges.
+    """
+    seen, jobs = Counter(), sum(last + 1 - first for first, last in ranges)
+    for first, last in ranges:
+        before, place = sum(seen.values()), first_open(
+            client, first, last, seen)
+        if place is None and sum(seen.values()) == before:
+            raise Trouble("There is no job %s." % (
+                first if first == last else "from %d to %d" % (first, last)))
+        while place is not None:
+            while first_open(client, place, place, seen) is not None:
+                yield max(1, jobs - sum(seen.values())), seen
+            place = first_open(client, place + 1, last, seen)
+    yield 0, seen
+
+
+def standing_of_all(client):
+    """Yield, again and again, how all jobs stand; as standing_of()."""
+    while True:
+        states = client.status()["totals"]["states"]
+        yield sum(states[state] for state in UNENDED), Counter({
+            state: states[state] for state in STATES if state not in UNENDED})
+
+
+def await_end(client, standing, end, progress):
+    """Wait until no job is left; return the states. Raises Trouble at `end`.
+
+    `end` and all of our pauses are by the monotonic clock.
+    """
+    pause, ended_before = 0.05, None
+    for left, seen in standing:
+        if not left:
+            return seen
+        ended = sum(seen.values())
+        if ended_before is None:
+            ended_before = ended
+        if progress:
+            bad = ended - seen["done"]
+            progress.show(left + ended, seen["done"], bad,
+                          ended - ended_before)
+        now = time.monotonic()
+        if now >= end:
+            raise Trouble("The time is over, and not all jobs have ended.")
+        client.patience = None if end == math.inf else end - now
+        pause = min(2, 1.3 * pause)
+        time.sleep(min(pause, end - now))
+
+
+def wait(options):
+    """Return when jobs have ended; exit status 1 if some ended badly."""
+    end = time.monotonic() + (
+        math.inf if options.timeout is None else options.timeout)
+    progress = Progress(sys.stderr) if sys.stderr.isatty() else None
+    with speaking(options) as client:
+        try:
+            seen = await_end(client, standing_of(client, options.ids)
+                             if options.ids else standing_of_all(client),
+                             end, progress)
+        finally:
+            if progress:
+                progress.end()
+    states = {state: seen[state] for state in STATES if seen[state]}
+    ended = sum(states.values())
+    line = ", ".join("%d %s" % (n, state) for state, n in states.items())
+    report(options, {"jobs": ended, "states": states},
+           ["%s ended%s." % (number_of(ended, "job"), line and ": " + line)])
+    return 1 if options.exit_code and ended > seen["done"] else 0
+
+
+JOB_COLUMNS = (
+    "jobid", "stage", "state", "expired", "since", "priority", "laststage",
+    "worker", "attempt", "failures", "lapses", "waits", "aborted_by",
+    "filename", "jobcmd",
+)
+ATTEMPT_COLUMNS = (
+    "host", "started", "ended", "outcome", "exit_code", "error", "stderr")
+JOBLOG_COLUMNS = (
+    "Seq", "Host", "Starttime", "JobRuntime", "Send", "Receive", "Exitval",
+    "Signal", "Command",
+)
+
+
+def csv_cell(value):
+    """Return a value for a cell of a CSV file: text as it is, else JSON."""
+    return value if type(value) is str else \
+        "" if value is None else to_json(value)
+
+
+def as_csv(pages, write):
+    """Write jobs, each with its last attempt, by the rules of RFC 4180."""
+    line = csv.writer(types.SimpleNamespace(write=write)).writerow
+    line([*JOB_COLUMNS, *ATTEMPT_COLUMNS])
+    for job in itertools.chain.from_iterable(pages):
+        attempt = job["attempts"][-1] if job["attempts"] else {}
+        line([csv_cell(job[name]) for name in JOB_COLUMNS]
+             + [csv_cell(attempt.get(name)) for name in ATTEMPT_COLUMNS])
+
+
+def as_json(pages, write):
+    """Write jobs, each with its last attempt, as a JSON array."""
+    for part in json_array(pages):
+        write(part)
+
+
+def joblog_line(job):
+    """Return a job's line in a log as GNU parallel's --joblog writes it.
+
+    It says 0 and a signal where that ended the command, and has a NUL for
+    each end of a line in the command; so it can read the line again.
+    """
+    attempt = job["attempts"][-1]
+    code, number = attempt["exit_code"] or -1, 0
+    if attempt["outcome"] == "done":
+        code = 0
+    elif 128 < code <= 192:
+        code, number = 0, code - 128
+    where = attempt["host"] or attempt["worker"] or ":"
+    return "\t".join((
+        str(job["jobid"]), re.sub(r"\s", "_", where),
+        "%.3f" % attempt["started"],
+        "%10.3f" % max(0, attempt["ended"] - attempt["started"]),
+        "0", "0", str(code), str(number),
+        (command_of(job) or "").replace("\n", "\0"),
+    )) + "\n"
+
+
+def as_joblog(pages, write):
+    """Write a line for each job of which an attempt has ended."""
+    write("\t".join(JOBLOG_COLUMNS) + "\n")
+    for job in itertools.chain.from_iterable(pages):
+        if job["attempts"]:
+            write(joblog_line(job))
+
+
+def to_bytes(text):
+    """Return `text` as bytes, names of files that aren't UTF-8 as they are.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return utf8(text)
+
+
+FORMATS = {"csv": as_csv, "json": as_json, "joblog": as_joblog}
+
+
+def export(options):
+    """Print all jobs, or some, each with its last attempt."""
+    output = sys.stdout.buffer
+    with speaking(options) as client:
+        found = pages(client, attempts=1, stage=options.stage,
+                      state=options.state)
+        FORMATS[options.format](
+            found, lambda text: output.write(to_bytes(text)))
+    output.flush()
+    return 0
+
+
+def stats_lines(figures):
+    """Yield the lines of a table of what time the jobs took."""
+    rows = []
+    for stage in [*figures["stages"], dict(figures["totals"], stage="all")]:
+        row = [str(stage["stage"]), stage["claims"], stage["retries"]]
+        for name in ("run", "wait"):
+            parts = stage.get(name) or {"median": None, "p95": None}
+            row += [None if parts[part] is None else took(parts[part])
+                    for part in ("median", "p95")]
+        row += ["%.2f" % (stage[name] / 3600)
+                for name in ("useful", "idle", "lost")]
+        advised = stage.get("advised")
+        rows.append([*row, advised and "%d min" % advised])
+    yield from columns((
+        "stage", "claims", "retries", "run median", "p95", "wait median",
+        "p95", "useful h", "idle h", "lost h", "lifetime advised"), rows)
+
+
+def print_stats(options):
+    """Show what time the jobs of each stage took."""
+    with speaking(options) as client:
+        figures = client.stats()
+    report(options, figures, stats_lines(figures))
+    return 0
+
+
 def snapshot(options):
     """Write a page of how the jobs stand that needs no server."""
     with speaking(options) as client:
@@ -6677,16 +7442,6 @@ def snapshot(options):
         }
     print(write_snapshot(options.folder, seen))
     return 0
-
-
-def pages(client, **options):
-    """Yield lists of jobs until there are no more."""
-    page = {"after": None}
-    while True:
-        page = client.jobs(after=page["after"], **options)
-        yield page["jobs"]
-        if page["after"] is None:
-            return
 
 
 def damaged(worker, jobs, lag):
@@ -6724,7 +7479,7 @@ def verify(options):
     checked, doubtful = 0, []
     with using_worker() as worker:
         client = worker.Client(options.access)
-        for jobs in pages(client, state="done", limit=1000):
+        for jobs in pages(client, state="done"):
             doubtful += [job for job, _ in damaged(worker, jobs, 0)]
             checked += len(jobs)
             if sys.stderr.isatty():
@@ -6967,73 +7722,6 @@ class Run:
             item = from_json(job["jobcmd"])[-1]
             line = "failed: %s (%s) %s" % (item, job["error"], last)
             yield printable(line)
-
-
-def bar(part, width=20):
-    """Return a bar of which `part` (0 to 1) is full, and its percentage."""
-    full = int(part * width)
-    return "[%s%s] %3d%%" % ("#" * full, "." * (width - full), part * 100)
-
-
-class Progress:
-    """Show how far a run is: a bar on a terminal, else a line at times."""
-
-    PERIOD = 10  # seconds between two lines
-
-    def __init__(self, stream):
-        self.stream = stream
-        self.bar = stream.isatty()
-        self.mutex = threading.Lock()  # one writes to the terminal at a time
-        self.began = time.monotonic()
-        self.said = self.began
-        self.line = ""
-        self.midway = False  # whether the output stands in mid-line
-
-    def show(self, items, done, failed, fresh):
-        """Show the figures, if it is time to; `fresh`: ended in this run."""
-        now = time.monotonic()
-        over, left = done + failed, items - done - failed
-        rate = fresh / max(now - self.began, 0.001)
-        text = "%d of %d done, %d failed, %.1f/s, %s left" % (
-            done, items, failed, rate, span(left / rate) if rate else "?"
-        )
-        if self.bar:
-            width = shutil.get_terminal_size().columns - 1
-            line = "%s %s" % (bar(over / max(items, 1)), text)
-            with self.mutex:
-                self.line = line[:width]
-                self.draw()
-        elif now - self.said >= self.PERIOD:
-            self.said = now
-            print(text, file=self.stream, flush=True)
-
-    def draw(self):
-        """Write the bar on a line of its own; the mutex is held."""
-        if self.midway:
-            self.stream.write("\n")
-            self.midway = False
-        self.stream.write("\r%s\033[K" % self.line)
-        self.stream.flush()
-
-    def relay(self, source, target):
-        """Copy a command's output to the terminal, the bar kept below it."""
-        for block in iter(lambda: source.read1(65536), b""):
-            with self.mutex:
-                if not self.midway:
-                    self.stream.write("\r\033[K")
-                    self.stream.flush()
-                target.write(block)
-                target.flush()
-                self.midway = not block.endswith(b"\n")
-                if not self.midway:
-                    self.draw()
-
-    def end(self):
-        """Take the bar away."""
-        if self.bar:
-            with self.mutex:
-                self.line = ""
-                self.draw()
 
 
 class WorkerProcess:
@@ -8188,10 +8876,76 @@ def add_verify(command):
     add("--dry-run", action="store_true", help="only say what is damaged")
 
 
+def argument(reader, name):
+    """Return a reader of a request's numbers as one of arguments."""
+
+    def read(text):
+        try:
+            return reader(number(text), name)
+        except Error as error:
+            raise argparse.ArgumentTypeError(str(error)[:-1]) from None
+
+    return read
+
+
+def add_some(command, *more):
+    """Add the options that name some jobs."""
+    command.add_argument(
+        "--state", choices=(*STATES, *more), metavar="STATE",
+        help="only jobs in this state: " + ", ".join((*STATES, *more)))
+    command.add_argument(
+        "--stage", type=argument(STAGE, "a stage"), metavar="N",
+        help="only jobs in this stage")
+
+
+def add_jobs(command):
+    """Describe jobs."""
+    add_some(command, "expired")
+    add = command.add_argument
+    add("--order", choices=("id", "time"), default="id",
+        help="by their ids (default), or longest in their stage first")
+    add("--limit", type=argument(integer(1, MAX_JOBID), "a limit"),
+        default=math.inf, metavar="N", help="how many at most (default: all)")
+    add_client(command)
+
+
+def add_jobid(command):
+    """Add the argument that names a job."""
+    command.add_argument(
+        "jobid", type=argument(JOBID, "a jobid"), metavar="JOBID")
+
+
+def add_job(command):
+    """Describe job."""
+    add_jobid(command)
+    add_client(command)
+
+
+def add_wait(command):
+    """Describe wait."""
+    add = command.add_argument
+    add("ids", nargs="?", type=read_ids, metavar="IDS",
+        help="only these jobs, as 1,3,5-8 (default: all)")
+    add("--exit-code", action="store_true",
+        help="exit status 1 if one failed, was aborted or cancelled")
+    add("--timeout", type=argument(seconds, "a timeout"), metavar="SECONDS",
+        help="give up after so long, with exit status 1")
+    add_client(command)
+
+
+def add_export(command):
+    """Describe export."""
+    command.add_argument(
+        "--format", choices=tuple(FORMATS), default="csv",
+        help="what is printed (default csv)")
+    add_some(command, "expired")
+    add_access(command)
+
+
 def add_logs(command):
     """Describe logs."""
+    add_jobid(command)
     add = command.add_argument
-    add("jobid", type=int, metavar="JOBID")
     add_access(command)
     add("--logs", metavar="DIR",
         help="where workers keep output (default: next to the access file)")
@@ -8281,6 +9035,31 @@ file, or from standard input, one a line."""),
     ("status", print_status, add_client, """show how far the jobs are
   python3 jobman.py status
   python3 jobman.py status --output json"""),
+    ("jobs", print_jobs, add_jobs, """list jobs
+  python3 jobman.py jobs --state failed --stage 2
+  python3 jobman.py jobs --order time --limit 20
+  python3 jobman.py jobs --state waiting --output quiet"""),
+    ("job", print_job, add_job, """show a job and why it isn't running
+  python3 jobman.py job 17
+  python3 jobman.py job 17 --output json"""),
+    ("workers", print_workers, add_client, """show the workers
+  python3 jobman.py workers"""),
+    ("watch", watch, add_access, """show live how the jobs stand
+  python3 jobman.py watch
+Ctrl-C ends it. Where its output is no terminal it prints a line when there is
+news, every 10 seconds at most."""),
+    ("wait", wait, add_wait, """return when jobs have ended
+  python3 jobman.py wait --exit-code && echo all is well
+  python3 jobman.py wait 1,3,5-8 --timeout 3600"""),
+    ("logs", logs, add_logs, """print what a job's commands have printed
+  python3 jobman.py logs 17
+  python3 jobman.py logs 17 2>/dev/null > 17.txt"""),
+    ("export", export, add_export, """print all jobs for other programs
+  python3 jobman.py export > jobs.csv
+  python3 jobman.py export --format json --state failed
+  python3 jobman.py export --format joblog > joblog.tsv"""),
+    ("stats", print_stats, add_client, """show what time the jobs took
+  python3 jobman.py stats"""),
     ("retry", change_jobs, add_selector, """let ended jobs run again
   python3 jobman.py retry 17
   python3 jobman.py retry --state failed --stage 2"""),
@@ -8314,8 +9093,6 @@ file, or from standard input, one a line."""),
   python3 jobman.py snapshot /shared/www"""),
     ("verify", verify, add_verify, """check the files of all done jobs
   python3 jobman.py verify --dry-run"""),
-    ("logs", logs, add_logs, """print what a job's commands have printed
-  python3 jobman.py logs 17"""),
     ("backup", backup, add_backup, """copy a database, also a served one
   python3 jobman.py backup --db jobs.db copy.db"""),
     ("check", check, add_check, """look whether a database is whole

@@ -14,6 +14,7 @@ import atexit
 import base64
 import contextlib
 import copy
+import csv
 import fcntl
 import functools
 import glob
@@ -29,6 +30,7 @@ import pty
 import random
 import re
 import resource
+import select
 import selectors
 import shutil
 import signal
@@ -41,6 +43,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import traceback
@@ -11043,6 +11046,828 @@ class IdsTest(unittest.TestCase):
                 with self.assertRaises(argparse.ArgumentTypeError) as caught:
                     jobman.read_ids(text)
                 self.assertIn("1,3,5-8", str(caught.exception))
+
+
+class LookCase(StoreCase):
+    """Commands that look, as people run them, on a clock moved by hand."""
+
+    def setUp(self):
+        super().setUp()
+        self.environment["JOBMAN_URL"] = "http://%s:%d" % self.address
+        self.environment["JOBMAN_JOBIX"] = str(self.jobix)
+        self.environment["TZ"] = "UTC"
+
+    def look(self, *argv, status=0):
+        """Run a command; return what it prints."""
+        found, out, err = self.command(JOBMAN, *argv)
+        self.assertEqual((status, ""), (found, err))
+        return out
+
+    def seen(self, *argv):
+        """Return the JSON value that a command prints."""
+        return json.loads(self.look(*argv, "--output", "json"))
+
+    def refused(self, *argv, status=1):
+        """Return the one sentence that a command ends with."""
+        found, out, err = self.command(JOBMAN, *argv)
+        self.assertEqual((status, ""), (found, out))
+        if status == 1:
+            self.assertRegex(err, r"\Ajobman\.py: [^\n]+\n\Z")
+        self.assertNotIn("Traceback", err)
+        return err
+
+    def end(self, *ids):
+        """Let jobs be done that have 2 for their last stage."""
+        for jobid in ids:
+            self.assertReply(200, self.call("/update_job/%d/2" % jobid))
+
+    def beat(self, worker, **about):
+        """Say that a worker is there, and serves stage 0."""
+        beat = dict({"stages": [0], "slots": 4, "busy": 4}, **about)
+        beat.update(worker=worker, lease=60, claims=[])
+        self.assertReply(200, self.post("/heartbeat", beat))
+
+    def on_terminal(self, *argv, size=(24, 80), both=True):
+        """Start a command on a terminal; return (process, screen)."""
+        screen, terminal = pty.openpty()
+        self.addCleanup(os.close, screen)
+        self.resize(screen, *size)
+        process = self.spawn(
+            JOBMAN, *argv, stderr=terminal,
+            stdout=terminal if both else subprocess.PIPE)
+        os.close(terminal)
+        return process, screen
+
+    def resize(self, screen, lines, width):
+        """Give a terminal another size."""
+        fcntl.ioctl(screen, termios.TIOCSWINSZ,
+                    struct.pack("4H", lines, width, 0, 0))
+
+    def drawn(self, screen):
+        """Return all that is written to a terminal until it is closed."""
+        shown = b""
+        with contextlib.suppress(OSError):  # the last one has closed it
+            for piece in iter(lambda: os.read(screen, 65536), b""):
+                shown += piece
+        return shown.decode().replace("\r\n", "\n")
+
+    def drawn_until(self, screen, text):
+        """Return what is written to a terminal until there is `text`."""
+        shown, end = "", time.monotonic() + PATIENCE
+        while text not in shown and time.monotonic() < end:
+            ready, _, _ = select.select([screen], [], [], 1)
+            if ready:
+                shown += os.read(screen, 65536).decode("utf-8", "replace")
+        self.assertIn(text, shown)
+        return shown.replace("\r\n", "\n")
+
+
+class LookTest(LookCase):
+    """What jobs, job, workers and stats show."""
+
+    # jobs
+
+    def test_jobs_are_listed_in_columns(self):
+        self.set_jobs({1: "gzip a", 20: ["ls", "a b"]})
+        self.set_jobs({3: None}, stage=4)
+        self.get(0, worker="node7", lease=60)
+        self.assertEqual(
+            "job  stage  state    since                worker  attempt"
+            "  command\n"
+            "  1      1  working  2020-09-13 12:26:40  node7         1"
+            "  gzip a\n"
+            "  3      4  waiting  2020-09-13 12:26:40\n"
+            " 20      0  waiting  2020-09-13 12:26:40"
+            "                   ls 'a b'\n", self.look("jobs"))
+
+    def test_jobs_are_chosen_by_state_and_stage(self):
+        self.set_jobs(range(1, 6))
+        self.set_jobs([6, 7], stage=2)
+        self.ok("/cancel", {"ids": [2, 6]})
+        for options, ids in (
+            ("", [1, 2, 3, 4, 5, 6, 7]),
+            ("--state cancelled", [2, 6]),
+            ("--stage 2", [6, 7]),
+            ("--stage 2 --state cancelled", [6]),
+            ("--limit 3", [1, 2, 3]),
+            ("--state expired", []),
+        ):
+            with self.subTest(options=options):
+                argv = ["jobs", *options.split()]
+                self.assertEqual(
+                    ids, [job["jobid"] for job in self.seen(*argv)])
+                self.assertEqual("".join("%d\n" % i for i in ids),
+                                 self.look(*argv, "--output", "quiet"))
+
+    def test_jobs_longest_in_their_stage_come_first_if_asked_to(self):
+        self.set_jobs([9])
+        self.clock.advance(5)
+        self.set_jobs([3])
+        out = self.look("jobs", "--order", "time", "--output", "quiet")
+        self.assertEqual("9\n3\n", out)
+
+    def test_an_expired_job_is_marked(self):
+        self.ok("/lifetime/0/1")
+        self.set_jobs([1])
+        self.clock.advance(61)
+        self.store.tick()
+        self.assertIn("  waiting, expired  ", self.look("jobs"))
+
+    def test_pages_of_jobs_are_one_table_and_one_array(self):
+        self.set_jobs(range(1, 2501))
+        lines = self.look("jobs").splitlines()
+        self.assertEqual(2501, len(lines))
+        self.assertEqual(1, sum("command" in line for line in lines))
+        text = self.look("jobs", "--output", "json")
+        self.assertEqual(list(range(1, 2501)), [
+            job["jobid"] for job in json.loads(text)])
+        self.assertEqual(2502, text.count("\n"))
+        self.assertEqual("job", json.loads(
+            text.splitlines()[1700].rstrip(","))["state"] and "job")
+        limited = self.look("jobs", "--limit", "1001", "--output", "quiet")
+        self.assertEqual(1001, limited.count("\n"))
+
+    def test_columns_grow_with_the_pages_and_stay_under_one_another(self):
+        self.set_jobs({**dict.fromkeys(range(1001), "a"), 10**6: "b"})
+        lines = self.look("jobs").splitlines()
+        self.assertEqual(
+            lines[0].index("command"), lines[1].index(" a") + 1)
+        self.assertRegex(lines[-1], "^1000000      0  waiting")
+
+    def test_no_jobs_are_an_empty_array(self):
+        self.assertEqual("[]\n", self.look("jobs", "--output", "json"))
+        self.assertEqual("", self.look("jobs", "--output", "quiet"))
+        self.assertEqual(1, self.look("jobs").count("\n"))
+
+    def test_commands_are_cut_to_the_terminal_and_nowhere_else(self):
+        self.set_jobs({1: "x" * 300})
+        self.assertIn("x" * 300, self.look("jobs"))
+        process, screen = self.on_terminal("jobs", size=(24, 90))
+        lines = self.drawn(screen).splitlines()
+        self.assertEqual(90, len(lines[1]))
+        self.assertTrue(lines[1].endswith("x..."))
+        process.wait(PATIENCE)
+
+    def test_colours_are_for_terminals_only(self):
+        self.set_jobs([1])
+        self.ok("/cancel", {"all": True})
+        self.assertNotIn("\033", self.look("jobs"))
+        grey = "\033[90mcancelled\033[0m"
+        _, screen = self.on_terminal("jobs")
+        self.assertIn(grey, self.drawn(screen))
+        self.environment["NO_COLOR"] = "1"
+        _, screen = self.on_terminal("jobs")
+        self.assertNotIn("\033", self.drawn(screen))
+
+    def test_what_comes_from_the_server_cannot_draw(self):
+        self.set_jobs({1: "\033[2J\n\u202e"})
+        job = self.get(0, worker="%1b[31mw", lease=60)
+        self.fail(job, stderr="a\n\033[2Jb\033[0m", error="\033]0;c\a")
+        self.beat("w", host="\033h", quarantine="\033q")
+        self.ok("/drain/w", {})
+        for argv in ("jobs", "job 1", "workers", "workers --output quiet"):
+            out = self.look(*argv.split())
+            self.assertRegex(out, r"\A[ -~\n]*\Z")
+        self.assertIn("\\x1b[31mw", self.look("jobs"))
+
+    def test_a_reader_that_goes_is_no_error(self):
+        self.set_jobs({i: "x" * 100 for i in range(5000)})
+        for argv in (
+            ["jobs"], ["jobs", "--output", "json"],
+            ["jobs", "--output", "quiet"], ["export"],
+            ["export", "--format", "json"], ["status"],
+        ):
+            with self.subTest(argv=argv):
+                process = self.spawn(JOBMAN, *argv)
+                process.stdout.read(1)
+                process.stdout.close()
+                self.assertEqual(0, process.wait(PATIENCE))
+                self.assertEqual(b"", process.stderr.read())
+
+    def test_a_full_disk_is_one_sentence(self):
+        self.set_jobs([1])
+        with open("/dev/full", "w") as full:
+            for argv in (["jobs"], ["export"], ["job", "1"]):
+                process = self.spawn(JOBMAN, *argv, stdout=full)
+                self.assertEqual(1, process.wait(PATIENCE))
+                self.assertRegex(process.stderr.read().decode(),
+                                 r"\Ajobman\.py: [^\n]*space[^\n]*\n\Z")
+
+    # job, and why it isn't running
+
+    def why(self, jobid=1):
+        """Return why a job isn't running, having checked all the forms."""
+        told = self.seen("job", str(jobid))
+        why = told.pop("why")
+        self.assertEqual(self.ok("/job/%d" % jobid), told)
+        self.assertRegex(
+            self.look("job", str(jobid)), r"\nwhy +%s\n" % re.escape(why))
+        return why
+
+    def test_waiting_for_a_worker(self):
+        self.set_jobs([1])
+        self.assertEqual("no worker serves stage 0", self.why())
+        self.beat("other", stages=[2])
+        self.beat("silent about it", stages=None)
+        self.assertEqual("no worker serves stage 0", self.why())
+
+    def test_waiting_in_a_paused_stage(self):
+        self.set_jobs([1])
+        self.beat("w")
+        self.ok("/pause/0", {})
+        self.assertEqual("stage 0 is paused", self.why())
+
+    def test_waiting_for_busy_workers(self):
+        self.set_jobs([1])
+        self.beat("a")
+        self.assertEqual(
+            "1 worker serves stage 0 and all its 4 slots are busy",
+            self.why())
+        self.beat("b", slots=8, busy=8)
+        self.beat("drained")
+        self.ok("/drain/drained", {})
+        self.assertEqual(
+            "2 workers serve stage 0 and all their 12 slots are busy",
+            self.why())
+        self.beat("b", slots=8, busy=5)
+        self.assertEqual(
+            "2 workers serve stage 0, and of 12 slots 3 free: its turn should"
+            " come soon", self.why())
+
+    def test_waiting_for_a_worker_with_a_single_slot(self):
+        self.set_jobs([1])
+        self.beat("a", slots=1, busy=1)
+        self.assertEqual("1 worker serves stage 0, which is busy", self.why())
+
+    def test_waiting_for_workers_that_take_nothing(self):
+        self.set_jobs([1])
+        self.beat("a", quarantine="no space on /tmp")
+        self.assertEqual("the only worker of stage 0, a, is quarantined: no"
+                         " space on /tmp", self.why())
+        self.beat("b", quarantine="also")
+        self.assertEqual(
+            "all 2 workers of stage 0 are quarantined", self.why())
+        self.beat("b", quarantine=None)
+        self.ok("/drain/b", {})
+        self.assertEqual("all 2 workers of stage 0 are drained (1),"
+                         " quarantined (1)", self.why())
+        self.beat("a")
+        self.ok("/drain/a", {})
+        self.assertEqual("all 2 workers of stage 0 are drained", self.why())
+
+    def test_waiting_for_workers_that_are_silent(self):
+        self.set_jobs([1])
+        self.beat("a")
+        self.clock.advance(60)
+        self.beat("b")
+        self.clock.advance(120)
+        self.assertIn("its 4 slots are busy", self.why())
+        self.clock.advance(5)
+        self.assertEqual(
+            "all 2 workers of stage 0 are silent for 2:05", self.why())
+
+    def test_delayed_after_a_failure(self):
+        self.set_jobs([1], max_attempts=3)
+        self.fail(self.get(0, worker="w", lease=60), exit_code=1,
+                  error="exit status 1", stderr="so\nno such file\n")
+        self.assertEqual("delayed until 12:26:42 (in 0:02) after failure 1 of"
+                         " 3: exit 1: no such file", self.why())
+
+    def test_delayed_where_the_server_says_how_often(self):
+        self.set_jobs([1])
+        self.fail(self.get(0, lease=60), error="no result")
+        self.assertEqual("delayed until 12:26:42 (in 0:02) after failure 1:"
+                         " no result", self.why())
+
+    def test_delayed_because_it_was_deferred(self):
+        self.set_jobs([1])
+        self.fail(self.get(0, lease=60), exit_code=75, stderr="no licence")
+        self.assertEqual("delayed until 12:26:42 (in 0:02) after it was"
+                         " deferred: exit 75: no licence", self.why())
+
+    def test_delayed_because_its_files_were_rejected(self):
+        self.set_jobs([1])
+        made = [{"path": "a", "size": 1, "sha256": "0" * 64}]
+        reply = self.update(self.get(0, lease=60), 2, body=packed(
+            {"files": made}))
+        self.assertReply(200, reply)
+        job = self.get(2, lease=60)
+        self.ok("/reject_job/1?claim=" + job["claim"],
+                {"error": "not as it was made: a"})
+        self.assertEqual(
+            "delayed until 12:26:42 (in 0:02) after its files were rejected:"
+            " not as it was made: a", self.why())
+
+    def test_blocked_by_others(self):
+        self.set_jobs(range(2, 103))
+        self.set_jobs([1], after=[2])
+        self.set_jobs([200], after=[2, 3])
+        self.set_jobs([201], after=list(range(2, 103)))
+        self.assertEqual("waits for 2", self.why())
+        self.assertEqual("waits for 2 and 3", self.why(200))
+        self.assertEqual("waits for 2, 3 and 99 others", self.why(201))
+
+    def test_aborted_by_another(self):
+        self.set_jobs([17])
+        self.set_jobs([1], after=[17])
+        self.ok("/cancel", {"ids": [17]})
+        self.assertEqual("aborted, because job 17, which it waits for, failed"
+                         " or was cancelled", self.why())
+
+    def test_failed_cancelled_and_done(self):
+        self.set_jobs([1, 2, 3], max_attempts=1, laststage=2)
+        self.fail(self.get(0, lease=60), exit_code=1, stderr="no such file")
+        self.assertEqual("failed: exit 1: no such file", self.why())
+        self.ok("/cancel", {"ids": [2]})
+        self.assertEqual(
+            "cancelled since 2020-09-13 12:26:40 +0000", self.why(2))
+        self.assertReply(200, self.update(self.get(0, lease=60), 2))
+        self.assertEqual("done since 2020-09-13 12:26:40 +0000", self.why(3))
+
+    def test_failed_by_lapses(self):
+        self.set_jobs([1])
+        for _ in range(5):
+            self.get(0, lease=60)
+            self.clock.advance(61)
+            self.store.tick()
+        self.assertIn("failed: 5 leases lapsed in this stage", self.why())
+
+    def test_working_under_a_lease_and_without(self):
+        self.set_jobs([1, 2])
+        self.get(0, worker="node7", lease=120)
+        self.get(0)
+        self.clock.advance(32)
+        self.assertEqual(
+            "node7 has worked on it since 12:26:40 (for 0:32) and has a lease"
+            " until 12:28:40", self.why())
+        self.assertEqual("somebody has worked on it since 12:26:40 (for 0:32)"
+                         " and has no lease", self.why(2))
+        self.ok("/init/10/10")
+        self.clock.advance(86400)
+        self.assertIn("since 2020-09-13 12:26:40 +0000 (for 24:00:32)",
+                      self.why(2))
+
+    def test_a_job_is_shown_with_its_attempts(self):
+        self.set_jobs({1: "gzip\ta"}, max_attempts=1, priority=5)
+        job = self.get(0, worker="node7", lease=60)
+        self.clock.advance(2)
+        self.fail(job, exit_code=3, error="exit status 3",
+                  stderr="first\nlast\n")
+        self.assertEqual("""\
+job           1
+why           failed: exit 3: last
+command       gzip\\ta
+since         2020-09-13 12:26:42 +0000
+stage         0
+state         failed
+worker        node7
+attempt       1
+failures      1
+priority      5
+max_attempts  1
+
+attempt  stage  where  started                    took  outcome  exit  said
+      1      0  node7  2020-09-13 12:26:40 +0000  2 s   failed      3  last
+
+The end of what the last one said:
+  first
+  last
+""", self.look("job", "1"))
+        self.assertEqual("1\n", self.look("job", "1", "--output", "quiet"))
+
+    def test_a_job_that_is_not_there(self):
+        self.assertIn("There is no job 17.", self.refused("job", "17"))
+
+    # workers
+
+    def test_workers_are_shown_with_what_is_wrong(self):
+        self.assertEqual("No worker was heard of in the last day.\n",
+                         self.look("workers"))
+        self.beat("a", host="node1", done=9, failed=1)
+        self.clock.advance(200)
+        self.beat("b", stages=[2, 0], quarantine="no space")
+        self.clock.advance(1)
+        self.beat("c", stages=None, slots=None, busy=None)
+        self.ok("/drain/c", {})
+        self.assertEqual("""\
+worker  host   stages  slots  busy  done  failed  heard
+c                                                 0:00 ago  drained
+b              2,0         4     4                0:01 ago  quarantined: no\
+ space
+a       node1  0           4     4     9       1  3:21 ago  silent
+""", self.look("workers"))
+        self.assertEqual(self.ok("/workers"), self.seen("workers"))
+        self.assertEqual(
+            "c\nb\na\n", self.look("workers", "--output", "quiet"))
+
+    # stats
+
+    def test_stats_show_what_time_was_taken(self):
+        self.set_jobs([1, 2])
+        self.clock.advance(10)
+        for end in (self.update, self.update):
+            job = self.get(0, lease=7200)
+            self.clock.advance(3600)
+            end(job, 2)
+        figures = self.seen("stats")
+        self.assertEqual(self.ok("/stats"), figures)
+        stage, = figures["stages"]
+        heads, line, total = self.look("stats").splitlines()
+        cells = re.split(" {2,}", line)
+        self.assertEqual(
+            re.split(" {2,}", heads),
+            ["stage", "claims", "retries", "run median", "p95",
+             "wait median", "p95", "useful h", "idle h", "lost h",
+             "lifetime advised"])
+        self.assertEqual(["0", "2", "0"], [c.strip() for c in cells[:3]])
+        self.assertEqual(jobman.took(stage["run"]["p95"]), cells[4])
+        self.assertEqual(jobman.took(stage["wait"]["median"]), cells[5])
+        self.assertEqual(["2.00", "0.00", "0.00"], cells[7:10])
+        self.assertEqual("%d min" % stage["advised"], cells[10])
+        self.assertRegex(total, r"^all +2 +0 +2\.00 +0\.00 +0\.00$")
+
+    def test_stats_of_nothing(self):
+        heads, total = self.look("stats").splitlines()
+        self.assertRegex(total, "^all +0 +0 ")
+
+    # Usage and errors
+
+    def test_wrong_usage_is_exit_status_2(self):
+        for line, word in (
+            ("jobs --state doing", "STATE|--state"),
+            ("jobs --stage x", "a stage must be an integer from 0"),
+            ("jobs --limit 0", "a limit must be"),
+            ("jobs --order size", "--order"),
+            ("job", "JOBID"), ("job x", "a jobid must be"),
+            ("job 9007199254740992", "a jobid must be"),
+            ("job 1 2", "unrecognized"), ("wait 5-3", "1,3,5-8"),
+            ("wait --timeout -1", "timeout"), ("wait --timeout x", "seconds"),
+            ("export --format xml", "--format"), ("logs x", "a jobid must"),
+            ("status --output xml", "--output"), ("watch 1", "unrecognized"),
+        ):
+            with self.subTest(line=line):
+                self.assertRegex(self.refused(*line.split(), status=2), word)
+
+    def test_without_a_server_it_is_one_sentence(self):
+        del self.environment["JOBMAN_URL"]
+        for line in ("jobs", "job 1", "workers", "watch", "wait", "export",
+                     "stats", "status", "logs 1"):
+            with self.subTest(line=line):
+                self.assertIn("no access file", self.refused(*line.split()))
+        self.environment["JOBMAN_URL"] = "http://127.0.0.1:1"
+        process = self.spawn(*changed(
+            "jobman", "jobman.speaking.__wrapped__.__defaults__ = (0,)"),
+            "jobs")
+        status, out, err = self.finish(process)
+        self.assertEqual((1, ""), (status, out))
+        self.assertRegex(err, r"\Ajobman\.py: The server at 127\.0\.0\.1:1"
+                         r" can't be reached[^\n]*\n\Z")
+
+    def test_the_examples_of_help_work_as_they_stand(self):
+        self.set_jobs(range(1, 18), laststage=0)
+        looking = {"status", "jobs", "job", "workers", "wait", "export",
+                   "stats"}
+        for name, _, _, text in jobman.COMMANDS:
+            examples = re.findall("^  (.*)$", text, re.M)
+            self.assertEqual([], [line for line in examples
+                                  if " " + name not in line])
+            self.assertLess(0, len(examples))
+            for line in examples if name in looking else ():
+                with self.subTest(line=line):
+                    line = line.replace("python3 jobman.py", "%s %s" % (
+                        sys.executable, JOBMAN))
+                    process = subprocess.run(
+                        line, shell=True, cwd=self.folder,
+                        env=self.environment, stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE, timeout=PATIENCE)
+                    self.assertEqual(
+                        (0, b""), (process.returncode, process.stderr))
+
+
+class ExportTest(LookCase):
+    """jobman.py export gives all jobs to other programs."""
+
+    def exported(self, *argv):
+        """Return the bytes that export prints."""
+        return self.look("export", *argv).encode("utf-8", "surrogateescape")
+
+    def jobs_of_all_kinds(self):
+        """Let jobs be done, failed, ended by a signal, cut off and waiting."""
+        self.set_jobs({
+            1: "echo 'a\nb'\tc", 2: ["cat", "a b"], 3: "x, \"y\"\r\nz",
+            4: "lapses", 5: {"a": 1}, 6: "never",
+        }, laststage=2, max_attempts=1)
+        done, failed, killed = self.get(0, n=3, lease=60, worker="w%091")
+        self.clock.advance(1.5)
+        self.assertReply(200, self.update(done, 2))
+        self.beat("w\t1", host="node 1")
+        self.fail(failed, exit_code=3, error="exit status 3")
+        self.fail(killed, exit_code=137, error="signal 9", stderr="a\nb")
+        self.get(0, lease=10)
+        self.clock.advance(11)
+        self.store.tick()
+
+    def test_joblog_is_that_of_gnu_parallel(self):
+        self.jobs_of_all_kinds()
+        self.assertEqual([
+            b"Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\t"
+            b"Signal\tCommand",
+            b"1\tw_1\t1600000000.000\t     1.500\t0\t0\t0\t0\t"
+            b"echo 'a\0b'\tc",
+            b"2\tnode_1\t1600000000.000\t     1.500\t0\t0\t3\t0\t"
+            b"cat 'a b'",
+            b"3\tnode_1\t1600000000.000\t     1.500\t0\t0\t0\t9\t"
+            b"x, \"y\"\r\0z",
+            b"4\t:\t1600000001.500\t    11.000\t0\t0\t-1\t0\tlapses",
+            b"",
+        ], self.exported("--format", "joblog").split(b"\n"))
+
+    def test_csv_survives_newlines_quotes_and_bytes(self):
+        self.jobs_of_all_kinds()
+        data = self.exported()
+        heads, *lines = csv.reader(io.StringIO(data.decode(), newline=""))
+        self.assertEqual(
+            [*jobman.JOB_COLUMNS, *jobman.ATTEMPT_COLUMNS], heads)
+        found = [dict(zip(heads, line)) for line in lines]
+        self.assertEqual([
+            ("1", "done", "echo 'a\nb'\tc", "", "done"),
+            ("2", "failed", '["cat", "a b"]', "3", "failed"),
+            ("3", "failed", 'x, "y"\r\nz', "137", "failed"),
+            ("4", "waiting", "lapses", "", "lapsed"),
+            ("5", "waiting", '{"a": 1}', "", ""),
+            ("6", "waiting", "never", "", ""),
+        ], [tuple(job[name] for name in (
+            "jobid", "state", "jobcmd", "exit_code", "outcome"))
+            for job in found])
+        self.assertEqual(("2", "false", "1600000000.0", "1600000001.5"), (
+            found[0]["stage"], found[0]["expired"], found[0]["started"],
+            found[0]["ended"]))
+        self.assertEqual("a\nb", found[2]["stderr"])
+
+    def test_names_that_are_not_utf_8_survive(self):
+        self.set_jobs({1: "cat caf\udce9", 2: "\ud800", 3: "é"},
+                      filename="caf\udce9", laststage=0)
+        self.environment["LC_ALL"] = "C"
+        for kind in ("csv", "joblog"):
+            data = self.exported("--format", kind)
+            self.assertEqual(kind == "csv", b"cat caf\xe9" in data)
+        lines = self.exported().splitlines()
+        self.assertTrue(lines[1].startswith(b"1,0,done"))
+        self.assertIn(b",caf\xe9,cat caf\xe9,", lines[1])
+        self.assertIn(b",\\ud800,", lines[2])
+        self.assertIn(",é,".encode(), lines[3])
+        found = json.loads(self.exported("--format", "json").decode())
+        self.assertEqual(["cat caf\udce9", "\ud800", "é"],
+                         [job["jobcmd"] for job in found])
+
+    def test_json_has_the_last_attempt_of_each(self):
+        self.jobs_of_all_kinds()
+        found = json.loads(self.exported("--format", "json").decode())
+        self.assertEqual([1, 1, 1, 1, 0, 0],
+                         [len(job["attempts"]) for job in found])
+        self.assertEqual(
+            self.ok("/jobs?attempts=1")["jobs"], found)
+
+    def test_some_are_exported(self):
+        self.jobs_of_all_kinds()
+        for options, ids in (
+            ("--state failed", [2, 3]), ("--stage 2", [1]),
+            ("--stage 0 --state waiting", [4, 5, 6]),
+        ):
+            text = self.exported("--format", "json", *options.split())
+            self.assertEqual(
+                ids, [job["jobid"] for job in json.loads(text.decode())])
+
+    def test_all_pages_are_exported(self):
+        self.set_jobs(range(2500))
+        lines = self.exported().splitlines()
+        self.assertEqual([b"%d" % i for i in range(2500)],
+                         [line.split(b",")[0] for line in lines[1:]])
+
+
+class AwaitTest(LookCase):
+    """jobman.py wait returns when jobs have ended."""
+
+    def start(self, *argv):
+        """Start to wait."""
+        return self.spawn(JOBMAN, "wait", *argv)
+
+    def setUp(self):
+        super().setUp()
+        self.calls = []
+        answer = jobman.Store.status, jobman.Store.jobs
+
+        def noted(name, method):
+            def call(*given, **named):
+                self.calls.append((name, named.get("limit")))
+                return method(*given, **named)
+            return call
+
+        for name, method in zip(("status", "jobs"), answer):
+            setattr(self.store, name, functools.partial(
+                noted(name, method), self.store))
+
+    def test_it_returns_when_nothing_is_left(self):
+        self.set_jobs([1, 2], laststage=2)
+        self.set_jobs([3], after=[2], laststage=2)
+        process = self.start()
+        wait_for(lambda: len(self.calls) > 3, "it to ask")
+        self.end(1, 2)
+        self.calls.clear()
+        wait_for(lambda: len(self.calls) > 1, "it to ask again")
+        self.assertIsNone(process.poll())
+        self.ok("/cancel", {"ids": [3]})
+        self.assertEqual((0, "3 jobs ended: 2 done, 1 cancelled.\n", ""),
+                         self.finish(process))
+        self.assertEqual({"status"}, {name for name, _ in self.calls})
+
+    def test_it_says_by_its_exit_status_whether_all_are_done(self):
+        self.assertEqual("0 jobs ended.\n", self.look("wait", "--exit-code"))
+        self.set_jobs([1, 2], stage=2, laststage=2)
+        self.look("wait", "--exit-code")
+        self.set_jobs([3, 4], laststage=2, max_attempts=1)
+        self.set_jobs([5], after=[3], laststage=2)
+        self.fail(self.get(0, lease=60))
+        self.look("wait", "5")
+        self.ok("/cancel", {"ids": [4]})
+        for ids, status in (("1-2", 0), ("1-3", 1), ("2,4", 1), ("5", 1)):
+            with self.subTest(ids=ids):
+                self.look("wait", ids)
+                self.look("wait", ids, "--exit-code", status=status)
+        self.look("wait", "--exit-code", status=1)
+        self.assertEqual(
+            {"jobs": 5, "states": {"done": 2, "failed": 1, "cancelled": 1,
+                                   "aborted": 1}}, self.seen("wait"))
+        self.assertEqual("", self.look("wait", "--output", "quiet"))
+
+    def test_of_some_jobs_the_first_open_one_is_looked_at(self):
+        self.set_jobs(range(5000), laststage=2)
+        self.set_jobs([5000, 6000], laststage=0)
+        process = self.start("5000,0-4,4999,6000-9000")
+        wait_for(lambda: len(self.calls) > 4, "it to ask")
+        self.assertEqual({("jobs", 1)}, set(self.calls[1:]))
+        self.end(4999, 4, 3, 2, 1)
+        self.assertIsNone(process.poll())
+        self.end(0)
+        self.assertEqual((0, "8 jobs ended: 8 done.\n", ""),
+                         self.finish(process))
+
+    def test_many_jobs_that_have_ended_are_passed_by_pages(self):
+        self.set_jobs(range(5000), laststage=0)
+        self.assertEqual("4999 jobs ended: 4999 done.\n",
+                         self.look("wait", "1-9007199254740991"))
+        self.assertEqual(5, len(self.calls))
+
+    def test_jobs_that_are_not_there(self):
+        self.set_jobs([1, 9], laststage=0)
+        for ids, words in (("2", "no job 2."), ("1,3-8", "from 3 to 8.")):
+            self.assertIn(words, self.refused("wait", ids))
+        self.look("wait", "0-1,5-9")
+
+    def test_it_gives_up_in_time(self):
+        self.set_jobs([1])
+        for ids in ([], ["1"]):
+            began = time.monotonic()
+            self.assertIn("The time is over", self.refused(
+                "wait", *ids, "--timeout", "0.3"))
+            self.assertLess(0.3, time.monotonic() - began)
+        self.set_jobs([2], laststage=0)
+        self.look("wait", "2", "--timeout", "0")
+
+    def test_progress_is_shown_on_a_terminal_only(self):
+        self.set_jobs([1, 2], laststage=2)
+        self.end(1)
+        process, screen = self.on_terminal("wait", both=False)
+        shown = self.drawn_until(screen, "1 of 2 done, 0 failed")
+        self.assertIn("[##########..........]  50% 1 of 2 done", shown)
+        self.end(2)
+        self.assertEqual(b"2 jobs ended: 2 done.\n", process.stdout.read())
+        self.assertTrue(self.drawn(screen).endswith("\r\033[K"))
+
+    def test_ctrl_c_ends_it(self):
+        self.set_jobs([1])
+        process = self.start()
+        wait_for(lambda: len(self.calls) > 1, "it to ask")
+        process.send_signal(signal.SIGINT)
+        self.assertEqual((130, "", ""), self.finish(process))
+
+
+class WatchTest(LookCase):
+    """jobman.py watch shows live how the jobs stand."""
+
+    def test_a_bar_for_each_stage_is_drawn_again_in_its_place(self):
+        self.set_jobs(range(8), laststage=2)
+        self.set_jobs([8, 9], laststage=0)
+        self.get(0, n=4, lease=60)
+        self.ok("/cancel", {"ids": [7]})
+        self.ok("/pause/0", {})
+        self.beat("a")
+        self.beat("b", quarantine="x")
+        self.environment["NO_COLOR"] = "1"
+        process, screen = self.on_terminal("watch")
+        shown = self.drawn_until(screen, "\033[?7h")
+        self.assertEqual(
+            "\033[?7l"
+            " stage 0* [########..............xxxx] # 2 done . 3 waiting"
+            " x 1 cancelled\033[K\n"
+            "  stage 1 [==========================] = 4 working\033[K\n"
+            "      all [#####============.......xx] # 2 done = 4 working"
+            " . 3 waiting\033[K\n"
+            "20 %: 2 of 10 jobs done.\033[K\n"
+            "1 worker, 4 of 4 slots busy, 1 quarantined. (*: paused)\033[K\n"
+            "\033[J\033[?7h", shown)
+        self.ok("/resume/0", {})
+        again = self.drawn_until(screen, "\033[?7h")
+        self.assertTrue(again.startswith("\033[5A\033[?7l  stage 0 ["), again)
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(130, process.wait(PATIENCE))
+
+    def test_states_have_colours(self):
+        self.set_jobs([1], laststage=0)
+        process, screen = self.on_terminal("watch")
+        shown = self.drawn_until(screen, "\033[?7h")
+        self.assertIn("\033[32m##", shown)
+        self.assertEqual(shown.count("\033[32m"), shown.count("\033[0m"))
+        process.send_signal(signal.SIGINT)
+        self.drawn(screen)
+        self.assertEqual(130, process.wait(PATIENCE))
+
+    def test_it_keeps_to_the_terminals_size_when_that_changes(self):
+        for stage in range(0, 60, 2):
+            self.set_jobs([stage], stage=stage)
+        self.environment["NO_COLOR"] = "1"
+        process, screen = self.on_terminal("watch", size=(12, 50))
+        shown = self.drawn_until(screen, "\033[?7h")
+        self.resize(screen, 40, 120)
+        more = self.drawn_until(screen, "\033[?7h")
+        self.assertTrue(more.startswith("\033[H\033[2J"), more)
+        self.assertIn("... and 24 more stages", shown)
+        self.assertIn(" stage 58 [", more)
+        for text, lines, width in ((shown, 12, 50), (more, 40, 120)):
+            rows = re.sub("\033\\[[?0-9]*[A-Za-z]", "", text).split("\n")
+            self.assertLess(len(rows), lines)
+            self.assertLess(max(map(len, rows)), width)
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(130, process.wait(PATIENCE))
+
+    def test_a_server_that_is_away_is_asked_until_it_is_back(self):
+        for name in ("JOBMAN_URL", "JOBMAN_JOBIX"):
+            del self.environment[name]
+        server, _ = self.serve()
+        process, screen = self.on_terminal("watch")
+        self.drawn_until(screen, "0 of 0 jobs done")
+        self.reap(server)
+        self.drawn_until(screen, "can't be reached")
+        self.serve()  # on another port
+        shown = self.drawn_until(screen, "\033[?7h\033[3A")
+        self.assertRegex(shown, r"\033\[4A[^J]*done\.[^J]*jobs\.\033\[K\n\033\[J")
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(130, process.wait(PATIENCE))
+
+    def test_without_a_terminal_news_are_lines(self):
+        self.set_jobs([1, 2], laststage=2)
+        process = self.spawn(*changed("jobman", "jobman.Ticker.PERIOD = 0"),
+                             "watch")
+        first = process.stdout.readline().decode()
+        self.assertRegex(first, r"^2020-09-13 12:26:40 .* 0 %: 0 of 2 jobs")
+        self.clock.advance(1)  # the time alone is no news
+        time.sleep(2.2)
+        self.end(1)
+        self.assertIn(b"1 of 2 jobs", process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        self.assertEqual((130, "", ""), self.finish(process))
+
+    def test_lines_come_every_ten_seconds_at_most(self):
+        out = io.StringIO()
+        out.fileno = lambda: 1
+        ticker = jobman.Ticker(out)
+        figures = [
+            {"time": 1.6e9, "seconds_left": None, "totals": {
+                "jobs": 2, "states": {"done": done}}} for done in range(3)]
+        for done, said, lines in ((0, 0, 1), (1, 0, 1), (1, 9.9, 1),
+                                  (2, 10.1, 2), (2, 20, 2)):
+            ticker.said -= said
+            ticker.show((figures[done], None), None)
+            self.assertEqual(lines, out.getvalue().count("\n"))
+
+    def test_without_a_terminal_an_absence_is_said_once(self):
+        for name in ("JOBMAN_URL", "JOBMAN_JOBIX"):
+            del self.environment[name]
+        server, _ = self.serve()
+        process = self.spawn(JOBMAN, "watch")
+        self.assertIn(b"0 of 0", process.stdout.readline())
+        self.reap(server)
+        self.assertIn(b"can't be reached", process.stderr.readline())
+        time.sleep(2.2)
+        process.send_signal(signal.SIGINT)
+        self.assertEqual((130, "", ""), self.finish(process))
+
+    def test_it_ends_when_nobody_reads_it(self):
+        process = self.spawn(JOBMAN, "watch")
+        process.stdout.readline()
+        process.stdout.close()
+        self.assertEqual(0, process.wait(PATIENCE))
+        self.assertEqual(b"", process.stderr.read())
 
 
 class RunTest(TemporaryFolder):
