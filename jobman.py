@@ -126,6 +126,8 @@ def cause(error):
 
 def printable(text):
     """Return `text` with what could draw on a terminal as escapes."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -7134,6 +7136,14 @@ def frame(figures, heard, size, coloured):
     ]
 
 
+def away(seen, trouble):
+    """Return a line that says that the server can't be asked."""
+    line = printable(str(trouble)) + " Still asking."
+    if seen:
+        line += " Figures of %s." % clock_time(seen[0]["time"])
+    return line
+
+
 class Screen:
     """A live view on a terminal, drawn again in its place.
 
@@ -7167,14 +7177,6 @@ class Screen:
     def end(self):
         """Leave what is drawn, and begin a new line."""
         self.stream.write("\n")
-
-
-def away(seen, trouble):
-    """Return a line that says that the server can't be asked."""
-    line = printable(str(trouble)) + " Still asking."
-    if seen:
-        line += " Figures of %s." % clock_time(seen[0]["time"])
-    return line
 
 
 class Ticker:
@@ -7513,10 +7515,10 @@ def printed_by(jobid, folder, space):
 
 def logs(options):
     """Print what the commands of a job have printed, attempt by attempt."""
-    access = options.access or access_path()
     with using_worker() as worker:
-        folder = options.logs or worker.beside(access, "logs")
-        space = worker.namespace(worker.read_access(access)[1])
+        client = worker.Client(options.access)  # which asks nothing
+        folder = options.logs or worker.beside(client.access, "logs")
+        space = worker.namespace(client.jobix)
     try:
         pieces = printed_by(options.jobid, folder, space)
     except FileNotFoundError:

@@ -9789,6 +9789,15 @@ class LogTest(WorkerCase):
         self.assertRegex(
             err, r"\A--- stage 0, attempt 1, node\.cluster_7, \d{4}-\d\d-")
 
+    def test_a_server_known_by_its_url_has_logs_too(self):
+        self.add("echo here")
+        self.work()
+        found = json.loads(read(self.path(".jobman", "access.json")).decode())
+        self.environment["JOBMAN_URL"] = found["url"]
+        self.environment["JOBMAN_JOBIX"] = str(found["jobix"])
+        os.unlink(self.path(".jobman", "access.json"))
+        self.assertEqual("here\n", self.logs()[0])
+
     def test_bytes_are_kept_as_they_are(self):
         self.add("printf 'caf\\351\\000\\r\\n'; printf '\\377' >&2; "
                  "seq 300000")
@@ -11743,6 +11752,26 @@ class AwaitTest(LookCase):
         self.end(2)
         self.assertEqual(b"2 jobs ended: 2 done.\n", process.stdout.read())
         self.assertTrue(self.drawn(screen).endswith("\r\033[K"))
+
+    def test_a_server_that_is_away_is_waited_for(self):
+        for name in ("JOBMAN_URL", "JOBMAN_JOBIX"):
+            del self.environment[name]
+        server, _ = self.serve()
+        access = self.path(".jobman", "access.json")
+        with contextlib.closing(worker.Client(access)) as client:
+            client.set({1: {"jobstage": 0, "laststage": 2}})
+            process, screen = self.on_terminal("wait", both=False)
+            hurried, other = self.on_terminal("wait", "1", "--timeout", "6")
+            self.drawn_until(screen, "0 of 1 done")
+            self.drawn_until(other, "0 of 1 done")
+            self.reap(server)
+            self.assertIn("can't be reached", self.drawn(other))
+            self.assertEqual(1, hurried.wait(PATIENCE))
+            self.assertIsNone(process.poll())
+            self.serve()  # on another port
+            client.update_job(1, 2)
+        out = process.stdout.read()
+        self.assertEqual(b"1 job ended: 1 done.\n", out)
 
     def test_ctrl_c_ends_it(self):
         self.set_jobs([1])
