@@ -8745,6 +8745,16 @@ def add_client(command):
         help="how the answer is printed (default table)")
 
 
+def add_some(command, *more):
+    """Add the options that name some jobs."""
+    command.add_argument(
+        "--state", choices=(*STATES, *more), metavar="STATE",
+        help="only jobs in this state: " + ", ".join((*STATES, *more)))
+    command.add_argument(
+        "--stage", type=stage_number, metavar="N",
+        help="only jobs in this stage")
+
+
 def add_yes(command):
     """Add what every command has that may be about many."""
     add_client(command)
@@ -8762,12 +8772,10 @@ def check_selector(parser, options):
 def add_selector(command):
     """Describe retry, cancel, release or forget."""
     command.set_defaults(check=check_selector)
-    add = command.add_argument
-    add("ids", nargs="?", type=read_selection, metavar="IDS",
+    command.add_argument(
+        "ids", nargs="?", type=read_selection, metavar="IDS",
         help="jobids, as 1,3,5-8, or all")
-    add("--state", choices=STATES, help="only jobs in this state")
-    add("--stage", type=stage_number, metavar="N",
-        help="only jobs in this stage")
+    add_some(command)
     add_yes(command)
 
 
@@ -8878,35 +8886,13 @@ def add_verify(command):
     add("--dry-run", action="store_true", help="only say what is damaged")
 
 
-def argument(reader, name):
-    """Return a reader of a request's numbers as one of arguments."""
-
-    def read(text):
-        try:
-            return reader(number(text), name)
-        except Error as error:
-            raise argparse.ArgumentTypeError(str(error)[:-1]) from None
-
-    return read
-
-
-def add_some(command, *more):
-    """Add the options that name some jobs."""
-    command.add_argument(
-        "--state", choices=(*STATES, *more), metavar="STATE",
-        help="only jobs in this state: " + ", ".join((*STATES, *more)))
-    command.add_argument(
-        "--stage", type=argument(STAGE, "a stage"), metavar="N",
-        help="only jobs in this stage")
-
-
 def add_jobs(command):
     """Describe jobs."""
     add_some(command, "expired")
     add = command.add_argument
     add("--order", choices=("id", "time"), default="id",
         help="by their ids (default), or longest in their stage first")
-    add("--limit", type=argument(integer(1, MAX_JOBID), "a limit"),
+    add("--limit", type=argument(integer(1, MAX_JOBID)),
         default=math.inf, metavar="N", help="how many at most (default: all)")
     add_client(command)
 
@@ -8914,7 +8900,7 @@ def add_jobs(command):
 def add_jobid(command):
     """Add the argument that names a job."""
     command.add_argument(
-        "jobid", type=argument(JOBID, "a jobid"), metavar="JOBID")
+        "jobid", type=argument(JOBID), metavar="JOBID")
 
 
 def add_job(command):
@@ -8930,7 +8916,7 @@ def add_wait(command):
         help="only these jobs, as 1,3,5-8 (default: all)")
     add("--exit-code", action="store_true",
         help="exit status 1 if one failed, was aborted or cancelled")
-    add("--timeout", type=argument(seconds, "a timeout"), metavar="SECONDS",
+    add("--timeout", type=argument(seconds), metavar="SECONDS",
         help="give up after so long, with exit status 1")
     add_client(command)
 
