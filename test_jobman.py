@@ -17229,8 +17229,12 @@ class HouseTest(TemporaryFolder):
                 self.assertIn(variable, readme)
         for status in re.findall(r"Error\(\s*(\d+),", self.source(JOBMAN)):
             self.assertRegex(readme, r"\| (\d+, )*%s" % status)
-        for state in jobman.STATES:
-            self.assertIn("`%s`" % state, readme)
+        exported = jobman.JOB_COLUMNS + jobman.ATTEMPT_COLUMNS
+        for name in (*jobman.STATES, *exported, *jobman.FORMATS):
+            self.assertIn("`%s`" % name, readme)
+        for state, sign in jobman.SIGNS.items():
+            self.assertRegex(readme, r"`%s` (failed or\s)?%s" % (
+                re.escape(sign), state))
         for verb in vars(worker.Client):
             if re.match("[a-z]", verb) and verb in str(jobman.ROUTES):
                 self.assertIn("`%s`" % verb, readme)
