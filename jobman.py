@@ -6948,8 +6948,8 @@ def why_working(job, figures, heard):
 
 def why_aborted(job, figures, heard):
     """Return by which job a job was aborted."""
-    return "aborted, because job %s, which it waits for, failed or was " \
-        "cancelled" % job["aborted_by"]
+    return "aborted, because job %s, which it waits for, failed, was " \
+        "cancelled or aborted" % job["aborted_by"]
 
 
 def why_ended(job, figures, heard):
@@ -8115,7 +8115,7 @@ def submit_parts(client, options, jobs, total):
                 shown = bar(min(1, done / total)) if total else ""
                 sys.stderr.write("\r%s %d jobs\033[K\r" % (shown, done))
     except BaseException as error:
-        if done or not hasattr(error, "status"):  # it may be in, if not refused
+        if done or not hasattr(error, "status"):  # it isn't a refusal
             say("%s added; the same command with --key %s adds the rest, and"
                 " none twice." % (number_of(done, "job"), shlex.quote(key)))
         raise

@@ -10880,7 +10880,8 @@ class SubmitTest(CommandCase):
                     ("--array", "1", "--commands", "-"),
                     ("--from-json", "-")):
             self.does("submit", *bad, "true", status=2, err=USAGE)
-        self.does("submit", status=2, err="usage: [^$]*: submit needs a command\n")
+        self.does("submit", status=2,
+                  err="usage: [^$]*: submit needs a command\n")
         self.does("submit", "--array", "1", "true", ":::", "1", status=2,
                   err="usage: [^$]*, not both\n")
         self.does("submit", "--after", "9", "true", status=1,
@@ -11511,7 +11512,8 @@ a       node1  0           4     4     9       1  3:21 ago  silent
             ("job 9007199254740992", "JOBID: .*it must be an integer"),
             ("job 1 2", "unrecognized"), ("wait 5-3", "1,3,5-8"),
             ("wait --timeout -1", "timeout"), ("wait --timeout x", "seconds"),
-            ("export --format xml", "--format"), ("logs x", "JOBID: .*it must"),
+            ("export --format xml", "--format"),
+            ("logs x", "JOBID: .*it must"),
             ("status --output xml", "--output"), ("watch 1", "unrecognized"),
         ):
             with self.subTest(line=line):
