@@ -7307,7 +7307,7 @@ class KillTest(CrashCase):
         if not os.path.exists(self.db):
             self.assertFalse(old)
             return
-        if self.version(self.db, 5 if old else 0) == 2:
+        if self.version(self.db, 5 if old else 0) == jobman.SCHEMA_VERSION:
             self.assertSound(self.db)
         else:
             self.assertTrue(old)
@@ -11381,8 +11381,8 @@ class LookTest(LookCase):
         self.set_jobs([17])
         self.set_jobs([1], after=[17])
         self.ok("/cancel", {"ids": [17]})
-        self.assertEqual("aborted, because job 17, which it waits for, failed"
-                         " or was cancelled", self.why())
+        self.assertEqual("aborted, because job 17, which it waits for, failed,"
+                         " was cancelled or aborted", self.why())
 
     def test_failed_cancelled_and_done(self):
         self.set_jobs([1, 2, 3], max_attempts=1, laststage=2)
