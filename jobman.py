@@ -25,6 +25,7 @@ import errno
 import fcntl
 import functools
 import gc
+import glob
 import hashlib
 import heapq
 import html
@@ -56,9 +57,11 @@ import threading
 import time
 import traceback
 import types
+import warnings
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -1315,8 +1318,8 @@ def use_wal(connection, path):
         raise Trouble("The file system of %s can't hold a WAL." % path)
 
 
-def need_own(path, owner):
-    """Raise Trouble where a file isn't ours; have it for ourselves.
+def need_unshared(path, owner):
+    """Raise Trouble where a file isn't ours, or has another name.
 
     Who owns a database has its jobix, and with it whatever runs our jobs.
     """
@@ -1326,6 +1329,12 @@ def need_own(path, owner):
     if status.st_nlink > 1:
         raise Trouble("%s has a second name (a hard link), by which another"
                       " server could have it; remove that." % path)
+
+
+def need_own(path, owner):
+    """Raise Trouble where a file isn't ours; have it for ourselves."""
+    need_unshared(path, owner)
+    status = os.stat(path)
     if status.st_mode & 0o077 and status.st_uid == os.geteuid():
         os.chmod(path, 0o600)
 
@@ -6590,10 +6599,10 @@ def read_ids(text):
     return apart
 
 
-# What a state looks like on a terminal: numbers of ECMA-48's SGR.
+# What a state, or a finding, looks like on a terminal: numbers of ECMA-48's SGR.
 COLOURS = {
     "working": 36, "done": 32, "failed": 31, "aborted": 31, "expired": 33,
-    "blocked": 35, "delayed": 33, "cancelled": 90,
+    "blocked": 35, "delayed": 33, "cancelled": 90, "ok": 32, "wrong": 31,
 }
 
 
@@ -8621,6 +8630,492 @@ def pbs(options):
     return print_script(PBS, options, lines, *limit)
 
 
+# ---------------------------------------------------------------- doctor ---
+
+OLDEST_PYTHON = 3, 6
+OLDEST_SQLITE = 3, 7, 17
+LEAST_FREE = 100 * 2**20  # bytes on a disk
+LONGEST_LOOK = 5  # seconds for one look: the system may never let it go
+LOOKS_TIME = 9  # seconds for all, but a look has SHORTEST_LOOK at least
+SHORTEST_LOOK = 0.5
+CLOCKS_APART = 5  # seconds
+PROXIES = "http_proxy", "https_proxy", "all_proxy"
+
+
+class Patient:
+    """What has been found out so far; None where it isn't known.
+
+    `worker` is the module, `client` a Client, `access` the path of the access
+    file and `about` its content; `met` is whether somebody answers there,
+    `version` and `clock` what they say; `place` is the database's.
+    """
+
+    def __init__(self, options):
+        self.options = options
+        self.access = os.path.abspath(options.access or access_path())
+        self.worker = self.client = self.place = None
+        self.met = self.secure = self.version = self.clock = None
+        self.about = {}
+        self.troubles = (Trouble, sqlite3.Error, OSError, ValueError)
+
+    def at(self):
+        """Return where the server should be, as HOST:PORT."""
+        return "%s:%d" % self.client.address
+
+    def ask(self, path, *names):
+        """Return values of the object that the server answers, or Trouble."""
+        try:
+            value = self.client.call("GET", path, timeout=LONGEST_LOOK - 1)
+            return [value[name] for name in names]
+        except (LookupError, TypeError, ValueError):
+            raise Trouble(
+                "What answers at %s is no jobman; look at the address in %s"
+                % (self.at(), self.source())) from None
+
+    def source(self):
+        """Return what says where the server is."""
+        return "JOBMAN_URL" if self.client.fixed else self.access
+
+
+def within(seconds, act, *arguments):
+    """Return what a function returns; raise Trouble when that takes long.
+
+    Its thread is left alone then.
+    """
+    end = Future()
+
+    def run():
+        try:
+            end.set_result(act(*arguments))
+        except Exception as error:
+            end.set_exception(error)
+
+    try:
+        threading.Thread(target=run, daemon=True).start()
+    except RuntimeError:  # there can be no more threads
+        run()
+    try:
+        return end.result(seconds)
+    except FutureTimeout:
+        raise Trouble(
+            "It takes more than %.3g s to find out; ask who runs this host"
+            % seconds) from None
+
+
+def look_at_python(patient):
+    """Return which Python this is."""
+    version, found = sys.version.split()[0], sys.version_info[:2]
+    if found < OLDEST_PYTHON:
+        raise Trouble("This is %s; run it by Python %d.%d or later" % (
+            version, *OLDEST_PYTHON))
+    return "%s, %s" % (version, sys.executable)
+
+
+def look_at_sqlite(patient):
+    """Return which SQLite that has."""
+    if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+        raise Trouble("This is %s; use a Python with SQLite %d.%d.%d or later"
+                      % (sqlite3.sqlite_version, *OLDEST_SQLITE))
+    return sqlite3.sqlite_version
+
+
+def look_at_programs(patient):
+    """Return which versions jobman.py and worker.py have."""
+    with using_worker() as worker:
+        patient.worker = worker
+        patient.troubles += worker.Trouble,
+    if worker.__version__ != __version__:
+        raise Trouble(
+            "worker.py is %s and jobman.py %s; copy both of one version here"
+            % (worker.__version__, __version__))
+    return "jobman.py and worker.py %s" % __version__
+
+
+def slots_here():
+    """Return how many slots a worker has here by default."""
+    return len(os.sched_getaffinity(0))
+
+
+def look_at_files(patient):
+    """Return how many files a process may open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    slots = slots_here()
+    needed = patient.worker.files_needed(slots) if patient.worker else 0
+    if 0 <= most < needed:
+        raise Trouble(
+            "A process may open %d, and a worker of %s needs %d; raise the"
+            " hard limit (ulimit -Hn) or use fewer --slots" % (
+                most, number_of(slots, "slot"), needed))
+    return "a process may open %s" % ("any number" if most < 0 else most)
+
+
+def threads_of(user):
+    """Return how many threads a user has, as far as /proc tells."""
+    threads = 0
+    for folder in glob.iglob("/proc/[0-9]*/task"):
+        with contextlib.suppress(OSError):  # it has ended
+            if os.stat(folder).st_uid == user:
+                threads += len(os.listdir(folder))
+    return threads
+
+
+def look_at_processes(patient):
+    """Return how many processes and threads a user may have."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if most < 0:
+        return "any number"
+    there, slots = threads_of(os.getuid()), slots_here()
+    needed = 20 + 4 * slots  # a worker and its threads; a command has some
+    if most - there < needed:
+        raise Trouble(
+            "You may have %d with their threads, and have %d; a worker of %s"
+            " needs about %d: raise the limit (ulimit -u) or use fewer --slots"
+            % (most, there, number_of(slots, "slot"), needed))
+    return "you may have %d with their threads, and have %d" % (most, there)
+
+
+def room(folder, advice):
+    """Return how much is free on a folder's disk; Trouble: too little.
+
+    A folder that isn't there is to be made in the one above it.
+    """
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        raise Trouble("Nothing can be written in %s; %s" % (folder, advice))
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    if free < LEAST_FREE:
+        raise Trouble("Only %.1f MB are free at %s; make space, or %s" % (
+            free / 1e6, folder, advice))
+    if disk.f_files and not disk.f_favail:
+        raise Trouble("There can be no more files at %s; remove some, or %s"
+                      % (folder, advice))
+    return "%.1f GB are free at %s" % (free / 1e9, folder)
+
+
+def look_at_temporary(patient):
+    """Return how much is free for temporary files."""
+    return room(tempfile.gettempdir(), "set TMPDIR to another folder")
+
+
+def look_at_spool(patient):
+    """Return how much is free for the results and the output of workers."""
+    return room(os.path.dirname(patient.access),
+                "give worker.py other folders by --spool and --logs")
+
+
+def look_at_allocation(patient):
+    """Return how long the batch job that we are in still has."""
+    kinds = ("SLURM_JOB_ID", "Slurm"), ("PBS_JOBID", "PBS")
+    kind = next((k for name, k in kinds if name in os.environ), None)
+    if kind is None or patient.worker is None:
+        return None
+    left = patient.worker.allocation_left(os.environ)
+    if left is None:
+        raise Trouble("%s doesn't say how long this batch job has; give"
+                      " worker.py a --time-limit" % kind)
+    if left < 60:
+        raise Trouble("This batch job has %d s left, too few for a worker;"
+                      " ask %s for more time" % (left, kind))
+    return "%s leaves this batch job %s" % (kind, span(left))
+
+
+def look_at_access(patient):
+    """Return what the access file is like."""
+    if patient.worker is None:
+        return None
+    client = patient.worker.Client(patient.options.access, patience=0)
+    if client.fixed:
+        patient.client = client
+        return "none is read, JOBMAN_URL names the server"
+    with open(patient.access, encoding="utf-8") as file:
+        written = os.fstat(file.fileno()).st_mtime
+        patient.about = json.load(file)
+    patient.client = client
+    return "%s, for its owner only, written %s ago on %s" % (
+        patient.access, took(max(0, time.time() - written)),
+        patient.about.get("host"))
+
+
+def look_at_address(patient):
+    """Return what the server's name stands for."""
+    if patient.client is None:
+        return None
+    host, port = patient.client.address
+    try:
+        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise Trouble(
+            "%s is no name that this host knows (%s); have serve name another"
+            " by --url" % (host, cause(error))) from None
+    address = found[0][4][0]
+    home = patient.about.get("host")
+    is_loopback = ipaddress.ip_address(address.split("%")[0]).is_loopback
+    if is_loopback and home not in (None, socket.gethostname()):
+        raise Trouble(
+            "The server listens to its own host %s alone; start it with --host"
+            " 0.0.0.0 --tls" % home)
+    patient.met = False
+    return "%s is %s" % (patient.at(), address)
+
+
+def look_at_connection(patient):
+    """Return that the server's port takes connections."""
+    if patient.met is None:
+        return None
+    try:
+        socket.create_connection(patient.client.address, 4).close()
+    except ConnectionRefusedError:
+        raise Trouble("No server listens at %s; start it there, with the same"
+                      " access file" % patient.at()) from None
+    except OSError as error:
+        raise Trouble(
+            "%s isn't reached (%s); look for a firewall, or have serve name"
+            " another address by --url" % (patient.at(), cause(error))
+        ) from None
+    patient.met = True
+    return "%s takes connections" % patient.at()
+
+
+def look_at_certificate(patient):
+    """Return by what the server is known."""
+    if not patient.met:
+        return None
+    try:
+        patient.client.connect(4)
+    except patient.worker.Impostor as error:
+        raise Trouble(
+            "At %s is another server than ours (%s); end it, or use its access"
+            " file" % (patient.at(), error)) from None
+    except OSError as error:
+        raise Trouble(
+            "At %s nobody speaks TLS (%s); start serve with --tls, or give"
+            " it an --url with http:" % (patient.at(), error)) from None
+    patient.secure = True
+    if patient.client.tls is None:
+        return "none, it is plain HTTP; serve --tls would hide the jobix"
+    if patient.client.fingerprint:
+        return "it has the fingerprint that it should have"
+    return "certificate authorities vouch for it"
+
+
+def look_at_server(patient):
+    """Return that the server and its database are well."""
+    if not patient.secure:
+        return None
+    try:
+        patient.version, = patient.ask("/health", "version")
+    except patient.worker.Unreachable as error:
+        raise Trouble("%s It takes connections: look at its standard error"
+                      % error) from None
+    return "it answers, and so does its database"
+
+
+def look_at_jobix(patient):
+    """Return whether the server takes our jobix."""
+    if patient.version is None:
+        return None
+    began = time.time()
+    try:
+        there, readonly = patient.ask("/status", "time", "readonly")
+    except patient.worker.Refused as refused:
+        if refused.status != 403:
+            raise
+        raise Trouble("The server takes another jobix than ours; use the"
+                      " access file that it wrote") from None
+    ended = time.time()
+    patient.clock = (began + ended) / 2 - there, (ended - began) / 2
+    return "it is taken, but only to look" if readonly else "it is taken"
+
+
+def look_at_version(patient):
+    """Return which version the server has."""
+    if patient.version is None:
+        return None
+    if patient.version != __version__:
+        raise Trouble(
+            "The server is jobman %s, this is %s; run the same files on both"
+            " sides" % (patient.version, __version__))
+    return "the server is jobman %s, too" % __version__
+
+
+def look_at_clock(patient):
+    """Return how far this host's clock is from the server's."""
+    if patient.clock is None:
+        return None
+    ahead, doubt = patient.clock
+    if abs(ahead) - doubt > CLOCKS_APART:
+        raise Trouble(
+            "This host's clock is %s %s the server's; leases don't mind, but"
+            " have it set right, for times in logs and of files" % (
+                took(abs(ahead)), "ahead of" if ahead > 0 else "behind"))
+    return "at most %s from the server's" % took(abs(ahead) + doubt)
+
+
+def look_at_proxies(patient):
+    """Return what proxies are set; their addresses may have passwords."""
+    there = [name for name in sorted(os.environ)
+             if name.lower() in PROXIES and os.environ[name]]
+    if there and patient.met is False:
+        raise Trouble("%s is set, but jobman uses no proxy; run it where the"
+                      " server is reached without one" % ", ".join(there))
+    return "%s is set; jobman doesn't use it" % ", ".join(there) if there \
+        else "none is set"
+
+
+def look_at_database(patient):
+    """Return which database there is, None where none is named."""
+    path = patient.options.db
+    if path is None and os.path.lexists("jobman.db"):
+        path = "jobman.db"
+    if path is None:
+        return None
+    folder = os.path.dirname(os.path.realpath(path))
+    if os.path.isdir(path) or not os.path.isdir(folder):
+        raise Trouble("%s can't be a database; name a file in a folder that"
+                      " is there" % path)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise Trouble("Nothing can be written in %s, and a database has files"
+                      " beside it; name another" % folder)
+    version = inspect(path)
+    with warnings.catch_warnings():  # of a fork in a thread
+        warnings.simplefilter("ignore")
+        patient.place = Place(path)
+    if version == 0:
+        return "%s isn't there yet; serve makes it" % path
+    need_unshared(path, patient.place.owner)
+    if not os.access(path, os.W_OK):
+        raise Trouble("%s can't be written; chmod u+w it" % path)
+    if os.stat(path).st_mode & 0o077:
+        raise Trouble("Others can read %s, and its jobix; chmod 600 it" % path)
+    return "%s, schema %d of %d" % (path, version, SCHEMA_VERSION)
+
+
+def look_at_locks(patient):
+    """Return what file system the database is on."""
+    place = patient.place
+    if place is None:
+        return None
+    if place.locks != "work" or not place.flocks:
+        raise Trouble("%s; use a disk of this host" % place.finding())
+    alone = " (a network file system, so only one server may have it)"
+    return "%s, where locks work%s" % (
+        place.finding(), alone if place.alone else "")
+
+
+def look_at_disk(patient):
+    """Return how much is free for the database."""
+    if patient.place is None:
+        return None
+    return room(os.path.dirname(patient.place.file), "use another disk")
+
+
+def read_lock(place):
+    """Return what the lock file of a database has; None: there is none."""
+    try:
+        with open(place.file + ".lock", "rb") as file:
+            return file.read(ServerLock.LENGTH)
+    except FileNotFoundError:
+        return None
+
+
+def is_serving(place, content):
+    """Return whether who wrote a lock file lives.
+
+    Of another host, or after a boot, only a beat tells.
+    """
+    holder = read_holder(content)
+    if holder["machine"] == machine() and holder["pid"] and holder["start"]:
+        return start_of(holder["pid"]) == holder["start"]
+    end = time.monotonic() + ServerLock.BEAT + 0.5
+    while read_lock(place) == content:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def look_at_holder(patient):
+    """Return which server has the database."""
+    place, about = patient.place, patient.about
+    content = place and read_lock(place)
+    if content is None:
+        return place and "no server has %s" % place.path
+    name = name_holder(content)
+    if not is_serving(place, content):
+        return "%s had %s and gives no sign of life; serve would take it" % (
+            name, place.path)
+    holder = read_holder(content)
+    ours = [about.get(key) for key in ("host", "pid")]
+    shared = os.path.exists(place.file + ".gate")
+    if about and not shared and ours != [holder["host"], holder["pid"]]:
+        raise Trouble(
+            "%s serves %s, but %s is of process %s on %s; name the access file"
+            " that goes with it" % (
+                name, place.path, patient.access, ours[1], ours[0]))
+    return "%s serves %s" % (name, place.path)
+
+
+# Each line of doctor: its name, and what returns what is said there, None to
+# leave it out, or raises what is wrong. What has failed isn't built upon.
+LOOKS = (
+    ("python", look_at_python),
+    ("sqlite", look_at_sqlite),
+    ("programs", look_at_programs),
+    ("files", look_at_files),
+    ("processes", look_at_processes),
+    ("temporary", look_at_temporary),
+    ("allocation", look_at_allocation),
+    ("access", look_at_access),
+    ("spool", look_at_spool),
+    ("address", look_at_address),
+    ("connection", look_at_connection),
+    ("proxies", look_at_proxies),
+    ("certificate", look_at_certificate),
+    ("server", look_at_server),
+    ("jobix", look_at_jobix),
+    ("version", look_at_version),
+    ("clock", look_at_clock),
+    ("database", look_at_database),
+    ("locks", look_at_locks),
+    ("disk", look_at_disk),
+    ("holder", look_at_holder),
+)
+
+
+def examine(patient):
+    """Yield what is found, each a dict with name, ok and said."""
+    end = time.monotonic() + LOOKS_TIME
+    for name, look in LOOKS:
+        left = max(SHORTEST_LOOK, min(LONGEST_LOOK, end - time.monotonic()))
+        try:
+            ok, said = True, within(left, look, patient)
+        except patient.troubles as error:
+            ok, said = False, str(error)
+        if said:
+            yield {"name": name, "ok": ok, "said": said.rstrip(".")}
+
+
+def finding_lines(findings, seen):
+    """Yield a line for each finding, and add it to those `seen`."""
+    widths = [max(len(name) for name, _ in LOOKS), len("wrong"), 0]
+    for one in findings:
+        seen.append(one)
+        row = one["name"], "ok" if one["ok"] else "wrong", one["said"]
+        yield from columns(None, [row], widths)
+
+
+def doctor(options):
+    """Look whether all that jobman needs is there, here and now."""
+    seen, findings = [], examine(Patient(options))
+    if options.output != "table":  # those come one by one
+        seen.extend(findings)
+    wrong = (one["name"] for one in seen if not one["ok"])
+    report(options, seen, finding_lines(findings, seen), wrong)
+    return int(not all(one["ok"] for one in seen))
+
+
 # ------------------------------------------------------------------ main ---
 
 def check_serve(parser, options):
@@ -8946,6 +9441,14 @@ def add_check(command):
         help="the database (default jobman.db)")
 
 
+def add_doctor(command):
+    """Describe doctor."""
+    command.add_argument(
+        "--db", metavar="FILE",
+        help="the database (default: jobman.db, if it is here)")
+    add_client(command)
+
+
 def add_backup(command):
     """Describe backup."""
     add_check(command)
@@ -9085,6 +9588,10 @@ news, every 10 seconds at most."""),
   python3 jobman.py backup --db jobs.db copy.db"""),
     ("check", check, add_check, """look whether a database is whole
   python3 jobman.py check --db jobs.db"""),
+    ("doctor", doctor, add_doctor, """look whether all is there that is needed
+  python3 jobman.py doctor
+  python3 jobman.py doctor --db /scratch/me/jobs.db
+It needs no server for what it can see without one, and changes nothing."""),
     ("bench", bench, add_bench, """measure what a place is good for
   python3 jobman.py bench /scratch"""),
     ("sbatch", sbatch, add_batch, """print a script for Slurm

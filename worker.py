@@ -1386,10 +1386,15 @@ def start_process(argv, environment, cwd, files):
     return process.pid
 
 
+def files_needed(slots):
+    """Return how many files a worker with so many slots may have open."""
+    return slots * 10 + 100  # four for pipes, five for input and output
+
+
 def allow_open_files(slots):
     """Raise the soft limit on open files to what `slots` need, if we may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = slots * 10 + 100  # four for pipes, five for input and output
+    needed = files_needed(slots)
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY:
             needed = min(needed, hard)
