@@ -8638,6 +8638,7 @@ LEAST_FREE = 100 * 2**20  # bytes on a disk
 LONGEST_LOOK = 5  # seconds for one look: the system may never let it go
 LOOKS_TIME = 9  # seconds for all, but a look has SHORTEST_LOOK at least
 SHORTEST_LOOK = 0.5
+LEAST_LEFT = 60  # seconds of a batch job, for a worker to be of use
 CLOCKS_APART = 5  # seconds
 PROXIES = "http_proxy", "https_proxy", "all_proxy"
 
@@ -8646,15 +8647,17 @@ class Patient:
     """What has been found out so far; None where it isn't known.
 
     `worker` is the module, `client` a Client, `access` the path of the access
-    file and `about` its content; `met` is whether somebody answers there,
-    `version` and `clock` what they say; `place` is the database's.
+    file and `about` its content. `here` is whether the server's address is
+    this host's own, `met` whether somebody answers there, `known` whether
+    with the right certificate, `version` and `clock` what they say. `place`
+    is the database's.
     """
 
     def __init__(self, options):
         self.options = options
         self.access = os.path.abspath(options.access or access_path())
         self.worker = self.client = self.place = None
-        self.met = self.secure = self.version = self.clock = None
+        self.here = self.met = self.known = self.version = self.clock = None
         self.about = {}
         self.troubles = (Trouble, sqlite3.Error, OSError, ValueError)
 
@@ -8746,7 +8749,11 @@ def look_at_files(patient):
             "A process may open %d, and a worker of %s needs %d; raise the"
             " hard limit (ulimit -Hn) or use fewer --slots" % (
                 most, number_of(slots, "slot"), needed))
-    return "a process may open %s" % ("any number" if most < 0 else most)
+    if most < 0:
+        return "a process may open any number"
+    bound = max(1, min(MAX_CONNECTIONS, most - FILES_KEPT))
+    return "a process may open %d, so a server has up to %s" % (
+        most, number_of(bound, "connection"))
 
 
 def threads_of(user):
@@ -8815,7 +8822,7 @@ def look_at_allocation(patient):
     if left is None:
         raise Trouble("%s doesn't say how long this batch job has; give"
                       " worker.py a --time-limit" % kind)
-    if left < 60:
+    if left < LEAST_LEFT:
         raise Trouble("This batch job has %d s left, too few for a worker;"
                       " ask %s for more time" % (left, kind))
     return "%s leaves this batch job %s" % (kind, span(left))
@@ -8833,9 +8840,8 @@ def look_at_access(patient):
         written = os.fstat(file.fileno()).st_mtime
         patient.about = json.load(file)
     patient.client = client
-    return "%s, for its owner only, written %s ago on %s" % (
-        patient.access, took(max(0, time.time() - written)),
-        patient.about.get("host"))
+    return "%s, for its owner only, written %s ago" % (
+        patient.access, took(max(0, time.time() - written)))
 
 
 def look_at_address(patient):
@@ -8851,13 +8857,15 @@ def look_at_address(patient):
             " by --url" % (host, cause(error))) from None
     address = found[0][4][0]
     home = patient.about.get("host")
-    is_loopback = ipaddress.ip_address(address.split("%")[0]).is_loopback
+    is_loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
     if is_loopback and home not in (None, socket.gethostname()):
         raise Trouble(
             "The server listens to its own host %s alone; start it with --host"
             " 0.0.0.0 --tls" % home)
     patient.met = False
-    return "%s is %s" % (patient.at(), address)
+    patient.here = is_loopback
+    return "%s, by the name of %s" % (address, host) if host != address \
+        else address
 
 
 def look_at_connection(patient):
@@ -8892,9 +8900,11 @@ def look_at_certificate(patient):
         raise Trouble(
             "At %s nobody speaks TLS (%s); start serve with --tls, or give"
             " it an --url with http:" % (patient.at(), error)) from None
-    patient.secure = True
+    patient.known = True
     if patient.client.tls is None:
-        return "none, it is plain HTTP; serve --tls would hide the jobix"
+        return "none, it is plain HTTP, which stays on this host" \
+            if patient.here else \
+            "none, it is plain HTTP; serve --tls would hide the jobix"
     if patient.client.fingerprint:
         return "it has the fingerprint that it should have"
     return "certificate authorities vouch for it"
@@ -8902,7 +8912,7 @@ def look_at_certificate(patient):
 
 def look_at_server(patient):
     """Return that the server and its database are well."""
-    if not patient.secure:
+    if not patient.known:
         return None
     try:
         patient.version, = patient.ask("/health", "version")
@@ -8950,7 +8960,7 @@ def look_at_clock(patient):
             "This host's clock is %s %s the server's; leases don't mind, but"
             " have it set right, for times in logs and of files" % (
                 took(abs(ahead)), "ahead of" if ahead > 0 else "behind"))
-    return "at most %s from the server's" % took(abs(ahead) + doubt)
+    return "at most %.1f s from the server's" % (abs(ahead) + doubt + 0.05)
 
 
 def look_at_proxies(patient):
@@ -9029,11 +9039,11 @@ def is_serving(place, content):
     if holder["machine"] == machine() and holder["pid"] and holder["start"]:
         return start_of(holder["pid"]) == holder["start"]
     end = time.monotonic() + ServerLock.BEAT + 0.5
-    while read_lock(place) == content:
-        if time.monotonic() > end:
-            return False
+    later = content
+    while later == content and time.monotonic() < end:
         time.sleep(0.2)
-    return True
+        later = read_lock(place)
+    return later not in (content, None)
 
 
 def look_at_holder(patient):
@@ -9049,7 +9059,8 @@ def look_at_holder(patient):
     holder = read_holder(content)
     ours = [about.get(key) for key in ("host", "pid")]
     shared = os.path.exists(place.file + ".gate")
-    if about and not shared and ours != [holder["host"], holder["pid"]]:
+    if not shared and None not in ours and ours != [
+            holder["host"], holder["pid"]]:
         raise Trouble(
             "%s serves %s, but %s is of process %s on %s; name the access file"
             " that goes with it" % (
