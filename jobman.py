@@ -61,7 +61,6 @@ import warnings
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -6599,7 +6598,7 @@ def read_ids(text):
     return apart
 
 
-# What a state, or a finding, looks like on a terminal: numbers of ECMA-48's SGR.
+# What a word looks like on a terminal: numbers of ECMA-48's SGR.
 COLOURS = {
     "working": 36, "done": 32, "failed": 31, "aborted": 31, "expired": 33,
     "blocked": 35, "delayed": 33, "cancelled": 90, "ok": 32, "wrong": 31,
@@ -8693,16 +8692,16 @@ def within(seconds, act, *arguments):
         except Exception as error:
             end.set_exception(error)
 
+    thread = threading.Thread(target=run, daemon=True)
     try:
-        threading.Thread(target=run, daemon=True).start()
+        thread.start()
+        thread.join(seconds)
     except RuntimeError:  # there can be no more threads
         run()
-    try:
-        return end.result(seconds)
-    except FutureTimeout:
-        raise Trouble(
-            "It takes more than %.3g s to find out; ask who runs this host"
-            % seconds) from None
+    if not end.done():
+        raise Trouble("It takes more than %.3g s to find out; ask who runs"
+                      " this host" % seconds)
+    return end.result()
 
 
 def look_at_python(patient):

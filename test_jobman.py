@@ -14954,6 +14954,582 @@ class TlsTest(Certified, TemporaryFolder):
         self.assertIn("<script>", reply.text)
 
 
+class DoctorTest(Certified, CommandCase):
+    """What doctor finds, on a healthy host and on others."""
+
+    CHAIN = ["address", "connection", "certificate", "server", "jobix",
+             "version", "clock"]  # what is built upon the access file
+
+    def setUp(self):
+        super().setUp()
+        for name in list(self.environment):
+            if name.lower().endswith("_proxy") or name in (
+                    "SLURM_JOB_ID", "PBS_JOBID"):
+                del self.environment[name]
+
+    def lead_to(self, url):
+        """Have commands find a server by the access file."""
+        self.name_server(
+            url=url, jobix=self.jobix, host=socket.gethostname())
+
+    def name_server(self, **access):
+        """Write these into the access file, those of now kept."""
+        path = self.path(".jobman", "access.json")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with contextlib.suppress(OSError), open(path) as file:
+            access = dict(json.load(file), **access)
+        with open(path, "w") as file:
+            os.chmod(path, 0o600)
+            json.dump(access, file)
+
+    def examine(self, *argv, start=(JOBMAN,), **options):
+        """Return what doctor finds: {name: (ok, what is said)}."""
+        status, out, err = self.command(
+            *start, "doctor", *argv, "--output", "json", **options)
+        self.assertEqual("", err)
+        found = json.loads(out)
+        for one in found:
+            self.assertEqual(["name", "ok", "said"], list(one))
+            self.assertNotRegex(one["said"], r"\n|\.$")
+        all_is_ok = all(one["ok"] for one in found)
+        self.assertEqual(0 if all_is_ok else 1, status, out)
+        self.assertNotIn(str(self.jobix), out)
+        return {one["name"]: (one["ok"], one["said"]) for one in found}
+
+    def assertFound(self, name, ok, said, found):
+        self.assertIn(name, found)
+        self.assertEqual(ok, found[name][0], found[name])
+        self.assertRegex(found[name][1], said)
+
+    def assertOk(self, name, said, found):
+        self.assertFound(name, True, said, found)
+
+    def assertWrong(self, name, said, found):
+        self.assertFound(name, False, said, found)
+
+    def limited(self, **limits):
+        """Return what limits a child: {name of a limit: (soft, hard)}."""
+
+        def limit():
+            for name, pair in limits.items():
+                resource.setrlimit(getattr(resource, name), pair)
+
+        return limit
+
+    def put(self, name, text, mode=0o600):
+        """Write a file in the test's folder; return its path."""
+        with open(self.path(name), "w") as file:
+            os.chmod(self.path(name), mode)
+            file.write(text)
+        return self.path(name)
+
+    # How it is said
+
+    def test_a_healthy_host_has_a_line_for_each_thing(self):
+        self.clock.now = time.time()
+        found = self.examine("--db", "jobs.db")
+        self.assertEqual(
+            {name for name, _ in jobman.LOOKS} - {"allocation"}, set(found))
+        self.assertEqual({True}, {ok for ok, _ in found.values()})
+        table = self.does("doctor", "--db", "jobs.db")
+        self.assertRegex(table, r"\A(\w+ +ok     \S.*\n){20}\Z")
+        self.assertEqual(
+            "", self.does("doctor", "--db", "jobs.db", "--output", "quiet"))
+
+    def test_what_is_wrong_is_named(self):
+        os.unlink(self.path(".jobman", "access.json"))
+        quiet = self.does("doctor", "--output", "quiet", status=1)
+        self.assertEqual("access\n", quiet)
+        table = self.does("doctor", status=1)
+        self.assertRegex(table, r"\naccess       wrong  There is no access ")
+
+    def test_colours_are_for_terminals(self):
+        self.assertNotIn("\033", self.does("doctor", status=1))
+        status, seen = self.on_terminal("doctor")
+        self.assertEqual(1, status)
+        self.assertRegex(seen, "python +\033\\[32mok +\033\\[0m")
+        self.assertRegex(seen, "clock +\033\\[31mwrong *\033\\[0m")
+        self.environment["NO_COLOR"] = "1"
+        self.assertNotIn("\033", self.on_terminal("doctor")[1])
+
+    def test_control_characters_are_not_drawn(self):
+        self.lead_to("http://127.0.0.1:1/")
+        table = self.does("doctor", "--access", "\033[2J", status=1)
+        self.assertNotIn("\033", table)
+
+    def test_nothing_is_changed(self):
+        def state():
+            return {
+                os.path.join(folder, name): (
+                    read(os.path.join(folder, name)),
+                    os.stat(os.path.join(folder, name)).st_mtime_ns)
+                for folder, _, names in os.walk(self.folder)
+                for name in names
+            }
+
+        self.examine("--db", "jobs.db")  # Python may write what it compiled
+        self.closing.close()
+        before = state()
+        self.examine("--db", "jobs.db")
+        self.assertTrue(before == state(), (set(before), set(state())))
+
+    def test_wrong_usage_is_said(self):
+        for argv in (["--output", "xml"], ["this"], [":::", "x"]):
+            self.does("doctor", *argv, status=2, err=USAGE)
+
+    def test_what_takes_too_long_is_left_alone(self):
+        never = threading.Event()
+        self.addCleanup(never.set)
+        with self.assertRaisesRegex(jobman.Trouble, "more than 0.01 s"):
+            jobman.within(0.01, never.wait)
+        with self.assertRaises(ZeroDivisionError):
+            jobman.within(PATIENCE, lambda: 1 / 0)
+
+    def test_no_more_threads_are_no_hindrance(self):
+        gigabyte = 2**30
+        self.assertOk("python", ".", self.examine(preexec_fn=self.limited(
+            RLIMIT_AS=(gigabyte, gigabyte),
+            RLIMIT_STACK=(2 * gigabyte, 2 * gigabyte))))
+
+    # This host
+
+    def test_python_and_sqlite_are_new_enough(self):
+        found = self.examine()
+        version = "%d.%d.%d" % sys.version_info[:3]
+        self.assertOk("python", re.escape(version), found)
+        self.assertOk("sqlite", sqlite3.sqlite_version, found)
+        found = self.examine(start=changed(
+            "jobman", "jobman.OLDEST_PYTHON = 9, 1\n"
+            "jobman.OLDEST_SQLITE = 9, 2, 3"))
+        self.assertWrong("python", "run it by Python 9.1 or later", found)
+        self.assertWrong("sqlite", "SQLite 9.2.3 or later", found)
+
+    def test_worker_py_is_there_and_of_the_same_version(self):
+        self.assertOk("programs", jobman.__version__, self.examine())
+        start = [shutil.copy(JOBMAN, self.folder)]
+        found = self.examine(start=start)
+        self.assertWrong("programs", "worker.py is needed; copy it", found)
+        self.assertFalse({"access", *self.CHAIN} & set(found))
+        with open(WORKER, encoding="utf-8") as file:
+            source = file.read()
+        with open(self.path("worker.py"), "w", encoding="utf-8") as file:
+            file.write(source.replace(worker.__version__, "0.0.0+old"))
+        found = self.examine(start=start)
+        self.assertWrong("programs", r"worker.py is 0\.0\.0\+old and", found)
+        self.assertOk("jobix", "taken", found)
+
+    def test_enough_files_can_be_opened(self):
+        limit = self.limited(RLIMIT_NOFILE=(1000, 1100))
+        self.assertOk("files", "1100, so a server has up to 1000 connections",
+                      self.examine(preexec_fn=limit, start=changed(
+                          "jobman", "jobman.slots_here = lambda: 100")))
+        self.assertWrong(
+            "files", r"1100, and a worker of 101 slots needs 1110; raise",
+            self.examine(preexec_fn=limit, start=changed(
+                "jobman", "jobman.slots_here = lambda: 101")))
+
+    def test_a_user_may_have_enough_processes(self):
+        there = jobman.threads_of(os.getuid())
+        self.assertGreater(there, 0)
+        hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+        most = there + 10000 if hard < 0 else min(hard, there + 10000)
+        found = self.examine(
+            preexec_fn=self.limited(RLIMIT_NPROC=(most, most)))
+        self.assertOk("processes", "have %d with their threads" % most, found)
+        found = self.examine(
+            preexec_fn=self.limited(RLIMIT_NPROC=(1, most)))
+        self.assertWrong("processes", r"may have 1 with.*; .*ulimit -u", found)
+
+    def test_threads_of_a_user_are_counted(self):
+        self.assertEqual(0, jobman.threads_of(2**31 - 3))
+        before, held = jobman.threads_of(os.getuid()), threading.Event()
+        self.addCleanup(held.set)
+        for _ in range(50):
+            threading.Thread(target=held.wait, daemon=True).start()
+        wait_for(lambda: jobman.threads_of(os.getuid()) >= before + 25,
+                 "threads")
+
+    def test_there_is_space(self):
+        found = self.examine("--db", "jobs.db")
+        for name in ("temporary", "spool", "disk"):
+            self.assertOk(name, r"[\d.]+ GB are free at /", found)
+        disk = self.small_disk()
+        self.environment["TMPDIR"] = disk
+        found = self.examine("--db", os.path.join(disk, "jobs.db"),
+                             "--access", os.path.join(disk, "none", "a.json"))
+        said = r"Only 0\.\d MB are free at %s; make space, or " % disk
+        self.assertWrong("temporary", said + "set TMPDIR", found)
+        self.assertWrong("spool", said + "give worker.py .*--spool", found)
+        self.assertWrong("disk", said + "use another disk", found)
+
+    def test_there_can_be_more_files(self):
+        disk = self.small_disk("200m,nr_inodes=2")
+        access = os.path.join(disk, "a.json")
+        self.assertOk("spool", "free", self.examine("--access", access))
+        with open(access, "w"):
+            pass
+        self.assertWrong("spool", "There can be no more files at ",
+                         self.examine("--access", access))
+
+    def test_folders_can_be_written(self):
+        disk = self.small_disk("200m,ro")
+        found = self.examine("--db", os.path.join(disk, "jobs.db"),
+                             "--access", os.path.join(disk, "a.json"))
+        self.assertWrong("spool", "Nothing can be written in", found)
+        self.assertWrong("database", "Nothing can be written in", found)
+        path = os.path.join(self.put("file", ""), "a.json")
+        found = self.examine("--access", path)
+        self.assertWrong("spool", "Nothing can be written in", found)
+
+    # A batch job
+
+    def test_a_batch_job_has_time_left(self):
+        self.assertNotIn("allocation", self.examine())
+        end = int(time.time()) + 7000
+        self.environment.update(
+            SLURM_JOB_ID="7", SLURM_JOB_END_TIME=str(end))
+        self.assertOk(
+            "allocation", r"Slurm leaves this batch job 1:5\d:", self.examine())
+        self.environment["SLURM_JOB_END_TIME"] = str(int(time.time()) + 30)
+        self.assertWrong(
+            "allocation", r"job has [23]\d s left, too few", self.examine())
+
+    def batch_system(self, name, script):
+        """Have a program of a batch system that does as a script says."""
+        self.put(name, "#!/bin/sh\n" + script, 0o700)
+        self.environment["PATH"] = "%s:%s" % (
+            self.folder, self.environment["PATH"])
+
+    def test_a_batch_system_may_not_know(self):
+        self.environment["PBS_JOBID"] = "8"
+        self.batch_system("qstat", "exit 1\n")
+        self.assertWrong(
+            "allocation", "PBS doesn't say .*--time-limit", self.examine())
+        self.batch_system("qstat", "echo Walltime.Remaining = 3600\n")
+        self.assertOk("allocation", "job 1:00:00", self.examine())
+
+    def test_a_batch_system_may_hang(self):
+        self.environment["SLURM_JOB_ID"] = "7"
+        self.batch_system("scontrol", "exec sleep 20 <&- >&- 2>&-\n")
+        began = time.monotonic()
+        found = self.examine()
+        self.assertWrong("allocation", "takes more than 5 s", found)
+        self.assertLess(time.monotonic() - began, 12)
+
+    # The access file
+
+    def test_the_access_file_is_there_and_private(self):
+        path = self.path(".jobman", "access.json")
+        hours_ago = time.time() - 7200
+        os.utime(path, (hours_ago, hours_ago))
+        said = "%s, for its owner only, written 2:00:" % re.escape(path)
+        self.assertOk("access", said, self.examine())
+        os.chmod(path, 0o640)
+        found = self.examine()
+        self.assertWrong("access", "others can read it: chmod 600", found)
+        self.assertFalse(set(self.CHAIN) & set(found))
+        self.put("odd.json", "[%d" % self.jobix)
+        for name, said in (
+            ("odd.json", "Can't read odd.json"),
+            ("none.json", "There is no access file none.json: start a"),
+        ):
+            self.assertWrong("access", said, self.examine("--access", name))
+
+    def test_variables_may_stand_for_the_access_file(self):
+        self.environment.update(
+            JOBMAN_URL="http://127.0.0.1:%d" % self.address[1],
+            JOBMAN_JOBIX=str(self.jobix))
+        found = self.examine()
+        self.assertOk("access", "JOBMAN_URL names the server", found)
+        self.assertOk("jobix", "taken", found)
+        del self.environment["JOBMAN_JOBIX"]
+        self.assertWrong("access", "needs a jobix too", self.examine())
+
+    # The way to the server
+
+    def test_the_servers_name_is_known(self):
+        self.lead_to("http://localhost:%d" % self.address[1])
+        self.assertOk(
+            "address", "127.0.0.1, by the name of localhost", self.examine())
+        for host in ("no host", "x" * 64):
+            self.lead_to("http://%s:80" % host)
+            found = self.examine()
+            self.assertWrong(
+                "address", "%s is no name.*serve .*--url" % host, found)
+            self.assertNotIn("connection", found)
+
+    def test_a_server_for_its_own_host_alone_is_not_reached(self):
+        self.name_server(host="login1")
+        found = self.examine()
+        self.assertWrong("address", "own host login1 alone; start it with"
+                         " --host 0.0.0.0", found)
+        self.assertNotIn("connection", found)
+
+    def test_somebody_listens_there(self):
+        self.assertOk("connection", "takes connections", self.examine())
+        with contextlib.closing(socket.socket()) as deaf:
+            deaf.bind(("127.0.0.1", 0))
+            self.lead_to("http://127.0.0.1:%d" % deaf.getsockname()[1])
+            found = self.examine()
+        self.assertWrong("connection", "No server listens at", found)
+        self.assertNotIn("certificate", found)
+
+    def test_a_firewall_may_be_between(self):
+        with contextlib.ExitStack() as stack:
+            full = stack.enter_context(socket.socket())
+            full.bind(("127.0.0.1", 0))
+            full.listen(0)
+            for _ in range(5):
+                other = stack.enter_context(socket.socket())
+                other.setblocking(False)
+                other.connect_ex(full.getsockname())
+            self.lead_to("http://127.0.0.1:%d" % full.getsockname()[1])
+            began = time.monotonic()
+            found = self.examine()
+        self.assertWrong(
+            "connection", r"isn't reached \(timed out\); look for a fire",
+            found)
+        self.assertLess(time.monotonic() - began, 12)
+
+    def test_proxies_are_named_and_not_used(self):
+        self.assertOk("proxies", "none is set", self.examine())
+        self.environment["HTTPS_PROXY"] = "http://me:hush@127.0.0.1:1"
+        self.environment["http_proxy"] = "http://127.0.0.1:1"
+        self.environment["all_proxy"] = ""
+        found = self.examine()
+        self.assertOk("jobix", "taken", found)
+        self.assertOk("proxies", "^HTTPS_PROXY, http_proxy is set;", found)
+        self.assertNotIn("hush", str(found))
+        self.lead_to("http://127.0.0.1:1")
+        self.assertWrong("proxies", "jobman uses no proxy; run it where",
+                         self.examine())
+
+    def test_plain_http_is_named(self):
+        self.assertOk("certificate", "stays on this host", self.examine())
+        self.lead_to("http://127.0.0.1:%d" % self.address[1])
+        start = changed(
+            "jobman", "class Far:\n"
+            "    is_loopback = False\n"
+            "jobman.ipaddress.ip_address = lambda text: Far")
+        self.assertOk(
+            "certificate", "serve --tls would hide", self.examine(start=start))
+
+    def test_a_servers_certificate_is_the_one(self):
+        port = self.serve("--tls", "--db", "tls.db")[1][1]
+        self.assertOk(
+            "certificate", "fingerprint that it should", self.examine())
+        self.name_server(fingerprint="0" * 64)
+        found = self.examine()
+        self.assertWrong(
+            "certificate", "another server than ours.*its fingerprint is [a-f"
+            "0-9]{64}.*; end it, or use", found)
+        self.assertNotIn("server", found)
+        self.name_server(fingerprint=None)
+        self.assertWrong("certificate", "can't be trusted", self.examine())
+        self.name_server(url="http://127.0.0.1:%d" % port)
+        self.assertWrong("server", "can't be reached", self.examine())
+
+    def test_authorities_may_vouch_for_a_server(self):
+        self.serve("--certfile", self.certfile, "--keyfile", self.keyfile,
+                   "--db", "tls.db", "--host", "localhost")
+        self.name_server(fingerprint=None)
+        self.environment["SSL_CERT_FILE"] = self.certfile
+        self.assertOk("certificate", "authorities vouch", self.examine())
+
+    def test_who_speaks_no_tls_is_named(self):
+        self.lead_to("https://127.0.0.1:%d" % self.address[1])
+        found = self.examine()
+        self.assertWrong("certificate", "nobody speaks TLS.* --tls", found)
+        self.assertNotIn("server", found)
+
+    # The server
+
+    def stand_in(self, answer):
+        """Have a server that answers alike to all, to none when empty."""
+
+        def listen():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection = server.accept()[0]
+                    self.addCleanup(connection.close)
+                    if answer:
+                        with connection, contextlib.suppress(OSError):
+                            connection.recv(65536)
+                            connection.sendall(answer)
+
+        server = socket.socket()
+        self.addCleanup(server.close)
+        server.bind(("127.0.0.1", 0))
+        server.listen(9)
+        self.addCleanup(server.shutdown, socket.SHUT_RDWR)
+        threading.Thread(target=listen, daemon=True).start()
+        self.lead_to("http://127.0.0.1:%d" % server.getsockname()[1])
+
+    def test_a_server_answers_and_so_does_its_database(self):
+        self.assertOk("server", "and so does its database", self.examine())
+        head = (b"HTTP/1.1 %s\r\nContent-Type: %s\r\n"
+                b"Content-Length: %d\r\nConnection: close\r\n\r\n%s")
+        for status, kind, body, said in (
+            (b"404 No", b"text/html", b"<p>", "The server said 404"),
+            (b"200 OK", b"text/html", b"<p>", "is no jobman; look at the"),
+            (b"200 OK", b"application/json", b"[7", "is no jobman; look"),
+            (b"200 OK", b"application/json", b"{}", "is no jobman; look"),
+            (b"421 No", b"application/json", b'{"error": "Not mine."}',
+             "^Not mine$"),
+            (b"503 No", b"text/html", b"", r"\(503\).*its standard error"),
+        ):
+            with self.subTest(status=status, body=body):
+                self.stand_in(head % (status, kind, len(body), body))
+                found = self.examine()
+                self.assertWrong("server", said, found)
+                self.assertNotIn("jobix", found)
+
+    def test_a_server_may_be_silent(self):
+        self.stand_in(b"")
+        began = time.monotonic()
+        self.assertWrong("server", "timed out.*its standard error",
+                         self.examine())
+        self.assertLess(time.monotonic() - began, 12)
+
+    def test_a_jobix_is_taken(self):
+        start = changed("jobman", "jobman.is_local = lambda server: False")
+        self.serve("--db", "own.db", start=start)
+        self.assertOk("jobix", "^it is taken$", self.examine())
+        with open(self.path(".jobman", "access.json")) as file:
+            reading = json.load(file)["reading_jobix"]
+        self.name_server(jobix=reading)
+        self.assertOk("jobix", "only to look", self.examine())
+        self.name_server(jobix=self.jobix)
+        found = self.examine()
+        self.assertWrong("jobix", "takes another jobix than ours; use", found)
+        self.assertOk("version", ".", found)
+        self.assertNotIn("clock", found)
+
+    def test_the_server_is_of_the_same_version(self):
+        self.assertOk("version", jobman.__version__, self.examine())
+        with open(JOBMAN, encoding="utf-8") as file:
+            source = file.read()
+        older = '__version__ = "0.0.0+old"'
+        with open(self.path("jobman.py"), "w", encoding="utf-8") as file:
+            file.write(source.replace(
+                '__version__ = "%s"' % jobman.__version__, older))
+        self.serve("--db", "old.db", start=[self.path("jobman.py")])
+        self.assertWrong(
+            "version", r"server is jobman 0\.0\.0\+old, this is .*; run the",
+            self.examine())
+
+    def test_the_clocks_agree(self):
+        self.clock.now = time.time() + 2
+        self.assertOk("clock", "at most [1-3]", self.examine())
+        self.clock.now = time.time() + 3600
+        self.assertWrong(
+            "clock", r"is (59:5\d|1:00:0\d) behind the server's; leases don't",
+            self.examine())
+        self.clock.now = time.time() - 3600
+        self.assertWrong("clock", "ahead of the server's", self.examine())
+
+    # The database
+
+    def test_a_database_is_looked_at_where_there_is_one(self):
+        names = {"database", "locks", "disk", "holder"}
+        self.assertFalse(names & set(self.examine()))
+        os.symlink("jobs.db", self.path("jobman.db"))
+        found = self.examine()
+        self.assertTrue(names <= set(found))
+        self.assertOk("database", r"jobman\.db, schema (\d) of \1$", found)
+        found = self.examine("--db", "new.db")
+        self.assertOk("database", "new.db isn't there yet; serve", found)
+        self.assertOk("holder", "no server has new.db", found)
+        self.assertFalse(os.path.exists(self.path("new.db")))
+
+    def test_a_database_can_be_used(self):
+        self.put("text.db", "x" * 200)
+        self.put("open.db", read(self.path("jobs.db")).decode("latin-1"))
+        shutil.copy(self.path("jobs.db"), self.path("open.db"))
+        os.chmod(self.path("open.db"), 0o644)
+        shutil.copy(self.path("jobs.db"), self.path("first.db"))
+        os.link(self.path("first.db"), self.path("second.db"))
+        for path, said in (
+            (self.folder, "can't be a database; name a file"),
+            ("nowhere/x.db", "can't be a database; name a file"),
+            ("text.db", "text.db is not a database"),
+            ("open.db", "Others can read open.db.* chmod 600 it"),
+            ("second.db", "has a second name"),
+        ):
+            found = self.examine("--db", path)
+            self.assertWrong("database", said, found)
+        self.assertEqual(0o644, os.stat(self.path("open.db")).st_mode & 0o777)
+
+    def test_the_file_system_is_named(self):
+        found = self.examine("--db", "jobs.db")
+        self.assertOk("locks", "jobs.db is on .*, where locks work$", found)
+        self.put("mounts", "1 0 8:1 / / rw - nfs4 far rw\n")
+        start = changed("jobman", "jobman.MOUNTINFO = 'mounts'")
+        found = self.examine("--db", "new.db", start=start)
+        self.assertOk("locks", r"nfs4 \(far\), where locks work \(a network"
+                      " file system, so only one", found)
+
+    def test_locks_are_tried(self):
+        shim = compile_shim(self.folder)
+        if not shim:
+            self.skipTest("no C compiler")
+        for locks, said in (("fail", "fail"), ("lie", "keep nobody off")):
+            self.environment.update(LD_PRELOAD=shim, LOCKS=locks)
+            found = self.examine("--db", "new.db")
+            self.assertWrong(
+                "locks", "locks %s; use a disk of this host" % said, found)
+        self.assertFalse(glob.glob(self.path("new.db*")))
+
+    def test_who_serves_a_database_is_named(self):
+        process, _ = self.serve("--db", "own.db")
+        said = "^process %d on .* serves own.db$" % process.pid
+        self.assertOk("holder", said, self.examine("--db", "own.db"))
+        other, _ = self.serve("--db", "other.db")  # has the access file now
+        said = "process %d on .* serves own.db, but .* of process %d on" % (
+            process.pid, other.pid)
+        self.assertWrong("holder", said, self.examine("--db", "own.db"))
+        process.kill()
+        process.wait()
+        said = "process %d on .* no sign of life; serve would" % process.pid
+        self.assertOk("holder", said, self.examine("--db", "own.db"))
+
+    def test_of_servers_that_share_any_may_have_the_access_file(self):
+        for _ in range(2):
+            self.serve("--db", "own.db", "--shared")
+        self.assertOk(
+            "holder", "serves own.db$", self.examine("--db", "own.db"))
+
+    def test_a_server_of_another_host_shows_by_its_beat(self):
+        record = {"host": "far", "pid": 7, "start": 7, "machine": ["b", "s"]}
+        self.name_server(host="far", pid=7)
+        ending = threading.Event()
+        self.put("new.db.lock", json.dumps(record))
+        began = time.monotonic()
+        self.assertOk("holder", "process 7 on far had new.db and gives no",
+                      self.examine("--db", "new.db"))
+        self.assertLess(time.monotonic() - began, 12)
+
+        def beat():
+            while not ending.wait(0.3):
+                record["beat"] = record.get("beat", 0) + 1
+                self.put("new.lock", json.dumps(record))
+                os.replace(self.path("new.lock"), self.path("new.db.lock"))
+
+        beating = threading.Thread(target=beat)
+        beating.start()
+        self.addCleanup(beating.join)
+        self.addCleanup(ending.set)
+        self.assertOk("holder", "process 7 on far serves new.db",
+                      self.examine("--db", "new.db"))
+
+    def test_a_lock_file_of_any_content_is_read(self):
+        for content in ("", "\0\xff", "[]", '{"pid": "x", "host": 7}'):
+            with self.subTest(content=content):
+                self.put("new.db.lock", content)
+                self.examine("--db", "new.db", start=changed(
+                    "jobman", "jobman.ServerLock.BEAT = -0.5"))
+
+
 class BatchTest(TemporaryFolder):
     """The scripts for batch systems, as jobman.py prints them."""
 
