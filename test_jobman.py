@@ -15018,7 +15018,7 @@ class DoctorTest(Certified, CommandCase):
 
     def put(self, name, text, mode=0o600):
         """Write a file in the test's folder; return its path."""
-        with open(self.path(name), "w") as file:
+        with open(self.path(name), "w", encoding="latin-1") as file:
             os.chmod(self.path(name), mode)
             file.write(text)
         return self.path(name)
@@ -15189,7 +15189,8 @@ class DoctorTest(Certified, CommandCase):
         self.environment.update(
             SLURM_JOB_ID="7", SLURM_JOB_END_TIME=str(end))
         self.assertOk(
-            "allocation", r"Slurm leaves this batch job 1:5\d:", self.examine())
+            "allocation", r"Slurm leaves this batch job 1:5\d:",
+            self.examine())
         self.environment["SLURM_JOB_END_TIME"] = str(int(time.time()) + 30)
         self.assertWrong(
             "allocation", r"job has [23]\d s left, too few", self.examine())
@@ -15444,7 +15445,6 @@ class DoctorTest(Certified, CommandCase):
 
     def test_a_database_can_be_used(self):
         self.put("text.db", "x" * 200)
-        self.put("open.db", read(self.path("jobs.db")).decode("latin-1"))
         shutil.copy(self.path("jobs.db"), self.path("open.db"))
         os.chmod(self.path("open.db"), 0o644)
         shutil.copy(self.path("jobs.db"), self.path("first.db"))
