@@ -6188,6 +6188,14 @@ def given_jobix():
     return None if text is None else read_jobix(text, "JOBMAN_JOBIX")
 
 
+def before_stop(act):
+    """Have Apache's mod_wsgi, where it is that, call `act` as it ends us."""
+    subscribe = getattr(
+        sys.modules.get("mod_wsgi"), "subscribe_shutdown", None)
+    if subscribe:  # from 4.8 on
+        subscribe(act)
+
+
 class Application:
     """The WSGI front door: `application`, made at its first call.
 
@@ -6231,7 +6239,14 @@ class Application:
                     raise Unavailable("it can't start, see its log") from None
                 self.store.keep_ticking()
                 atexit.register(self.close)
+                before_stop(self.wake)
             return self.store
+
+    def wake(self, *_, **__):
+        """Answer who waits: mod_wsgi kills what doesn't end in seconds."""
+        store = self.store
+        if store:
+            store.wake_all()
 
     def close(self):
         """Close the Store; the next call makes another."""

@@ -18,6 +18,7 @@ import csv
 import fcntl
 import functools
 import glob
+import grp
 import gzip
 import hashlib
 import http.client
@@ -27,6 +28,7 @@ import json
 import math
 import os
 import pty
+import pwd
 import random
 import re
 import resource
@@ -47,6 +49,7 @@ import termios
 import threading
 import time
 import traceback
+import types
 import unittest
 import urllib.error
 import urllib.parse
@@ -341,8 +344,11 @@ class StoreCase(TemporaryFolder):
 
     def setUp(self):
         super().setUp()
-        self.clock = Clock()
+        self.clock = self.make_clock()
         self.open()
+
+    def make_clock(self):
+        return Clock()
 
     def open(self):
         self.store = jobman.Store(self.path("jobs.db"), clock=self.clock)
@@ -16201,6 +16207,251 @@ class SlurmTest(TemporaryFolder):
         script = self.script("--time", "5m", "--", "--no-such-option")
         out = self.cluster.query("sbatch", "--test-only", given=script)
         self.assertIn("no-such-option", out)
+
+
+# -------------------------------------------------- Apache with mod_wsgi ---
+
+
+def recipe(mark):
+    """Return the one block of code in README that has `mark`."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        blocks = re.findall(r"(?ms)^```\w*\n(.*?)^```$", file.read())
+    block, = [block for block in blocks if mark in block]
+    return block
+
+
+def replaced(text, *pairs):
+    """Return `text` with the second of each pair in place of the first."""
+    for old, new in pairs:
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
+class FileClock(Clock):
+    """A clock that other processes find in a file."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+        self.advance(0)
+
+    def advance(self, seconds):
+        super().advance(seconds)
+        with open(self.path + ".new", "w") as file:
+            file.write(repr(self.now))
+        os.rename(self.path + ".new", self.path)
+
+
+class Apache:
+    """Apache with mod_wsgi at a loopback port, by the two files in README.
+
+    All that it needs is in `site`, but what the processes write: that is in
+    `data`. Each of them has a file there with its number of long polls, and
+    another one when it is up.
+    """
+
+    MODULES = "/usr/lib/apache2/modules"
+    PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
+    CONFIGURATION = """\
+ServerRoot %(site)s
+ServerName localhost
+DefaultRuntimeDir %(site)s
+PidFile %(site)s/pid
+Mutex file:%(site)s default
+ErrorLog %(site)s/error.log
+User %(user)s
+Group %(group)s
+LoadModule mpm_event_module %(modules)s/mod_mpm_event.so
+LoadModule authz_core_module %(modules)s/mod_authz_core.so
+LoadModule wsgi_module %(modules)s/mod_wsgi.so
+Include %(site)s/jobman.conf
+"""
+    BEFORE = """
+import functools, jobman
+
+def clock():
+    with open(%(site)r + "/clock") as file:
+        return float(file.read())
+
+class Bell(jobman.Bell):
+    listening = property(lambda self: self.number)
+
+    @listening.setter
+    def listening(self, number):
+        self.number = number
+        with open("%(data)s/%%d.polls" %% os.getpid(), "w") as file:
+            file.write(str(number))
+
+jobman.Bell = Bell
+jobman.Store = functools.partial(jobman.Store, clock=clock)
+os.environ["JOBMAN_OPEN"] = "%(open)d"
+from jobman import application
+"""
+    AFTER = """
+answer = application
+
+def application(environ, start_response):
+    def start(status, headers):
+        start_response(status, headers + [("Process", str(os.getpid()))])
+    return answer(environ, start)
+
+open("%(data)s/%%d.up" %% os.getpid(), "w").close()
+"""
+
+    def __init__(self, site, data, database, *, open_to_all):
+        root = os.geteuid() == 0
+        user = pwd.getpwnam("www-data") if root else \
+            pwd.getpwuid(os.geteuid())
+        self.site, self.data = site, data
+        self.values = {
+            "site": site, "data": data, "database": database,
+            "user": user.pw_name, "group": grp.getgrgid(user.pw_gid).gr_name,
+            "modules": self.MODULES, "open": open_to_all,
+        }
+        for folder in (data, os.path.dirname(database)):
+            os.chown(folder, user.pw_uid, user.pw_gid)
+        os.chmod(site, 0o755)
+        for name in ("jobman.py", "dashboard.html"):
+            shutil.copy(os.path.join(HERE, name), site)
+
+    @classmethod
+    def missing(cls):
+        """Return what this host lacks for it, nothing if it has all."""
+        if not shutil.which("apache2", path=cls.PATH):
+            return "Debian's apache2"
+        if not os.path.exists(cls.MODULES + "/mod_wsgi.so"):
+            return "Debian's libapache2-mod-wsgi-py3"
+        place, closed = tempfile.gettempdir(), []
+        while place != "/":
+            closed += [place] * (not os.stat(place).st_mode & 1)
+            place = os.path.dirname(place)
+        return closed and "a way for www-data into " + closed[-1]
+
+    def configure(self):
+        """Write its files, for a port that is free now."""
+        with contextlib.closing(socket.socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = free.getsockname()
+        values = self.values
+        site = replaced(
+            recipe("WSGIDaemonProcess"), ("/srv/jobman", self.site),
+            ("Listen ", "Listen 127.0.0.1:"), ("8642", "%d" % self.address[1]),
+            ("user=jobman group=jobman",
+             "user=%(user)s group=%(group)s" % values),
+        )
+        script = replaced(
+            recipe("from jobman import application"),
+            ("/srv/jobman/data/jobman.db", values["database"]),
+            ("/srv/jobman/data", self.data), ("/srv/jobman", self.site),
+            ("from jobman import application\n", self.BEFORE % values),
+        ) + self.AFTER % values
+        for name, text in (("jobman.conf", site), ("jobman.wsgi", script),
+                           ("apache.conf", self.CONFIGURATION % values)):
+            with open(os.path.join(self.site, name), "w") as file:
+                file.write(text)
+
+    def start(self):
+        """Start it; return when its two processes are up."""
+        self.configure()
+        with open(self.site + "/error.log", "ab") as log:
+            self.process = subprocess.Popen(
+                ["apache2", "-DFOREGROUND", "-f", self.site + "/apache.conf"],
+                env={"LANG": "C", "PATH": self.PATH}, stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL,
+            )
+        try:
+            wait_for(lambda: self.process.poll() or len(self.up()) == 2,
+                     "two processes of Apache")
+            assert self.process.poll() is None
+        except BaseException as error:
+            self.stop()
+            error.args += (read(self.site + "/error.log").decode(),)
+            raise
+
+    def stop(self):
+        """End it, and what it has left."""
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+        for name in os.listdir(self.data):
+            os.unlink(os.path.join(self.data, name))
+
+    def up(self):
+        """Return the numbers of its processes."""
+        names = [os.path.splitext(name) for name in os.listdir(self.data)]
+        return [
+            int(number) for number, kind in names
+            if kind == ".up" and os.path.exists("/proc/" + number)
+        ]
+
+    def polls(self):
+        """Return how many long polls its processes have, by number."""
+        return {
+            number: int(read("%s/%d.polls" % (self.data, number)) or -1)
+            for number in self.up()
+        }
+
+
+class ApacheStore:
+    """A Store in two processes of Apache, which are asked by HTTP alone."""
+
+    open_to_all = True
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        missing = Apache.missing()
+        if missing:
+            raise unittest.SkipTest("Apache needs " + missing)
+
+    def setUp(self):
+        self.site = self.make_folder()
+        self.data = self.make_folder()
+        super().setUp()
+
+    def make_clock(self):
+        return FileClock(os.path.join(self.site, "clock"))
+
+    def open(self):
+        self.door = Apache(self.site, self.data, self.path("jobs.db"),
+                           open_to_all=self.open_to_all)
+        self.door.start()
+        self.address = self.door.address
+        self.closing = contextlib.ExitStack()
+        self.closing.callback(self.door.stop)
+        self.addCleanup(self.closing.close)
+        access = json.loads(read(self.data + "/access.json").decode())
+        self.store = types.SimpleNamespace(
+            tick=self.tick, jobix=access["jobix"],
+            reading_jobix=access["reading_jobix"])
+
+    def tick(self):
+        """Return when all that is due has been done."""
+        wait_for(self.caught_up, "a tick")
+
+    def caught_up(self):
+        """Return whether nothing is due, by what the database has."""
+        now = self.clock()
+        with contextlib.closing(self.look()) as db:
+            due, = db.execute(jobman.SQL.NEXT_DUE).fetchone()
+            overdue = [
+                db.execute(jobman.SQL.ANY_OVERDUE, {
+                    "jobix": jobix, "stage": stage,
+                    "before": now - minutes * 60}).fetchone()
+                for jobix, stage, minutes in db.execute(
+                    jobman.SQL.ALL_LIFETIMES).fetchall()
+            ]
+        return not any(overdue) and (due is None or due > now)
+
+
+@long
+class ApacheContractTest(ApacheStore, ContractTest):
+    """What existing clients send and expect, of two processes of Apache."""
+
+
+@long
+class ApacheClaimTest(ApacheStore, ClaimTest):
+    """Claims and leases there."""
 
 
 # ------------------------------------------------- the page in a browser ---
