@@ -12,6 +12,7 @@ import argparse
 import ast
 import atexit
 import base64
+import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -979,7 +980,7 @@ class ContractTest(StoreCase):
             "/update_job/9007199254740992/0", "/update_job/1/1000001",
             "/check_stages/0/1000001", "/check_stages/x/0",
             "/lifetime/1000001", "/lifetime/0/1000000001", "/lifetime/0/-1",
-            "/init/1000000001", "/init/1/x", "/init/1//2",
+            "/init/1000000001", "/init/1/x",
             "/get/0?n=0", "/get/0?n=x", "/get/0?wait=-1", "/get/0?wait=nan",
             "/get/0?lease=0", "/get/0?lease=x", "/get/0?colour=1",
             "/get/0?n=1&n=1", "/get/0?worker=", "/update_job/1/0?claim=",
@@ -987,6 +988,9 @@ class ContractTest(StoreCase):
         )
         for path in paths:
             self.assertReply(400, self.call(path))
+
+    def test_no_number_at_all_is_400(self):
+        self.assertReply(400, self.call("/init/1//2"))
 
     def test_the_ends_of_the_ranges_work(self):
         self.set_jobs([0, 2**53 - 1], stage=10**6 - 1)
@@ -1868,8 +1872,7 @@ class ClaimTest(StoreCase):
         )
 
     def test_a_claim_takes_10000_jobs_at_most(self):
-        self.addCleanup(setattr, jobman, "MAX_CLAIMS", jobman.MAX_CLAIMS)
-        jobman.MAX_CLAIMS = 3
+        self.replace("MAX_CLAIMS", 3)
         self.set_jobs(range(5))
         self.assertEqual(3, len(self.get(0, n=5)))
 
@@ -16265,7 +16268,7 @@ Group %(group)s
 LoadModule mpm_event_module %(modules)s/mod_mpm_event.so
 LoadModule authz_core_module %(modules)s/mod_authz_core.so
 LoadModule wsgi_module %(modules)s/mod_wsgi.so
-Include %(site)s/jobman.conf
+%(more)sInclude %(site)s/jobman.conf
 """
     BEFORE = """
 import functools, jobman
@@ -16289,17 +16292,20 @@ os.environ["JOBMAN_OPEN"] = "%(open)d"
 from jobman import application
 """
     AFTER = """
+import json
 answer = application
 
 def application(environ, start_response):
     def start(status, headers):
         start_response(status, headers + [("Process", str(os.getpid()))])
+    with open(%(site)r + "/constants") as file:
+        vars(jobman).update(json.load(file))
     return answer(environ, start)
 
 open("%(data)s/%%d.up" %% os.getpid(), "w").close()
 """
 
-    def __init__(self, site, data, database, *, open_to_all):
+    def __init__(self, site, data, database, *, open_to_all, more):
         root = os.geteuid() == 0
         user = pwd.getpwnam("www-data") if root else \
             pwd.getpwuid(os.geteuid())
@@ -16307,7 +16313,7 @@ open("%(data)s/%%d.up" %% os.getpid(), "w").close()
         self.values = {
             "site": site, "data": data, "database": database,
             "user": user.pw_name, "group": grp.getgrgid(user.pw_gid).gr_name,
-            "modules": self.MODULES, "open": open_to_all,
+            "modules": self.MODULES, "open": open_to_all, "more": more,
         }
         for folder in (data, os.path.dirname(database)):
             os.chown(folder, user.pw_uid, user.pw_gid)
@@ -16333,10 +16339,10 @@ open("%(data)s/%%d.up" %% os.getpid(), "w").close()
         with contextlib.closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             self.address = free.getsockname()
-        values = self.values
+        port, values = self.address[1], self.values
         site = replaced(
             recipe("WSGIDaemonProcess"), ("/srv/jobman", self.site),
-            ("Listen ", "Listen 127.0.0.1:"), ("8642", "%d" % self.address[1]),
+            ("Listen ", "Listen 127.0.0.1:"), ("8642", "%d" % port),
             ("user=jobman group=jobman",
              "user=%(user)s group=%(group)s" % values),
         )
@@ -16344,10 +16350,12 @@ open("%(data)s/%%d.up" %% os.getpid(), "w").close()
             recipe("from jobman import application"),
             ("/srv/jobman/data/jobman.db", values["database"]),
             ("/srv/jobman/data", self.data), ("/srv/jobman", self.site),
+            ("http://jobs.example:8642", "http://127.0.0.1:%d" % port),
             ("from jobman import application\n", self.BEFORE % values),
         ) + self.AFTER % values
         for name, text in (("jobman.conf", site), ("jobman.wsgi", script),
-                           ("apache.conf", self.CONFIGURATION % values)):
+                           ("apache.conf", self.CONFIGURATION % values),
+                           ("constants", "{}")):
             with open(os.path.join(self.site, name), "w") as file:
                 file.write(text)
 
@@ -16387,7 +16395,8 @@ open("%(data)s/%%d.up" %% os.getpid(), "w").close()
     def polls(self):
         """Return how many long polls its processes have, by number."""
         return {
-            number: int(read("%s/%d.polls" % (self.data, number)) or -1)
+            number: int(wait_for(
+                lambda: read("%s/%d.polls" % (self.data, number)), "a number"))
             for number in self.up()
         }
 
@@ -16395,7 +16404,7 @@ open("%(data)s/%%d.up" %% os.getpid(), "w").close()
 class ApacheStore:
     """A Store in two processes of Apache, which are asked by HTTP alone."""
 
-    open_to_all = True
+    options = {"open_to_all": True, "more": ""}
 
     @classmethod
     def setUpClass(cls):
@@ -16413,8 +16422,8 @@ class ApacheStore:
         return FileClock(os.path.join(self.site, "clock"))
 
     def open(self):
-        self.door = Apache(self.site, self.data, self.path("jobs.db"),
-                           open_to_all=self.open_to_all)
+        self.door = Apache(
+            self.site, self.data, self.path("jobs.db"), **self.options)
         self.door.start()
         self.address = self.door.address
         self.closing = contextlib.ExitStack()
@@ -16424,6 +16433,20 @@ class ApacheStore:
         self.store = types.SimpleNamespace(
             tick=self.tick, jobix=access["jobix"],
             reading_jobix=access["reading_jobix"])
+
+    def reopen(self, **options):
+        """Start it anew, with other options."""
+        self.options = dict(self.options, **options)
+        self.restart()
+
+    def replace(self, name, value):
+        """Give a constant another value there; `beside` finds no page then.
+        """
+        if name == "beside":
+            os.unlink(os.path.join(self.site, "dashboard.html"))
+            return
+        with open(os.path.join(self.site, "constants"), "w") as file:
+            json.dump({name: value}, file)
 
     def tick(self):
         """Return when all that is due has been done."""
@@ -16448,10 +16471,195 @@ class ApacheStore:
 class ApacheContractTest(ApacheStore, ContractTest):
     """What existing clients send and expect, of two processes of Apache."""
 
+    test_no_number_at_all_is_400 = None  # Apache makes one slash of two
+
 
 @long
 class ApacheClaimTest(ApacheStore, ClaimTest):
     """Claims and leases there."""
+
+    # no call limits attempts
+    test_a_limit_of_attempts_is_one_jobs_alone = None
+    test_an_attempt_to_be_made_later_is_not_counted_as_a_failure = None
+
+
+@long
+class ApacheTest(ApacheStore, StoreCase):
+    """What it is to be two processes with five threads each."""
+
+    def ask(self, path="/get/0?wait=60&lease=60"):
+        """Make a call in the background; return its future Reply."""
+        future = concurrent.futures.Future()
+
+        def wait():
+            try:
+                future.set_result(self.call(path))
+            except OSError as error:
+                future.set_exception(error)
+
+        threading.Thread(target=wait, daemon=True).start()
+        return future
+
+    def polling(self, n):
+        """Return the numbers of long polls, by process, when they are `n`."""
+        return wait_for(
+            lambda: sum(self.door.polls().values()) == n and self.door.polls(),
+            "%d long polls" % n)
+
+    def fill(self):
+        """Make long polls until there can't be more; return those that wait.
+        """
+        asked, most = [], 2 * 2
+        while sum(self.door.polls().values()) < most:
+            asked.append(self.ask())
+            wait_for(lambda: asked[-1].done() or
+                     sum(self.door.polls().values()) == len(asked),
+                     "a long poll or its end")
+            if asked[-1].done():  # of the process that had enough
+                self.assertEqual("nada", asked.pop().result().json())
+        self.assertEqual([2, 2], list(self.door.polls().values()))
+        return asked
+
+    def test_a_lease_lapses_though_nobody_calls(self):
+        self.set_jobs([1])
+        first = self.get(0, lease=60)
+        self.clock.advance(61)
+        self.tick()
+        self.assertEqual([("lapsed",)], self.attempts("outcome"))
+        second = self.get(0, lease=60)
+        self.assertReply(409, self.update(first, 2))
+        self.assertReply(200, self.update(second, 2))
+
+    def test_long_polls_take_four_threads_and_leave_others(self):
+        polls = self.fill()
+        self.assertEqual("nada", self.get(0, wait=60))
+        self.set_jobs([1, 2, 3, 4])
+        jobs = [poll.result(PATIENCE).json() for poll in polls]
+        self.assertEqual([1, 2, 3, 4], sorted(job["jobid"] for job in jobs))
+        self.polling(0)
+
+    def test_a_job_set_in_one_process_wakes_a_poll_in_the_other(self):
+        across = 0
+        for i in range(100):
+            poll = self.ask()
+            polls = self.polling(1)
+            reply = self.post("/set", {i: {"jobstage": 0}})
+            self.assertEqual(i, poll.result(PATIENCE).json()["jobid"])
+            across += not polls[int(reply.headers["process"])]
+            self.polling(0)
+            if across == 3:
+                return
+        self.fail("never across")
+
+    def test_a_job_whose_lease_lapses_wakes_a_poll(self):
+        self.set_jobs([1])
+        self.get(0, lease=60)
+        poll = self.ask()
+        self.polling(1)
+        self.clock.advance(61)
+        self.assertEqual(2, poll.result(PATIENCE).json()["attempt"])
+
+    def test_ten_clients_at_once_get_no_job_twice(self):
+        self.set_jobs(range(300))
+        claimed, processes = [], set()
+
+        def work():
+            while True:
+                reply = self.call("/get/0?lease=60")
+                job = reply.json()
+                if job == "nada":
+                    return
+                claimed.append(job["jobid"])
+                processes.add(reply.headers["process"])
+                self.assertReply(200, self.update(job, 2))
+
+        clients = [threading.Thread(target=work) for _ in range(10)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join(PATIENCE)
+        self.assertEqual(list(range(300)), sorted(claimed))
+        self.assertEqual(2, len(processes))
+        self.assertEqual({(2, "waiting"): 300}, self.states())
+
+    def test_a_job_that_went_to_who_had_hung_up_comes_back(self):
+        with socket.create_connection(self.address) as client:
+            client.sendall(b"GET /get/0?wait=60&lease=60 HTTP/1.1\r\n"
+                           b"Host: localhost\r\njobix: 4711\r\n\r\n")
+            self.polling(1)
+        self.set_jobs([1])
+        self.polling(0)
+        self.assertEqual("nada", self.get(0))
+        self.clock.advance(61)
+        self.assertEqual(2, self.get(0)["attempt"])
+
+    def test_a_reload_answers_who_waits_and_loses_nothing(self):
+        self.set_jobs([1])
+        job = self.get(0, lease=60)
+        polls, before = self.fill(), set(self.door.up())
+        self.door.process.send_signal(signal.SIGUSR1)
+        for poll in polls:
+            self.assertEqual("nada", poll.result(PATIENCE).json())
+        wait_for(lambda: len(set(self.door.up()) - before) == 2, "a new pair")
+        self.assertReply(200, self.update(job, 2))
+        self.assertEqual({(2, "waiting"): 1}, self.states())
+
+    def test_nothing_but_the_database_is_left_at_the_end(self):
+        self.ask()
+        self.polling(1)
+        self.closing.close()
+        self.assertEqual(["jobs.db"], os.listdir(self.folder))
+
+    def test_a_long_poll_may_last_longer_than_apache_waits_by_itself(self):
+        longest = re.search(r"socket-timeout=(\d+)", recipe("socket-timeout"))
+        self.assertGreater(int(longest[1]), 2 * jobman.MAX_WAIT)
+        self.reopen(more="Timeout 1\n")
+        reply = self.call("/get/0?wait=3")
+        self.assertEqual("nada", self.assertReply(200, reply).json())
+
+    def test_a_workers_name_may_have_slashes(self):
+        name = "a/b %"
+        self.assertReply(200, self.post(
+            "/heartbeat", {"worker": name, "claims": [], "lease": 60}))
+        quoted = urllib.parse.quote(name, safe="")
+        self.assertReply(200, self.call("/drain/" + quoted, b"{}"))
+        found, = self.ok("/workers")["workers"]
+        self.assertEqual((name, True), (found["name"], found["drained"]))
+
+    def test_a_worker_finds_it_by_its_access_file(self):
+        access = os.path.join(self.data, "access.json")
+        with contextlib.closing(worker.Client(access)) as client:
+            client.set({i: {"jobstage": 0, "laststage": 2, "jobcmd": "true"}
+                        for i in range(20)})
+            self.assertEqual(0, self.command(
+                WORKER, "--access", access, "--idle-timeout", "1")[0])
+            states = client.status()["totals"]["states"]
+        self.assertEqual(20, states["done"])
+
+    def test_strangers_that_are_held_up_leave_threads_for_others(self):
+        self.reopen(open_to_all=False)
+        self.jobix = self.store.jobix
+        self.fill()
+        over, took = threading.Event(), []
+
+        def try_numbers():
+            while not over.is_set():
+                began = time.monotonic()
+                self.assertReply(403, self.call("/status", jobix=1))
+                took.append(time.monotonic() - began)
+
+        strangers = [threading.Thread(target=try_numbers) for _ in range(12)]
+        self.addCleanup(over.set)
+        for stranger in strangers:
+            stranger.start()
+        wait_for(lambda: max(took, default=0) > 1, "one that was held up long")
+        for _ in range(20):
+            began = time.monotonic()
+            self.ok("/status")
+            self.assertLess(time.monotonic() - began, 1)
+        over.set()
+        for stranger in strangers:
+            stranger.join(PATIENCE)
 
 
 # ------------------------------------------------- the page in a browser ---
