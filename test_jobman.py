@@ -15719,6 +15719,22 @@ class BatchTest(TemporaryFolder):
         self.assertEqual(os.fsencode(odd) + b" a  b\n", out)
 
 
+def recipe(mark):
+    """Return the one block of code in README that has `mark`."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        blocks = re.findall(r"(?ms)^```\w*\n(.*?)^```$", file.read())
+    block, = [block for block in blocks if mark in block]
+    return block
+
+
+def replaced(text, *pairs):
+    """Return `text` with the second of each pair in place of the first."""
+    for old, new in pairs:
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
 def environment_of(pid):
     """Return a process's environment as it started, by entries."""
     try:
@@ -15760,8 +15776,9 @@ KillOnBadExit=1
 WaitTime=2
 KillWait=10
 OverTimeLimit=0
-NodeName=n1 NodeHostname=%(host)s NodeAddr=127.0.0.1 Port=%(port1)d CPUs=4
-NodeName=n2 NodeHostname=%(host)s NodeAddr=127.0.0.1 Port=%(port2)d CPUs=4
+NodeName=DEFAULT CPUs=4 RealMemory=4000
+NodeName=n1 NodeHostname=%(host)s NodeAddr=127.0.0.1 Port=%(port1)d
+NodeName=n2 NodeHostname=%(host)s NodeAddr=127.0.0.1 Port=%(port2)d
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -16195,6 +16212,72 @@ class SlurmTest(TemporaryFolder):
         self.over(allocation)
         self.assertEqual({"done": 8}, self.states(), self.output())
 
+    def submit_server(self, home, node):
+        """Submit the script in README; return its allocation's number."""
+        script = replaced(
+            recipe("#SBATCH --dependency=singleton"), ("~/jobman", home),
+            ("=jobman.log", "=%s/jobman.log" % home),
+            ("python3", sys.executable))
+        out = self.cluster.query(
+            "sbatch", "--parsable", "--export=ALL,HOME=" + home, "-w", node,
+            given=script.encode())
+        self.assertRegex(out, r"\A\d+\n\Z")
+        return out.strip()
+
+    def shown(self, allocation):
+        """Return what Slurm knows of an allocation."""
+        return self.cluster.query("scontrol", "show", "job", allocation)
+
+    def served_by(self, home, allocation):
+        """Return the server's number as soon as `allocation` has it."""
+        mark = b"SLURM_JOB_ID=" + allocation.encode()
+
+        def found():
+            access = read(home + "/.jobman/access.json").decode()
+            pid = json.loads(access)["pid"] if access else os.getpid()
+            return mark in environment_of(pid) and pid
+
+        return wait_for(found, "a server in allocation " + allocation)
+
+    def test_a_server_in_a_batch_job_goes_on_in_the_next_one(self):
+        home = self.path("home")
+        os.mkdir(home)
+        shutil.copy(JOBMAN, home)
+        access = home + "/.jobman/access.json"
+        server = self.submit_server(home, "n1")
+        self.served_by(home, server)
+        self.client = worker.Client(access)
+        self.addCleanup(self.client.close)
+        self.add(*["echo $JOBMAN_JOBID >> ran; sleep 0.2"] * 120)
+        workers = self.submit(
+            "--access", access, "--time", "5m", "--", "-w", "n2",
+            "--oversubscribe", "--cpus-per-task=2", "--mem=1G")
+
+        def end_by(end, node):
+            done = self.states().get("done", 0)
+            wait_for(lambda: self.states().get("done", 0) > done + 10, "jobs")
+            later = self.submit_server(home, node)
+            end()
+            self.over(server)
+            self.served_by(home, later)
+            return later
+
+        first, server = server, end_by(lambda: self.cluster.query(
+            "scancel", "--batch", "--signal=TERM", server), "n2")
+        self.assertIn("JobState=COMPLETED", self.shown(first))
+        server = end_by(lambda: self.cluster.query("scancel", server), "n1")
+        pid = self.served_by(home, server)
+        server = end_by(lambda: os.kill(pid, signal.SIGKILL), "n2")
+        self.over(workers)
+        self.assertEqual({"done": 120}, self.states(), self.output())
+        self.assertEqual(list(range(1, 121)),
+                         sorted(map(int, self.lines("ran"))))
+        self.cluster.query("scancel", server)
+        self.over(server)
+        self.assertFalse(os.path.exists(access))
+        self.assertFalse(os.path.exists(home + "/jobman.db.lock"))
+        self.assertEqual(4, read(home + "/jobman.log").count(b"listens at"))
+
     def test_slurm_takes_further_options_and_the_last_one_wins(self):
         script = self.script(
             "--nodes", "2", "--time", "5m", "--", "--hold", "--nodes", "1",
@@ -16213,22 +16296,6 @@ class SlurmTest(TemporaryFolder):
 
 
 # -------------------------------------------------- Apache with mod_wsgi ---
-
-
-def recipe(mark):
-    """Return the one block of code in README that has `mark`."""
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        blocks = re.findall(r"(?ms)^```\w*\n(.*?)^```$", file.read())
-    block, = [block for block in blocks if mark in block]
-    return block
-
-
-def replaced(text, *pairs):
-    """Return `text` with the second of each pair in place of the first."""
-    for old, new in pairs:
-        assert old in text, old
-        text = text.replace(old, new)
-    return text
 
 
 class FileClock(Clock):
@@ -16624,7 +16691,7 @@ class ApacheTest(ApacheStore, StoreCase):
         quoted = urllib.parse.quote(name, safe="")
         self.assertReply(200, self.call("/drain/" + quoted, b"{}"))
         found, = self.ok("/workers")["workers"]
-        self.assertEqual((name, True), (found["name"], found["drained"]))
+        self.assertEqual((name, True), (found["name"], found["drain"]))
 
     def test_a_worker_finds_it_by_its_access_file(self):
         access = os.path.join(self.data, "access.json")
