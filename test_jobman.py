@@ -16432,8 +16432,8 @@ open("%(data)s/%%d.up" %% os.getpid(), "w").close()
         with open(self.site + "/error.log", "ab") as log:
             self.process = subprocess.Popen(
                 ["apache2", "-DFOREGROUND", "-f", self.site + "/apache.conf"],
-                env={"LANG": "C", "PATH": self.PATH}, stdout=log, stderr=log,
-                stdin=subprocess.DEVNULL,
+                env={"LANG": "C", "PATH": self.PATH, "TMPDIR": self.site},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )
         try:
             wait_for(lambda: self.process.poll() or len(self.up()) == 2,
