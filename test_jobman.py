@@ -16461,10 +16461,10 @@ open("%(data)s/%%d.up" %% os.getpid(), "w").close()
 
     def polls(self):
         """Return how many long polls its processes have, by number."""
+        paths = {n: "%s/%d.polls" % (self.data, n) for n in self.up()}
         return {
-            number: int(wait_for(
-                lambda: read("%s/%d.polls" % (self.data, number)), "a number"))
-            for number in self.up()
+            number: int(wait_for(functools.partial(read, path), "a number"))
+            for number, path in paths.items()
         }
 
 
