@@ -725,19 +725,19 @@ class SQL:
         from pace where jobix = :jobix and minute >= :minute group by 1"""
     FIRST_MINUTE = "select min(minute) from pace where jobix = :jobix"
     TIMED = """
-        update runtime set attempts = attempts + :attempts
+        update runtime set attempts = attempts + :n
         where jobix = :jobix and stage = :stage and bucket = :bucket"""
     TIMED_FIRST = """
-        insert into runtime values (:jobix, :stage, :bucket, :attempts)"""
+        insert into runtime values (:jobix, :stage, :bucket, :n)"""
     # one range of the primary key, at most 161 rows for each stage
     RUN_TIMES = """
         select stage, bucket, attempts from runtime where jobix = :jobix
         order by stage, bucket"""
     WAITED = """
-        update waited set claims = claims + :claims
+        update waited set claims = claims + :n
         where jobix = :jobix and stage = :stage and bucket = :bucket"""
     WAITED_FIRST = """
-        insert into waited values (:jobix, :stage, :bucket, :claims)"""
+        insert into waited values (:jobix, :stage, :bucket, :n)"""
     WAIT_TIMES = """
         select stage, bucket, claims from waited where jobix = :jobix
         order by stage, bucket"""
@@ -1786,6 +1786,11 @@ WAY = operator.itemgetter(
 
 
 new_sums = functools.partial(defaultdict, int)
+# How long attempts ran, and jobs waited.
+SPREAD = {
+    "done": (SQL.TIMED, SQL.TIMED_FIRST),
+    "claimed": (SQL.WAITED, SQL.WAITED_FIRST),
+}
 
 
 class Transaction:
@@ -1807,8 +1812,8 @@ class Transaction:
         self.now = now
         self.ahead = min(turns // 2, self.MOST_AHEAD)
         self.later = {sql: [] for sql in self.LATER}
-        self.counted = []
-        self.logs = [self.counted, *self.later.values()]
+        self.counted, self.spent = [], []
+        self.logs = [self.counted, self.spent, *self.later.values()]
         self.waiting = False  # whether there may be anything in `later`
         self.unsettled = False  # whether jobs have children yet to be told
         self.moving = set()  # the jobs that may have a move in `later`
@@ -1958,11 +1963,24 @@ class Transaction:
         """Add `n` to the sum of `kind` (jobs, expired, free, …) for `key`."""
         self.counted.append((kind, key, n))
 
+    def spend(self, key, seconds, n=1, bucket=None):
+        """Add to what was spent: `key` is of (jobix, stage, kind).
+
+        Of time to be spread, in /stats, the `bucket` is that of run_bucket().
+        """
+        self.spent.append((key, seconds, n, bucket))
+
     def sum_up(self):
         """Add what was counted, and the moves, to the sums."""
         sums = self.sums
         for kind, key, n in self.counted:
             sums[kind][key] += n
+        spent, spread, took = sums["spent"], sums["spread"], sums["seconds"]
+        for key, seconds, n, bucket in self.spent:
+            spent[key] += n
+            took[key] += seconds
+            if bucket is not None:
+                spread[key, bucket] += n
         ways = new_sums()
         for way in map(WAY, self.later[SQL.MOVE]):
             ways[way] += 1
@@ -1979,30 +1997,31 @@ class Transaction:
         """Write all, and the sums: an update for each group that changed."""
         self.write()
         self.sum_up()
-        jobs, expired, done, timed, waited, spent, seconds = (
-            self.sums[kind] for kind in (
-                "jobs", "expired", "done", "timed", "waited", "spent",
-                "seconds"))
+        self.settle_jobs(self.sums["jobs"], self.sums["expired"])
+        self.settle_spent(self.sums["spent"], self.sums["seconds"])
+        for ((jobix, stage, kind), bucket), n in self.sums["spread"].items():
+            values = {"jobix": jobix, "stage": stage, "bucket": bucket, "n": n}
+            self.add(*SPREAD[kind], values)
+
+    def settle_jobs(self, jobs, expired):
+        """Write how many jobs there are more, and expired ones."""
         for key in {**jobs, **expired}:
             jobix, stage, state = key
             values = {"jobix": jobix, "stage": stage, "state": state}
             values["jobs"], values["expired"] = jobs[key], expired[key]
             if jobs[key] or expired[key]:
                 self.add(SQL.COUNT, SQL.COUNT_FIRST, values)
-        updates = new_sums()
-        for (jobix, stage, bucket), n in timed.items():
-            updates[jobix] += n
-            if bucket is not None:
-                values = {"jobix": jobix, "stage": stage, "bucket": bucket}
-                values["attempts"] = n
-                self.add(SQL.TIMED, SQL.TIMED_FIRST, values)
-        for (jobix, stage, bucket), n in waited.items():
-            values = {"jobix": jobix, "stage": stage, "bucket": bucket}
-            self.add(SQL.WAITED, SQL.WAITED_FIRST, dict(values, claims=n))
+
+    def settle_spent(self, spent, seconds):
+        """Write what was spent, and what of it became done in this minute."""
+        updates, done = new_sums(), self.sums["done"]
         for key, n in spent.items():
-            values = dict(zip(("jobix", "stage", "kind"), key))
+            jobix, stage, kind = key
+            values = {"jobix": jobix, "stage": stage, "kind": kind}
             values["attempts"], values["seconds"] = n, seconds[key]
             self.add(SQL.SPENT, SQL.SPENT_FIRST, values)
+            if kind == "done":
+                updates[jobix] += n
         for jobix in {**done, **updates}:
             values = {"jobix": jobix, "minute": int(self.now // 60)}
             values["done"], values["updates"] = done[jobix], updates[jobix]
@@ -2781,24 +2800,20 @@ class Store:
         if not (job["lapses"] and self.mend_attempt(tx, values)):
             tx.put_off(SQL.END_ATTEMPT, values)
             took = tx.now - job["since"] if took is None else took
-        if outcome == "done":
-            bucket = None if took is None else run_bucket(took)
-            tx.count("timed", (job["jobix"], job["origin"], bucket))
-        self.spend(tx, values, outcome, took or 0)
+        bucket = None
+        if outcome == "done" and took is not None:
+            bucket = run_bucket(took)
+        key = job["jobix"], job["origin"], outcome
+        tx.spend(key, took or 0, bucket=bucket)
 
     def mend_attempt(self, tx, ending):
         """Let an attempt that had lapsed end otherwise; return if it had."""
         lapsed = tx.execute(SQL.LAPSED, ending).fetchone()
         if lapsed:
             tx.execute(SQL.MEND_ATTEMPT, ending)
-            self.spend(tx, ending, "mended", lapsed["seconds"])
+            key = ending["jobix"], ending["origin"], "mended"
+            tx.spend(key, lapsed["seconds"])
         return lapsed is not None
-
-    def spend(self, tx, job, kind, seconds, n=1):
-        """Add to the sums of what was done in the stage of a job's claim."""
-        key = job["jobix"], job["origin"], kind
-        tx.count("spent", key, n)
-        tx.count("seconds", key, seconds)
 
     def replace(self, tx, job, given):
         """Give `job` the columns `given`; its attempt keeps the old ones."""
@@ -2950,7 +2965,11 @@ class Store:
         self.cut_off(tx, job, "superseded")  # claimed without a lease
         fresh = job["state"] == "working" and job["stage"] != job["origin"]
         waited = max(0, tx.now - job["since"])
-        job = self.move(
+        key = job["jobix"], job["stage"], "claimed"
+        tx.spend(key, waited, bucket=run_bucket(waited))
+        if not fresh and job["attempt"]:
+            tx.spend((*key[:2], "again"), waited)
+        return self.move(
             tx, job,
             stage=target,
             state="working",
@@ -2964,12 +2983,6 @@ class Store:
             failures=0 if fresh else job["failures"],
             lapses=0 if fresh else job["lapses"],
         )
-        self.spend(tx, job, "claimed", waited)
-        if job["attempt"] > 1:
-            self.spend(tx, job, "again", waited)
-        key = job["jobix"], job["origin"], run_bucket(waited)
-        tx.count("waited", key)
-        return job
 
     @change
     def update_job(self, tx, jobix, jobid, stage, **given):
@@ -3183,8 +3196,7 @@ class Store:
                 worker["heard"] - before["heard"]
             idle = (before["slots"] - before["busy"]) * silent
             if stages and 0 <= silent <= AWAY_AFTER and idle > 0:
-                claim = {"jobix": worker["jobix"], "origin": stages[0]}
-                self.spend(tx, claim, "idle", idle, 0)
+                tx.spend((worker["jobix"], stages[0], "idle"), idle, 0)
 
     def renew(self, tx, job, lease):
         """Give a claim more time, also one that lapsed and nobody took."""

@@ -6092,6 +6092,9 @@ class MixTest(SeededCase):
         "tally": "select * from tally where jobs or expired order by 1, 2, 3",
         "pace": "select * from pace order by 1, 2",
         "runtime": "select * from runtime order by 1, 2, 3",
+        "waited": "select * from waited order by 1, 2, 3",
+        "effort": "select jobix, stage, kind, attempts, round(seconds, 3)"
+                  " from effort order by 1, 2, 3",
         "paused": "select * from paused order by 1, 2",
         "worker": "select * from worker order by 1, 2",
         "submission": "select * from submission order by 1, 2",
