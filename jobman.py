@@ -9702,6 +9702,14 @@ def tolerate(stream):
     )
 
 
+def give_up_output():
+    """Let go of what can't be printed, so that our exit doesn't try again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(arguments=None):
     """Run the command line; return its exit status."""
     try:
@@ -9710,10 +9718,11 @@ def main(arguments=None):
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # as by `| head`: no error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        give_up_output()
         return 0
     except (Trouble, Error, sqlite3.Error, OSError) as trouble:
         say("jobman.py: %s" % trouble)
+        give_up_output()
         return 1
 
 

@@ -11078,6 +11078,7 @@ class LookCase(StoreCase):
         self.environment["JOBMAN_URL"] = "http://%s:%d" % self.address
         self.environment["JOBMAN_JOBIX"] = str(self.jobix)
         self.environment["TZ"] = "UTC"
+        self.environment.pop("PYTHONUNBUFFERED", None)
 
     def look(self, *argv, status=0):
         """Run a command; return what it prints."""
@@ -11245,8 +11246,7 @@ class LookTest(LookCase):
         self.set_jobs({1: "\033[2J\n\u202e"})
         job = self.get(0, worker="%1b[31mw", lease=60)
         self.fail(job, stderr="a\n\033[2Jb\033[0m", error="\033]0;c\a")
-        self.beat("w", host="\033h", quarantine="\033q")
-        self.ok("/drain/w", {})
+        self.beat("w\033[2J", host="\033h", quarantine="\033q")
         for argv in ("jobs", "job 1", "workers", "workers --output quiet"):
             out = self.look(*argv.split())
             self.assertRegex(out, r"\A[ -~\n]*\Z")
