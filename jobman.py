@@ -7200,10 +7200,11 @@ class Screen:
         elif not self.drawn:
             up = ""
         lines = []
-        if seen:
-            lines = frame(*seen, size, is_coloured(self.stream))
         if trouble:
             lines.append(shorten(away(seen, trouble), size[0] - 1))
+        if seen:
+            lines += frame(*seen, size, is_coloured(self.stream))
+        del lines[size[1] - 1:]
         self.drawn = len(lines)
         self.stream.write("%s\033[?7l%s\033[J\033[?7h" % (
             up, "".join(line + "\033[K\n" for line in lines)))

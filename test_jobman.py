@@ -11148,6 +11148,23 @@ class LookCase(StoreCase):
 class LookTest(LookCase):
     """What jobs, job, workers and stats show."""
 
+    # status
+
+    def test_status_has_a_line_for_each_stage(self):
+        self.set_jobs([1, 2, 3], laststage=2)
+        self.ok("/pause/0", {})
+        self.ok("/cancel", {"ids": [3]})
+        self.end(2)
+        *lines, last = self.look("status").splitlines()
+        self.assertEqual([
+            "stage  jobs  waiting  done  cancelled  expired  median",
+            "0         2        1                1                   paused",
+            "2         1              1",
+            "all       3        1     1          1"], lines)
+        self.assertIn("33 %: 1 of 3 jobs done, ", last)
+        self.assertEqual(self.ok("/status"), self.seen("status"))
+        self.assertEqual("", self.look("status", "--output", "quiet"))
+
     # jobs
 
     def test_jobs_are_listed_in_columns(self):
@@ -11209,6 +11226,23 @@ class LookTest(LookCase):
             text.splitlines()[1700].rstrip(","))["state"] and "job")
         limited = self.look("jobs", "--limit", "1001", "--output", "quiet")
         self.assertEqual(1001, limited.count("\n"))
+
+    def test_many_jobs_take_no_more_memory_than_some(self):
+        start = changed("jobman", "import atexit; atexit.register(lambda:"
+                        " sys.stderr.write(open('/proc/self/status').read()))")
+
+        def most(*argv):
+            status, _, err = self.command(*start, *argv)
+            self.assertEqual(0, status, err)
+            return int(re.search(r"VmHWM:\s+(\d+)", err)[1])
+
+        self.set_jobs(dict.fromkeys(range(1000), "x" * 1000))
+        commands = (["jobs"], ["jobs", "--output", "json"], ["export"],
+                    ["export", "--format", "json"])
+        some = [most(*argv) for argv in commands]
+        self.set_jobs(dict.fromkeys(range(1000, 15000), "x" * 1000))
+        for argv, before in zip(commands, some):
+            self.assertLess(most(*argv), before + 8000)  # KiB
 
     def test_columns_grow_with_the_pages_and_stay_under_one_another(self):
         self.set_jobs({**dict.fromkeys(range(1001), "a"), 10**6: "b"})
@@ -11846,10 +11880,15 @@ class WatchTest(LookCase):
         self.assertTrue(more.startswith("\033[H\033[2J"), more)
         self.assertIn("... and 24 more stages", shown)
         self.assertIn(" stage 58 [", more)
-        for text, lines, width in ((shown, 12, 50), (more, 40, 120)):
+        self.resize(screen, 3, 20)
+        least = self.drawn_until(screen, "\033[?7h")
+        for text, lines, width in (
+            (shown, 12, 50), (more, 40, 120), (least, 4, 20),
+        ):
             rows = re.sub("\033\\[[?0-9]*[A-Za-z]", "", text).split("\n")
             self.assertLess(len(rows), lines)
-            self.assertLess(max(map(len, rows)), width)
+            if text is not least:  # where the lines are cut by the terminal
+                self.assertLess(max(map(len, rows)), width)
         process.send_signal(signal.SIGINT)
         self.assertEqual(130, process.wait(PATIENCE))
 
