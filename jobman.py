@@ -6704,6 +6704,28 @@ def report(options, value, lines, names=()):
         print(line)
 
 
+def finding_lines(findings, names, seen):
+    """Yield a line for each finding, and add it to those `seen`."""
+    widths = [max(map(len, names)), len("wrong"), 0]
+    for one in findings:
+        seen.append(one)
+        row = one["name"], "ok" if one["ok"] else "wrong", one["said"]
+        yield from columns(None, [row], widths)
+
+
+def report_findings(options, names, findings):
+    """Print findings, of these names, as they come; return the exit status.
+
+    Each is a dict of its name, whether it is ok, and what is said of it.
+    """
+    seen = []
+    if options.output != "table":  # those come one by one
+        seen.extend(findings)
+    wrong = (one["name"] for one in seen if not one["ok"])
+    report(options, seen, finding_lines(findings, names, seen), wrong)
+    return int(not all(one["ok"] for one in seen))
+
+
 def took(period):
     """Return how long something took, in seconds when they are few."""
     return "%.3g s" % period if period < 59.95 else span(period)
@@ -7478,7 +7500,8 @@ def snapshot(options):
             name: client.call("GET", "/" + endpoint.__name__, options=asked)
             for name, endpoint, asked in GLANCE
         }
-    print(write_snapshot(options.folder, seen))
+    path = write_snapshot(options.folder, seen)
+    report(options, {"file": path}, [path], [path])
     return 0
 
 
@@ -7527,6 +7550,11 @@ def verify(options):
             send_back(worker, client, job, bad, options)
         client.close()
     say("%d done jobs checked, %d of them damaged." % (checked, len(found)))
+    listed = [
+        {"jobid": job["jobid"], "files": [file["path"] for file in bad]}
+        for job, bad in found]
+    report(options, {"checked": checked, "damaged": listed}, (),
+           [job["jobid"] for job, _ in found])
     return 1 if found else 0
 
 
@@ -8236,8 +8264,10 @@ def backup(options):
         jobs = copy_database(place, options.file, *more)
     if more:
         sys.stderr.write("\033[K")
-    print("%s: %d jobs, %d bytes" % (
-        options.file, jobs, os.path.getsize(options.file)))
+    size = os.path.getsize(options.file)
+    report(options, {"file": options.file, "jobs": jobs, "bytes": size},
+           ["%s: %d jobs, %d bytes" % (printable(options.file), jobs, size)],
+           [options.file])
     return 0
 
 
@@ -8325,18 +8355,20 @@ def findings(look, execute):
     return found
 
 
-def check(options):
-    """Look whether a database is whole, also while a server has it."""
-    wrong = False
-    with reserved(options.db) as place, looking(place) as execute:
+def check_all(path):
+    """Yield what each check says of a database: a dict of name, ok, said."""
+    with reserved(path) as place, looking(place) as execute:
         for name, look in CHECKS:
             found = findings(look, execute)
-            text = "wrong: " + "; ".join(found) if found else "ok"
-            print("%-10s %s" % (name, printable(text)), flush=True)
-            wrong = wrong or bool(found)
+            yield {"name": name, "ok": not found, "said": "; ".join(found)}
             if found and look is check_schema:
                 break  # the others need it
-    return int(wrong)
+
+
+def check(options):
+    """Look whether a database is whole, also while a server has it."""
+    names = [name for name, _ in CHECKS]
+    return report_findings(options, names, check_all(options.db))
 
 
 # ----------------------------------------------------------------- bench ---
@@ -9135,23 +9167,10 @@ def examine(patient):
             yield {"name": name, "ok": ok, "said": said.rstrip(".")}
 
 
-def finding_lines(findings, seen):
-    """Yield a line for each finding, and add it to those `seen`."""
-    widths = [max(len(name) for name, _ in LOOKS), len("wrong"), 0]
-    for one in findings:
-        seen.append(one)
-        row = one["name"], "ok" if one["ok"] else "wrong", one["said"]
-        yield from columns(None, [row], widths)
-
-
 def doctor(options):
     """Look whether all that jobman needs is there, here and now."""
-    seen, findings = [], examine(Patient(options))
-    if options.output != "table":  # those come one by one
-        seen.extend(findings)
-    wrong = (one["name"] for one in seen if not one["ok"])
-    report(options, seen, finding_lines(findings, seen), wrong)
-    return int(not all(one["ok"] for one in seen))
+    names = [name for name, _ in LOOKS]
+    return report_findings(options, names, examine(Patient(options)))
 
 
 # ------------------------------------------------------------------ main ---
@@ -9270,12 +9289,17 @@ def argument(reader):
 stage_number = argument(STAGE)
 
 
-def add_client(command):
-    """Add what every command has that asks the server."""
-    add_access(command)
+def add_output(command):
+    """Add the option by which a command prints its answer."""
     command.add_argument(
         "--output", choices=("table", "json", "quiet"), default="table",
         help="how the answer is printed (default table)")
+
+
+def add_client(command):
+    """Add what every command has that asks the server."""
+    add_access(command)
+    add_output(command)
 
 
 def add_some(command, *more):
@@ -9407,12 +9431,12 @@ def add_snapshot(command):
     """Describe snapshot."""
     command.add_argument(
         "folder", metavar="DIR", help="where status.html is written")
-    add_access(command)
+    add_client(command)
 
 
 def add_verify(command):
     """Describe verify."""
-    add_access(command)
+    add_client(command)
     add = command.add_argument
     add("--lag", type=float, default=10, metavar="SECONDS",
         help="how late files of other nodes may be seen here (default 10)")
@@ -9474,6 +9498,7 @@ def add_logs(command):
 
 def add_check(command):
     """Describe check."""
+    add_output(command)
     command.add_argument(
         "--db", default="jobman.db", metavar="FILE",
         help="the database (default jobman.db)")

@@ -9965,6 +9965,16 @@ class VerifyTest(WorkerCase):
         self.assertEqual("3 done jobs checked, 0 of them damaged.\n", err)
         self.assertEqual(["done"] * 3, self.states())
 
+    def test_damaged_jobs_are_told_to_programs_too(self):
+        self.make(2)
+        os.unlink(self.path("1"))
+        argv = JOBMAN, "verify", "--lag", "0", "--dry-run", "--output"
+        status, out, _ = self.command(*argv, "json")
+        self.assertEqual((1, {"checked": 2, "damaged": [
+            {"jobid": 1, "files": [os.path.realpath(self.path("1"))]},
+        ]}), (status, json.loads(out)))
+        self.assertEqual((1, "1\n"), self.command(*argv, "quiet")[:2])
+
     def test_damaged_files_send_their_jobs_back(self):
         self.make(3)
         os.unlink(self.path("1"))
@@ -13017,6 +13027,37 @@ class CareTest(TemporaryFolder):
         self.assertEqual((0, {"ok"}), (status, set(found.values())), found)
         self.assertEqual(len(jobman.CHECKS), len(found))
 
+    def test_findings_are_told_to_programs_too(self):
+        path = self.made()
+        for wrong in (False, True):
+            if wrong:
+                self.change(path, "update tally set jobs = jobs + 1"
+                            " where state = 'done'")
+            told = {}
+            for output in ("json", "quiet"):
+                told[output] = self.command(
+                    JOBMAN, "check", "--output", output)
+            names = [name for name, _ in jobman.CHECKS]
+            found = json.loads(told["json"][1])
+            self.assertEqual(names, [one["name"] for one in found])
+            self.assertEqual(
+                ["counts"] * wrong,
+                [one["name"] for one in found if not one["ok"]])
+            self.assertIn("counted" if wrong else "", found[2]["said"])
+            self.assertEqual(
+                (int(wrong), "counts\n" * wrong, ""), told["quiet"])
+
+    def test_a_copy_is_told_to_programs_too(self):
+        self.made()
+        status, out, err = self.command(
+            JOBMAN, "backup", "copy", "--output", "json")
+        self.assertEqual((0, ""), (status, err))
+        told = json.loads(out)
+        self.assertEqual(os.path.getsize(self.path("copy")), told["bytes"])
+        self.assertEqual({"file", "jobs", "bytes"}, set(told))
+        self.assertEqual((0, "again\n", ""), self.command(
+            JOBMAN, "backup", "again", "--output", "quiet"))
+
     def dump(self, path):
         """Return all that is in a database, as sorted lines of SQL."""
         with contextlib.closing(sqlite3.connect(path)) as db:
@@ -13215,7 +13256,7 @@ class CareTest(TemporaryFolder):
             file.write(data)
         status, found = self.check()
         self.assertEqual(1, status)
-        self.assertRegex(found["integrity"], "^wrong: ")
+        self.assertRegex(found["integrity"], "^wrong  ")
 
     DAMAGES = {  # what is done: what is said of it
         "update tally set jobs = jobs + 1 where state = 'done'":
@@ -13251,9 +13292,22 @@ class CareTest(TemporaryFolder):
             ("jobs", "10 jobs are done before the last stage"),
         "update job set laststage = 0 where jobid = 60":
             ("jobs", "1 jobs are waiting in the last stage (job 60)"),
+        "update job set missing = 1 where state = 'delayed'":
+            ("dependencies", "2 jobs wait for more or fewer than they know"),
+        "insert into dependency select row, row, 0 from job"
+        " where jobid = 60":
+            ("dependencies", "1 jobs are waited for in another state"),
+        "insert into dependency select row, 10000, 1 from job"
+        " where state = 'done' limit 1":
+            ("dependencies", "1 jobs are waited for in another state"),
+        "insert into dependency select 10000, row, 1 from job"
+        " where state = 'done' limit 1":
+            ("dependencies", "1 jobs are waited for in another state"),
+        "update job set blame = 1 where jobid = 60":
+            ("jobs", "1 jobs are aborted and nobody to blame, or to blame"),
         "drop table tally": ("schema", "there is no table tally"),
         "drop index job_due": ("schema", "there is no index job_due"),
-        "pragma user_version = 1": ("schema", "it is 1, not yet 2"),
+        "pragma user_version = 1": ("schema", "it is 1, not yet 3"),
     }
 
     def test_each_damage_is_found_and_nothing_else(self):
@@ -13265,7 +13319,7 @@ class CareTest(TemporaryFolder):
                 self.change(self.path(name), damage)
                 status, found = self.check(name)
                 self.assertEqual(1, status)
-                self.assertIn("wrong: ", found[said[0]])
+                self.assertIn("wrong  ", found[said[0]])
                 self.assertIn(said[1], found.pop(said[0]))
                 self.assertEqual({"ok"}, set(found.values()), found)
 
@@ -13857,7 +13911,7 @@ class NetworkTest(AloneCase):
 
     def test_backup_and_check_read_a_wal_that_was_left(self):
         for argv, said in ((["backup", "copy"], "copy: 100 jobs"),
-                           (["check"], "integrity  ok")):
+                           (["check"], "integrity     ok")):
             self.hot_wal()
             status, out, err = self.run_jobman(*argv)
             self.assertEqual((0, ""), (status, err))
