@@ -4146,8 +4146,12 @@ def read_jobs(entries):
     }
     if entries and None in given.get("jobstage", [None]):
         raise Error(400, "A job's jobstage is missing.")
-    return dict(BLANK, **{
+    jobs = dict(BLANK, **{
         name: read_column(name, values) for name, values in given.items()})
+    if sum(map(len, filter(None, jobs["after"] or ()))) > MAX_JOBS:
+        raise Error(413, "The jobs of a request may wait for %d others in all."
+                    % MAX_JOBS)
+    return jobs
 
 
 def read_object(request, *required):

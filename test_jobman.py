@@ -2995,6 +2995,17 @@ class DependencyTest(StoreCase):
                 "/set", {5: {"jobstage": 0, "after": bad}}))
         self.assertEqual({1, 2, 3, 4}, set(self.told()))
 
+    def test_what_a_request_may_wait_for_is_bounded(self):
+        self.replace("MAX_JOBS", 10)
+        self.add({i: [] for i in range(6)})
+        self.add({6: list(range(6)), 7: list(range(4))})
+        entries = {jobid: {"jobstage": 0, "after": list(range(n))}
+                   for jobid, n in ((8, 6), (9, 5))}
+        self.assertReply(413, self.post("/set", entries))
+        self.assertReply(413, self.post("/submit", {
+            "key": "k", "jobs": list(entries.values())}))
+        self.assertEqual(8, len(self.told()))
+
     def test_the_jobs_of_another_jobix_are_not_there(self):
         self.add({1: []})
         entry = {2: {"jobstage": 0, "after": [1]}}
@@ -3156,12 +3167,6 @@ class DependencyTest(StoreCase):
             if state == "aborted":
                 self.assertIn(shown["aborted_by"], parents)
                 self.assertIn(states[shown["aborted_by"]], jobman.PUT_ASIDE)
-
-
-class WsgiDependencyTest(DependencyTest):
-    """The same under WSGI."""
-
-    front = WsgiFront
 
 
 class ForgetTest(StoreCase):
@@ -6659,6 +6664,17 @@ class UpgradeTest(StoreCase):
         new, old = self.path("new.db"), self.path("jobs.db")
         self.assertEqual(self.columns(new), self.columns(old))
         self.assertEqual(jobman.SCHEMA_VERSION, jobman.inspect(old))
+
+    def test_one_of_the_version_between_is_then_so_too(self):
+        path = self.path("between.db")
+        with contextlib.closing(sqlite3.connect(path)) as between:
+            between.executescript(SCHEMA_1 + jobman.UPGRADES[1])
+            between.execute("pragma user_version = 2")
+        jobman.Store(path).close()
+        jobman.Store(self.path("new.db")).close()
+        self.assertEqual(
+            self.columns(self.path("new.db")), self.columns(path))
+        self.assertTrue(os.path.exists(path + ".schema2"))
 
     def test_an_older_jobman_sees_at_once_that_it_is_newer(self):
         self.assertEqual(3, jobman.inspect(self.path("jobs.db")))
