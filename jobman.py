@@ -8722,7 +8722,7 @@ class Patient:
         self.worker = self.client = self.place = None
         self.here = self.met = self.known = self.version = self.clock = None
         self.about = {}
-        self.troubles = (Trouble, sqlite3.Error, OSError, ValueError)
+        self.troubles = (Trouble, OSError, ValueError)
 
     def at(self):
         """Return where the server should be, as HOST:PORT."""
@@ -8881,7 +8881,9 @@ def look_at_allocation(patient):
     kind = next((k for name, k in kinds if name in os.environ), None)
     if kind is None or patient.worker is None:
         return None
-    left = patient.worker.allocation_left(os.environ)
+    left = None
+    with contextlib.suppress(ValueError):  # it says what nobody understands
+        left = patient.worker.allocation_left(os.environ)
     if left is None:
         raise Trouble("%s doesn't say how long this batch job has; give"
                       " worker.py a --time-limit" % kind)

@@ -15206,6 +15206,30 @@ class DoctorTest(Certified, CommandCase):
         with self.assertRaises(ZeroDivisionError):
             jobman.within(PATIENCE, lambda: 1 / 0)
 
+    def test_all_looks_together_have_their_time(self):
+        never = threading.Event()
+        self.addCleanup(never.set)
+        looks = [(str(n), lambda patient: never.wait()) for n in range(9)]
+        for name, value in (
+            ("LOOKS", looks), ("LONGEST_LOOK", 1), ("LOOKS_TIME", 1.5),
+            ("SHORTEST_LOOK", 0.01),
+        ):
+            self.replace(name, value)
+        patient = jobman.Patient(argparse.Namespace(access="a", db=None))
+        began = time.monotonic()
+        self.assertEqual(
+            [False] * 9, [one["ok"] for one in jobman.examine(patient)])
+        self.assertLess(time.monotonic() - began, 4)
+
+    def test_the_manual_has_each_line(self):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            _, _, text = file.read().partition("\n### doctor\n")
+        text, _, _ = text.partition("\n###")
+        self.assertEqual(
+            [name for name, _ in jobman.LOOKS],
+            re.findall("`([a-z]+)`", " ".join(
+                re.findall(r"(?m)^\| ((?:`[a-z]+`,? )+)\|", text))))
+
     def test_no_more_threads_are_no_hindrance(self):
         gigabyte = 2**30
         self.assertOk("python", ".", self.examine(preexec_fn=self.limited(
@@ -15260,6 +15284,10 @@ class DoctorTest(Certified, CommandCase):
         found = self.examine(
             preexec_fn=self.limited(RLIMIT_NPROC=(1, most)))
         self.assertWrong("processes", r"may have 1 with.*; .*ulimit -u", found)
+        found = self.examine(start=changed(
+            "jobman", "jobman.resource.getrlimit = lambda which: (-1, -1)"))
+        self.assertOk("processes", "any number", found)
+        self.assertOk("files", "any number", found)
 
     def test_threads_of_a_user_are_counted(self):
         self.assertEqual(0, jobman.threads_of(2**31 - 3))
@@ -15329,6 +15357,10 @@ class DoctorTest(Certified, CommandCase):
             "allocation", "PBS doesn't say .*--time-limit", self.examine())
         self.batch_system("qstat", "echo Walltime.Remaining = 3600\n")
         self.assertOk("allocation", "job 1:00:00", self.examine())
+        self.batch_system(
+            "qstat", "echo Resource_List.walltime = 1:00:00\n"
+            "echo stime = Day Month 99 25:00 2000\n")
+        self.assertWrong("allocation", "PBS doesn't say", self.examine())
 
     def test_a_batch_system_may_hang(self):
         self.environment["SLURM_JOB_ID"] = "7"
@@ -15346,6 +15378,8 @@ class DoctorTest(Certified, CommandCase):
         os.utime(path, (hours_ago, hours_ago))
         said = "%s, for its owner only, written 2:00:" % re.escape(path)
         self.assertOk("access", said, self.examine())
+        os.utime(path, (time.time() + 99, time.time() + 99))
+        self.assertOk("access", "written 0 s ago", self.examine())
         os.chmod(path, 0o640)
         found = self.examine()
         self.assertWrong("access", "others can read it: chmod 600", found)
@@ -15369,7 +15403,17 @@ class DoctorTest(Certified, CommandCase):
 
     # The way to the server
 
+    def test_an_address_may_have_a_zone(self):
+        host = "fe80::1%lo"
+        try:
+            socket.getaddrinfo(host, 1)
+        except OSError as error:
+            self.skipTest("no IPv6: %s" % error)
+        self.lead_to("http://[%s]:1" % host)
+        self.assertOk("address", "^fe80::1", self.examine())
+
     def test_the_servers_name_is_known(self):
+        self.assertOk("address", r"^127\.0\.0\.1$", self.examine())
         self.lead_to("http://localhost:%d" % self.address[1])
         self.assertOk(
             "address", "127.0.0.1, by the name of localhost", self.examine())
@@ -15467,7 +15511,8 @@ class DoctorTest(Certified, CommandCase):
     # The server
 
     def stand_in(self, answer):
-        """Have a server that answers alike to all, to none when empty."""
+        """Have a server that gives `answer(request)`, to none if that's None.
+        """
 
         def listen():
             with contextlib.suppress(OSError):
@@ -15476,8 +15521,7 @@ class DoctorTest(Certified, CommandCase):
                     self.addCleanup(connection.close)
                     if answer:
                         with connection, contextlib.suppress(OSError):
-                            connection.recv(65536)
-                            connection.sendall(answer)
+                            connection.sendall(answer(connection.recv(65536)))
 
         server = socket.socket()
         self.addCleanup(server.close)
@@ -15487,27 +15531,43 @@ class DoctorTest(Certified, CommandCase):
         threading.Thread(target=listen, daemon=True).start()
         self.lead_to("http://127.0.0.1:%d" % server.getsockname()[1])
 
+    HEAD = (b"HTTP/1.1 %s\r\nContent-Type: %s\r\n"
+            b"Content-Length: %d\r\nConnection: close\r\n\r\n%s")
+
     def test_a_server_answers_and_so_does_its_database(self):
         self.assertOk("server", "and so does its database", self.examine())
-        head = (b"HTTP/1.1 %s\r\nContent-Type: %s\r\n"
-                b"Content-Length: %d\r\nConnection: close\r\n\r\n%s")
         for status, kind, body, said in (
             (b"404 No", b"text/html", b"<p>", "The server said 404"),
             (b"200 OK", b"text/html", b"<p>", "is no jobman; look at the"),
             (b"200 OK", b"application/json", b"[7", "is no jobman; look"),
-            (b"200 OK", b"application/json", b"{}", "is no jobman; look"),
+            (b"200 OK", b"application/json", b"{}", "is no jobman; look at"
+             " the address in /.*access.json$"),
             (b"421 No", b"application/json", b'{"error": "Not mine."}',
              "^Not mine$"),
             (b"503 No", b"text/html", b"", r"\(503\).*its standard error"),
         ):
             with self.subTest(status=status, body=body):
-                self.stand_in(head % (status, kind, len(body), body))
+                answer = self.HEAD % (status, kind, len(body), body)
+                self.stand_in(lambda request, answer=answer: answer)
                 found = self.examine()
                 self.assertWrong("server", said, found)
                 self.assertNotIn("jobix", found)
 
+    def test_a_server_may_refuse_to_show_figures(self):
+        version = b'{"version": "1"}'
+
+        def answer(request):
+            status = b"200 OK" if b"/health" in request else b"429 No"
+            return self.HEAD % (
+                status, b"application/json", len(version), version)
+
+        self.stand_in(answer)
+        found = self.examine()
+        self.assertOk("server", "it answers", found)
+        self.assertWrong("jobix", "The server said 429", found)
+
     def test_a_server_may_be_silent(self):
-        self.stand_in(b"")
+        self.stand_in(None)
         began = time.monotonic()
         self.assertWrong("server", "timed out.*its standard error",
                          self.examine())
@@ -15615,10 +15675,11 @@ class DoctorTest(Certified, CommandCase):
         self.assertOk("holder", said, self.examine("--db", "own.db"))
 
     def test_of_servers_that_share_any_may_have_the_access_file(self):
-        for _ in range(2):
-            self.serve("--db", "own.db", "--shared")
-        self.assertOk(
-            "holder", "serves own.db$", self.examine("--db", "own.db"))
+        for process, _ in [self.serve("--db", "own.db", "--shared")
+                           for _ in range(2)]:
+            self.name_server(pid=process.pid)
+            self.assertOk(
+                "holder", "serves own.db$", self.examine("--db", "own.db"))
 
     def test_a_server_of_another_host_shows_by_its_beat(self):
         record = {"host": "far", "pid": 7, "start": 7, "machine": ["b", "s"]}
@@ -15642,6 +15703,14 @@ class DoctorTest(Certified, CommandCase):
         self.addCleanup(ending.set)
         self.assertOk("holder", "process 7 on far serves new.db",
                       self.examine("--db", "new.db"))
+
+    def test_a_server_may_end_while_one_looks(self):
+        place = jobman.Place(self.path("new.db"))
+        self.put("new.db.lock", "process 7 on far")
+        ends = threading.Timer(0.3, os.unlink, [self.path("new.db.lock")])
+        ends.start()
+        self.addCleanup(ends.join)
+        self.assertFalse(jobman.is_serving(place, b"process 7 on far"))
 
     def test_a_lock_file_of_any_content_is_read(self):
         for content in ("", "\0\xff", "[]", '{"pid": "x", "host": 7}'):
