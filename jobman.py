@@ -53,6 +53,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -7184,17 +7185,20 @@ def frame(figures, heard, size, coloured):
                    s["states"], width - 1, coloured)
         for s in figures["stages"]
     ]
-    room = max(0, height - 6)
+    paused = any(s["paused"] for s in figures["stages"])
+    said = [
+        line for text in (
+            progress_line(figures),
+            workers_line(heard) + " (*: paused)" * paused)
+        for line in textwrap.wrap(text, width - 1)
+    ]
+    room = max(0, height - len(said) - 4)  # and 4 lines that aren't stages
     if len(stages) > room:
         more = number_of(len(stages) - room, "more stage")
         stages[room:] = ["    ... and " + more]
     all_states = figures["totals"]["states"]
-    paused = any(s["paused"] for s in figures["stages"])
     return [
-        *stages, stage_line("all", all_states, width - 1, coloured),
-        shorten(progress_line(figures), width - 1),
-        shorten(workers_line(heard) + " (*: paused)" * paused, width - 1),
-    ]
+        *stages, stage_line("all", all_states, width - 1, coloured), *said]
 
 
 def away(seen, trouble):

@@ -11106,6 +11106,19 @@ class LookCase(StoreCase):
         self.environment["TZ"] = "UTC"
         self.environment.pop("PYTHONUNBUFFERED", None)
 
+    def note_calls(self):
+        """Keep the name and the limit of all calls that look, in `calls`."""
+        self.calls = []
+
+        def noted(name, method):
+            def call(*given, **named):
+                self.calls.append((name, named.get("limit")))
+                return method(*given, **named)
+            return call
+
+        for name in ("status", "workers", "jobs"):
+            setattr(self.store, name, noted(name, getattr(self.store, name)))
+
     def look(self, *argv, status=0):
         """Run a command; return what it prints."""
         found, out, err = self.command(JOBMAN, *argv)
@@ -11737,18 +11750,7 @@ class AwaitTest(LookCase):
 
     def setUp(self):
         super().setUp()
-        self.calls = []
-        answer = jobman.Store.status, jobman.Store.jobs
-
-        def noted(name, method):
-            def call(*given, **named):
-                self.calls.append((name, named.get("limit")))
-                return method(*given, **named)
-            return call
-
-        for name, method in zip(("status", "jobs"), answer):
-            setattr(self.store, name, functools.partial(
-                noted(name, method), self.store))
+        self.note_calls()
 
     def test_it_returns_when_nothing_is_left(self):
         self.set_jobs([1, 2], laststage=2)
@@ -11898,13 +11900,16 @@ class WatchTest(LookCase):
     def test_it_keeps_to_the_terminals_size_when_that_changes(self):
         for stage in range(0, 60, 2):
             self.set_jobs([stage], stage=stage)
+        self.set_jobs([100], laststage=2)
+        self.end(100)
         self.environment["NO_COLOR"] = "1"
         process, screen = self.on_terminal("watch", size=(12, 50))
         shown = self.drawn_until(screen, "\033[?7h")
         self.resize(screen, 40, 120)
         more = self.drawn_until(screen, "\033[?7h")
         self.assertTrue(more.startswith("\033[H\033[2J"), more)
-        self.assertIn("... and 24 more stages", shown)
+        self.assertIn("... and 26 more stages", shown)
+        self.assertIn("until 2020-09-13", shown)
         self.assertIn(" stage 58 [", more)
         self.resize(screen, 3, 20)
         least = self.drawn_until(screen, "\033[?7h")
@@ -11934,13 +11939,14 @@ class WatchTest(LookCase):
         self.assertEqual(130, process.wait(PATIENCE))
 
     def test_without_a_terminal_news_are_lines(self):
+        self.note_calls()
         self.set_jobs([1, 2], laststage=2)
         process = self.spawn(*changed("jobman", "jobman.Ticker.PERIOD = 0"),
                              "watch")
         first = process.stdout.readline().decode()
         self.assertRegex(first, r"^2020-09-13 12:26:40 .* 0 %: 0 of 2 jobs")
         self.clock.advance(1)  # the time alone is no news
-        time.sleep(2.2)
+        wait_for(lambda: len(self.calls) > 6, "it to look again")
         self.end(1)
         self.assertIn(b"1 of 2 jobs", process.stdout.readline())
         process.send_signal(signal.SIGINT)
