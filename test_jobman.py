@@ -16655,11 +16655,12 @@ open("%(data)s/%%d.up" %% os.getpid(), "w").close()
 
     def polls(self):
         """Return how many long polls its processes have, by number."""
-        paths = {n: "%s/%d.polls" % (self.data, n) for n in self.up()}
-        return {
-            number: int(wait_for(functools.partial(read, path), "a number"))
-            for number, path in paths.items()
-        }
+        found = {}
+        for number in self.up():
+            path = "%s/%d.polls" % (self.data, number)
+            found[number] = int(
+                wait_for(functools.partial(read, path), "a number"))
+        return found
 
 
 class ApacheStore:
