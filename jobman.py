@@ -6567,7 +6567,7 @@ def using_worker():
     try:
         yield worker
     except worker.Trouble as trouble:
-        raise Trouble(str(trouble)) from None
+        raise Trouble(printable(str(trouble))) from None
 
 
 @contextlib.contextmanager
@@ -7702,14 +7702,17 @@ def read_items(options, source):
         for i in range(0, len(items), 1000):
             yield items[i : i + 1000]
         return
-    rest = b""
+    rest = []  # of a line that hasn't ended yet
     with source:
         for block in iter(lambda: source.read(8192), b""):
-            *lines, rest = (rest + block).split(b"\n")
+            *lines, end = block.split(b"\n")
             if lines:
+                lines[0] = b"".join([*rest, lines[0]])
                 yield [from_utf8(line) for line in lines]
-    if rest:
-        yield [from_utf8(rest)]
+                rest.clear()
+            rest.append(end)
+    if any(rest):
+        yield [from_utf8(b"".join(rest))]
 
 
 class Run:
@@ -7934,7 +7937,7 @@ def agree(options, what):
         raise Trouble("That would %s; say --yes to do it." % what)
     sys.stderr.write("%s? [y/N] " % (what[0].upper() + what[1:]))
     sys.stderr.flush()
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+    if sys.stdin.buffer.readline().strip().lower() not in (b"y", b"yes"):
         raise Trouble("Nothing was changed.")
 
 
@@ -8010,7 +8013,7 @@ def change_stage(options):
 def change_workers(options):
     """Drain or undrain a worker, or all."""
     with speaking(options, PATIENCE) as client:
-        names = [options.worker]
+        names = [clean(from_utf8(os.fsencode(options.worker)))]
         if options.worker == "all":
             names = [worker["name"] for worker in client.workers()["workers"]]
         if len(names) > ASKED_FROM:
@@ -8083,9 +8086,10 @@ def count_lines(source):
     """Return how many lines a file has, None where it is no regular file."""
     if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
         return None
+    start = source.tell()  # others may have read what is before
     blocks = iter(lambda: source.read(2**20), b"")
     lines = sum(block.count(b"\n") for block in blocks)
-    source.seek(0)
+    source.seek(start)
     return lines
 
 
@@ -8095,7 +8099,11 @@ def carried(options):
         "laststage", "priority", "max_attempts", "timeout")}
     if entry["laststage"] is None:
         entry["laststage"] = options.stage + 2
-    entry["cwd"] = from_utf8(os.fsencode(os.path.abspath(options.cwd or ".")))
+    try:
+        folder = os.path.abspath(options.cwd or ".")
+    except FileNotFoundError:
+        raise Trouble("This folder is gone; say --cwd DIR.") from None
+    entry["cwd"] = from_utf8(os.fsencode(folder))
     entry["after"] = [
         jobid for first, last in options.after
         for jobid in range(first, last + 1)] or None
@@ -8108,7 +8116,7 @@ def carried(options):
 def array_items(ranges):
     """Yield the items of --array, a list of ranges: their numbers."""
     for numbers in ranges:
-        yield [str(number) for number in numbers]
+        yield map(str, numbers)
 
 
 def entries(options, lists):
@@ -8160,6 +8168,29 @@ def read_json(name):
             from None
 
 
+def parents_of(job):
+    """Return whom a job waits for, of what may be none."""
+    after = job.get("after") if type(job) is dict else None
+    return after if type(after) is list else ()
+
+
+def parents_first(jobs):
+    """Return {jobid: job} in an order in which they can be added in parts."""
+    names, met, ordered = {int(name): name for name in jobs}, set(), {}
+    for name in jobs:
+        stack = [name]
+        while stack:
+            name, before = stack[-1], []
+            if name not in met:
+                met.add(name)
+                before = [names[parent] for parent in parents_of(jobs[name])
+                          if type(parent) is int and parent in names]
+            stack += [parent for parent in before if parent not in met]
+            if stack[-1] == name:
+                ordered.setdefault(stack.pop(), jobs[name])
+    return ordered
+
+
 def set_from_json(client, jobs):
     """Add jobs under their own ids, those that there aren't yet; or Trouble.
 
@@ -8167,7 +8198,7 @@ def set_from_json(client, jobs):
     """
     if not all(re.match("[0-9]{1,16}$", jobid) for jobid in jobs):
         raise Trouble("Jobs in a JSON object need numbers for names.")
-    client.set(jobs)
+    client.set(parents_first(jobs))
     ranges = []
     add_ids(ranges, sorted(map(int, jobs)))
     return ranges
@@ -8176,18 +8207,26 @@ def set_from_json(client, jobs):
 def submit_parts(client, options, jobs, total):
     """Submit jobs in parts; return ranges of the ids that they are given.
 
-    Each part has a key, so that none is added twice.
+    Each part has a key, so that none is added twice. Where input had broken
+    off in a part, under its key are the first of its jobs.
     """
     key, ranges, done = options.key or secrets.token_hex(8), [], 0
     try:
-        for number, part in enumerate(in_parts(jobs)):
-            add_ids(ranges, client.submit("%s/%d" % (key, number), part))
-            done += len(part)
+        for part in in_parts(jobs):
+            while part:
+                ids = client.submit("%s/%d" % (key, done), part)
+                if not 0 < len(ids) <= len(part):
+                    raise Trouble("--key %s was used for other jobs; take"
+                                  " another one." % shlex.quote(key))
+                add_ids(ranges, ids)
+                done += len(ids)
+                part = part[len(ids) :]
             if sys.stderr.isatty():
                 shown = bar(min(1, done / total)) if total else ""
                 sys.stderr.write("\r%s %d jobs\033[K\r" % (shown, done))
     except BaseException as error:
-        if done or not hasattr(error, "status"):  # it isn't a refusal
+        refused = isinstance(error, Trouble) or hasattr(error, "status")
+        if done or not refused:  # if not, it may be in
             say("%s added; the same command with --key %s adds the rest, and"
                 " none twice." % (number_of(done, "job"), shlex.quote(key)))
         raise
@@ -9403,6 +9442,14 @@ def check_submit(parser, options):
     options.arg_file = options.each_line or options.commands
 
 
+def read_key(text):
+    """Return the key of a submission, or ArgumentTypeError."""
+    if not 0 < len(text) <= MAX_NAME - 20:  # its parts' places follow it
+        raise argparse.ArgumentTypeError(
+            "a key must be a text of 1 to %d characters" % (MAX_NAME - 20))
+    return from_utf8(os.fsencode(text))
+
+
 def add_submit(command):
     """Describe submit."""
     command.usage = "%(prog)s [options] ['COMMAND {}' [::: ITEM ...]]"
@@ -9432,7 +9479,7 @@ def add_submit(command):
     add("--cwd", metavar="DIR", help="where they run (default: here)")
     add("--after", type=read_ids, default=[], metavar="IDS",
         help="jobs that they wait for, as 1,3,5-8")
-    add("--key", type=argument(word), metavar="KEY",
+    add("--key", type=read_key, metavar="KEY",
         help="a name for this submission: what it names is added once")
     add_client(command)
 

@@ -240,7 +240,7 @@ class Client:
             url = os.environ.get("JOBMAN_URL")
             jobix = os.environ.get("JOBMAN_JOBIX")
             fingerprint = os.environ.get("JOBMAN_FINGERPRINT")
-        if url is not None and not re.match(r"\d+\Z", str(jobix), re.A):
+        if url is not None and not re.match(r"\d{1,19}\Z", str(jobix), re.A):
             raise Trouble("A url needs a jobix too ($JOBMAN_JOBIX), a number.")
         self.fixed = None if url is None else (url, int(jobix), fingerprint)
         self.patience = patience
@@ -261,6 +261,8 @@ class Client:
         try:
             parts = urlsplit(url)
             address = parts.hostname, parts.port or PORTS.get(parts.scheme)
+            (parts.hostname or "").encode("idna")
+            parts.path.encode("ascii")
         except ValueError:
             parts = None
         if parts is None or parts.scheme not in PORTS or not parts.hostname:
@@ -492,15 +494,11 @@ class Client:
             if len(body) > MAX_BODY:
                 raise Refused(413, "That is too much for one call.")
         with self.mutex:
-            status, kind, text = self.persist(
-                method, path, body, repeat, timeout
-            )
-        if kind.startswith("application/json"):
-            text = json.loads(text)
+            status, answer = self.persist(method, path, body, repeat, timeout)
         if status != 200:
-            known = isinstance(text, dict) and text.get("error")
+            known = isinstance(answer, dict) and answer.get("error")
             raise Refused(status, known or "The server said %d." % status)
-        return text
+        return answer
 
     def persist(self, method, path, body, repeat, timeout):
         """Make a call, again and again while that is safe and may help."""
@@ -539,7 +537,7 @@ class Client:
         return self.call("POST", path, selector, timeout=self.SWEEP_TIMEOUT)
 
     def exchange(self, method, path, body, timeout):
-        """Make a call once; return (status, content type, text)."""
+        """Make a call once; return (status, answer)."""
         if not self.aborted.is_set():
             self.connect(timeout)
         headers = {"jobix": str(self.jobix)}
@@ -551,10 +549,16 @@ class Client:
         self.sent = True
         self.connection.request(method, self.prefix + path, body, headers)
         response = self.connection.getresponse()
-        text = response.read().decode("utf-8")
+        text = response.read().decode("utf-8", "replace")
         if response.will_close:
             self.close()
-        return response.status, response.getheader("Content-Type", ""), text
+        kind = response.getheader("Content-Type", "")
+        if kind.startswith("application/json"):
+            with contextlib.suppress(ValueError):
+                return response.status, json.loads(text)
+        elif response.status != 200 or kind.startswith("text/plain"):
+            return response.status, text
+        raise OSError("what answers there is no jobman server")
 
     def connect(self, timeout):
         """Open the connection, unless it still stands."""
