@@ -788,7 +788,7 @@ class SQL:
     # jobs that are done now that the pipeline has a last stage
     NEWLY_DONE = MOVABLE + """
         where jobix = :jobix and stage >= :laststage
-        and laststage is null and state in ('waiting', 'delayed')"""
+        and laststage is null and state in ('waiting', 'delayed', 'blocked')"""
     ANY_EXPIRED = EXPIRED + " limit 1"
     # the newly expired of a stage, per state, and their marks
     OVERDUE = "select state, count(*) as jobs from job" + IN_STAGE + """

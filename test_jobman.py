@@ -2838,6 +2838,14 @@ class DependencyTest(StoreCase):
         self.ok("/init/0/0/0")
         self.assertEqual({1: "done", 2: "waiting"}, self.told())
 
+    def test_init_ends_the_waiting_of_jobs_in_their_last_stage(self):
+        self.set_jobs([1])
+        self.set_jobs([2], stage=2, after=[1])
+        self.ok("/init/0/0/0")
+        self.assertEqual({1: "waiting", 2: "done"}, self.told())
+        self.ok("/cancel", {"ids": [1]})
+        self.assertEqual({1: "cancelled", 2: "done"}, self.told())
+
     def test_what_has_ended_before_counts(self):
         self.add({1: [], 2: [], 3: []}, max_attempts=1)
         self.finish(1)
