@@ -8010,19 +8010,32 @@ def change_stage(options):
     return 0
 
 
+def if_there(act, name):
+    """Return what a call about a worker gives, None if it has just ended."""
+    try:
+        return act(name)
+    except Exception as error:
+        if getattr(error, "status", None) != 404:
+            raise
+
+
 def change_workers(options):
     """Drain or undrain a worker, or all."""
     with speaking(options, PATIENCE) as client:
+        act = getattr(client, options.command)
         names = [clean(from_utf8(os.fsencode(options.worker)))]
-        if options.worker == "all":
+        if options.worker != "all":
+            answers = [act(name) for name in names]
+        else:
             names = [worker["name"] for worker in client.workers()["workers"]]
-        if len(names) > ASKED_FROM:
-            agree(options, "%s %d workers" % (options.command, len(names)))
-        answers = [getattr(client, options.command)(name) for name in names]
+            if len(names) > ASKED_FROM:
+                agree(options, "%s %d workers" % (options.command, len(names)))
+            answers = list(filter(None, (
+                if_there(act, name) for name in names)))
     goes = "claims no more" if options.command == "drain" else "goes on"
     lines = ("%s %s" % (printable(answer["worker"]), goes)
              for answer in answers)
-    report(options, answers, lines, names)
+    report(options, answers, lines, [each["worker"] for each in answers])
     return 0
 
 
@@ -9025,8 +9038,8 @@ def look_at_server(patient):
     try:
         patient.version, = patient.ask("/health", "version")
     except patient.worker.Unreachable as error:
-        raise Trouble("%s It takes connections: look at its standard error"
-                      % error) from None
+        raise Trouble("%s Look at its standard error, and at the address in %s"
+                      % (error, patient.source())) from None
     return "it answers, and so does its database"
 
 
@@ -9432,6 +9445,8 @@ def check_submit(parser, options):
     ) if given]
     if len(sources) > 1:
         parser.error("give %s, not both" % " or ".join(sources[:2]))
+    if not "".join(options.words).strip():  # as of an empty variable
+        options.words = []
     whole = options.commands or options.from_json
     if bool(options.words) == bool(whole):
         parser.error("%s brings the commands: give no other" % sources[0]

@@ -5366,7 +5366,7 @@ class FuzzTest(SeededCase):
     def settle(self, **more):
         """Wait until it has no more of them than before and `more`."""
         more = Counter(more, fd=3 * jobman.Readers.KEPT)
-        more["task"] += jobman.Server.THREADS
+        more["task"] += 2 * jobman.Server.THREADS + 1  # see Server.pools
         wait_for(lambda: not self.level() - self.before - more,
                  "threads to end, and files to be closed")
 
@@ -10813,6 +10813,24 @@ class ActingTest(CommandCase):
         self.does("drain", "b", status=1,
                   err="jobman.py: There is no worker b.\n")
 
+    def test_a_worker_that_ends_meanwhile_keeps_no_other_from_draining(self):
+        for name in ("a", "b"):
+            self.beat(name)
+
+        def end(request):
+            if b"/drain/" in request:
+                self.ok("/heartbeat", {"worker": "b", "lease": 60,
+                                       "claims": [], "ended": True})
+
+        proxy = CutProxy(self.address, end)
+        self.addCleanup(proxy.socket.close)
+        self.lead_to("http://127.0.0.1:%d" % proxy.port)
+        for name in ("c", "d"):
+            self.beat(name)
+        drained = self.does("drain", "all", "--output", "quiet").split()
+        self.assertLessEqual({"a", "c", "d"}, set(drained))
+        self.assertTrue(self.beat("a"))
+
     def test_expired_jobs_are_moved(self):
         self.set_jobs([1, 2])
         self.ok("/lifetime/0/1")
@@ -13472,9 +13490,14 @@ class CareTest(TemporaryFolder):
         self.assertEqual(dict.fromkeys(range(21), 0), self.kept(store))
 
     def test_a_full_disk_only_puts_pruning_off(self):
-        disk = self.small_disk()
+        disk = self.small_disk("400k")
         path = os.path.join(disk, "jobman.db")
-        shutil.move(self.made(), path)
+        made = self.made()
+        self.change(  # so much that it fits in no rest of a block
+            made, "insert into attempt (job, claim, attempt, stage, started,"
+            " ended, outcome, stderr) select row, 'x', 1, 0, 1, 1, 'failed',"
+            " hex(zeroblob(2000)) from job where state = 'done'")
+        shutil.move(made, path)
         store = self.store(path, keep_days=1)
         self.clock.advance(86400 * 2)
         store.catch_up(())  # so that only pruning is left to do
@@ -15433,12 +15456,15 @@ class DoctorTest(Certified, CommandCase):
         self.lead_to("http://localhost:%d" % self.address[1])
         self.assertOk(
             "address", "127.0.0.1, by the name of localhost", self.examine())
-        for host in ("no host", "x" * 64):
-            self.lead_to("http://%s:80" % host)
-            found = self.examine()
-            self.assertWrong(
-                "address", "%s is no name.*serve .*--url" % host, found)
-            self.assertNotIn("connection", found)
+        self.lead_to("http://no host:80")
+        found = self.examine()
+        self.assertWrong(
+            "address", "no host is no name.*serve .*--url", found)
+        self.assertNotIn("connection", found)
+        self.lead_to("http://%s:80" % ("x" * 64))
+        found = self.examine()
+        self.assertWrong("access", "The server's address 'http://x+:80'", found)
+        self.assertNotIn("address", found)
 
     def test_a_server_for_its_own_host_alone_is_not_reached(self):
         self.name_server(host="login1")
@@ -15555,9 +15581,10 @@ class DoctorTest(Certified, CommandCase):
     def test_a_server_answers_and_so_does_its_database(self):
         self.assertOk("server", "and so does its database", self.examine())
         for status, kind, body, said in (
-            (b"404 No", b"text/html", b"<p>", "The server said 404"),
-            (b"200 OK", b"text/html", b"<p>", "is no jobman; look at the"),
-            (b"200 OK", b"application/json", b"[7", "is no jobman; look"),
+            (b"404 No", b"text/html", b"<p>", "is no jobman server.*Look at"),
+            (b"200 OK", b"text/html", b"<p>", "is no jobman server.*Look at"),
+            (b"200 OK", b"application/json", b"[7", "is no jobman server.*at"
+             " the address in .*access.json"),
             (b"200 OK", b"application/json", b"{}", "is no jobman; look at"
              " the address in /.*access.json$"),
             (b"421 No", b"application/json", b'{"error": "Not mine."}',

@@ -556,7 +556,7 @@ class Client:
         if kind.startswith("application/json"):
             with contextlib.suppress(ValueError):
                 return response.status, json.loads(text)
-        elif response.status != 200 or kind.startswith("text/plain"):
+        elif response.status >= 500 or kind.startswith("text/plain"):
             return response.status, text
         raise OSError("what answers there is no jobman server")
 
