@@ -6452,10 +6452,6 @@ def raise_file_limit():
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-PROGRAM = """import worker; worker.Client(%s).set(
-      {1: {"jobstage": 0, "jobcmd": "hostname"}})"""
-
-
 ANNOUNCEMENT = """\
 jobman %(version)s listens at %(url)s
   database     %(db)s
@@ -6463,8 +6459,8 @@ jobman %(version)s listens at %(url)s
   page         %(page)s
   to look only %(reading)s
 Add a job, then run what waits, here or on any node that sees this home:
-  python3 -c %(program)s
-  python3 worker.py --stage 0%(option)s"""
+  python3 jobman.py submit%(option)s hostname
+  python3 worker.py%(option)s"""
 
 
 PLAIN_HTTP = (
@@ -6489,7 +6485,6 @@ def announcement(options, access_file, access):
     """Return what serve says when it is ready."""
     usual = access_file == access_path()
     access_file = os.path.abspath(access_file)
-    program = PROGRAM % ("" if usual else ascii(access_file))
     return ANNOUNCEMENT % {
         "version": __version__,
         "url": access["url"],
@@ -6497,7 +6492,6 @@ def announcement(options, access_file, access):
         "access": access_file,
         "page": page_address(access, "jobix", sys.stdout),
         "reading": page_address(access, "reading_jobix", sys.stdout),
-        "program": shlex.quote(program),
         "option": "" if usual else " --access " + shlex.quote(access_file),
     }
 
@@ -9657,7 +9651,8 @@ file, or from standard input, one a line."""),
   python3 jobman.py submit --array 1-1000 ./simulate.sh --seed {}
   python3 jobman.py submit --commands todo.txt --priority 5
   python3 jobman.py submit --after 1-1000 ./summarize.sh
-{} is the item as one shell word, {#} its number, as with run."""),
+{} is the item as one shell word, {#} its number, as with run. Options stand
+before the command."""),
     ("status", print_status, add_client, """show how far the jobs are
   python3 jobman.py status
   python3 jobman.py status --output json"""),

@@ -35,6 +35,7 @@ import re
 import resource
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -12395,7 +12396,8 @@ class StartTest(TemporaryFolder):
     def check_announced_commands(self, said):
         """Check that the two commands that a server names do a job."""
         first, second = re.search(
-            r"^  (python3 -c .*\n.*)\n  (python3 worker\.py .*)$", said, re.M
+            r"^  (python3 jobman\.py submit.*)\n  (python3 worker\.py.*)$",
+            said, re.M,
         ).groups()
         self.assertEqual(0, self.shell(first).wait(PATIENCE))
         self.shell(second)
@@ -15463,7 +15465,8 @@ class DoctorTest(Certified, CommandCase):
         self.assertNotIn("connection", found)
         self.lead_to("http://%s:80" % ("x" * 64))
         found = self.examine()
-        self.assertWrong("access", "The server's address 'http://x+:80'", found)
+        self.assertWrong(
+            "access", "The server's address 'http://x+:80'", found)
         self.assertNotIn("address", found)
 
     def test_a_server_for_its_own_host_alone_is_not_reached(self):
@@ -18477,6 +18480,88 @@ class CompareTest(TemporaryFolder):
 
 
 # ----------------------------------------------------------------- house ---
+
+
+class ReadmeTest(TemporaryFolder):
+    """What README says to type is typed."""
+
+    def setUp(self):
+        super().setUp()
+        for name in ("jobman.py", "worker.py"):
+            shutil.copy(os.path.join(HERE, name), self.folder)
+        bin_folder = self.make_folder()
+        os.symlink(sys.executable, os.path.join(bin_folder, "python3"))
+        self.environment["PATH"] = "%s:%s" % (
+            bin_folder, self.environment["PATH"])
+        self.readme = read(os.path.join(HERE, "README.md")).decode("utf-8")
+
+    def blocks(self, section):
+        """Return the commands in the blocks of a section, without serve."""
+        text = self.readme.split("\n## %s\n" % section)[1].split("\n## ")[0]
+        found = re.findall(r"^```\n(.*?)^```$", text, re.M | re.S)
+        return [block for block in found if "jobman.py serve" not in block]
+
+    def typed(self, block):
+        """Type a block of commands; return what is printed."""
+        done = subprocess.run(
+            ["/bin/sh", "-e"], input=block.encode(), cwd=self.folder,
+            env=self.environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, timeout=2 * PATIENCE)
+        said = done.stdout.decode("utf-8", "replace")
+        self.assertEqual(0, done.returncode, said)
+        return said
+
+    def test_the_quick_start_on_a_laptop_and_the_pipeline(self):
+        self.serve()
+        said = [self.typed(block)
+                for block in self.blocks("Quick start on a laptop")]
+        self.assertIn("3 jobs: 1-3\n1 job: 4\n", said[0])
+        self.assertRegex(said[-1], r"100 %: 4 of 4 jobs done[^$]*\nhello\n")
+        with open(self.path("list.txt")) as file:
+            self.assertEqual(3, len(file.read().splitlines()))
+        said = [self.typed(block) for block in self.blocks("A pipeline")]
+        self.assertRegex(said[-1], r"\n20 ")
+        self.typed("python3 worker.py --stage 22 --idle-timeout 1"
+                   " --command 'python3 check.py'")
+        self.assertIn("100 %: ", self.typed("python3 jobman.py status"))
+
+    def test_scripts_for_batch_systems(self):
+        for section, system in (("Slurm", "sbatch"), ("PBS", "qsub")):
+            block, = self.blocks("Quick start on " + section)
+            said = self.typed(block.replace("| " + system, ""))
+            self.assertTrue(said.startswith("#!/bin/bash\n"), said)
+
+    def parsed(self, line):
+        """Assert that jobman takes a command line as it stands."""
+        pieces = [piece for piece in line.split(" | ")
+                  if piece.startswith("python3")]
+        words = shlex.split(pieces[0])
+        self.assertEqual(["python3", "jobman.py"], words[:2], line)
+        for end in ("&&", ">", "2>/dev/null"):
+            if end in words:
+                words = words[: words.index(end)]
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            try:
+                jobman.parse(words[2:])
+            except SystemExit as exit:
+                self.assertEqual(0, exit.code, (line, err.getvalue()))
+
+    def test_what_comes_in_place_of_others_is_understood(self):
+        cells = re.findall(
+            r"`(python3 jobman\.py [a-z]+[^`]*)`",
+            "".join(line for line in self.readme.splitlines(True)
+                    if line.startswith("| `")))
+        self.assertGreater(len(cells), 15)
+        for cell in cells:
+            self.parsed(cell)
+
+    def test_every_example_of_help_is_understood(self):
+        for name, _, _, text in jobman.COMMANDS:
+            lines = [line.strip() for line in text.splitlines()
+                     if line.startswith("  ")]
+            self.assertTrue(lines, name)
+            for line in lines:
+                self.parsed(line)
 
 
 class HouseTest(TemporaryFolder):
