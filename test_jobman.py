@@ -18495,11 +18495,99 @@ class ReadmeTest(TemporaryFolder):
             bin_folder, self.environment["PATH"])
         self.readme = read(os.path.join(HERE, "README.md")).decode("utf-8")
 
+    def all_blocks(self):
+        """Yield (section, block) for each block of the manual."""
+        section = "top"
+        parts = re.split(r"^```", self.readme, flags=re.M)
+        for text, block in zip(parts[::2], parts[1::2]):
+            section = ([section] + re.findall("^##+ (.*)$", text, re.M))[-1]
+            yield section, block.partition("\n")[2]
+
     def blocks(self, section):
-        """Return the commands in the blocks of a section, without serve."""
-        text = self.readme.split("\n## %s\n" % section)[1].split("\n## ")[0]
-        found = re.findall(r"^```\n(.*?)^```$", text, re.M | re.S)
-        return [block for block in found if "jobman.py serve" not in block]
+        """Return the blocks of a section, but those that start a server."""
+        return [block for name, block in self.all_blocks()
+                if name == section and not re.search(
+                    r"^(nohup )?python3 jobman\.py serve", block)]
+
+    # How many blocks each section has, all of which are tested: here, but
+    # those of the last four by StartTest and CI, SlurmTest and Apache's.
+    BLOCKS = {
+        "Quick start on a laptop": 4, "A pipeline": 4,
+        "Quick start on Slurm": 2, "Quick start on PBS": 1, "Life cycle": 1,
+        "Claiming": 1, "Figures": 2, "submit": 1, "bench": 1,
+        "Python client": 3, "top": 2, "serve in a batch job": 1, "WSGI": 2,
+    }
+
+    def test_every_block_is_tested(self):
+        self.assertEqual(
+            self.BLOCKS,
+            dict(Counter(section for section, _ in self.all_blocks())))
+
+    def test_the_first_command(self):
+        block = self.blocks("top")[0]
+        self.assertIn(" /usr/bin ", block)
+        texts = "/usr/share/common-licenses"
+        self.typed(block.replace("/usr/bin", texts))
+        with open(self.path("sums.txt")) as file:
+            sums = dict(reversed(line.split()) for line in file)
+        for path, digest in sums.items():
+            self.assertEqual(
+                hashlib.sha256(read(path)).hexdigest(), digest)
+        self.assertGreater(len(sums), 5)
+
+    def test_ids_go_from_one_submission_to_the_next(self):
+        self.serve()
+        self.assertEqual(
+            "1 job: 21\n", self.typed(self.blocks("submit")[0]))
+
+    def test_the_programs_in_python(self):
+        _, (_, port) = self.serve()
+        for number, program in enumerate(self.blocks("Python client")):
+            name = "%d.py" % number
+            with open(self.path(name), "w") as file:
+                file.write(program.replace(":8642", ":%d" % port))
+            said = self.typed("python3 " + name)
+            self.assertTrue(said, name)
+            self.assertNotIn("Traceback", said)
+        self.assertIn("Success, job 1 was updated to stage 2!", said)
+
+    def keys(self, value):
+        """Return the keys of an object, and of objects in it."""
+        if isinstance(value, list):
+            value = value[0] if value else None
+        if not isinstance(value, dict):
+            return set()
+        return set(value).union(*map(self.keys, value.values()))
+
+    def test_answers_have_the_keys_that_are_shown(self):
+        self.serve()
+        client = worker.Client(self.path(".jobman", "access.json"))
+        self.addCleanup(client.close)
+        client.set({i: {"jobstage": 0, "jobcmd": "x"} for i in range(2)})
+        job = client.get(0, lease=60)
+        for block, answer in (
+            (self.blocks("Claiming")[0], job),
+            (self.blocks("Figures")[0], client.status()),
+            (self.blocks("Figures")[1], client.stats()),
+        ):
+            client.update_job(job["jobid"], 2, job["claim"])
+            if "claims" in block:
+                answer = client.stats()
+            elif "lifetime" in block:
+                answer = client.status()
+            shown = json.loads(re.sub(", \u2026", "", block))
+            self.assertLessEqual(
+                self.keys(shown) - {"failed"}, self.keys(answer))
+            self.assertEqual(set(shown), set(answer))
+
+    def test_drawings_and_samples(self):
+        drawn = self.blocks("Life cycle")[0]
+        for state in jobman.STATES:
+            self.assertIn("[%s]" % state, drawn)
+        sample = self.blocks("bench")[0]
+        for line in jobman.MEASURED.values():
+            self.assertIn(re.sub(r"^%\S+ ", " ", line), sample)
+        self.assertIn(jobman.GOOD_FOR, sample)
 
     def typed(self, block):
         """Type a block of commands; return what is printed."""
