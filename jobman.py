@@ -6860,12 +6860,26 @@ def command_of(job):
     return to_json(command)
 
 
+ITEM_FIRST = 'export JOBMAN_ITEM="$1"; '  # of what shell_script() makes
+
+
+def told_command(job):
+    """Return a job's command as a person wrote it, the item filled in."""
+    command = job["jobcmd"]
+    if type(command) is list and len(command) == 5 and type(
+            command[2]) is str and command[2].startswith(ITEM_FIRST):
+        item = shlex.quote(str(command[4]))
+        return command[2][len(ITEM_FIRST):].replace(
+            '"${JOBMAN_ITEM}"', item).replace("${JOBMAN_ITEM}", item)
+    return command_of(job)
+
+
 def job_row(job):
     """Return what a table of jobs shows of one."""
     state = job["state"] + ", expired" * job["expired"]
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job["since"]))
     return (job["jobid"], job["stage"], state, since, job["worker"],
-            job["attempt"] or None, command_of(job))
+            job["attempt"] or None, told_command(job))
 
 
 def job_lines(pages):
@@ -7048,7 +7062,7 @@ def details(job):
     """Yield the lines that show a job and its attempts to a person."""
     told = "jobid", "attempts", "why", "jobcmd", "expired", "since", "due"
     stages = "stage", "laststage", "made"  # that may be 0
-    rows = [("why", job["why"]), ("command", command_of(job)),
+    rows = [("why", job["why"]), ("command", told_command(job)),
             ("since", clock_time(job["since"]))]
     rows += [("expired", "its stage's lifetime is over")] * job["expired"]
     rows += [
@@ -7639,7 +7653,7 @@ def shell_script(command, number):
     one word in any quotes that it stands in; `{#}` becomes `number`. What the
     script starts has the item in its environment.
     """
-    script, quotes, i = ["export JOBMAN_ITEM=\"$1\"; "], [""], 0
+    script, quotes, i = [ITEM_FIRST], [""], 0
     while i < len(command):
         match = SHELL_PIECE.match(command, i)
         piece, inside = match.group(), quotes[-1]

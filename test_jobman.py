@@ -10895,6 +10895,17 @@ class SubmitTest(CommandCase):
         self.assertEqual(["1 a", "2 b c", "3 d'e"], self.work())
         self.assertEqual({(2, "done"): 3}, self.states())
 
+    def test_a_command_is_shown_as_it_was_written(self):
+        self.does("submit", "cp {} \"new {}\" '{#}'", ":::", "a", "b c")
+        out = self.does("jobs")
+        self.assertIn(" cp a \"new a\" '1'\n", out)
+        self.assertIn(" cp 'b c' ", out)
+        self.assertRegex(self.does("job", "1"), "command +cp a ")
+        odd = [1, 2, 3, 4, 5], ["a", "b", "c", "d", "e"], None
+        self.set_jobs(dict(enumerate(odd, 9)))
+        for jobid in range(9, 12):
+            self.does("job", str(jobid))
+
     def test_a_lone_command_is_one_job(self):
         self.assertEqual("1 job: 1\n", self.does("submit", "echo", "a;",
                                                  "echo", "b"))
