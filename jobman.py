@@ -6460,7 +6460,7 @@ jobman %(version)s listens at %(url)s
   to look only %(reading)s
 Add a job, then run what waits, here or on any node that sees this home:
   python3 jobman.py submit%(option)s hostname
-  python3 worker.py%(option)s"""
+  python3 worker.py --stage 0%(option)s"""
 
 
 PLAIN_HTTP = (
