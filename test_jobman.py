@@ -360,6 +360,30 @@ class StoreCase(TemporaryFolder):
         self.closing.callback(self.door.close)
         self.addCleanup(self.closing.close)
 
+    def steps(self, operation):
+        """Return how many steps of SQLite's machine an operation takes.
+
+        The counter is set and taken off by who commits: sqlite3 would wait
+        with Python's lock held for another thread's statement, and that one
+        for Python's lock.
+        """
+        steps, writer = [0], self.store.writer
+
+        def step():
+            steps[0] += 1
+
+        def count(call):
+            for connection in [writer.connection, *self.store.readers.idle]:
+                connection.set_progress_handler(call, 1)
+
+        writer.run(lambda tx: count(step))
+        begun = steps[0]
+        operation()
+        ended = steps[0]
+        writer.run(lambda tx: count(None))
+        self.assertGreater(ended, begun)
+        return ended - begun
+
     def restart(self):
         self.closing.close()
         self.open()
@@ -3088,18 +3112,6 @@ class DependencyTest(StoreCase):
         self.ok("/retry", {"ids": [0]})
         self.assertEqual(
             {(0, "blocked"): n - 1, (0, "waiting"): 1}, self.states())
-
-    def steps(self, operation):
-        """Return how many steps of SQLite's machine an operation takes."""
-        steps, connection = [0], self.store.writer.connection
-
-        def step():
-            steps[0] += 1
-
-        connection.set_progress_handler(step, 1)
-        operation()
-        connection.set_progress_handler(None, 1)
-        return steps[0]
 
     def test_waiting_for_many_costs_each_the_same(self):
         for few, many in zip(self.costs_of_waiting_for(500),
@@ -6701,22 +6713,6 @@ class UpgradeTest(StoreCase):
 
 class CostTest(StoreCase):
     """What an operation costs doesn't depend on how many jobs there are."""
-
-    def steps(self, operation):
-        """Return how many steps of SQLite's machine an operation takes."""
-        steps = [0]
-
-        def step():
-            steps[0] += 1
-
-        connections = [self.store.writer.connection, *self.store.readers.idle]
-        for connection in connections:
-            connection.set_progress_handler(step, 1)
-        operation()
-        for connection in connections:
-            connection.set_progress_handler(None, 1)
-        self.assertGreater(steps[0], 0)
-        return steps[0]
 
     PAGES = {
         "jobs": dict(order="id", after=None, stage=None, state=None),
