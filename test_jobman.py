@@ -13612,7 +13612,8 @@ class CareTest(TemporaryFolder):
         shutil.move(
             self.old("insert into setting values ('x', '%s')" % filler), path)
         before = self.dump(path)
-        status, _, err = self.command(JOBMAN, "serve", "--db", path)
+        status, _, err = self.command(
+            JOBMAN, "serve", "--port", "0", "--db", path)
         self.assertEqual(1, status)
         self.assertRegex(err, r"can't be copied to .*old\.db\.schema1: .*full")
         self.assertEqual(before, self.dump(path))
