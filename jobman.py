@@ -6371,10 +6371,11 @@ def listen(host, port):
     try:
         return Server((host, port))
     except (OSError, OverflowError) as error:
-        reason = cause(error)
-        raise Trouble(
-            "Can't listen on port %d of %s: %s." % (port, host, reason)
-        ) from None
+        line = "Can't listen on port %d of %s: %s." % (
+            port, host, cause(error))
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            line += " Give another --port; 0 is any that is free."
+        raise Trouble(line) from None
 
 
 def is_local(server):
@@ -7114,7 +7115,8 @@ def worker_lines(heard):
         rows = [worker_row(worker, now) for worker in heard["workers"]]
         yield from columns(heads, rows)
     else:
-        yield "No worker was heard of in the last day."
+        yield ("No worker is there; those that have ended, or send no"
+               " heartbeats, aren't shown.")
 
 
 def print_workers(options):

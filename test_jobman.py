@@ -7961,6 +7961,13 @@ class WorkerTest(WorkerCase):
 
     # What a job's command is
 
+    def test_stages_that_are_none_are_said_to_be_so(self):
+        for text in ("a", "", "0,", "-1", "999999"):
+            status, out, err = self.command(WORKER, "--stage=" + text)
+            self.assertEqual((2, ""), (status, out))
+            self.assertIn("--stage: %r is no list such as 0 or 2,0, of stages"
+                          " up to 999998" % text, err)
+
     def test_string_is_run_by_the_shell_and_a_list_as_it_is(self):
         self.add('echo "$0" $((1 + 1))', ["printf", "%s|", "a b", "$HOME"])
         out, _ = self.work()
@@ -11585,8 +11592,11 @@ The end of what the last one said:
     # workers
 
     def test_workers_are_shown_with_what_is_wrong(self):
-        self.assertEqual("No worker was heard of in the last day.\n",
-                         self.look("workers"))
+        nobody = ("No worker is there; those that have ended, or send no"
+                  " heartbeats, aren't shown.\n")
+        self.assertEqual(nobody, self.look("workers"))
+        self.beat("a", ended=True)
+        self.assertEqual(nobody, self.look("workers"))
         self.beat("a", host="node1", done=9, failed=1)
         self.clock.advance(200)
         self.beat("b", stages=[2, 0], quarantine="no space")
@@ -12810,7 +12820,9 @@ class StartTest(TemporaryFolder):
             other.bind(("127.0.0.1", 0))
             other.listen(1)
             port = other.getsockname()[1]
-            self.assertIn(str(port), self.check_untouched(port=port))
+            said = self.check_untouched(port=port)
+        self.assertIn("port %d of " % port, said)
+        self.assertIn("Give another --port; 0 is any that is free.", said)
 
     def test_a_database_whose_name_is_not_utf8(self):
         name = b"\xff?#%.db"

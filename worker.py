@@ -2753,10 +2753,13 @@ def send_spool(options):
 
 def stage_list(text):
     """Read --stage: stages from which a job can move two up."""
-    stages = [int(stage) for stage in text.split(",")]
-    if not 0 <= min(stages) <= max(stages) <= MAX_STAGE - 2:
-        raise ValueError
-    return stages
+    most = MAX_STAGE - 2
+    with contextlib.suppress(ValueError):
+        stages = [int(stage) for stage in text.split(",")]
+        if 0 <= min(stages) <= max(stages) <= most:
+            return stages
+    raise argparse.ArgumentTypeError(
+        "%r is no list such as 0 or 2,0, of stages up to %d" % (text, most))
 
 
 def time_limit(text):
