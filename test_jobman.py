@@ -8846,6 +8846,23 @@ class OutageTest(WorkerCase):
         self.assertEqual(n, self.ran())
         self.assertFalse(os.path.exists(self.path(".jobman", "spool")))
 
+    def test_an_idle_worker_says_that_its_server_is_away_and_is_back(self):
+        process = self.start("--lease", "1", "--idle-timeout", "1000")
+        wait_for(lambda: self.client.workers()["workers"], "a worker")
+        self.lose_server()
+        wait_for(lambda: select.select([process.stderr], (), (), 0)[0],
+                 "a word of the worker")
+        self.assertRegex(
+            process.stderr.readline(),
+            br"worker\.py: The server at .* can't be reached \(.*\)\."
+            br" It is waited for\.\n\Z")
+        self.find_server()
+        self.assertEqual(b"worker.py: The server is back.\n",
+                         process.stderr.readline())
+        process.terminate()
+        status, _, err = self.finish(process)
+        self.assertEqual((128 + signal.SIGTERM, ""), (status, err))
+
     def test_commands_run_on_and_their_results_wait_on_disk(self):
         worker = self.lose_server_while_running(2)
         wait_for(lambda: len(self.spooled()) == 2, "the results")

@@ -1028,6 +1028,7 @@ class Claims:
         self.spooled = 0  # how many of these are on disk
         self.away = False  # the server, as far as reports know
         self.missed = False  # it, as far as heartbeats know
+        self.said = False  # so, of an idle worker
         self.retry = 0  # when to try it again
         self.pauses = backoff()
         self.over = False
@@ -1200,11 +1201,17 @@ class Claims:
                 self.name, self.lease, claims, **about
             )
             lost, drained = set(answer["lost"]), bool(answer.get("drain"))
-        except Unreachable:
+        except Unreachable as error:
+            if not (claims or self.missed or self.away or self.over):
+                self.said = True  # no result will say it
+                self.say("%s It is waited for." % error)
             self.missed = True
             return
         except Exception as error:  # also an answer of somebody else
             return self.say("No heartbeat: %s" % (error or repr(error)))
+        if self.said:
+            self.said = False
+            self.say("The server is back.")
         if self.missed:
             self.missed = False
             self.look_again()
