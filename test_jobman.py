@@ -8737,6 +8737,16 @@ class BudgetTest(WorkerCase):
         self.assertEqual(["deferred", "done"], self.outcomes())
         self.assertEqual(["done"], self.states())
 
+    @hasty
+    def test_a_job_that_comes_free_as_a_worker_would_end_is_done(self):
+        self.add('[ "$JOBMAN_ATTEMPT" = 2 ]')
+        worker = self.start_with(
+            "look = worker.Claimer.delayed\n"
+            "worker.Claimer.delayed = lambda self:"
+            " list(iter(lambda: look(self), False)) is None")  # not any more
+        self.assertEqual((0, "", ""), self.finish(worker))
+        self.assertEqual(["done"], self.states())
+
     def test_job_over_its_timeout_dies_with_its_children(self):
         self.add("trap '' TERM; echo $$ >> pids; sleep 60 & echo $! >> pids;"
                  " while :; do wait; done", timeout=0.3, max_attempts=1)

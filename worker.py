@@ -1801,7 +1801,8 @@ class Claimer:
             now, idle = time.monotonic(), not self.busy()
             if idle and now >= busy + self.options.idle_timeout:
                 if self.drained or not self.delayed():
-                    return None
+                    # what was delayed may have come free just before that
+                    return self.ask(stages, n, 0) or None
                 idle = False
             if not idle:
                 busy, least = now, 0.2
