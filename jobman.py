@@ -15,6 +15,12 @@ A request goes this way: front door, answer, endpoint, Store, Writer.
 The manual is README.md.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C beside main() ends us without a word
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import atexit
 import base64
@@ -45,7 +51,6 @@ import select
 import selectors
 import shlex
 import shutil
-import signal
 import socket
 import sqlite3
 import stat
@@ -9819,11 +9824,26 @@ def give_up_output():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+@contextlib.contextmanager
+def interruptible():
+    """Let Ctrl-C be a KeyboardInterrupt where it would else end us."""
+    interrupt = signal.default_int_handler
+    ends_us = signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    if ends_us:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if ends_us and signal.getsignal(signal.SIGINT) == interrupt:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def main(arguments=None):
     """Run the command line; return its exit status."""
     try:
-        options = parse(sys.argv[1:] if arguments is None else arguments)
-        return options.act(options)
+        with interruptible():
+            options = parse(sys.argv[1:] if arguments is None else arguments)
+            return options.act(options)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # as by `| head`: no error

@@ -10755,6 +10755,22 @@ class CommandCase(StoreCase):
         return process.wait(PATIENCE), seen.decode("utf-8", "replace")
 
 
+# For sitecustomize.py: Ctrl-C when a module is imported, or at the end.
+STRUCK = """
+import atexit, os, sys
+
+class Finder:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == os.environ["MOMENT"]:
+            os.kill(os.getpid(), 2)
+
+sys.meta_path.insert(0, Finder)
+if os.environ["MOMENT"] == "end":
+    atexit.register(os.kill, os.getpid(), 2)
+"""
+
+
 class ActingTest(CommandCase):
     """Commands that change jobs, stages and workers."""
 
@@ -10906,6 +10922,28 @@ class ActingTest(CommandCase):
         for bad in ("x", "-1", "1.5", str(10**9 + 1)):
             self.does("lifetime", "1", bad, status=2, err=USAGE)
         self.assertEqual({"0": 5, "1": 90}, self.ok("/init"))
+
+    def test_ctrl_c_while_it_starts_or_ends_is_no_traceback(self):
+        with open(self.path("sitecustomize.py"), "w") as file:
+            file.write(STRUCK)
+        self.environment["PYTHONPATH"] = self.folder
+        for program in (JOBMAN, WORKER):
+            for moment in ("argparse", "worker", "end"):
+                if (program, moment) == (WORKER, "worker"):
+                    continue
+                with self.subTest(program=program, moment=moment):
+                    self.environment["MOMENT"] = moment
+                    argv = [program, "--help"]
+                    if program == JOBMAN:
+                        argv[1] = "status"
+                    status, _, err = self.command(*argv)
+                    ends = [-signal.SIGINT, 128 + signal.SIGINT]
+                    self.assertEqual("", err)
+                    self.assertIn(status, ends)
+                    status, _, err = self.command(
+                        *argv, preexec_fn=lambda: signal.signal(
+                            signal.SIGINT, signal.SIG_IGN))
+                    self.assertEqual((0, ""), (status, err))
 
     def test_a_server_that_is_not_there_is_said(self):
         self.closing.close()

@@ -10,6 +10,12 @@ answers. It needs Python 3.6 or later and nothing else, and works when copied
 alone. The manual is jobman's README.md.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends us without a word, until we heed it
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import atexit
 import collections
@@ -31,7 +37,6 @@ import sched
 import secrets
 import select
 import shutil
-import signal
 import socket
 import stat
 import subprocess
