@@ -4936,11 +4936,10 @@ def progress_line(figures):
         line = "%d %%: %s" % (100 * done // jobs, line)
     left = figures["seconds_left"]
     if left is not None:
-        line += ", %.3g a second over the last two minutes, so %s left" % (
-            figures["rate"], span(left)
-        )
-        if left:
-            line += ", until " + clock_time(figures["time"] + left)
+        line += ", %.3g a second over the last two minutes" % figures["rate"]
+    if left:
+        line += ", so %s left, until %s" % (
+            span(left), clock_time(figures["time"] + left))
     return line + "."
 
 

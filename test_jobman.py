@@ -11325,6 +11325,15 @@ class LookTest(LookCase):
         self.assertEqual(self.ok("/status"), self.seen("status"))
         self.assertEqual("", self.look("status", "--output", "quiet"))
 
+    def test_no_time_is_left_when_all_have_ended(self):
+        self.set_jobs([1, 2], laststage=2)
+        self.end(1)
+        self.clock.advance(30)
+        self.assertRegex(self.look("status"), " minutes, so [0-9:]+ left, un")
+        self.end(2)
+        self.clock.advance(30)
+        self.assertTrue(self.look("status").endswith(" two minutes.\n"))
+
     # jobs
 
     def test_jobs_are_listed_in_columns(self):
