@@ -17,9 +17,9 @@ The manual is README.md.
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C beside main() ends us without a word
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no import's traceback
 
 import argparse
 import atexit
@@ -9823,26 +9823,11 @@ def give_up_output():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@contextlib.contextmanager
-def interruptible():
-    """Let Ctrl-C be a KeyboardInterrupt where it would else end us."""
-    interrupt = signal.default_int_handler
-    ends_us = signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    if ends_us:
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        if ends_us and signal.getsignal(signal.SIGINT) == interrupt:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def main(arguments=None):
     """Run the command line; return its exit status."""
     try:
-        with interruptible():
-            options = parse(sys.argv[1:] if arguments is None else arguments)
-            return options.act(options)
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        return options.act(options)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # as by `| head`: no error
@@ -9856,4 +9841,10 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     sys.stdout, sys.stderr = tolerate(sys.stdout), tolerate(sys.stderr)
-    sys.exit(main())
+    heeds = signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    if heeds:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = main()
+    if heeds:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)

@@ -12,9 +12,9 @@ alone. The manual is jobman's README.md.
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C ends us without a word, until we heed it
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no import's traceback
 
 import argparse
 import atexit
