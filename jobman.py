@@ -6575,8 +6575,13 @@ def speaking(options, patience=5):
 
     It gives the server up after `patience` seconds.
     """
+    def tell(line):
+        clear = "\r\033[K" if sys.stderr.isatty() else ""  # a bar's line
+        say("%sjobman.py: %s" % (clear, printable(line)))
+
     with using_worker() as worker:
         client = worker.Client(options.access, patience=patience)
+        client.tell = tell
         with contextlib.closing(client):
             yield client
 

@@ -10950,6 +10950,12 @@ class ActingTest(CommandCase):
         self.lead_to("http://127.0.0.1:1")
         self.does("status", status=1,
                   err=r"jobman.py: The server at .* can't be reached.*\n")
+        hasty = changed("jobman", "import worker; worker.Client.LATE = 0.1;"
+                        " jobman.PATIENCE = 1")
+        status, out, err = self.command(*hasty, "cancel", "all")
+        self.assertEqual((1, ""), (status, out))
+        self.assertRegex(err, r"\Ajobman.py: (The server .* can't be reached.*)"
+                         r" It is waited for\.\njobman.py: \1\n\Z")
         del self.environment["JOBMAN_URL"]
         self.does("cancel", "all", status=1,
                   err="jobman.py: There is no access file .*\n")

@@ -232,6 +232,7 @@ class Client:
     CONNECT_TIMEOUT = 10  # seconds
     TIMEOUT = 60  # seconds without a byte before a connection is given up
     SWEEP_TIMEOUT = 3600  # for a call that may be about millions of jobs
+    LATE = 5  # seconds for which a call tries until it tells of that
     SETTLE = 1  # seconds until a server that starts has its access file
     PART = 2000  # jobs in one call of many
     PART_SIZE = 2**20  # characters of them
@@ -249,6 +250,7 @@ class Client:
             raise Trouble("A url needs a jobix too ($JOBMAN_JOBIX), a number.")
         self.fixed = None if url is None else (url, int(jobix), fingerprint)
         self.patience = patience
+        self.tell = None  # called with what holds up a call, once for each
         self.mutex = threading.Lock()  # guards the connection
         self.connection = None
         self.sent = False  # whether a call has gone out on it
@@ -507,8 +509,8 @@ class Client:
 
     def persist(self, method, path, body, repeat, timeout):
         """Make a call, again and again while that is safe and may help."""
-        end = time.monotonic() + (self.patience or 0)
-        settled = time.monotonic() + self.SETTLE
+        began = time.monotonic()
+        told = self.tell is None
         for pause in backoff():
             try:
                 answer = self.exchange(method, path, body, timeout)
@@ -531,9 +533,14 @@ class Client:
                     self.locate()
                 if sent and not repeat:
                     raise Unreachable(error) from None
-                if stranger and not self.met and time.monotonic() >= settled:
+                new = time.monotonic() < began + self.SETTLE
+                if stranger and not (self.met or new):
                     raise Trouble(error) from None  # ours was never there
-            late = self.patience is not None and time.monotonic() >= end
+            took = time.monotonic() - began
+            late = self.patience is not None and took >= self.patience
+            if took >= self.LATE and not (late or told):
+                told = True
+                self.tell("%s It is waited for." % error)
             if late or self.aborted.wait(pause):
                 raise Unreachable(error)
 
