@@ -10847,6 +10847,49 @@ class ActingTest(CommandCase):
         self.assertEqual(0, status)
         self.assertIn("101 jobs cancelled", seen)
 
+    def test_only_a_person_at_a_terminal_is_asked(self):
+        self.set_jobs(range(101))
+        ours, theirs = pty.openpty()
+        self.addCleanup(os.close, ours)
+        self.addCleanup(os.close, theirs)
+        refusal = "jobman.py: That would cancel 101 jobs; say --yes .*\n"
+        os.write(ours, b"y\n")
+        self.does("cancel", "all", status=1, err=refusal, stdin=theirs)
+        self.does("cancel", "all", status=1, err=refusal, stdin=None,
+                  preexec_fn=lambda: os.close(0))
+        self.assertEqual({(0, "waiting"): 101}, self.states())
+        status, seen = self.on_terminal("cancel", "all", say=" YES \n")
+        self.assertEqual(0, status, seen)
+
+    def test_only_what_may_change_is_counted(self):
+        self.ok("/lifetime/0/1")
+        self.set_jobs(range(101))
+        self.set_jobs([101], stage=4)
+        self.clock.advance(61)
+        self.store.tick()
+        self.assertEqual("0 jobs retried\n", self.does("retry", "all"))
+        self.assertEqual("1 job cancelled\n", self.does(
+            "cancel", "--stage", "4"))
+        self.assertEqual("0 jobs cancelled\n", self.does(
+            "cancel", "--state", "working"))
+        self.assertEqual("0 expired jobs moved\n", self.does(
+            "move", "4", "0"))
+
+    def test_many_workers_are_asked_for_and_a_refusal_is_said(self):
+        self.jobix = self.store.jobix
+        self.beat("a")
+        self.environment["JOBMAN_JOBIX"] = str(self.store.reading_jobix)
+        self.does("drain", "all", status=1,
+                  err="jobman.py: This jobix is only for reading.\n")
+        self.lead_to(self.environment["JOBMAN_URL"])
+        for i in range(100):
+            self.beat("w%d" % i)
+        self.does("drain", "all", status=1,
+                  err="jobman.py: That would drain 101 workers; .*\n")
+        self.assertFalse(self.beat("a"))
+        self.does("drain", "all", "--yes")
+        self.assertTrue(self.beat("a"))
+
     def test_a_stage_is_paused_and_goes_on(self):
         self.set_jobs([1])
         self.assertEqual("stage 0 is paused\n", self.does("pause", "0"))
@@ -11074,6 +11117,58 @@ class SubmitTest(CommandCase):
             self.does("submit", "--from-json", "-", given=bad, status=1,
                       err="jobman.py: .*\n")
         self.assertEqual(5, len(self.told()))
+
+    def test_json_in_any_order_and_with_a_mark_of_its_encoding(self):
+        jobs = {str(i): {"jobstage": 0, "after": [i + 1]}
+                for i in range(2500)}
+        jobs["2500"] = {"jobstage": 0}
+        given = b"\xef\xbb\xbf" + json.dumps(jobs).encode()
+        self.assertEqual("2501 jobs: 0-2500\n", self.does(
+            "submit", "--from-json", "-", given=given))
+        self.assertEqual({(0, "blocked"): 2500, (0, "waiting"): 1},
+                         self.states())
+        for after in (5, ["1"], [9000], [3000], [[]]):
+            given = json.dumps({"3000": {"jobstage": 0, "after": after}})
+            self.does("submit", "--from-json", "-", given=given.encode(),
+                      status=1, err="jobman.py: .*\n")
+
+    def test_a_folder_that_is_gone(self):
+        for argv, status in (((), 1), (("--cwd", "/tmp"), 0)):
+            folder = self.make_folder()
+            self.does("submit", *argv, "true", status=status, cwd=folder,
+                      err="jobman.py: This folder is gone; .*\n" * status,
+                      preexec_fn=lambda folder=folder: os.rmdir(folder))
+
+    def test_what_others_have_read_of_standard_input_is_left_out(self):
+        with open(self.path("todo"), "wb+") as file:
+            file.write(b"echo 1\necho 2\n")
+            file.flush()
+            file.seek(7)
+            self.does("submit", "--commands", "-", stdin=file)
+        self.assertEqual(["2"], self.work())
+
+    def test_long_commands_go_in_small_parts(self):
+        sizes, submit = [], self.store.submit
+
+        def noted(jobix, keys, jobs):
+            sizes.append(keys[0][1])
+            return submit(jobix, keys, jobs)
+
+        self.store.submit = noted
+        lines = [b"true " + b"x" * 400000] * 5 + [b"true " + b"x" * 1100000]
+        self.does("submit", "--commands", "-", given=b"\n".join(lines))
+        self.assertEqual([2, 2, 1, 1], sizes)
+
+    def test_a_key_is_for_the_same_jobs(self):
+        keyed = "submit", "--key", "it's"
+        self.does(*keyed, "--array", "1-3", "true")
+        self.does(*keyed, "--array", "1-2", "true", status=1,
+                  err="jobman.py: --key 'it'\"'\"'s' was used for other.*\n")
+        jobs = [{"jobstage": 0}] * 2000 + [{"jobstage": -1}]
+        self.does("submit", "--key", "b", "--from-json", "-",
+                  given=json.dumps(jobs).encode(), status=1,
+                  err="2000 jobs added; .* --key b adds .*\njobman.py: .*\n")
+        self.assertEqual({(0, "waiting"): 2003}, self.states())
 
     def test_only_ids_where_it_is_quiet(self):
         quiet = "--output", "quiet"
