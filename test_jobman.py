@@ -10997,8 +10997,8 @@ class ActingTest(CommandCase):
                         " jobman.PATIENCE = 1")
         status, out, err = self.command(*hasty, "cancel", "all")
         self.assertEqual((1, ""), (status, out))
-        self.assertRegex(err, r"\Ajobman.py: (The server .* can't be reached.*)"
-                         r" It is waited for\.\njobman.py: \1\n\Z")
+        self.assertRegex(err, r"\A(jobman.py: The server .*can't be reached.*)"
+                         r" It is waited for\.\n\1\n\Z")
         del self.environment["JOBMAN_URL"]
         self.does("cancel", "all", status=1,
                   err="jobman.py: There is no access file .*\n")
