@@ -8954,7 +8954,7 @@ def look_at_allocation(patient):
     """Return how long the batch job that we are in still has."""
     kinds = ("SLURM_JOB_ID", "Slurm"), ("PBS_JOBID", "PBS")
     kind = next((k for name, k in kinds if name in os.environ), None)
-    if kind is None or patient.worker is None:
+    if kind is None:
         return None
     left = None
     with contextlib.suppress(ValueError):  # it says what nobody understands
@@ -8970,8 +8970,6 @@ def look_at_allocation(patient):
 
 def look_at_access(patient):
     """Return what the access file is like."""
-    if patient.worker is None:
-        return None
     client = patient.worker.Client(patient.options.access, patience=0)
     if client.fixed:
         patient.client = client
@@ -8986,8 +8984,6 @@ def look_at_access(patient):
 
 def look_at_address(patient):
     """Return what the server's name stands for."""
-    if patient.client is None:
-        return None
     host, port = patient.client.address
     try:
         found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
@@ -9010,8 +9006,6 @@ def look_at_address(patient):
 
 def look_at_connection(patient):
     """Return that the server's port takes connections."""
-    if patient.met is None:
-        return None
     try:
         socket.create_connection(patient.client.address, 4).close()
     except ConnectionRefusedError:
@@ -9052,8 +9046,6 @@ def look_at_certificate(patient):
 
 def look_at_server(patient):
     """Return that the server and its database are well."""
-    if not patient.known:
-        return None
     try:
         patient.version, = patient.ask("/health", "version")
     except patient.worker.Unreachable as error:
@@ -9064,8 +9056,6 @@ def look_at_server(patient):
 
 def look_at_jobix(patient):
     """Return whether the server takes our jobix."""
-    if patient.version is None:
-        return None
     began = time.time()
     try:
         there, readonly = patient.ask("/status", "time", "readonly")
@@ -9081,8 +9071,6 @@ def look_at_jobix(patient):
 
 def look_at_version(patient):
     """Return which version the server has."""
-    if patient.version is None:
-        return None
     if patient.version != __version__:
         raise Trouble(
             "The server is jobman %s, this is %s; run the same files on both"
@@ -9092,8 +9080,6 @@ def look_at_version(patient):
 
 def look_at_clock(patient):
     """Return how far this host's clock is from the server's."""
-    if patient.clock is None:
-        return None
     ahead, doubt = patient.clock
     if abs(ahead) - doubt > CLOCKS_APART:
         raise Trouble(
@@ -9145,8 +9131,6 @@ def look_at_database(patient):
 def look_at_locks(patient):
     """Return what file system the database is on."""
     place = patient.place
-    if place is None:
-        return None
     if place.locks != "work" or not place.flocks:
         raise Trouble("%s; use a disk of this host" % place.finding())
     alone = " (a network file system, so only one server may have it)"
@@ -9156,8 +9140,6 @@ def look_at_locks(patient):
 
 def look_at_disk(patient):
     """Return how much is free for the database."""
-    if patient.place is None:
-        return None
     return room(os.path.dirname(patient.place.file), "use another disk")
 
 
@@ -9189,9 +9171,9 @@ def is_serving(place, content):
 def look_at_holder(patient):
     """Return which server has the database."""
     place, about = patient.place, patient.about
-    content = place and read_lock(place)
+    content = read_lock(place)
     if content is None:
-        return place and "no server has %s" % place.path
+        return "no server has %s" % place.path
     name = name_holder(content)
     if not is_serving(place, content):
         return "%s had %s and gives no sign of life; serve would take it" % (
@@ -9208,37 +9190,40 @@ def look_at_holder(patient):
     return "%s serves %s" % (name, place.path)
 
 
-# Each line of doctor: its name, and what returns what is said there, None to
-# leave it out, or raises what is wrong. What has failed isn't built upon.
+# Each line of doctor: its name, what returns what is said there, None to leave
+# it out, or raises what is wrong, and what of a Patient must be known for it.
+# What has failed isn't built upon.
 LOOKS = (
-    ("python", look_at_python),
-    ("sqlite", look_at_sqlite),
-    ("programs", look_at_programs),
-    ("files", look_at_files),
-    ("processes", look_at_processes),
-    ("temporary", look_at_temporary),
-    ("allocation", look_at_allocation),
-    ("access", look_at_access),
-    ("spool", look_at_spool),
-    ("address", look_at_address),
-    ("connection", look_at_connection),
-    ("proxies", look_at_proxies),
-    ("certificate", look_at_certificate),
-    ("server", look_at_server),
-    ("jobix", look_at_jobix),
-    ("version", look_at_version),
-    ("clock", look_at_clock),
-    ("database", look_at_database),
-    ("locks", look_at_locks),
-    ("disk", look_at_disk),
-    ("holder", look_at_holder),
+    ("python", look_at_python, None),
+    ("sqlite", look_at_sqlite, None),
+    ("programs", look_at_programs, None),
+    ("files", look_at_files, None),
+    ("processes", look_at_processes, None),
+    ("temporary", look_at_temporary, None),
+    ("allocation", look_at_allocation, "worker"),
+    ("access", look_at_access, "worker"),
+    ("spool", look_at_spool, None),
+    ("address", look_at_address, "client"),
+    ("connection", look_at_connection, "here"),
+    ("proxies", look_at_proxies, None),
+    ("certificate", look_at_certificate, None),
+    ("server", look_at_server, "known"),
+    ("jobix", look_at_jobix, "version"),
+    ("version", look_at_version, "version"),
+    ("clock", look_at_clock, "clock"),
+    ("database", look_at_database, None),
+    ("locks", look_at_locks, "place"),
+    ("disk", look_at_disk, "place"),
+    ("holder", look_at_holder, "place"),
 )
 
 
 def examine(patient):
     """Yield what is found, each a dict with name, ok and said."""
     end = time.monotonic() + LOOKS_TIME
-    for name, look in LOOKS:
+    for name, look, needed in LOOKS:
+        if needed and getattr(patient, needed) is None:
+            continue
         left = max(SHORTEST_LOOK, min(LONGEST_LOOK, end - time.monotonic()))
         try:
             ok, said = True, within(left, look, patient)
@@ -9250,7 +9235,7 @@ def examine(patient):
 
 def doctor(options):
     """Look whether all that jobman needs is there, here and now."""
-    names = [name for name, _ in LOOKS]
+    names = [name for name, _, _ in LOOKS]
     return report_findings(options, names, examine(Patient(options)))
 
 

@@ -15399,7 +15399,7 @@ class DoctorTest(Certified, CommandCase):
         self.clock.now = time.time()
         found = self.examine("--db", "jobs.db")
         self.assertEqual(
-            {name for name, _ in jobman.LOOKS} - {"allocation"}, set(found))
+            {name for name, _, _ in jobman.LOOKS} - {"allocation"}, set(found))
         self.assertEqual({True}, {ok for ok, _ in found.values()})
         table = self.does("doctor", "--db", "jobs.db")
         self.assertRegex(table, r"\A(\w+ +ok     \S.*\n){20}\Z")
@@ -15458,8 +15458,10 @@ class DoctorTest(Certified, CommandCase):
     def test_all_looks_together_have_their_time(self):
         never = threading.Event()
         self.addCleanup(never.set)
-        looks = [(str(n), lambda patient: never.wait()) for n in range(4)]
-        looks.append(("soon", lambda patient: never.wait(0.1) or "well"))
+        looks = [
+            (str(n), lambda patient: never.wait(), None) for n in range(4)]
+        looks.append(
+            ("soon", lambda patient: never.wait(0.1) or "well", None))
         for name, value in (
             ("LOOKS", looks), ("LONGEST_LOOK", 1), ("LOOKS_TIME", 1.5),
             ("SHORTEST_LOOK", 0.5),
@@ -15477,7 +15479,7 @@ class DoctorTest(Certified, CommandCase):
             _, _, text = file.read().partition("\n### doctor\n")
         text, _, _ = text.partition("\n###")
         self.assertEqual(
-            [name for name, _ in jobman.LOOKS],
+            [name for name, _, _ in jobman.LOOKS],
             re.findall("`([a-z]+)`", " ".join(
                 re.findall(r"(?m)^\| ((?:`[a-z]+`,? )+)\|", text))))
 
