@@ -7783,17 +7783,13 @@ class Run:
             seen[item] += 1
             known = to_json([self.command, item, seen[item]]).encode("ascii")
             keys.append((hashlib.sha256(known).hexdigest()[:32], 1))
-            jobs.append(self.job(item, place))
+            argv = argv_of(self.command, item, place)
+            jobs.append({"jobstage": 0, "jobcmd": argv, "laststage": 2})
         given = self.store.submit(self.store.jobix, keys, read_jobs(jobs))
         ids = [ids[0] for ids in given]
         self.store.limit_attempts(self.store.jobix, ids, self.max_attempts)
         self.store.retry(self.store.jobix, ids=ids, state="cancelled")
         self.items += len(items)
-
-    def job(self, item, place):
-        """Return the job of an item."""
-        argv = argv_of(self.command, item, place)
-        return {"jobstage": 0, "jobcmd": argv, "laststage": 2}
 
     def figures(self):
         """Return whether it is over, and some numbers of jobs.
@@ -7851,10 +7847,6 @@ class WorkerProcess:
         for relay in self.relays:
             relay.start()
 
-    def ended(self):
-        """Return the exit status, None while it works."""
-        return self.process.poll()
-
     def end(self):
         """Let it give back what it has, and wait for it."""
         self.process.stdin.close()
@@ -7884,7 +7876,7 @@ def follow(this, worker, progress, ending):
         this.store.lock.need()
         if this.error:
             raise Trouble("The jobs can't be added: %s" % this.error)
-        status = worker.ended()
+        status = worker.process.poll()
         if status == 128 + signal.SIGPIPE:
             raise Interrupted("Nobody reads the output", signal.SIGPIPE)
         if status is not None and not over:
