@@ -6610,9 +6610,9 @@ def read_array(text):
 
 
 def read_ids(text):
-    """Return what jobids `1,3,5-8` names: ranges, in order and apart.
+    """Return the jobids that `1,3,5-8` names: ranges, in order and apart.
 
-    A list of (first, last). Raises ArgumentTypeError, for argparse.
+    Raises ArgumentTypeError, for argparse.
     """
     ranges = []
     for part in text.split(","):
@@ -6624,13 +6624,13 @@ def read_ids(text):
             raise argparse.ArgumentTypeError(
                 "%.80r names no jobs; write ids as 1,3,5-8, up to %d" % (
                     part, MAX_JOBID))
-        ranges.append((first, last))
+        ranges.append((first, last + 1))
     apart = []
-    for first, last in sorted(ranges):
-        if apart and first <= apart[-1][1] + 1:
-            apart[-1] = apart[-1][0], max(last, apart[-1][1])
+    for start, stop in sorted(ranges):
+        if apart and start <= apart[-1].stop:
+            apart[-1] = range(apart[-1].start, max(stop, apart[-1].stop))
         else:
-            apart.append((first, last))
+            apart.append(range(start, stop))
     return apart
 
 
@@ -7315,15 +7315,15 @@ def watch(options):
             raise
 
 
-def first_open(client, first, last, seen):
-    """Return the first of jobs first … last that hasn't ended, or None.
+def first_open(client, ids, seen):
+    """Return the first job of a range that hasn't ended, or None.
 
     The states of those before it are counted in `seen`.
     """
-    after = first - 1 if first else None
-    for page in pages(client, most=last - first + 1, after=after):
+    after = ids.start - 1 if ids.start else None
+    for page in pages(client, most=len(ids), after=after):
         for job in page:
-            if job["jobid"] > last:
+            if job["jobid"] not in ids:
                 return None
             if job["state"] in UNENDED:
                 return job["jobid"]
@@ -7338,17 +7338,18 @@ def standing_of(client, ranges):
     after it count as such. At last none is left. Raises Trouble when there
     is no job in one of the ranges.
     """
-    seen, jobs = Counter(), sum(last + 1 - first for first, last in ranges)
-    for first, last in ranges:
-        before, place = sum(seen.values()), first_open(
-            client, first, last, seen)
+    seen, jobs = Counter(), sum(map(len, ranges))
+    for ids in ranges:
+        before, place = sum(seen.values()), first_open(client, ids, seen)
         if place is None and sum(seen.values()) == before:
             raise Trouble("There is no job %s." % (
-                first if first == last else "from %d to %d" % (first, last)))
+                ids[0] if len(ids) == 1
+                else "from %d to %d" % (ids[0], ids[-1])))
         while place is not None:
-            while first_open(client, place, place, seen) is not None:
+            one, rest = range(place, place + 1), range(place + 1, ids.stop)
+            while first_open(client, one, seen) is not None:
                 yield max(1, jobs - sum(seen.values())), seen
-            place = first_open(client, place + 1, last, seen)
+            place = first_open(client, rest, seen)
     yield 0, seen
 
 
@@ -7960,7 +7961,7 @@ def read_selection(text):
 def count_selected(client, options, states):
     """Return how many jobs a selection may be about."""
     if type(options.ids) is list:
-        return sum(last - first + 1 for first, last in options.ids)
+        return sum(map(len, options.ids))
     return sum(
         stage["states"][state]
         for stage in client.status()["stages"]
@@ -7973,8 +7974,7 @@ def selections(options):
     """Yield what a selection is in calls, ids in parts."""
     narrowed = {"stage": options.stage, "state": options.state}
     if type(options.ids) is list:
-        ids = itertools.chain.from_iterable(
-            range(first, last + 1) for first, last in options.ids)
+        ids = itertools.chain.from_iterable(options.ids)
         for some in iter(lambda: list(itertools.islice(ids, IDS_AT_ONCE)), []):
             yield dict(narrowed, ids=some)
     elif options.stage is options.state is None:
@@ -8093,17 +8093,17 @@ def set_lifetimes(options):
 
 def ids_text(ranges):
     """Return ranges of jobids as read_ids() reads them."""
-    return ",".join("%d" % pair[0] if pair[0] == pair[1] else "%d-%d" % pair
-                    for pair in ranges)
+    return ",".join("%d" % ids[0] if len(ids) == 1
+                    else "%d-%d" % (ids[0], ids[-1]) for ids in ranges)
 
 
 def add_ids(ranges, ids):
     """Add jobids to a list of ranges."""
     for jobid in ids:
-        if ranges and ranges[-1][1] == jobid - 1:
-            ranges[-1] = ranges[-1][0], jobid
+        if ranges and ranges[-1].stop == jobid:
+            ranges[-1] = range(ranges[-1].start, jobid + 1)
         else:
-            ranges.append((jobid, jobid))
+            ranges.append(range(jobid, jobid + 1))
 
 
 def count_lines(source):
@@ -8128,19 +8128,11 @@ def carried(options):
     except FileNotFoundError:
         raise Trouble("This folder is gone; say --cwd DIR.") from None
     entry["cwd"] = from_utf8(os.fsencode(folder))
-    entry["after"] = [
-        jobid for first, last in options.after
-        for jobid in range(first, last + 1)] or None
+    entry["after"] = list(itertools.chain.from_iterable(options.after)) or None
     return dict(
         {name: value for name, value in entry.items() if value is not None},
         jobstage=options.stage,
     )
-
-
-def array_items(ranges):
-    """Yield the items of --array, a list of ranges: their numbers."""
-    for numbers in ranges:
-        yield map(str, numbers)
 
 
 def entries(options, lists):
@@ -8170,8 +8162,8 @@ def in_parts(jobs):
 def jobs_to_submit(options):
     """Return an iterator of jobs, and how many, None where nobody knows."""
     if options.array:
-        numbers = options.array
-        return entries(options, array_items(numbers)), sum(map(len, numbers))
+        items = (map(str, numbers) for numbers in options.array)
+        return entries(options, items), sum(map(len, options.array))
     if options.items is not None or options.arg_file:
         source = open_items(options)
         n = len(options.items) if source is None else count_lines(source)
@@ -8271,8 +8263,7 @@ def submit_jobs(options):
             ranges = set_from_json(client, jobs)
         else:
             ranges = submit_parts(client, options, jobs, total)
-    n = sum(last - first + 1 for first, last in ranges)
-    ids = ids_text(ranges)
+    n, ids = sum(map(len, ranges)), ids_text(ranges)
     line = number_of(n, "job") + (": " + ids if ids else "")
     report(options, {"jobs": n, "ids": ids}, [line], [ids] if ids else [])
     return 0
@@ -9447,8 +9438,7 @@ def check_submit(parser, options):
     if bool(options.words) == bool(whole):
         parser.error("%s brings the commands: give no other" % sources[0]
                      if whole else "submit needs a command")
-    after = sum(last - first + 1 for first, last in options.after)
-    if after > IDS_AT_ONCE:
+    if sum(map(len, options.after)) > IDS_AT_ONCE:
         parser.error("--after can name up to %d jobs" % IDS_AT_ONCE)
     options.arg_file = options.each_line or options.commands
 

@@ -11187,8 +11187,7 @@ class SubmitTest(CommandCase):
         for submit in submits:
             status, out, err = self.finish(submit)
             self.assertEqual((0, ""), (status, err))
-            for first, last in jobman.read_ids(out.strip()):
-                given |= set(range(first, last + 1))
+            given.update(*jobman.read_ids(out.strip()))
         self.assertEqual(set(range(1, 10001)), given)
         self.assertEqual({(0, "waiting"): 10000}, self.states())
 
@@ -11304,7 +11303,9 @@ class IdsTest(unittest.TestCase):
             (" 1, 3 ", [(1, 1), (3, 3)]),
         ):
             with self.subTest(text=text):
-                self.assertEqual(ranges, jobman.read_ids(text))
+                self.assertEqual(
+                    [range(first, last + 1) for first, last in ranges],
+                    jobman.read_ids(text))
 
     def test_what_names_no_jobs_is_refused(self):
         for text in (
