@@ -9665,7 +9665,7 @@ class FilesTest(WorkerCase):
         self.work()
         self.assertEqual(["done"] * 4 + ["failed"] * 4, self.states())
         for jobid in (11, 12, 13, 14):
-            self.assertIn("output", self.attempts(jobid)[0]["error"])
+            self.assertIn("output", self.attempts(jobid)[-1]["error"])
 
     def test_names_that_no_file_can_have_fail_the_attempt(self):
         self.add(
@@ -16718,7 +16718,7 @@ class SlurmTest(TemporaryFolder):
         server = end_by(lambda: self.cluster.query("scancel", server), "n1")
         pid = self.served_by(home, server)
         server = end_by(lambda: os.kill(pid, signal.SIGKILL), "n2")
-        self.over(workers)
+        self.over(workers, 2 * PATIENCE)
         self.assertEqual({"done": 120}, self.states(), self.output())
         self.assertEqual(list(range(1, 121)),
                          sorted(map(int, self.lines("ran"))))
