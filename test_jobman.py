@@ -7868,7 +7868,7 @@ class CheckpointTest(TemporaryFolder):
 class CrashTest(KillTest):
     """The same, hundreds of times."""
 
-    LIVES = 20
+    LIVES = 14
     KILLS = 10
     STRIDE = 1
 
