@@ -16552,8 +16552,11 @@ class SlurmTest(TemporaryFolder):
                                  "-o", "%T").strip() in (
             "PENDING", "CONFIGURING", "RUNNING", "COMPLETING"
         ):
-            queue = self.cluster.query("squeue")
-            self.assertLess(time.monotonic(), end, queue + self.output())
+            if time.monotonic() >= end:
+                self.fail("%s%s%s%s" % (
+                    self.cluster.query("squeue"), self.output(),
+                    self.client.status()["totals"],
+                    read(self.path("home", "jobman.log")).decode()))
             time.sleep(0.1)
 
     def output(self):
