@@ -11736,6 +11736,7 @@ class LookTest(LookCase):
                          " and has no lease", self.why(2))
         self.ok("/init/10/10")
         self.clock.advance(86400)
+        self.store.tick()
         self.assertIn("since 2020-09-13 12:26:40 +0000 (for 24:00:32)",
                       self.why(2))
 
