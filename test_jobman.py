@@ -10803,13 +10803,12 @@ class ActingTest(CommandCase):
 
     def test_no_jobs_named_or_badly_is_wrong_usage(self):
         self.set_jobs([1])
-        named = [("cancel", *bad) for bad in (
-            ("3-1",), ("1,,2",), ("-1",), ("--state", "lost"),
-            ("--stage", "-1"), ("--stage", "1000001"), ("1", "2"))]
         for verb in ("retry", "cancel", "release", "forget"):
-            named += [(verb,), (verb, "x")]
-        for argv in named:
-            self.assertEqual("", self.does(*argv, status=2, err=USAGE))
+            for bad in ((), ("x",), ("3-1",), ("1,,2",), ("-1",),
+                        ("--state", "lost"), ("--stage", "-1"),
+                        ("--stage", "1000001"), ("1", "2")):
+                self.assertEqual("", self.does(
+                    verb, *bad, status=2, err=USAGE))
         self.assertEqual({1: "waiting"}, self.told())
 
     def test_an_id_that_is_none_changes_nothing(self):
