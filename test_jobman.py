@@ -7347,6 +7347,8 @@ class KillTest(CrashCase):
 
     def version(self, path, jobs):
         """Return the schema of a database, having looked for its jobs."""
+        with contextlib.closing(sqlite3.connect(path)) as db:  # roll back
+            db.execute("select * from sqlite_master").fetchall()
         with jobman.looking(jobman.Place(path)) as execute:
             found = execute("pragma integrity_check").fetchall()
             self.assertEqual(["ok"], [text for text, in found])
