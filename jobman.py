@@ -33,9 +33,9 @@ import functools
 import gc
 import glob
 import hashlib
-import heapq
 import html
 import http.client
+import http.server
 import importlib
 import io
 import ipaddress
@@ -48,10 +48,10 @@ import re
 import resource
 import secrets
 import select
-import selectors
 import shlex
 import shutil
 import socket
+import socketserver
 import sqlite3
 import stat
 import struct
@@ -87,6 +87,10 @@ MAX_JOBS = 250000  # in one request
 MAX_DEPTH = 200  # of nested lists and objects in a jobcmd
 MAX_CONNECTIONS = 20000
 FILES_KEPT = 100  # of those that a process may open, not for connections
+THREADS_KEPT = 50  # of those that it may start, not for connections
+LARGE_BODY = 2**14  # bytes from which a body counts as large
+LARGE_BODIES = 4  # requests with one that are handled at a time
+WRONG_JOBIX_PAUSE = 0.2  # seconds until a wrong jobix is refused
 MAX_NAME = 255  # characters of a worker's name or a submission's key
 MAX_REPORT = 4096  # characters kept of an attempt's error and stderr
 MAX_ATTEMPTS = 3  # failures in a stage before a job is failed
@@ -105,13 +109,6 @@ class Error(Exception):
         self.headers = {
             name.replace("_", "-"): value for name, value in headers.items()
         }
-
-
-class Stranger(Error):
-    """Refuse a jobix that isn't taken here: status 403."""
-
-    def __init__(self):
-        super().__init__(403, "This server doesn't take that jobix.")
 
 
 class Trouble(Exception):
@@ -2046,12 +2043,14 @@ class HalfDone(Exception):
 class Turn:
     """One operation on its way through the Writer, and what came of it."""
 
-    __slots__ = ("error", "half", "operation", "result")
+    __slots__ = ("error", "half", "operation", "over", "ready", "result")
 
     def __init__(self, operation):
         self.operation = operation
-        self.half = False
+        self.half = self.over = False
         self.result = self.error = None
+        self.ready = threading.Lock()  # released when it is over, or leads
+        self.ready.acquire()
 
     def run(self, transaction):
         """Run the operation and keep its result or its refusal.
@@ -2074,18 +2073,6 @@ class Turn:
         if self.error is not None:
             raise self.error
         return self.result
-
-
-class Share:
-    """What one thread brings to a commit: `turns`."""
-
-    __slots__ = ("over", "ready", "turns")
-
-    def __init__(self, turns):
-        self.turns = turns
-        self.over = False
-        self.ready = threading.Lock()
-        self.ready.acquire()
 
 
 def refuse(turns, error):
@@ -2125,28 +2112,23 @@ class Writer:
     def run(self, operation):
         """Return `operation(transaction)`, once it is on disk."""
         turn = Turn(operation)
-        self.take([turn])
-        return turn.outcome()
-
-    def take(self, turns):
-        """Run `turns` in one commit; return when it is made, or failed."""
-        share = Share(turns)
         with self.mutex:
             if self.closed:
-                return refuse(turns, Unavailable("it is ending"))
-            self.queue.append(share)
+                raise Unavailable("it is ending")
+            self.queue.append(turn)
             leads, self.leading = not self.leading, True
         if not leads:
-            share.ready.acquire()
-        if not share.over:
+            turn.ready.acquire()
+        if not turn.over:
             self.lead()
+        return turn.outcome()
 
     def lead(self):
         """Commit all that waits, then wake the next leader and the others."""
         with self.mutex:
-            shares, self.queue = self.queue, []
+            batch, self.queue = self.queue, []
         try:
-            self.commit([turn for share in shares for turn in share.turns])
+            self.commit(batch)
         finally:
             with self.mutex:
                 heir = self.queue[0] if self.queue else None
@@ -2154,9 +2136,9 @@ class Writer:
                 self.rest.notify_all()
             if heir:
                 heir.ready.release()
-            for share in shares:
-                share.over = True
-                share.ready.release()
+            for turn in batch:
+                turn.over = True
+                turn.ready.release()
 
     def commit(self, batch):
         """Run the operations of `batch` in one transaction.
@@ -2241,168 +2223,95 @@ class Writer:
 # --------------------------------------------------------------- waiting ---
 
 
-@types.coroutine
-def reach(step, end=math.inf):
-    """Await a step: whoever drives the coroutine takes it.
+class Waiter:
+    """A long poll that waits for a job."""
 
-    That is a Turn that is to be taken, or an Ear that is listened with up to
-    the moment `end` (of time.monotonic).
-    """
-    yield step, end
-
-
-class Ear:
-    """One long poll that listens for free jobs."""
-
-    __slots__ = ("rung", "tell")
+    __slots__ = ("lock", "used", "woken")
 
     def __init__(self):
-        self.rung = False
-        self.tell = None  # called when it is rung
+        self.woken = False
+        self.used = False  # its wake-up need not be passed on
+        self.lock = threading.Lock()  # released by the wake-up
+        self.lock.acquire()
 
-    def ring(self):
-        """Wake who waits; return whether that was news."""
-        news, self.rung = not self.rung, True
-        if news and self.tell:
-            self.tell()
-        return news
-
-    def listen(self, tell):
-        """Have `tell()` called, once or twice, when it is rung, or was."""
-        self.tell = tell
-        if self.rung:
-            tell()
+    def wake(self):
+        """Wake the waiter. Return False if it had been woken already."""
+        if self.woken:
+            return False
+        self.woken = True
+        self.lock.release()
+        return True
 
     def wait(self, seconds):
-        """Return when rung, or after `seconds`."""
-        heard = threading.Event()
-        self.listen(heard.set)
-        heard.wait(seconds)
+        """Wait at most `seconds` for the wake-up; return whether it came."""
+        self.lock.acquire(timeout=max(0, seconds))
+        return self.woken
 
 
-class Bell:
-    """Wake one long poll for each job that comes free in its stage.
+class WaitQueue:
+    """Wake one long poll for each job that becomes free in its stage.
 
-    A key is (jobix, stage). `limit` bounds the long polls at one time.
+    A key is (jobix, stage). At most `limit` long polls wait at a time.
     """
 
     def __init__(self, limit):
-        self.mutex = threading.Lock()  # guards all below
-        self.ears = {}
+        self.mutex = threading.Lock()  # guards everything below
+        self.waiters = {}  # {key: {Waiter: None}}, oldest first
         self.limit = limit
-        self.listening = 0
+        self.waiting = 0
         self.closed = False
 
     @contextlib.contextmanager
-    def listen(self, keys):
-        """Hand out an Ear for `keys`, None when there are too many."""
+    def join(self, keys):
+        """Add a Waiter for `keys` and yield it; yield None beyond the limit.
+
+        A wake-up that it hasn't used goes to the next waiter.
+        """
         with self.mutex:
-            full = self.closed or self.listening >= self.limit
-            ear = None if full else Ear()
-            if ear:
-                self.listening += 1
+            full = self.closed or self.waiting >= self.limit
+            waiter = None if full else Waiter()
+            if waiter:
+                self.waiting += 1
                 for key in keys:
-                    self.ears.setdefault(key, deque()).append(ear)
+                    self.waiters.setdefault(key, {})[waiter] = None
         try:
-            yield ear
+            yield waiter
         finally:
-            if ear:
-                self.leave(ear, keys)
+            if waiter:
+                self.leave(waiter, keys)
 
-    def pass_on(self, keys):
-        """Ring for somebody else: who was rung can't use it."""
-        for key in keys:
-            self.ring(key, 1)
-
-    def leave(self, ear, keys):
-        """Forget `ear`."""
+    def leave(self, waiter, keys):
+        """Remove a Waiter; pass its wake-up on unless it was used."""
         with self.mutex:
-            self.listening -= 1
+            self.waiting -= 1
             for key in keys:
-                ears = self.ears[key]
-                with contextlib.suppress(ValueError):
-                    ears.remove(ear)
-                if not ears:
-                    del self.ears[key]
+                del self.waiters[key][waiter]
+                if not self.waiters[key]:
+                    del self.waiters[key]
+        if waiter.woken and not waiter.used:
+            for key in keys:
+                self.wake(key)
 
-    def ring(self, key, n):
-        """Wake up to `n` ears that listen for `key`, oldest first."""
+    def wake(self, key, n=1):
+        """Wake up to `n` waiters of `key`, oldest first."""
         with self.mutex:
-            for ear in self.ears.get(key, ()):
+            for waiter in self.waiters.get(key, ()):
                 if n <= 0:
                     break
-                n -= ear.ring()
+                n -= waiter.wake()
 
     def keys(self):
-        """Return the keys that somebody listens for."""
+        """Return the keys that long polls wait for."""
         with self.mutex:
-            return list(self.ears)
+            return list(self.waiters)
 
     def close(self):
-        """Wake all ears for good."""
+        """Wake all waiters; nobody waits from now on."""
         with self.mutex:
             self.closed = True
-            for ears in self.ears.values():
-                for ear in ears:
-                    ear.ring()
-
-
-class Brake:
-    """Hold up an address that brings wrong jobix, and nobody else.
-
-    The first few wrong ones cost nothing. Each one more costs twice the time
-    of the one before, until there was none for a while. `clock` gives
-    seconds.
-    """
-
-    FREE = 10  # wrong ones that cost nothing
-    LONGEST = 5  # seconds that a wrong one is held up
-    FORGET = 60  # seconds without a wrong one
-    ADDRESSES = 10000  # that are remembered, those of late
-    HELD = 100  # refusals that are held up at a time
-
-    def __init__(self, clock=time.monotonic):
-        self.clock = clock
-        self.mutex = threading.Lock()  # guards all below
-        self.wrong = OrderedDict()  # address: (how many, when the last was)
-        self.held = set()  # the Ears of those that are held up
-        self.closed = False
-
-    def count(self, address):
-        """Note one more wrong one; return the seconds that it costs."""
-        now = self.clock()
-        with self.mutex:
-            wrong, last = self.wrong.pop(address, (0, now))
-            wrong = 1 if now - last > self.FORGET else wrong + 1
-            self.wrong[address] = wrong, now
-            if len(self.wrong) > self.ADDRESSES:
-                self.wrong.popitem(last=False)
-        if wrong <= self.FREE:
-            return 0
-        return min(self.LONGEST, 0.05 * 2 ** min(wrong - self.FREE, 10))
-
-    async def hold(self, address):
-        """Wait for what a wrong one costs, or until the brake is closed.
-
-        Not when too many wait already: they must not take all there is.
-        """
-        seconds, ear = self.count(address), Ear()
-        with self.mutex:
-            if self.closed or not seconds or len(self.held) >= self.HELD:
-                return
-            self.held.add(ear)
-        try:
-            await reach(ear, time.monotonic() + seconds)
-        finally:
-            with self.mutex:
-                self.held.discard(ear)
-
-    def close(self):
-        """Let go all, for good."""
-        with self.mutex:
-            self.closed = True
-            for ear in self.held:
-                ear.ring()
+            for waiters in self.waiters.values():
+                for waiter in waiters:
+                    waiter.wake()
 
 
 # ----------------------------------------------------------------- store ---
@@ -2632,8 +2541,8 @@ class Store:
         self.looked, self.pruned = -math.inf, -1  # when, up to when
         self.shared = shared
         self.open_to_all = open_to_all
-        self.bell = Bell(waiters)
-        self.brake = Brake()
+        self.wait_queue = WaitQueue(waiters)
+        self.large_bodies = threading.BoundedSemaphore(LARGE_BODIES)
         self.ending = threading.Event()
         self.ticker = None
         self.readers = Readers(path)
@@ -2658,10 +2567,9 @@ class Store:
             undo.pop_all()
 
     def wake_all(self):
-        """Answer the long polls, and who is held up, now and from now on."""
+        """Answer the long polls, now and from now on."""
         self.ending.set()
-        self.bell.close()
-        self.brake.close()
+        self.wait_queue.close()
 
     def close(self):
         """Answer who waits, end the last commit, close the database."""
@@ -2682,13 +2590,13 @@ class Store:
             return self.jobix, True
         own = secrets.compare_digest(given, str(self.jobix))
         if not (own or self.open_to_all):
-            raise Stranger
+            raise Error(403, "This server doesn't take that jobix.")
         return jobix, False
 
     def committed(self, freed):
-        """Ring for the jobs that a commit has set free."""
+        """Wake long polls for the jobs that a commit has set free."""
         for key, n in freed.items():
-            self.bell.ring(key, n)
+            self.wait_queue.wake(key, n)
 
     def renew_all(self, tx):
         """Give every live lease its full time again, as a server starts."""
@@ -3723,7 +3631,7 @@ class Store:
             self.catch_up(overdue)
             due, overdue = self.behind()
         if self.shared:
-            self.ring_for_others(self.bell.keys())
+            self.wake_for_others(self.wait_queue.keys())
         if self.keep_days is not None:
             self.prune_on()
 
@@ -3755,12 +3663,12 @@ class Store:
             self.flag(tx, jobix, stage, minutes)
 
     @query
-    def ring_for_others(self, execute, keys):
-        """Ring for jobs that another process of this database set free."""
+    def wake_for_others(self, execute, keys):
+        """Wake long polls for jobs that another process has set free."""
         for jobix, stage in keys:
             key = {"jobix": jobix, "stage": stage}
             free = execute(SQL.ANY_FREE, key).fetchall()
-            self.bell.ring((jobix, stage), len(free))
+            self.wait_queue.wake((jobix, stage), len(free))
 
     def prune_on(self):
         """Prune some more; once an hour look for whose time has come.
@@ -3824,41 +3732,40 @@ def number(text):
 class Request:
     """What a front door makes of a call, whatever its protocol.
 
-    `path` is percent-decoded, `headers` have lower-case names. `receive()`
-    gives the body, as bytes; without it there is none. `gone()` tells whether
-    the caller has hung up; `address` is where the call comes from. What it
-    asks for is an `endpoint` with its `arguments`, once it has been let in.
-    It is `wrong` when it has brought a jobix that isn't admitted.
+    `path` is percent-decoded, and its leading slashes count as one; `headers`
+    have lower-case names. `receive()` returns the body, as bytes, which has
+    `length` of them; without it there is none. `gone()` tells whether the
+    caller has hung up.
     """
 
     def __init__(
-        self, method, path, query, headers, receive, gone, address=None
+        self, method, path, query, headers, receive, gone, length=0
     ):
         self.method = method
-        self.path = path
+        self.path = re.sub("^/+", "/", path)
         self.query = query
         self.headers = headers
         self.receive = receive
         self.loaded = not receive
         self.body = b""
+        self.length = length
         self.gone = gone
-        self.address = address
         self.jobix = None
-        self.readonly = self.wrong = False
-        self.endpoint = self.arguments = None
+        self.readonly = False
 
     def identify(self, store):
         """Read `jobix`, the caller's namespace and secret; or Error 403.
 
-        One that is only for reading stands for the jobix that it shows.
+        One that is only for reading stands for the jobix that it shows. A
+        wrong one is refused after a pause, which slows down guessing.
         """
         jobix = number(self.headers.get("jobix", "").strip())
         if type(jobix) is not int or not 0 <= jobix <= MAX_JOBIX:
             raise Error(403, "The header jobix must hold your number.")
         try:
             self.jobix, self.readonly = store.admit(jobix)
-        except Stranger:
-            self.wrong = True
+        except Error:
+            time.sleep(WRONG_JOBIX_PAUSE)
             raise
 
     def load(self):
@@ -3908,13 +3815,6 @@ class Response:
         length = str(len(self.body))
         return [
             ("Content-Type", self.kind), ("Content-Length", length), *self.more
-        ]
-
-    def deflate(self):
-        """Deflate the body."""
-        self.body = zlib.compress(self.body, 1)
-        self.more += [
-            ("Content-Encoding", "deflate"), ("Vary", "Accept-Encoding")
         ]
 
     @classmethod
@@ -4291,39 +4191,26 @@ def submit(store, request):
     return Response.json({"ids": list(ids)})
 
 
-async def on_disk(change, *args, **named):
-    """Return what a change of a Store gives, once it is on disk."""
-    turn = Turn(lambda tx: change.__wrapped__(
-        change.__self__, tx, *args, **named))
-    await reach(turn)
-    return turn.outcome()
+def claim_in_time(store, request, stages, claim, wait):
+    """Return what `claim()` gives; wait up to `wait` seconds for a job.
 
-
-async def claim_in_time(store, request, stages, claim, wait):
-    """Return what `claim()` gives, at the latest after `wait` seconds.
-
-    It listens first and looks then, so that no job comes unheard.
+    Each round joins the queue before it looks, so that no job is missed.
     """
-    jobs = await claim()
-    if jobs or not wait:
-        return jobs
-    keys = [(request.jobix, stage) for stage in stages]
-    end = time.monotonic() + wait
-    rung = False
-    try:
-        while True:
-            with store.bell.listen(keys) as ear:
-                jobs = await claim()
-                if jobs or ear is None:
-                    return jobs
-                rung = False  # there was nothing to be had
-                await reach(ear, end)
-            rung = ear.rung
-            if not rung or request.gone():
-                return []
-    finally:
-        if rung or (ear and ear.rung):  # it may have been for another job
-            store.bell.pass_on(keys)
+    queue, end = store.wait_queue, time.monotonic() + wait
+    keys = {(request.jobix, stage) for stage in stages}
+    jobs = claim()
+    while not jobs and time.monotonic() < end:
+        with queue.join(keys) as waiter:
+            if waiter is None:  # too many wait, or the server stops
+                break
+            jobs = claim()
+            if jobs or not waiter.wait(end - time.monotonic()):
+                break
+            if queue.closed or request.gone():
+                break
+            jobs = claim()
+            waiter.used = not jobs or len(keys) == 1
+    return jobs
 
 
 def splice(values, texts):
@@ -4360,7 +4247,7 @@ def claim_reply(job):
     return "{%s}" % ", ".join(parts)
 
 
-async def get_job(store, request, stages, nextstage=None):
+def get_job(store, request, stages, nextstage=None):
     """Claim a job, or several; wait for one if asked to."""
     given = request.options(
         worker=label,
@@ -4372,10 +4259,10 @@ async def get_job(store, request, stages, nextstage=None):
         STAGE(max(stages) + 1, "the stage that a claim leads to")
     n, wait = given.pop("n"), given.pop("wait") or 0
     claim = functools.partial(
-        on_disk, store.claim, request.jobix, stages,
+        store.claim, request.jobix, stages,
         target=nextstage, n=min(n or 1, MAX_CLAIMS), **given
     )
-    jobs = await claim_in_time(
+    jobs = claim_in_time(
         store, request, stages, claim, min(wait, MAX_WAIT))
     replies = [claim_reply(job) for job in jobs]
     if n is not None:
@@ -4383,12 +4270,12 @@ async def get_job(store, request, stages, nextstage=None):
     return Response.json_text(replies[0] if replies else '"nada"')
 
 
-async def update_job(store, request, jobid, stage):
+def update_job(store, request, jobid, stage):
     """Put a job into a stage."""
     given = request.options(claim=token)
     if request.method == "POST":
         given.update(read_result(read_object(request)))
-    await on_disk(store.update_job, request.jobix, jobid, stage, **given)
+    store.update_job(request.jobix, jobid, stage, **given)
     message = "Success, job %d was updated to stage %d!"
     return Response.text(message % (jobid, stage))
 
@@ -4405,42 +4292,39 @@ def read_update(entry):
     )
 
 
-async def update_jobs(store, request):
+def update_jobs(store, request):
     """Put many jobs into stages."""
     given = request.json()
     if type(given) is not list:
         raise Error(400, "The body must be a JSON list.")
     updates = [read_update(entry) for entry in bounded(given)]
     ids = [update["jobid"] for update in updates]
-    statuses = await on_disk(store.update_jobs, request.jobix, updates)
+    statuses = store.update_jobs(request.jobix, updates)
     return Response.json(
         [{"jobid": i, "status": status} for i, status in zip(ids, statuses)]
     )
 
 
-async def fail_job(store, request, jobid):
+def fail_job(store, request, jobid):
     """Take note that an attempt failed."""
     given = request.options(claim=token)
     report = read_report(read_object(request))
-    return Response.json(await on_disk(
-        store.fail_job, request.jobix, jobid, report=report, **given))
+    return Response.json(store.fail_job(request.jobix, jobid, report=report, **given))
 
 
-async def reject_job(store, request, jobid):
+def reject_job(store, request, jobid):
     """Send a job back for files that aren't there as they were made."""
     given = request.options(claim=token)
     body = read_object(request)
     given["files"] = read_optional(body, "files", read_files)
     given["report"] = read_report(body)
-    return Response.json(await on_disk(
-        store.reject_job, request.jobix, jobid, **given))
+    return Response.json(store.reject_job(request.jobix, jobid, **given))
 
 
-async def release_job(store, request, jobid):
+def release_job(store, request, jobid):
     """Take a claim back unharmed."""
     given = request.options(claim=token)
-    return Response.json(await on_disk(
-        store.release_job, request.jobix, jobid, **given))
+    return Response.json(store.release_job(request.jobix, jobid, **given))
 
 
 def read_worker(given):
@@ -4451,7 +4335,7 @@ def read_worker(given):
     return worker
 
 
-async def heartbeat(store, request):
+def heartbeat(store, request):
     """Renew the leases of a worker."""
     given = read_object(request, "worker", "lease", "claims")
     claims = given["claims"]
@@ -4460,8 +4344,7 @@ async def heartbeat(store, request):
     )
     if not pairs:
         raise Error(400, "claims must be a list of pairs [jobid, token].")
-    lost, drain = await on_disk(
-        store.heartbeat, request.jobix,
+    lost, drain = store.heartbeat(request.jobix,
         claims=[(JOBID(i, "jobid"), token(t, "claim")) for i, t in claims],
         lease=period(given["lease"], "lease"),
         worker=read_worker(given),
@@ -5146,11 +5029,6 @@ READING = frozenset((
     lifetimes, lifetime, status, pace, workers, failures, stats, jobs, job,
     *PUBLIC
 ))
-# coroutines, whose steps are soon taken (see reach)
-STEPWISE = frozenset((
-    get_job, update_job, update_jobs, fail_job, reject_job, release_job,
-    heartbeat,
-))
 
 
 def by_first_part(routes):
@@ -5203,76 +5081,57 @@ def find_route(request):
     raise Error(405, "Use %s for this address." % allowed, Allow=allowed)
 
 
-DEFLATED_FROM = 1000  # bytes of an answer
-
-
-def deflated(request, response):
-    """Return `response`, deflated where it is long and the caller asks.
-
-    RFC 9110 calls zlib's format deflate. No client but browsers asks.
-    """
-    if len(response.body) >= DEFLATED_FROM:
-        accepted = request.headers.get("accept-encoding", "").replace(" ", "")
-        if re.search(r"\bdeflate(?!;q=0(\.0*)?(,|$))", accepted):
-            response.deflate()
-    return response
-
-
-def refusal(error):
-    """Return the Response that an Error is."""
+def error_response(error):
+    """Return an Error as a Response."""
     headers = list(error.headers.items())
     return Response.json({"error": str(error)}, error.status, headers)
 
 
-def enter(store, request):
-    """Find what a Request asks for and let its sender in; or Error."""
-    endpoint, request.arguments = find_route(request)
-    if endpoint not in PUBLIC:
-        request.identify(store)  # or Error 403 before anything else
-        if request.readonly and endpoint not in READING:
-            raise Error(403, "This jobix is only for reading.")
-    request.endpoint = endpoint
+def authorize(store, request, endpoint):
+    """Check that a request's jobix may use an endpoint; or Error 403."""
+    request.identify(store)
+    if request.readonly and endpoint not in READING:
+        raise Error(403, "This jobix is only for reading.")
 
 
-async def answer(store, request):
-    """Return the Response to a Request; every error becomes one here.
+@contextlib.contextmanager
+def body_in_memory(store, request):
+    """Receive a request's body and hold it while the `with` block runs.
 
-    An endpoint that takes steps (see reach) takes them through this.
+    Only a few large ones at a time: inflated and parsed, each can take
+    hundreds of MiB. Raises Error 503 if none of them ends in time.
     """
+    large = request.length >= LARGE_BODY
+    if large and not store.large_bodies.acquire(timeout=MAX_WAIT):
+        raise Unavailable("it has too many large requests")
     try:
-        if request.endpoint is None:
-            enter(store, request)
-        if request.endpoint not in PUBLIC:
-            request.load()  # not before: strangers give us nothing to hold
-        response = request.endpoint(store, request, *request.arguments)
-        if request.endpoint in STEPWISE:
-            response = await response
-        return deflated(request, response)
-    except Error as error:
-        return refusal(error)
-    except sqlite3.Error as error:
-        return refusal(Unavailable(error))
-    except Exception:
-        traceback.print_exc()
-        return refusal(Error(500, "jobman has a fault here; see its log."))
-
-
-def take_steps(store, coroutine):
-    """Return what a coroutine does, whose steps are taken in this thread."""
-    while True:
-        try:
-            step, end = coroutine.send(None)
-        except StopIteration as over:
-            return over.value
-        if isinstance(step, Turn):
-            store.writer.take([step])
-        else:
-            step.wait(max(0, end - time.monotonic()))
+        request.load()
+        yield
+    finally:
+        if large:
+            store.large_bodies.release()
 
 
 def respond(store, request):
-    """Return the Response to a Request, at once in this thread."""
-    return take_steps(store, answer(store, request))
+    """Return the Response to a Request; every Error becomes one here.
+
+    The path is checked first, then the jobix; only then is the body read.
+    """
+    try:
+        endpoint, arguments = find_route(request)
+        if endpoint in PUBLIC:
+            return endpoint(store, request, *arguments)
+        authorize(store, request, endpoint)
+        with body_in_memory(store, request):
+            return endpoint(store, request, *arguments)
+    except Error as error:
+        return error_response(error)
+    except sqlite3.Error as error:
+        return error_response(Unavailable(error))
+    except Exception:
+        traceback.print_exc()
+        return error_response(
+            Error(500, "jobman has a fault here; see its log."))
 
 
 # ----------------------------------------------------------- access file ---
@@ -5453,7 +5312,17 @@ def credentials(options):
         ) from None
 
 
-# ----------------------------------------------------------- front doors ---
+# ----------------------------------------------------------- HTTP server ---
+
+if hasattr(http.server, "ThreadingHTTPServer"):
+    ThreadingHTTPServer = http.server.ThreadingHTTPServer
+else:  # Python 3.6
+
+    class ThreadingHTTPServer(
+        socketserver.ThreadingMixIn, http.server.HTTPServer
+    ):
+        """Serve HTTP, with a thread for each connection."""
+
 
 
 def body_length(method, headers):
@@ -5476,14 +5345,13 @@ def body_length(method, headers):
     return length
 
 
-def whole(body, length):
-    """Return `body` if it has its length, else raise Error 400."""
+def require_length(body, length):
+    """Return `body` if it has `length` bytes; else raise Error 400."""
     if len(body) < length:
         raise Error(400, "The body ended too early.")
     return body
 
 
-LINE_END = re.compile(rb"\r\n\r\n|(?<!\r)\n")
 TOKEN = r"[\w!#$%&'*+.^`|~-]+"
 REQUEST_LINE = re.compile(TOKEN.join("()") + r" ([!-~]+) HTTP/([0-9]\.[0-9])",
                           re.A)
@@ -5495,113 +5363,56 @@ FIGURES = re.compile(r"\[.*\]|[0-9]+(\.[0-9]+){3}|")
 SITE = re.compile("https?://([^/?]*)", re.I)
 
 
-def blocked(error, events):
-    """Return what a socket waits for, `events` if it isn't TLS' own.
+def set_timeout(connection, end):
+    """Make the next call on a socket raise socket.timeout at `end`.
 
-    Raises `error` where it is none of waiting.
+    That is a moment of time.monotonic(). Raises it now if that is over.
     """
-    if isinstance(error, BlockingIOError):
-        return events
-    if type(error).__name__ == "SSLWantReadError":
-        return selectors.EVENT_READ
-    if type(error).__name__ == "SSLWantWriteError":
-        return selectors.EVENT_WRITE
-    raise error
+    left = end - time.monotonic()
+    if left <= 0:
+        raise socket.timeout("timed out")
+    connection.settimeout(left)
 
 
-class Wire:
-    """The bytes from and to one client, each part within its time.
+class SocketInput(io.RawIOBase):
+    """What a client sends until `end`, a moment of time.monotonic().
 
-    That is the time for all of it, so that nobody holds a connection for
-    long who sends or reads a byte now and then. What has to wait takes a
-    step: what the socket waits for, and up to which moment.
+    The timeout of a socket starts anew with every byte: a client that sends
+    one now and then could keep its thread for ever.
     """
 
-    PATIENCE = 60  # seconds for a body or an answer, beside
-    SLOWEST = 2**16  # bytes a second
+    end = 0
 
     def __init__(self, connection):
         self.connection = connection
-        self.kept = bytearray()  # what came and wasn't used yet
 
-    async def attempt(self, act, data, events, end):
-        """Return `act(data)` of a socket as soon as that doesn't block.
+    def readable(self):
+        return True
 
-        Raises socket.timeout at the moment `end`.
-        """
-        while True:
-            if time.monotonic() >= end:
-                raise socket.timeout
-            try:
-                return act(data)
-            except OSError as error:
-                await reach(blocked(error, events), end)
+    def readinto(self, buffer):
+        set_timeout(self.connection, self.end)
+        return self.connection.recv_into(buffer)
 
-    async def receive(self, end):
-        """Take what comes; return whether the client goes on.
 
-        Raises Error 408 when the time is `end`.
-        """
-        try:
-            # who sends much lets others come between; TLS holds nothing
-            # back, for a record is shorter than what is taken at once
-            await reach(selectors.EVENT_READ, end)
-            more = await self.attempt(
-                self.connection.recv, 65536, selectors.EVENT_READ, end)
-        except socket.timeout:
-            raise Error(408, "The request came too slowly.") from None
-        self.kept += more
-        return bool(more)
-
-    async def begins(self, seconds):
-        """Return whether a request begins within `seconds`."""
-        end = time.monotonic() + seconds
-        try:
-            if self.kept:  # who sends many at once lets others come between
-                await reach(selectors.EVENT_WRITE, end)
-            return bool(self.kept) or await self.receive(end)
-        except (Error, socket.timeout):  # nothing asked, nothing answered
-            return False
-
-    async def head(self, seconds):
-        """Return the next request's line and headers, or raise Error."""
-        end, seen = time.monotonic() + seconds, 0
-        while True:
-            while self.kept[:2] == b"\r\n":  # RFC 9112, section 2.2
-                del self.kept[:2]
-            found = LINE_END.search(self.kept, max(0, seen - 3))
-            seen = found.start() if found else len(self.kept)
-            if seen > MAX_HEAD:
-                line = self.kept.find(b"\r\n", 0, MAX_HEAD) < 0
-                raise Error(414 if line else 431, "The request's %s too long."
-                            % ("line is" if line else "headers are"))
-            if found:
-                break
-            if not await self.receive(end):
+def receive_head(file):
+    """Read a request's line and headers, up to the empty line; or Error."""
+    head = bytearray()
+    try:
+        while not head.endswith(b"\r\n\r\n"):
+            line = file.readline(MAX_HEAD + 1 - len(head))
+            if line == b"\r\n" and not head:  # RFC 9112, section 2.2
+                continue
+            head += line
+            if len(head) > MAX_HEAD:
+                raise Error(431 if b"\r\n" in head else 414,
+                            "The request line or the headers are too long.")
+            if not line.endswith(b"\n"):
                 raise Error(400, "The request ended too early.")
-        if found.group() == b"\n":
-            raise Error(400, "A line must end in CR and LF.")
-        head = self.kept[:seen].decode("latin-1")
-        del self.kept[: found.end()]
-        return head
-
-    async def body(self, length):
-        """Return a body of `length` bytes, or raise Error."""
-        end = time.monotonic() + self.PATIENCE + length / self.SLOWEST
-        while len(self.kept) < length and await self.receive(end):
-            pass
-        body = whole(bytes(self.kept[:length]), length)
-        del self.kept[:length]
-        return body
-
-    async def send(self, data):
-        """Send `data`; raise OSError when the client breaks or lags."""
-        end = time.monotonic() + self.PATIENCE + len(data) / self.SLOWEST
-        left = memoryview(data)
-        while left:
-            sent = await self.attempt(
-                self.connection.send, left, selectors.EVENT_WRITE, end)
-            left = left[sent:]
+            if not line.endswith(b"\r\n"):
+                raise Error(400, "A line must end in CR and LF.")
+    except socket.timeout:
+        raise Error(408, "The request came too slowly.") from None
+    return head[:-4].decode("latin-1")
 
 
 def read_head(head):
@@ -5674,17 +5485,17 @@ def check_origin(headers, host, names):
 
 
 @functools.lru_cache(maxsize=99)
-def beginning(status, second):
-    """Return the first lines of an answer, at a second since 1970."""
+def status_line_and_date(status, second):
+    """Return the first lines of a response, at a second since 1970."""
     return "HTTP/1.1 %d %s\r\nServer: jobman/%s\r\nDate: %s\r\n" % (
         status, http.client.responses.get(status, "Refused"), __version__,
         email.utils.formatdate(second, usegmt=True),
     )
 
 
-def wire_form(response, connection, *, head_only):
-    """Return an answer as bytes; `connection` is what becomes of that."""
-    head = beginning(response.status, int(time.time()))
+def serialize(response, connection, *, head_only):
+    """Return a response as bytes, with the header Connection if not empty."""
+    head = status_line_and_date(response.status, int(time.time()))
     for header in response.headers:
         head += "%s: %s\r\n" % header
     if connection:
@@ -5694,147 +5505,142 @@ def wire_form(response, connection, *, head_only):
 
 
 def end_tls(connection):
-    """Say goodbye as TLS wants it, where it is, and wait for no answer."""
+    """Send TLS's end-of-data alert, if it is TLS; don't wait for the peer's.
+    """
     if hasattr(connection, "unwrap"):
         with contextlib.suppress(OSError, ValueError):
+            connection.settimeout(0)
             connection.unwrap()
 
 
-class Connection:
-    """Bring requests from a socket to their answers, one after another.
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answer the requests of a connection, in a thread of its own."""
 
-    `socket` doesn't block. `step` is what it awaits, up to the moment `end`,
-    None when it is over; the Server drives it.
-    """
-
-    HANDSHAKE = 10  # seconds that TLS may take to begin
+    HANDSHAKE = 10  # seconds for the TLS handshake
     FIRST = 20  # seconds until the first request
-    IDLE = 300  # seconds until another
-    HEAD = 20  # seconds that a head may take
+    IDLE = 300  # seconds until another request
+    HEAD = 20  # seconds for a request line and its headers
     LINGER = 2  # seconds to read on after a refusal
+    PATIENCE = 60  # seconds for a body or a response, beside
+    SLOWEST = 2**16  # bytes a second
 
-    def __init__(self, server, socket, address):
-        self.server = server
-        self.socket = socket
-        self.address = address
-        self.wire = Wire(socket)
-        self.events = 0  # that the Server watches for
-        self.step, self.end, self.alarm = None, math.inf, math.inf
-        self.life = self.live()
+    def setup(self):
+        """Prepare the connection; called first in its thread."""
+        self.connection = self.request
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.server.tls:  # here, so that a slow client delays no other
+            self.connection.settimeout(self.HANDSHAKE)
+            try:
+                self.connection.do_handshake()
+            except OSError:
+                self.linger()  # so that the client sees the alert
+                raise
+        self.input = SocketInput(self.connection)
+        self.rfile = io.BufferedReader(self.input, 4096)
+        self.wfile = io.BytesIO()  # unused, but http.server closes it
+        self.patience = self.FIRST
 
-    async def live(self):
-        """Answer requests until one is the last."""
-        if self.server.tls:
-            await self.shake_hands()
-        self.keeps, patience = True, self.FIRST
-        while self.keeps and await self.wire.begins(patience):
-            self.server.busy.add(self)
-            await self.serve()
-            self.server.busy.discard(self)
-            patience = self.IDLE
-
-    async def shake_hands(self):
-        """Begin TLS; raise OSError if we can't."""
-        end = time.monotonic() + self.HANDSHAKE
+    def handle_one_request(self):
+        """Answer a request; handle() repeats this until close_connection."""
+        self.close_connection = self.unread = True
+        self.input.end = time.monotonic() + self.patience
         try:
-            await self.wire.attempt(
-                lambda _: self.socket.do_handshake(), None, 0, end)
-        except OSError:
-            await self.linger()
-            raise
-
-    async def serve(self):
-        """Read one request, answer it."""
-        self.old = self.head_only = False
+            if not self.rfile.peek(1):
+                return
+        except socket.timeout:  # no request, so no response
+            return
+        self.patience = self.IDLE
+        self.server.busy.add(self.connection)
         try:
-            request = await self.read()
+            self.do_GET()
+        finally:
+            self.server.busy.discard(self.connection)
+        if self.unread:
+            self.linger()
+
+    def do_GET(self):
+        """Answer a request of any method: find_route() knows which it has."""
+        try:
+            request = self.read_request()
         except Error as error:
-            self.keeps = False
-            await self.send(refusal(error))
-            return await self.linger()
-        response = await self.server.answer(request)
-        if request.wrong:
-            await self.server.store.brake.hold(self.address)
-        self.keeps = self.keeps and request.loaded
-        await self.send(response)
-        if not request.loaded:
-            await self.linger()
+            response = error_response(error)
+        else:
+            response = respond(self.server.store, request)
+            self.unread = not request.loaded
+        self.send(response)
 
-    async def read(self):
-        """Return the Request that comes, its body if it is let in; or Error.
-        """
-        head = await self.wire.head(self.HEAD)
-        method, target, version, headers = read_head(head)
-        self.head_only = method == "HEAD"
+    def read_request(self):
+        """Return the Request of the next head, to read its body later."""
+        self.command = None
+        self.input.end = time.monotonic() + self.HEAD
+        self.command, target, version, headers = read_head(
+            receive_head(self.rfile))
         self.old = version == "1.0"
+        said = headers.get("connection", "").lower()
+        self.close_connection = (
+            "keep-alive" not in said if self.old else "close" in said)
         host, path, query = read_target(target, version, headers)
         if self.server.store.open_to_all:
             check_host(host, self.server.names)
         check_origin(headers, host, self.server.names)
-        length = body_length(method, headers)
-        said = headers.get("connection", "").lower()
-        self.keeps = "keep-alive" in said if self.old else "close" not in said
-        request = Request(
-            method, path, query, headers, None, self.gone, self.address)
-        request.loaded = not length
-        with contextlib.suppress(Error):  # the answer will say it
-            enter(self.server.store, request)
-        if length and request.endpoint not in {None, *PUBLIC}:
-            if not self.old and "100-continue" in headers.get("expect", ""):
-                await self.wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.body = await self.wire.body(length)
-            request.loaded = True
-        return request
+        length = body_length(self.command, headers)
+        receive = functools.partial(self.read_body, headers, length)
+        return Request(
+            self.command, path, query, headers, receive if length else None,
+            self.gone, length)
 
-    async def send(self, response):
-        """Write a whole answer at once."""
-        self.keeps = self.keeps and not self.server.ending
-        known = self.keeps and not self.old
-        fate = "" if known else "keep-alive" if self.keeps else "close"
-        await self.wire.send(
-            wire_form(response, fate, head_only=self.head_only))
+    def read_body(self, headers, length):
+        """Return the body of a request whose jobix was accepted; or Error."""
+        if not self.old and "100-continue" in headers.get("expect", ""):
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.input.end = (
+            time.monotonic() + self.PATIENCE + length / self.SLOWEST)
+        try:
+            return require_length(self.rfile.read(length), length)
+        except socket.timeout:
+            raise Error(408, "The request came too slowly.") from None
 
-    async def linger(self):
-        """Read on for a while after a refusal, so that it is not lost.
+    def send(self, response):
+        """Send a response, and say whether the connection goes on."""
+        if self.unread or self.server.ending:
+            self.close_connection = True
+        fate = "close"
+        if not self.close_connection:
+            fate = "keep-alive" if self.old else ""
+        self.write(serialize(
+            response, fate, head_only=self.command == "HEAD"))
 
-        Closing a socket with unread bytes resets the connection, and the
-        client's kernel may throw away our answer.
+    def write(self, data):
+        """Send bytes, all of them within their time; raise OSError.
+
+        SSLSocket.sendall() starts its timeout anew with every record.
         """
-        end_tls(self.socket)
+        end = time.monotonic() + self.PATIENCE + len(data) / self.SLOWEST
+        left = memoryview(data)
+        while left:
+            set_timeout(self.connection, end)
+            left = left[self.connection.send(left) :]
+
+    def linger(self):
+        """Read on for a moment after a refusal.
+
+        Closing a socket with unread input resets the connection, and the
+        client's kernel may drop the response.
+        """
         end = time.monotonic() + self.LINGER
-        with contextlib.suppress(OSError, Error):
-            self.socket.shutdown(socket.SHUT_WR)
-            while await self.wire.receive(end):
-                self.wire.kept.clear()
+        end_tls(self.connection)
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            while True:
+                set_timeout(self.connection, end)
+                if not self.connection.recv(65536):
+                    break
 
     def gone(self):
-        """Return whether the client has hung up."""
+        """Return whether the client has closed the connection."""
         poll = select.poll()  # select() fails beyond 1,024 files
-        poll.register(self.socket, select.POLLRDHUP)  # also beneath TLS
+        poll.register(self.connection, select.POLLRDHUP)  # also below TLS
         return bool(poll.poll(0))
-
-    def go_on(self, late=False):
-        """Take the way up to the next step; return whether there is one."""
-        try:
-            if late:
-                self.step, self.end = self.life.throw(socket.timeout())
-            else:
-                self.step, self.end = self.life.send(None)
-            return True
-        except (StopIteration, OSError):  # clients may hang up
-            pass
-        except Exception:
-            traceback.print_exc()
-        return False
-
-    def close(self):
-        """End it."""
-        self.life.close()
-        self.life = self.wire = self.step = None  # an alarm may keep us
-        end_tls(self.socket)
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
-        self.socket.close()
 
 
 def own_names():
@@ -5851,348 +5657,186 @@ def names_in(url):
         return frozenset()
 
 
+def threads_of(user):
+    """Return how many threads a user has, as far as /proc tells."""
+    threads = 0
+    for folder in glob.iglob("/proc/[0-9]*/task"):
+        with contextlib.suppress(OSError):  # it has ended
+            if os.stat(folder).st_uid == user:
+                threads += len(os.listdir(folder))
+    return threads
+
+
+OWN_CGROUPS = "/proc/self/cgroup"
+CGROUPS = {  # where cgroups are, by their controllers: see cgroups(7)
+    "": "/sys/fs/cgroup",  # version 2
+    "pids": "/sys/fs/cgroup/pids",  # version 1
+}
+
+
+def read_number(path):
+    """Return the number in a file, None if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        with open(path) as file:
+            return int(file.read())
+    return None
+
+
+def cgroup_room():
+    """Yield how many more threads each limited cgroup of ours may have."""
+    with contextlib.suppress(OSError):
+        with open(OWN_CGROUPS) as file:
+            lines = file.read().splitlines()
+        for _, controllers, path in (line.split(":", 2) for line in lines):
+            if controllers not in CGROUPS:
+                continue
+            names = path.strip("/").split("/")
+            for n in range(len(names) + 1):
+                folder = os.path.join(CGROUPS[controllers], *names[:n])
+                most = read_number(os.path.join(folder, "pids.max"))
+                if most is not None:
+                    yield most - read_number(
+                        os.path.join(folder, "pids.current"))
+
+
 def connections_bound():
-    """Return how many connections we can have: not all files are for them."""
+    """Return how many connections we can have, each with a file and a thread.
+
+    Login nodes often limit a user to some thousand threads, or a hundred.
+    """
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = MAX_CONNECTIONS if files < 0 else files - FILES_KEPT
-    return max(1, min(MAX_CONNECTIONS, free))
+    threads, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    bounds = [MAX_CONNECTIONS]
+    if files >= 0:
+        bounds.append(files - FILES_KEPT)
+    if threads >= 0 and os.geteuid():  # root isn't bound by it
+        bounds.append(threads - threads_of(os.getuid()) - THREADS_KEPT)
+    bounds += (room - THREADS_KEPT for room in cgroup_room())
+    return max(1, min(bounds))
 
 
-class Errand:
-    """A Request that another thread answers, and its `response`."""
+class Server(ThreadingHTTPServer):
+    """Serve a Store, each connection by a thread.
 
-    def __init__(self, request):
-        self.request = request
-        self.response = None
-
-    def run(self, store, done):
-        """Answer it; call `done()`, whatever comes."""
-        try:
-            self.response = respond(store, self.request)
-        finally:
-            done()
-
-
-class Server:
-    """Serve a Store at an address.
-
-    One thread drives all connections. What they ask for at one time and is
-    quickly done is done in one commit; a few other threads do the rest.
-    `names` are those by which it may be called; `open` and `busy` are the
-    connections that there are, and those in the midst of a request.
+    `names` are the host names by which it may be called. `open` and `busy`
+    are the connections, and those of them that are inside a request.
     """
 
-    BACKLOG = 4096  # connections that may wait to be accepted
-    AT_ONCE = 100  # of them that are accepted before others go on
-    THREADS = 4  # more would keep the interpreter's lock from the first
-    LARGE = 2**14  # bytes of a body that takes its time
-    GRACE = 0.5  # seconds for another request, as it stops
+    daemon_threads = True
+    block_on_close = False  # stop() waits, and not for ever
+    request_queue_size = 4096  # a thousand workers may start at once
+    REJECTED = 50  # connections kept open for a while after a 503
+    GRACE = 0.5  # seconds for one more request, as it stops
     END = 4  # seconds to answer the last ones
 
     def __init__(self, address, store=None):
         self.store = store
-        self.tls = None  # the SSLContext, where TLS is spoken
+        self.tls = None  # the SSLContext, if it speaks TLS
         self.names = own_names()
         self.limit = connections_bound()
         self.open, self.busy = set(), set()
-        self.changes = threading.Condition()  # of those that are open
-        self.ending = self.over = False
-        self.awake = True  # it will see what is put into `calls`
-        self.calls = deque()  # of functions, that others want called
-        self.turns = []  # connections that await a commit
-        self.away = False  # some of them wait in another thread
-        self.alarms = []  # a heap of (moment, number, connection)
-        self.numbers = itertools.count()
-        self.socket = socket.socket()
-        try:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.socket.bind(address)
-            self.socket.listen(self.BACKLOG)
-        except BaseException:
-            self.socket.close()
-            raise
-        self.socket.setblocking(False)
-        self.server_address = self.socket.getsockname()
-        self.server_port = self.server_address[1]
+        self.changes = threading.Condition()  # notified when none is open
+        self.rejected = deque()  # connections without a thread
+        self.ending = False
+        super().__init__(address, Handler)
+
+    def server_bind(self):
+        """Bind; HTTPServer would ask DNS for our name, for half a minute."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address
 
     def start(self):
-        """Serve in threads of its own."""
+        """Serve in a thread of its own."""
         self.store.keep_ticking()
-        self.pool = ThreadPoolExecutor(self.THREADS)
-        self.stepwise = ThreadPoolExecutor(self.THREADS)  # are soon done
-        self.committer = ThreadPoolExecutor(1)
-        self.pools = self.pool, self.stepwise, self.committer
-        for pool in self.pools:
-            pool.submit(int)  # so that there is a thread, whatever comes
-        self.selector = selectors.DefaultSelector()
-        self.bell, self.button = socket.socketpair()
-        for end, act in ((self.bell, self.hear), (self.socket, self.accept)):
-            end.setblocking(False)
-            self.selector.register(end, selectors.EVENT_READ, act)
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
+        threading.Thread(
+            target=self.serve_forever, args=(None,), daemon=True).start()
 
-    # What the thread of the connections does
-
-    def run(self):
-        """Drive all connections until the end."""
-        while not self.over:
-            try:
-                self.awake = False
-                self.look(0 if self.calls else self.until_alarm())
-                self.ring_alarms()
-                while self.calls:
-                    self.calls.popleft()()
-                while self.turns and not self.away:
-                    self.gather()
-                    self.commit()
-            except Exception:  # of ours; it is no reason to stop
-                with contextlib.suppress(OSError, ValueError):
-                    traceback.print_exc()
-
-    def look(self, seconds):
-        """Wait up to `seconds` for what happens next, and see to it."""
-        events = self.selector.select(seconds)
-        self.awake = True
-        for key, _ in events:
-            key.data()
-
-    def gather(self):
-        """Let who has come meanwhile share the next commit."""
-        n = 0
-        while n < len(self.turns):
-            n = len(self.turns)
-            self.look(0)
-
-    def commit(self):
-        """Take the turns that connections await.
-
-        While another thread leads, who may take long, a third one does that:
-        then we go on with all that needs no commit.
-        """
-        waiting, self.turns = self.turns, []
-        turns = [connection.step for connection in waiting]
-        if not self.store.writer.leading:
-            self.store.writer.take(turns)
-            return self.taken(waiting)
-        self.away = True
-        for connection in waiting:
-            self.watch(connection, 0)
-        done = functools.partial(self.taken, waiting)
-        taking = self.committer.submit(self.store.writer.take, turns)
-        taking.add_done_callback(lambda _: self.call(done))
-
-    def taken(self, waiting):
-        """Drive those whose turns were taken."""
-        self.away = False
-        for connection in waiting:
-            if connection.step is not None:  # we haven't closed it meanwhile
-                self.drive(connection)
-
-    def drive(self, connection, late=False):
-        """Let a connection go on, and see to its next step."""
-        if not connection.go_on(late):
-            self.end(connection)
-        elif isinstance(connection.step, Turn):
-            self.turns.append(connection)
-            if self.away:
-                self.watch(connection, 0)
-        else:
-            self.wait(connection)
-
-    def wait(self, connection):
-        """Let a connection wait for its step, up to its end."""
-        step = connection.step
-        watched = isinstance(step, int)
-        self.watch(connection, step if watched else 0)
-        if not watched:
-            resume = functools.partial(self.resume, connection, step)
-            done = functools.partial(self.call, resume)
-            if isinstance(step, Ear):
-                step.listen(done)
-            else:
-                self.employ(step, done)
-        if connection.end < connection.alarm:
-            self.set_alarm(connection)
-
-    def resume(self, connection, step):
-        """Drive a connection whose step is done, if it still awaits it."""
-        if connection.step is step:
-            self.drive(connection)
-
-    def watch(self, connection, events):
-        """Have a connection driven at these events of its socket."""
-        before, connection.events = connection.events, events
-        if before and events != before:
-            self.selector.unregister(connection.socket)
-        if events and events != before:
-            heard = functools.partial(self.heard, connection)
-            self.selector.register(connection.socket, events, heard)
-
-    def heard(self, connection):
-        """Drive a connection whose socket is ready, if it awaits that.
-
-        One that awaits a commit is left watched: that takes but a moment.
-        """
-        if isinstance(connection.step, int):
-            self.drive(connection)
-
-    def set_alarm(self, connection):
-        """Let a connection be late at its end."""
-        connection.alarm = connection.end
-        alarm = connection.end, next(self.numbers), connection
-        if len(self.alarms) > 2 * len(self.open) + 1000:
-            self.alarms = list(filter(self.is_set, self.alarms))
-            heapq.heapify(self.alarms)
-        heapq.heappush(self.alarms, alarm)
-
-    def is_set(self, alarm):
-        """Return whether its connection has no earlier one, nor has ended."""
-        moment, _, connection = alarm
-        return moment == connection.alarm and connection.step is not None
-
-    def until_alarm(self):
-        """Return the seconds until the next alarm, None without one."""
-        if not self.alarms:
-            return None
-        return max(0, self.alarms[0][0] - time.monotonic())
-
-    def ring_alarms(self):
-        """Drive those that are late."""
-        now = time.monotonic()
-        while self.alarms and self.alarms[0][0] <= now:
-            alarm = heapq.heappop(self.alarms)
-            connection = alarm[-1]
-            if not self.is_set(alarm):
-                continue
-            connection.alarm = math.inf
-            if connection.end <= now:
-                self.drive(connection, late=isinstance(connection.step, int))
-            elif connection.end < math.inf:
-                self.set_alarm(connection)
-
-    def accept(self):
-        """Take in connections that wait, some at a time."""
-        for _ in range(self.AT_ONCE):
-            try:
-                connection, address = self.socket.accept()
-            except BlockingIOError:
-                break
-            except OSError as error:  # the client has gone
-                if error.errno in (errno.EMFILE, errno.ENFILE):
-                    time.sleep(0.01)  # till somebody ends
-                break
-            try:
-                self.take_in(connection, address[0])
-            except OSError:
-                connection.close()
-
-    def take_in(self, connection, address):
-        """Begin with a connection, if there may be one more."""
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def get_request(self):
+        """Accept a connection; return its socket and the client's address."""
+        try:
+            connection, address = self.socket.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.01)  # the socket stays ready: don't spin
+            raise
         if self.tls:
             connection = self.tls.wrap_socket(
                 connection, server_side=True, do_handshake_on_connect=False)
-        connection = Connection(self, connection, address)
-        self.open.add(connection)
-        if len(self.open) <= self.limit:
-            return self.drive(connection)
-        response = refusal(Unavailable("it has too many connections"))
-        if not self.tls:
-            with contextlib.suppress(OSError):
-                connection.socket.send(
-                    wire_form(response, "close", head_only=False))
-        self.end(connection)
+        return connection, address
 
-    def end(self, connection):
-        """Be done with a connection."""
-        self.watch(connection, 0)
-        connection.close()
+    def process_request(self, request, client_address):
+        """Start the thread of a connection, or answer it with 503."""
+        self.open.add(request)
+        try:
+            if len(self.open) > self.limit:
+                raise RuntimeError("too many connections")
+            super().process_request(request, client_address)
+        except RuntimeError:  # also of a thread that can't be started
+            self.reject(request)
+
+    def reject(self, request):
+        """Answer a connection with 503, without waiting for its request.
+
+        It is closed later: a client that is still sending would otherwise
+        see a reset instead of the response.
+        """
+        response = error_response(Unavailable("it has too many connections"))
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            if not self.tls:
+                request.send(serialize(response, "close", head_only=False))
+            request.shutdown(socket.SHUT_WR)
+        self.open.discard(request)
+        self.rejected.append(request)
+        if len(self.rejected) > self.REJECTED:
+            self.shutdown_request(self.rejected.popleft())
+
+    def shutdown_request(self, request):
+        """Close a connection; called last in its thread."""
+        end_tls(request)
+        super().shutdown_request(request)
         with self.changes:
-            self.open.discard(connection)
-            self.busy.discard(connection)
-            self.changes.notify_all()
+            self.open.discard(request)
+            if not self.open:
+                self.changes.notify_all()
 
-    async def answer(self, request):
-        """Return the Response to a Request; what isn't quick is an errand."""
-        body = request.body
-        small = len(body) < self.LARGE and not is_zipped(body)
-        quick = request.endpoint in STEPWISE or request.endpoint is None
-        if quick and (small or request.method == "GET"):
-            return await answer(self.store, request)
-        errand = Errand(request)
-        await reach(errand)
-        return errand.response
-
-    def employ(self, errand, done):
-        """Have an errand run by another thread."""
-        soon = errand.request.endpoint in STEPWISE
-        pool = self.stepwise if soon else self.pool
-        with contextlib.suppress(RuntimeError):  # no more threads: it waits
-            pool.submit(errand.run, self.store, done)
-
-    def hear(self):
-        """Be woken: there are calls."""
-        self.bell.recv(4096)
-
-    def close_door(self):
-        """Take in whom the system has let in, and nobody any more."""
-        for _ in range(self.BACKLOG // self.AT_ONCE):
-            self.accept()
-        self.selector.unregister(self.socket)
-        with self.changes:
-            self.socket.close()
-            self.changes.notify_all()
-
-    def cut_off(self):
-        """Hang up on who is silent; they still hear us."""
-        for connection in self.open - self.busy:
-            with contextlib.suppress(OSError):  # TLS has a way of its own
-                socket.socket.shutdown(connection.socket, socket.SHUT_RD)
-
-    def close(self):
-        """End all connections, and the loop."""
-        self.over = True
-        self.turns.clear()
-        for connection in list(self.open):
-            self.end(connection)
-
-    # What other threads do
-
-    def call(self, function):
-        """Have a function called by the thread of the connections."""
-        self.calls.append(function)
-        if not self.awake:
-            self.awake = True
-            with contextlib.suppress(OSError):  # it is full, or closed
-                self.button.send(b"!")
-
-    def deserted(self):
-        """Return whether nobody is here and nobody can come."""
-        return self.socket.fileno() < 0 and not self.open
+    def handle_error(self, request, client_address):
+        """Print a fault of ours; clients that hang up or are slow are none."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            traceback.print_exc()
 
     def stop(self):
-        """Answer what has come in, for a few seconds, and close all.
+        """Answer the requests that have come, and close the Store.
 
-        Who goes on asking is told by an answer that it is the last; then
-        who is silent is cut off.
+        Clients that go on asking are told that an answer is the last; then
+        idle connections are closed. It takes less than 5 seconds.
         """
         self.ending = True
-        self.call(self.close_door)
+        self.close_door()
         self.store.wake_all()
         with self.changes:
-            self.changes.wait_for(self.deserted, self.GRACE)
-        self.call(self.cut_off)
+            self.changes.wait_for(lambda: not self.open, self.GRACE)
+        for connection in self.open - self.busy:
+            with contextlib.suppress(OSError):  # below TLS, which goes on
+                socket.socket.shutdown(connection, socket.SHUT_RD)
         with self.changes:
-            self.changes.wait_for(self.deserted, self.END)
-        self.call(self.close)
-        self.thread.join()
-        for pool in self.pools:
-            pool.shutdown(wait=False)
-        for thing in (self.selector, self.bell, self.button):
-            thing.close()
+            self.changes.wait_for(lambda: not self.open, self.END)
         self.store.close()
+
+    def close_door(self):
+        """Accept the connections of the backlog, and none after them."""
+        self.socket.setblocking(False)
+        with contextlib.suppress(OSError):
+            while True:
+                self.process_request(*self.get_request())
+        self.socket.shutdown(socket.SHUT_RDWR)  # wakes serve_forever()
+        self.shutdown()
+        self.server_close()
+        for connection in self.rejected:
+            self.shutdown_request(connection)
+
+
+# ------------------------------------------------------------------ WSGI ---
 
 
 def read_jobix(text, source):
@@ -6207,14 +5851,6 @@ def given_jobix():
     """Return the jobix in the environment, None where there is none."""
     text = os.environ.get("JOBMAN_JOBIX")
     return None if text is None else read_jobix(text, "JOBMAN_JOBIX")
-
-
-def before_stop(act):
-    """Have Apache's mod_wsgi, where it is that, call `act` as it ends us."""
-    subscribe = getattr(
-        sys.modules.get("mod_wsgi"), "subscribe_shutdown", None)
-    if subscribe:  # from 4.8 on
-        subscribe(act)
 
 
 class Application:
@@ -6234,12 +5870,9 @@ class Application:
 
     def __call__(self, environ, start_response):
         try:
-            store, request = self.open(), self.read(environ)
-            response = respond(store, request)
-            if request.wrong:
-                take_steps(store, store.brake.hold(request.address))
+            response = respond(self.open(), self.read(environ))
         except Error as error:
-            response = refusal(error)
+            response = error_response(error)
         reason = http.client.responses[response.status]
         start_response(
             "%d %s" % (response.status, reason), list(response.headers)
@@ -6260,11 +5893,14 @@ class Application:
                     raise Unavailable("it can't start, see its log") from None
                 self.store.keep_ticking()
                 atexit.register(self.close)
-                before_stop(self.wake)
+                subscribe = getattr(
+                    sys.modules.get("mod_wsgi"), "subscribe_shutdown", None)
+                if subscribe:  # from 4.8 on
+                    subscribe(self.wake)
             return self.store
 
     def wake(self, *_, **__):
-        """Answer who waits: mod_wsgi kills what doesn't end in seconds."""
+        """Answer the long polls: mod_wsgi is about to kill this process."""
         store = self.store
         if store:
             store.wake_all()
@@ -6287,7 +5923,6 @@ class Application:
             waiters=waiters, jobix=given_jobix(),
             open_to_all=os.environ.get("JOBMAN_OPEN") == "1",
         )
-        store.brake.HELD = waiters  # those take threads too
         if "JOBMAN_URL" in os.environ:
             url = os.environ["JOBMAN_URL"]
             self.names = names_in(url)
@@ -6311,9 +5946,9 @@ class Application:
             path.decode("utf-8", "replace") or "/",
             environ.get("QUERY_STRING", ""),
             headers,
-            lambda: whole(environ["wsgi.input"].read(length), length),
+            lambda: require_length(environ["wsgi.input"].read(length), length),
             lambda: False,
-            environ.get("REMOTE_ADDR"),
+            length,
         )
 
 
@@ -6405,7 +6040,7 @@ def serving(options, access_file, jobix=None):
     server.tls = tls
     try:
         server.store = Store(
-            options.db, shared=options.shared,
+            options.db, shared=options.shared, waiters=server.limit * 4 // 5,
             jobix=jobix, open_to_all=options.open or is_local(server),
             max_attempts=options.retries + 1, max_lapses=options.lapses,
             keep_days=options.keep_days,
@@ -7927,7 +7562,7 @@ def run(options):
             say(reason + "; the same command goes on where it was.")
             return 128 + number
         finally:
-            server.store.bell.close()  # its long poll needn't be broken off
+            server.store.wait_queue.close()  # its long poll needn't be broken off
             worker.end()
             progress.end()
         return sum_up(this, figures, progress)
@@ -8493,18 +8128,19 @@ class BenchClient:
 
 def converse(access, talks):
     """Carry talks to their end, side by side; return the seconds taken."""
+
+    def carry(talk):
+        client = BenchClient(access, talk)
+        going = client.ask()
+        while going:
+            going = client.go_on()
+
     began = time.monotonic()
-    with selectors.DefaultSelector() as selector:
-        for talk in talks:
-            client = BenchClient(access, talk)
-            if client.ask():
-                selector.register(
-                    client.socket, selectors.EVENT_READ, client)
-        while selector.get_map():
-            for key, _ in selector.select():
-                fd = key.fd
-                if not key.data.go_on():
-                    selector.unregister(fd)
+    pool = ThreadPoolExecutor(len(talks))
+    try:
+        list(pool.map(carry, talks))
+    finally:
+        pool.shutdown(wait=False)  # a signal must not wait for the talks
     return time.monotonic() - began
 
 
@@ -8517,7 +8153,7 @@ def adding(counted, end):
         yield "POST", "/set", {i: {
             "jobstage": 0, "jobcmd": "simulate --seed %d" % i, "laststage": 2,
         } for i in ids}
-        counted[0] += CHUNK
+        counted.append(CHUNK)
 
 
 def moving(counted, end):
@@ -8528,7 +8164,7 @@ def moving(counted, end):
             break
         path = "/update_job/%(jobid)d/2?claim=%(claim)s" % job
         yield "GET", path, None
-        counted[0] += 1
+        counted.append(1)
 
 
 def moving_many(counted, end):
@@ -8540,14 +8176,14 @@ def moving_many(counted, end):
             {"jobid": job["jobid"], "jobstage": 2, "claim": job["claim"]}
             for job in jobs
         ]
-        counted[0] += len(jobs)
+        counted.append(len(jobs))
 
 
 def rate(access, talk, clients, seconds):
     """Return how many jobs a second such talks of some clients do."""
-    counted, end = [0], time.monotonic() + seconds
+    counted, end = [], time.monotonic() + seconds
     taken = converse(access, [talk(counted, end) for _ in range(clients)])
-    return counted[0] / taken
+    return sum(counted) / taken
 
 
 def fsync_times(folder, seconds):
@@ -8875,16 +8511,6 @@ def look_at_files(patient):
     bound = max(1, min(MAX_CONNECTIONS, most - FILES_KEPT))
     return "a process may open %d, so a server has up to %s" % (
         most, number_of(bound, "connection"))
-
-
-def threads_of(user):
-    """Return how many threads a user has, as far as /proc tells."""
-    threads = 0
-    for folder in glob.iglob("/proc/[0-9]*/task"):
-        with contextlib.suppress(OSError):  # it has ended
-            if os.stat(folder).st_uid == user:
-                threads += len(os.listdir(folder))
-    return threads
 
 
 def look_at_processes(patient):
