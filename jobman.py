@@ -54,7 +54,6 @@ import socket
 import socketserver
 import sqlite3
 import stat
-import struct
 import subprocess
 import sys
 import tempfile
@@ -237,58 +236,7 @@ def unpack(body):
 # ------------------------------------------------------- schema and SQL ---
 
 APPLICATION_ID = 0x6A6F626D  # "jobm", in the database's header
-SCHEMA_VERSION = 3
-
-# What schemas 2 and 3 have that the one before hadn't, beside the columns in
-# UPGRADES.
-NEW_IN_2 = """
-create table runtime (                 -- of attempts that ended as done
-    jobix integer not null, stage integer not null, bucket integer not null,
-    attempts integer not null,
-    primary key (jobix, stage, bucket));
-
-create table worker (
-    jobix integer not null, name text not null, host text, stages text,
-    slots integer, busy integer, done integer, failed integer,
-    heard real not null,               -- when its last heartbeat came
-    quarantine text,                   -- why it takes no more work
-    drain integer not null default 0,  -- 1: it should claim no more
-    primary key (jobix, name));
-create index worker_heard on worker (jobix, heard);
-
-create table paused (
-    jobix integer not null, stage integer not null,
-    primary key (jobix, stage));
-"""
-NEW_IN_3 = """
-create table dependency (              -- job.row of two: the child waits
-    parent integer not null, child integer not null,
-    known integer not null);           -- to the child: see known_end()
-create index dependency_parent on dependency (parent, known);
-create index dependency_child on dependency (child, known);
-
-create table unsettled (               -- job.row whose children don't know yet
-    parent integer primary key);
-
-create table effort (                  -- sums of attempts by their outcome,
-    jobix integer not null, stage integer not null,
-    kind text not null,                -- of claims, their waits, and idle time
-    attempts integer not null, seconds real not null,
-    primary key (jobix, stage, kind));
-
-create table waited (                  -- of claims: how long their jobs waited
-    jobix integer not null, stage integer not null, bucket integer not null,
-    claims integer not null,
-    primary key (jobix, stage, bucket));
-
-create table forgotten (               -- the highest jobid that was forgotten
-    jobix integer primary key, jobid integer not null);
-"""
-
-# Beside each group of jobs in one state, those longest in their stage first.
-AGE_INDEX = """
-create index job_age on job (jobix, stage, state, expired, since, jobid);
-"""
+SCHEMA_VERSION = 1
 
 # All text that came as JSON and isn't computed with (jobcmd, filename, files,
 # cwd, outputs) is kept as JSON text: so every string survives as it came.
@@ -374,31 +322,51 @@ create table submission (
     jobix integer not null, key text not null,
     first integer not null, jobs integer not null,
     primary key (jobix, key));
-""" + NEW_IN_2 + NEW_IN_3 + AGE_INDEX
 
-# What brings a database of each older version to the next one.
-UPGRADES = {
-    1: """
-alter table job add column rejects integer not null default 0;
-alter table job add column made integer;
-alter table job add column files text;
-alter table attempt add column jobcmd text;
-alter table attempt add column filename text;
-alter table attempt add column files text;
-alter table attempt add column made integer;
-alter table attempt add column host text;
-alter table pace add column updates integer not null default 0;
-update job set free = case state when 'delayed' then -1 when 'blocked' then -2
-    when 'working' then -3 when 'failed' then -5 when 'cancelled' then -6
-    when 'aborted' then -7 else free end where free = 0;
-drop index job_age;
-""" + NEW_IN_2 + AGE_INDEX,
-    2: """
-alter table job add column missing integer not null default 0;
-alter table job add column followed integer not null default 0;
-alter table job add column blame integer;
-""" + NEW_IN_3,
-}
+create table runtime (                 -- of attempts that ended as done
+    jobix integer not null, stage integer not null, bucket integer not null,
+    attempts integer not null,
+    primary key (jobix, stage, bucket));
+
+create table worker (
+    jobix integer not null, name text not null, host text, stages text,
+    slots integer, busy integer, done integer, failed integer,
+    heard real not null,               -- when its last heartbeat came
+    quarantine text,                   -- why it takes no more work
+    drain integer not null default 0,  -- 1: it should claim no more
+    primary key (jobix, name));
+create index worker_heard on worker (jobix, heard);
+
+create table paused (
+    jobix integer not null, stage integer not null,
+    primary key (jobix, stage));
+
+create table dependency (              -- job.row of two: the child waits
+    parent integer not null, child integer not null,
+    known integer not null);           -- to the child: see known_end()
+create index dependency_parent on dependency (parent, known);
+create index dependency_child on dependency (child, known);
+
+create table unsettled (               -- job.row whose children don't know yet
+    parent integer primary key);
+
+create table effort (                  -- sums of attempts by their outcome,
+    jobix integer not null, stage integer not null,
+    kind text not null,                -- of claims, their waits, and idle time
+    attempts integer not null, seconds real not null,
+    primary key (jobix, stage, kind));
+
+create table waited (                  -- of claims: how long their jobs waited
+    jobix integer not null, stage integer not null, bucket integer not null,
+    claims integer not null,
+    primary key (jobix, stage, bucket));
+
+create table forgotten (               -- the highest jobid that was forgotten
+    jobix integer primary key, jobid integer not null);
+
+-- beside each group of jobs in one state, those longest in their stage first
+create index job_age on job (jobix, stage, state, expired, since, jobid);
+"""
 
 
 TOGETHER = ["jobid%d" % i for i in range(20)]  # jobs read by one statement
@@ -887,68 +855,68 @@ class SQL:
         group by 1 having odd is not null"""
 
 
-# ----------------------------------------------------------- file system ---
+# ------------------------------------------------ where the database lies ---
 
-MOUNTINFO = "/proc/self/mountinfo"  # proc(5) says what is in it
-# What other hosts may write to as well, or where locks may hold on one host
-# alone; also all that are called fuse.…
-NETWORK = {
+MOUNTINFO = "/proc/self/mountinfo"  # described in proc(5)
+# File systems that other hosts may write to, or where a lock may hold on one
+# host only. All FUSE file systems ("fuse.sshfs") are taken for such, too.
+NETWORK_FILE_SYSTEMS = {
     "9p", "afs", "beegfs", "ceph", "cifs", "fhgfs", "fuse", "glusterfs",
     "gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "smb3",
     "smbfs", "virtiofs", "wekafs",
 }
-OFD_SETLK = 37  # of fcntl(2) on Linux: lock for an open file, not a process
 
 
 def remove(path):
-    """Remove a file, if it is there."""
+    """Remove a file if it exists."""
     with contextlib.suppress(OSError):
         os.unlink(path)
 
 
+def open_private(path, more_flags=0):
+    """Open a file for reading and writing, created with mode 0600.
+
+    Return its descriptor. A symbolic link, which another user may have put
+    there, is refused.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | more_flags
+    return os.open(path, flags, 0o600)
+
+
 def unescape(field):
-    """Return what a field of mountinfo stands for."""
-    return re.sub(
-        rb"\\([0-7]{3})", lambda octal: bytes([int(octal.group(1), 8)]), field
-    )
+    """Decode the octal escapes in a field of mountinfo."""
+    return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), field)
 
 
-def mounted(folder):
+def find_mount(folder):
     """Return the type and the source of the file system of a folder.
 
-    It is the mount with the longest path that the folder is under, the
-    latest of equals. Both are empty where nothing is known of mounts.
+    The longest mount point above the folder counts, and the last of several
+    mounts on it. Both are empty if mountinfo can't be read.
     """
-    parts = os.fsencode(os.path.realpath(folder)).split(b"/")
-    lines, longest, found = [], 0, ("", "")
+    parts = os.path.realpath(folder).split("/")
+    text, longest, found = "", 0, ("", "")
     with contextlib.suppress(OSError), open(MOUNTINFO, "rb") as file:
-        lines = file.read().split(b"\n")
-    for line in lines:
-        mount, _, what = line.partition(b" - ")
-        if what:
-            point = unescape(mount.split()[4]).rstrip(b"/").split(b"/")
+        text = os.fsdecode(file.read())
+    for line in text.split("\n"):
+        mount, _, file_system = line.partition(" - ")
+        if file_system:
+            point = unescape(mount.split(" ")[4]).rstrip("/").split("/")
             if len(point) >= longest and point == parts[: len(point)]:
                 longest = len(point)
-                found = tuple(
-                    os.fsdecode(unescape(field)) for field in what.split()[:2]
-                )
+                found = tuple(map(unescape, file_system.split(" ")[:2]))
     return found
 
 
-def refused(lock, *arguments):
-    """Return whether a lock isn't given because somebody has it."""
-    try:
-        lock(*arguments)
-    except (BlockingIOError, PermissionError):
-        return True
-    except OSError:
-        return False
-    return False
+def try_locks(file):
+    """Return whether POSIX locks on a file "work", "fail" or "lie".
 
-
-def refused_elsewhere(file):
-    """Return whether another process doesn't get a POSIX lock that we have.
+    A process isn't refused a lock that it has, so a child asks for it, too.
     """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return "fail"
     child = os.fork()
     if child == 0:
         status = 1
@@ -957,100 +925,53 @@ def refused_elsewhere(file):
             status = 0
         finally:
             os._exit(status)
-    return os.waitpid(child, 0)[1] != 0
+    return "lie" if os.waitpid(child, 0)[1] == 0 else "work"
 
 
-def posix_locks(first, second):
-    """Return whether the POSIX locks on a file `work`, `fail` or `lie`.
+class DatabaseLocation:
+    """Where a database lies, and how it can be used there.
 
-    Takes two descriptors of it. Who gets a lock that we have is asked by the
-    kind that belongs to an open file, for a fork is dear; but not all
-    kernels have it.
-    """
-    try:
-        fcntl.lockf(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return "fail"
-    for kind in (fcntl.F_WRLCK, fcntl.F_UNLCK):
-        whole_file = struct.pack("hhqqi8x", kind, 0, 0, 0, 0)
-        if refused(fcntl.fcntl, second, OFD_SETLK, whole_file):
-            return "work"
-    return "work" if refused_elsewhere(second) else "lie"
-
-
-def flocks_work(first, second):
-    """Return whether a `flock` by one descriptor keeps the other off."""
-    exclusive = fcntl.LOCK_EX | fcntl.LOCK_NB
-    try:
-        fcntl.flock(first, exclusive)
-    except OSError:
-        return False
-    return refused(fcntl.flock, second, exclusive)
-
-
-class Place:
-    """Where a database is, and what is to be expected of locks there.
-
-    `kind` and `source` are the file system's. `locks` says how POSIX locks
-    do, which SQLite uses: they work, fail, or lie. `flocks` is whether
-    `flock` works. `alone` is whether only one server, with one connection,
-    can have the database.
+    `kind` and `source` are those of the file system. `locks` is how POSIX
+    locks behave there, which SQLite uses. If `exclusive`, only one server,
+    with one connection, can use the database.
     """
 
     def __init__(self, path):
         self.path = path
-        self.file = os.path.realpath(path)  # one database, one lock file
-        self.kind, self.source = mounted(os.path.dirname(self.file))
-        self.owner = os.geteuid()  # of what we make there, as it is seen
-        self.locks, self.flocks = "work", True
-        self.try_locks()
-        self.alone = (
-            self.kind in NETWORK or self.kind.startswith("fuse.")
-            or self.locks != "work" or not self.flocks
-        )
+        self.file = os.path.realpath(path)  # so that links share a lock file
+        self.kind, self.source = find_mount(os.path.dirname(self.file))
+        self.owner, self.locks = os.geteuid(), "work"
+        probe = "%s.locks.%s" % (self.file, secrets.token_hex(4))
+        with contextlib.suppress(OSError):  # then no server can start either
+            file = open_private(probe, os.O_EXCL)
+            try:
+                self.owner = os.fstat(file).st_uid  # ids may be mapped
+                self.locks = try_locks(file)
+            finally:
+                os.close(file)
+                remove(probe)
+        self.exclusive = self.kind in NETWORK_FILE_SYSTEMS or \
+            self.kind.startswith("fuse.") or self.locks != "work"
         self.vfs = "unix-none" if self.locks == "fail" else "unix"
 
-    def try_locks(self):
-        """Find out about locks by a file that nobody else has.
-
-        Where none can be made no server starts.
-        """
-        name = "%s.locks.%s" % (self.file, secrets.token_hex(4))
-        new = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        with contextlib.ExitStack() as undo:
-            try:
-                first = os.open(name, new, 0o600)
-                undo.callback(os.close, first)
-                undo.callback(remove, name)
-                second = os.open(name, os.O_RDWR)
-                undo.callback(os.close, second)
-            except OSError:
-                return
-            self.owner = os.fstat(first).st_uid
-            self.flocks = flocks_work(first, second)
-            self.locks = posix_locks(first, second)
-
-    def finding(self):
-        """Return what is said of it, as "x.db is on nfs4 (host:/export)"."""
-        said = "%s is on %s" % (self.path, self.kind or "a file system")
+    def describe(self):
+        """Return a clause such as "x.db is on nfs4 (host:/export)"."""
+        text = "%s is on %s" % (self.path, self.kind or "a file system")
         if self.source:
-            said += " (%s)" % self.source
+            text += " (%s)" % self.source
         if self.locks != "work":
-            ill = {"fail": "fail", "lie": "keep nobody off"}[self.locks]
-            said += ", where locks %s" % ill
-        elif not self.flocks:
-            said += ", where flock doesn't work"
-        return said
+            text += ", where locks " + (
+                "fail" if self.locks == "fail" else "exclude nobody")
+        return text
 
 
-# -------------------------------------------------------------- database ---
+# --------------------------------------- opening and copying the database ---
 
 
 def file_uri(path, *, readonly, vfs="unix"):
     """Return the URI by which SQLite opens the database at `path`.
 
-    It names the kind of locks, for a database that is attached to another
-    would take that one's.
+    It names the VFS, as an attached database would use that of the main one.
     """
     mode = "ro" if readonly else "rw"
     name = quote(os.fsencode(os.path.realpath(path)))
@@ -1071,7 +992,7 @@ def connect(path, *, readonly, vfs="unix"):
         isolation_level=None,
         check_same_thread=False,
     )
-    # a null that is bound stays one: Python would seek its adapter in vain
+    # binds None as it is: the search for an adapter takes a microsecond
     sqlite3.register_adapter(type(None), {}.get)
     connection.row_factory = sqlite3.Row
     connection.execute("pragma wal_autocheckpoint = 0")
@@ -1079,8 +1000,8 @@ def connect(path, *, readonly, vfs="unix"):
 
 
 @contextlib.contextmanager
-def telling(path):
-    """Turn what goes wrong with the file at `path` into Trouble."""
+def translate_errors(path):
+    """Turn an error of SQLite or the system into Trouble about `path`."""
     try:
         yield
     except Unavailable as error:
@@ -1092,112 +1013,124 @@ def telling(path):
     raise Trouble("The database %s can't be used: %s." % (path, reason))
 
 
-def need_ours(path, application, version):
-    """Raise Trouble when a database with these marks isn't ours to use."""
-    if application != APPLICATION_ID:
+def inspect(path):
+    """Return the schema version of the database at `path`, 0 for a new one.
+
+    Only the file's header is read (https://sqlite.org/fileformat.html,
+    section 1.3), which changes nothing. Raise Trouble if the file isn't a
+    jobman database, or was made by a newer version.
+    """
+    head = b""
+    if os.path.exists(path):
+        with translate_errors(path), open(path, "rb") as file:
+            head = file.read(100)
+    if not head:
+        return 0
+    if head[:16] != b"SQLite format 3\0" or len(head) < 100:
+        raise Trouble("%s is not a database." % path)
+    if int.from_bytes(head[68:72], "big") != APPLICATION_ID:
         raise Trouble("%s is a database of another program." % path)
+    version = int.from_bytes(head[60:64], "big")
     if version > SCHEMA_VERSION:
         raise Trouble(
             "%s was made by a newer jobman (schema %d, this one knows %d);"
             " use that one." % (path, version, SCHEMA_VERSION)
         )
-
-
-def inspect(path):
-    """Return the schema version of the database at `path`, 0 for a new one.
-
-    Reads only the file's header (https://sqlite.org/fileformat.html, section
-    1.3), which changes nothing. Raises Trouble for a file that isn't a
-    jobman database or was made by a newer version.
-    """
-    if not os.path.exists(path):
-        return 0
-    with telling(path), open(path, "rb") as file:
-        head = file.read(100)
-    if not head:
-        return 0
-    if head[:16] != b"SQLite format 3\0" or len(head) < 100:
-        raise Trouble("%s is not a database." % path)
-    version = int.from_bytes(head[60:64], "big")
-    need_ours(path, int.from_bytes(head[68:72], "big"), version)
     return version
 
 
-def sync(path):
-    """Have a file, or the names in a folder, on disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+def refuse_leftovers(*paths):
+    """Raise Trouble if there is a file that SQLite would take for ours."""
+    for path in filter(os.path.lexists, paths):
+        raise Trouble("%s is there already; move it away, or name a new file."
+                      % path)
 
 
-@contextlib.contextmanager
-def drafting(path):
-    """Hand out a new database beside `path` that takes its name at the end.
+def need_owner(path, owner):
+    """Raise Trouble if a file belongs to another user.
 
-    It is empty, closed, and has mode 0600; open_draft() opens it. So a
-    full disk leaves nothing behind.
+    The owner of a database can read its jobix, and so run commands as us.
     """
-    draft = "%s.new.%s" % (path, secrets.token_hex(4))
-    try:
-        os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        yield draft
-        sync(draft)
-        os.replace(draft, path)
-        sync(os.path.dirname(os.path.abspath(path)))
-    finally:
-        for suffix in ("", "-journal", "-wal", "-shm"):
-            remove(draft + suffix)
+    if os.stat(path).st_uid not in (owner, os.geteuid(), 0):
+        raise Trouble("%s belongs to another user; name another file." % path)
 
 
-@contextlib.contextmanager
-def open_draft(draft):
-    """Hand out a connection to a draft that needs no locks, nor memory to
-    share for a WAL: nobody else has it.
+def need_own(path, owner):
+    """Raise Trouble if a file isn't ours; make it private to us."""
+    need_owner(path, owner)
+    status = os.stat(path)
+    if status.st_mode & 0o077 and status.st_uid == os.geteuid():
+        os.chmod(path, 0o600)
+
+
+def recover(location):
+    """Bring a database that no other process uses into a single file.
+
+    What a killed server left in a WAL or a rollback journal is applied or
+    rolled back. With exclusive locking a WAL needs no shared memory.
     """
-    connection = connect(draft, readonly=False, vfs="unix-none")
+    connection = connect(location.path, readonly=False, vfs=location.vfs)
     with contextlib.closing(connection):
-        connection.execute("pragma main.locking_mode = exclusive")
-        yield connection
+        connection.execute("pragma locking_mode = exclusive")
+        connection.execute("pragma journal_mode = delete")
+    # The next journal must be another file than that of a server which has
+    # lost the database but not closed it yet.
+    remove(location.file + "-journal")
+    remove(location.file + "-shm")
 
 
-def need_no_rest(path, *names):
-    """Raise Trouble where something of another database would spoil one."""
-    for name in (*names, path + "-wal", path + "-journal"):
-        if os.path.lexists(name):
-            raise Trouble("%s is there already; move it away, or name a new"
-                          " file." % name)
+def clear_journal(connection):
+    """Delete the rollback journal of open_writer(), if it has one."""
+    if connection.execute("pragma journal_mode").fetchone()[0] == "persist":
+        connection.execute("pragma locking_mode = normal")
+        connection.execute("pragma journal_mode = delete")
 
 
-def create_schema(path):
-    """Make the file at `path` (mode 0600) and the tables in it."""
-    need_no_rest(path)
-    with drafting(path) as draft:
-        with open_draft(draft) as connection:
+def open_writer(location):
+    """Return the connection that changes a database; create it if needed.
+
+    Raise Trouble if it can't be used, and leave the file untouched then. The
+    tables are created by one transaction, so a file without a version has
+    none: it is new, or a server was killed in that transaction.
+    """
+    path = location.path
+    with translate_errors(path), contextlib.ExitStack() as undo:
+        inspect(path)
+        if not os.path.exists(path):
+            refuse_leftovers(
+                location.file + "-wal", location.file + "-journal")
+            os.close(open_private(location.file))
+            undo.callback(remove, location.file)
+        need_own(path, location.owner)
+        if location.exclusive:
+            recover(location)
+        connection = connect(path, readonly=False, vfs=location.vfs)
+        undo.callback(connection.close)
+        connection.execute("pragma synchronous = full")
+        if connection.execute("pragma user_version").fetchone()[0] == 0:
             connection.executescript(
-                "pragma synchronous = full; begin; %s"
-                "pragma application_id = %d; pragma user_version = %d; commit;"
+                "begin immediate; %s pragma application_id = %d;"
+                " pragma user_version = %d; commit;"
                 % (SCHEMA, APPLICATION_ID, SCHEMA_VERSION)
             )
+        if location.exclusive:
+            # The journal is never deleted, so a server that has lost the
+            # database doesn't delete its successor's when it ends. With
+            # cache_spill off nothing is written before the commit.
+            connection.executescript(
+                "pragma locking_mode = exclusive;"
+                " pragma journal_mode = persist; pragma cache_spill = off;"
+                " begin exclusive; commit"  # keeps other programs off
+            )
+        else:
+            connection.execute("pragma journal_mode = wal")
+        undo.pop_all()
+    return connection
 
 
-def copy_pages(place, copy, show):
-    """Copy one snapshot of the database at a place into a connection's."""
-    source = connect(place.path, readonly=True, vfs=place.vfs)
-    with contextlib.closing(source):
-        source.execute("begin")
-        # without a snapshot it would begin again after each commit
-        source.execute(SQL.WHOLE_NAMES).fetchone()
-        source.backup(copy, pages=256, progress=lambda *_: show())
-
-
-def copy_rows(place, copy, show):
-    """Do what copy_pages does on Python 3.6, which can't."""
+def copy_tables(copy):
+    """Copy all of the attached database `source`, in one transaction."""
     execute = copy.execute
-    copy.set_progress_handler(show, 10**5)
-    uri = file_uri(place.path, readonly=True, vfs=place.vfs)
-    execute("attach :uri as source", {"uri": uri})
     execute("begin")
     for kind in ("table", "index"):
         for name, sql in execute(
@@ -1212,177 +1145,48 @@ def copy_rows(place, copy, show):
         value = execute("pragma source.%s" % mark).fetchone()[0]
         execute("pragma main.%s = %d" % (mark, value))
     execute("commit")
-    copy.set_progress_handler(None, 0)
-    execute("detach source")
 
 
-def copy_database(place, target, show=lambda size: None):
-    """Copy the database at a place, served or not, to the new file `target`.
+def copy_database(location, target, show=lambda size: None):
+    """Copy a database, even while it is served, to the new file `target`.
 
-    The copy is one moment's, complete in one file of mode 0600. `show` is
-    called at times with the bytes that are written. Returns how many jobs
-    it has. Raises Trouble when it can't be made, and leaves nothing then.
+    The copy is a snapshot in one file of mode 0600. It gets its name when it
+    is complete, so a full disk leaves nothing behind. `show` is called from
+    time to time with the bytes written. Return the number of jobs. Raise
+    Trouble if the copy can't be made.
     """
-    need_no_rest(target, target)
+    refuse_leftovers(target, target + "-wal", target + "-journal")
+    draft = "%s.new.%s" % (target, secrets.token_hex(4))
+    source = file_uri(location.path, readonly=True, vfs=location.vfs)
     try:
-        with drafting(target) as draft:
-            with open_draft(draft) as copy:
-                copy.execute("pragma journal_mode = off")
-                copy.execute("pragma synchronous = off")  # until the end
-                able = hasattr(copy, "backup")
-                (copy_pages if able else copy_rows)(
-                    place, copy, lambda: show(os.path.getsize(draft)))
-                jobs = copy.execute(SQL.WHOLE_JOBS).fetchone()[0]
-                copy.execute("pragma journal_mode = delete")
+        os.close(open_private(draft, os.O_EXCL))
+        # only this process knows the draft, so it needs no locks
+        copy = connect(draft, readonly=False, vfs="unix-none")
+        with contextlib.closing(copy):
+            copy.execute("pragma journal_mode = off")
+            copy.execute("pragma synchronous = full")
+            copy.execute("attach :source as source", {"source": source})
+            copy.set_progress_handler(
+                lambda: show(os.path.getsize(draft)), 10**5)
+            copy_tables(copy)
+            jobs = copy.execute(SQL.WHOLE_JOBS).fetchone()[0]
+        os.replace(draft, target)
     except (sqlite3.Error, OSError) as error:
         raise Trouble("The database %s can't be copied to %s: %s." % (
-            place.path, target, cause(error)
+            location.path, target, cause(error)
         )) from None
+    finally:
+        remove(draft)
     return jobs
-
-
-def copy_of(path, version):
-    """Return a name that is free for the copy that upgrade() makes."""
-    name = copy = "%s.schema%d" % (path, version)
-    n = 1
-    while os.path.lexists(copy):
-        n += 1
-        copy = "%s.%d" % (name, n)
-    return copy
-
-
-def upgrade(connection, place):
-    """Bring a database of an older version up to date, all or nothing.
-
-    It is copied before. The caller keeps others off. The version is read
-    through SQLite, for the file's header may be older than the WAL; the
-    checkpoint brings it there, where an older jobman looks.
-    """
-    version = connection.execute("pragma user_version").fetchone()[0]
-    steps = [UPGRADES[old] for old in range(version, SCHEMA_VERSION)]
-    if steps:
-        copy = copy_of(place.path, version)
-        copy_database(place, copy)
-        try:
-            connection.executescript(
-                "begin immediate; %s pragma user_version = %d; commit;"
-                % ("".join(steps), SCHEMA_VERSION)
-            )
-        except BaseException:
-            remove(copy)
-            raise
-        connection.execute("pragma wal_checkpoint(passive)")
-
-
-def leave_wal(place):
-    """Let a database need nothing but its file, where locks can't be used.
-
-    A connection that has the database for itself needs no shared memory to
-    read a WAL; what one that was killed has left, or a journal, is put into
-    the file or rolled back. We must be the only ones.
-    """
-    connection = connect(place.path, readonly=False, vfs=place.vfs)
-    with contextlib.closing(connection):
-        connection.execute("pragma locking_mode = exclusive")
-        mode = connection.execute("pragma journal_mode = delete").fetchone()[0]
-        if mode != "delete":
-            raise Trouble("Another program has the database %s." % place.path)
-    remove(place.file + "-shm")
-
-
-def clear_journal(connection):
-    """Remove the rollback journal that take_alone() lets stay, if any."""
-    if connection.execute("pragma journal_mode").fetchone()[0] == "persist":
-        connection.execute("pragma locking_mode = normal")
-        connection.execute("pragma journal_mode = delete")
-
-
-def take_alone(connection):
-    """Keep other programs off the database, where locks allow.
-
-    What a killed server's journal was is removed, and ours stays, empty. So
-    a server that has lost its database, and ends, touches a journal of its
-    own and never that of the server which has the database now. And nothing
-    is written to the database before the commit.
-    """
-    for pragma in ("journal_mode = persist", "journal_mode = delete",
-                   "journal_mode = persist", "locking_mode = exclusive",
-                   "cache_spill = off"):
-        connection.execute("pragma " + pragma)
-    connection.execute("begin exclusive")
-    connection.execute("commit")
-
-
-def use_wal(connection, path):
-    """Have a WAL, which lets others read while one writes."""
-    mode = connection.execute("pragma journal_mode = wal").fetchone()[0]
-    if mode != "wal":
-        raise Trouble("The file system of %s can't hold a WAL." % path)
-
-
-def need_unshared(path, owner):
-    """Raise Trouble where a file isn't ours, or has another name.
-
-    Who owns a database has its jobix, and with it whatever runs our jobs.
-    """
-    status = os.stat(path)
-    if status.st_uid not in (owner, os.geteuid(), 0):
-        raise Trouble("%s belongs to another user; name another file." % path)
-    if status.st_nlink > 1:
-        raise Trouble("%s has a second name (a hard link), by which another"
-                      " server could have it; remove that." % path)
-
-
-def need_own(path, owner):
-    """Raise Trouble where a file isn't ours; have it for ourselves."""
-    need_unshared(path, owner)
-    status = os.stat(path)
-    if status.st_mode & 0o077 and status.st_uid == os.geteuid():
-        os.chmod(path, 0o600)
-
-
-def open_writer(place):
-    """Return the connection that changes the database at a place.
-
-    Makes the database when there is none, brings an older one up to date.
-    Raises Trouble with a sentence for the user when it can't be used, and
-    leaves the file untouched then.
-    """
-    path = place.path
-    with telling(path), contextlib.ExitStack() as undo:
-        if inspect(path) == 0:
-            create_schema(path)
-        need_own(path, place.owner)
-        if not os.access(path, os.W_OK):
-            raise Trouble("The database %s is not writable." % path)
-        if place.alone:
-            leave_wal(place)
-        connection = connect(path, readonly=False, vfs=place.vfs)
-        undo.callback(connection.close)
-        if not place.alone:
-            use_wal(connection, path)
-        connection.execute("pragma synchronous = full")
-        upgrade(connection, place)
-        if place.alone:
-            take_alone(connection)
-        undo.pop_all()
-    return connection
 
 
 # ----------------------------------------------------------- server lock ---
 
-
-def open_private(path, more=0):
-    """Return a file descriptor of the file at `path`, made with mode 0600.
-
-    No link is followed: others may have put one there. `more` are flags.
-    """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | more
-    return os.open(path, flags, 0o600)
+LOCK_LENGTH = 512  # bytes of a lock file, which is never truncated
 
 
 def identity(path):
-    """Return which file has this name, None when there is none."""
+    """Return what tells a file from all others, None if there is no file."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -1390,336 +1194,262 @@ def identity(path):
     return status.st_dev, status.st_ino
 
 
-def uptime():
-    """Return seconds since some moment, also those that the host slept."""
-    try:
-        return time.clock_gettime(7)  # Linux' CLOCK_BOOTTIME, not in 3.6
-    except (AttributeError, OSError):
-        return time.monotonic()
+def read_holder(location):
+    """Return what the lock file of a database says of its holder, a dict.
 
-
-def machine():
-    """Return [boot, space]: where a process with our number would be us.
-
-    `boot` names the running kernel, `space` its process numbers; without a
-    /proc the host's name must do.
+    It is empty if there is no such file, or nothing sensible in it. The file
+    is opened anew each time, as NFS looks for changes only then.
     """
     try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return [file.read().strip(), os.readlink("/proc/self/ns/pid")]
-    except OSError:
-        return [socket.gethostname(), None]
+        with open(location.file + ".lock", "rb") as file:
+            holder = from_json(file.read(LOCK_LENGTH).decode("ascii"))
+    except (FileNotFoundError, UnicodeDecodeError, Error):
+        return {}
+    return holder if isinstance(holder, dict) else {}
 
 
-def start_of(pid):
-    """Return when a process started, in the kernel's ticks; None: it's gone.
+def name_holder(holder):
+    """Return a holder's name for messages."""
+    pid, host = (str(holder.get(name, "?")) for name in ("pid", "host"))
+    return printable("process %s on %s" % (pid, host))
+
+
+def is_running(holder):
+    """Return whether a holder's process is running; None on another host.
+
+    A process that was given its number since is taken for it.
     """
-    try:
-        with open("/proc/%d/stat" % pid, "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
+    if holder.get("host") != socket.gethostname():
         return None
-    return None if fields[0] in b"ZX" else int(fields[19])
-
-
-def read_holder(content):
-    """Return what is said of a holder in the content of a lock file.
-
-    A dict with machine, host, pid, start and key, each None where it isn't
-    said.
-    """
-    record = {}
-    with contextlib.suppress(Error, UnicodeDecodeError):
-        record = from_json(content.decode("ascii"))
-    if not isinstance(record, dict):
-        record = {}
-    names = {"host": str, "pid": int, "start": int, "machine": list,
-             "key": str}
-    return {
-        name: record[name] if isinstance(record.get(name), kind) else None
-        for name, kind in names.items()
-    }
-
-
-def name_holder(content):
-    """Return who is named in the content of a lock file."""
-    record = read_holder(content)
-    if record["pid"] is None:  # an older jobman writes a text
-        text = content[:100].decode("ascii", "replace").strip("\0 \n")
-        return printable(text) or "a process that didn't say which"
-    return "process %d on %s" % (record["pid"], printable(str(record["host"])))
+    try:
+        os.kill(holder["pid"], 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError, LookupError, TypeError):
+        return False
+    return True
 
 
 class ServerLock:
     """Keep a second server off a database, unless both share it.
 
-    There is a `flock` on the file `<database>.lock`, which ends with the
-    process, however that ends. It may hold on one host alone, or not at all;
-    so the file also says who has it, and a beat there that goes on shows that
-    they live. Who finds a beat that stands still takes the file over.
+    On a local file system an flock on the file `<database>.lock` decides; it
+    ends with the process. On a network file system an flock may hold on one
+    host only, or fail. There the file also has a heartbeat: a counter that
+    the holder increments. A server that sees it stand still for STALE seconds
+    takes the file over. A holder that couldn't confirm for LIMIT seconds that
+    the file is its own changes nothing until it can.
 
-    A holder looks before each transaction, by check(), whether the database
-    is still theirs. `clock` gives seconds.
+    `clock` returns seconds and is never set back.
     """
 
-    BEAT = 4  # seconds between two beats
-    # Where there are no locks, a transaction may begin up to LIMIT after the
-    # last beat, and nobody takes over before STALE: it has the rest, less a
-    # BEAT that came late, to end in.
+    LOOK = 1  # seconds between two looks at the files
+    BEAT = 4  # seconds between two heartbeats
+    # A transaction may begin up to LIMIT after the last heartbeat, and has
+    # the time until STALE to end.
     LIMIT = 12
     STALE = 20
-    LOOK = 1  # seconds between two looks at a beat
-    SETTLE = 1  # seconds in which who takes over at the same time shows
-    LENGTH = 512  # bytes of the file, however large the numbers in it
 
-    def __init__(self, place, *, shared, clock=uptime):
-        if shared and place.alone:
+    def __init__(self, location, *, shared, clock=time.monotonic):
+        if shared and location.exclusive:
             raise Trouble(
                 "%s, so servers can't share it: put it on a local file system"
-                " (such as /tmp or /dev/shm, or a disk of this host), or let"
-                " one serve it alone, without --shared." % place.finding()
+                " (such as /tmp or /dev/shm, or a disk of this host), or run"
+                " only one server, without --shared." % location.describe()
             )
-        self.place = place
-        self.path = place.file + ".lock"
+        self.location = location
+        self.path = location.file + ".lock"
         self.shared = shared
         self.clock = clock
         self.key = secrets.token_hex(8)
         self.beats = 0
-        self.last = self.sure = None  # when beats began: see beat()
-        self.lost = None  # to whom, for good
-        self.file = self.node = self.database = None
+        self.confirmed_at = None
+        self.lost = None  # why, once the database isn't ours any more
+        self.file = self.file_id = self.database_id = None
         self.taken = False
         self.ending = threading.Event()
-        self.beater = threading.Thread(target=self.beat_on, daemon=True)
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
         try:
             while not self.taken:
                 self.take()
         except BaseException:
             self.close()
             raise
-        self.beater.start()
+        self.watcher.start()
 
-    # To have it
+    # Taking it
 
     def take(self):
-        """Open the file and write that it is ours, unless it was just removed.
+        """Take the file, unless its last holder removes it meanwhile.
 
-        Raises Trouble when somebody has it.
+        Raise Trouble if another server has it.
         """
         new = not os.path.lexists(self.path)
         try:
-            more = os.O_EXCL if new else 0
-            file = open_private(self.path, more)
+            self.file = open_private(self.path, os.O_EXCL if new else 0)
         except FileExistsError:
             return
-        self.file, self.node = file, identity(file)
-        self.lock_file(fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX)
-        if not new:
-            self.need_free()
-        if not self.in_place():  # its last holder ended
-            self.file = os.close(file)
+        self.file_id = identity(self.file)
+        self.lock_file()
+        if self.location.exclusive and not new:
+            self.await_silence()
+        if identity(self.path) != self.file_id:
+            self.file = os.close(self.file)
             return
         self.taken = True
-        self.last = self.sure = self.clock()
+        self.confirmed_at = self.clock()
         self.write()
-        if self.place.alone and not new:
-            time.sleep(self.SETTLE)
-            if not self.is_ours():
-                raise self.trouble(self.read())
+        if self.location.exclusive and not new:
+            time.sleep(self.LOOK)  # another server may take it over, too
+            if not self.holds_file():
+                raise self.refusal(read_holder(self.location))
 
-    def lock_file(self, kind):
-        """Have a `flock` on the file, where there is such a thing."""
+    def lock_file(self):
+        """Get the flock, if there is such a thing."""
+        kind = fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX
         try:
             fcntl.flock(self.file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise self.trouble(self.read()) from None
+            raise self.refusal(read_holder(self.location)) from None
         except OSError:
-            if not self.place.alone:
+            if not self.location.exclusive:
                 raise
 
-    def trouble(self, content):
+    def refusal(self, holder):
         """Return the Trouble that another server has the database."""
-        advice = "." if self.place.alone else \
+        advice = "." if self.location.exclusive else \
             ", or use another --db, or serve it twice with --shared."
         return Trouble(
             "Another server has the database %s (%s): end that one first%s"
-            % (self.place.path, name_holder(content), advice)
+            % (self.location.path, name_holder(holder), advice)
         )
 
-    def need_free(self):
-        """Return when nobody has the database any more, or the file is gone.
+    def await_silence(self):
+        """Return when the last holder is known to have ended.
 
-        Raises Trouble as soon as it shows that somebody has.
+        Raise Trouble if it shows a sign of life within STALE seconds.
         """
-        content, changed = self.read(), False
-        while self.in_place() and self.is_there(content) is not False:
-            if changed or self.is_there(content):
-                raise self.trouble(content)
-            later = self.watch(content)
-            if later == content:
-                break
-            content, changed = later, True
-
-    def is_there(self, content):
-        """Return whether who wrote `content` lives; None: it can't be known.
-        """
-        holder, here = read_holder(content), machine()
-        booted = (holder["machine"] or here[1:])[0]
-        if booted == here[0] and not self.place.alone:
-            return False  # this kernel's flock would have kept us off
-        said = None not in (holder["pid"], holder["start"])
-        if said and holder["machine"] == here:
-            return start_of(holder["pid"]) == holder["start"]
-        return None
-
-    def watch(self, content):
-        """Return what the file has when that changes, or after STALE."""
-        starting = not content and self.place.flocks  # or was killed then
-        end = self.clock() + (self.SETTLE if starting else self.STALE)
-        if not starting:
+        holder = read_holder(self.location)
+        running = is_running(holder)
+        if running is False:
+            return
+        if running is None:
             say("jobman.py: %s may still have the database %s: waiting %d s"
                 " for a sign of life." % (
-                    name_holder(content), self.place.path, self.STALE))
-        later = content
-        while later == content and self.clock() < end:
+                    name_holder(holder), self.location.path, self.STALE))
+        end = self.clock() + self.STALE
+        while self.clock() < end and identity(self.path) == self.file_id:
             time.sleep(self.LOOK)
-            later = self.read()
-        return later
+            later = read_holder(self.location)
+            if later not in (holder, {}):
+                raise self.refusal(later)
 
-    # To keep it
-
-    def read(self):
-        """Return what the file has now; opened anew, for NFS looks then."""
-        try:
-            file = os.open(self.path, os.O_RDONLY)
-        except FileNotFoundError:
-            return b""
-        try:
-            return os.pread(file, self.LENGTH, 0)
-        finally:
-            os.close(file)
+    # Keeping it
 
     def write(self):
-        """Write who we are, and one more beat."""
+        """Write the record of this holder, and one more heartbeat."""
         self.beats += 1
-        pid = os.getpid()
-        record = {
-            "host": socket.gethostname(), "pid": pid, "start": start_of(pid),
-            "machine": machine(), "key": self.key, "beat": self.beats,
-        }
-        line = to_json(record).encode("ascii").ljust(self.LENGTH - 1) + b"\n"
+        record = {"host": socket.gethostname(), "pid": os.getpid(),
+                  "key": self.key, "beat": self.beats}
+        line = to_json(record).encode("ascii").ljust(LOCK_LENGTH - 1) + b"\n"
         os.pwrite(self.file, line, 0)
-        if self.place.alone:
+        if self.location.exclusive:
             os.fsync(self.file)
 
-    def is_ours(self):
-        """Return whether the file says that the database is ours."""
-        return read_holder(self.read())["key"] == self.key
+    def watch_database(self):
+        """Watch the database's own file as well, from now on."""
+        self.database_id = identity(self.location.file)
 
-    def in_place(self):
-        """Return whether the files that we hold are those with their names.
-        """
-        served = self.database in (None, identity(self.place.file))
-        return served and identity(self.path) == self.node
+    def holds_file(self):
+        """Return True if the lock file is still ours."""
+        if self.location.exclusive:
+            return read_holder(self.location).get("key") == self.key
+        return identity(self.path) == self.file_id
 
-    def strayed(self):
-        """Return whether the database was moved away, and not the lock."""
-        return identity(self.path) == self.node and not self.in_place()
+    def database_moved(self):
+        """Return True if the database was moved, but not the lock file."""
+        here = self.database_id in (None, identity(self.location.file))
+        return not here and self.holds_file()
 
-    def cover(self):
-        """Watch the database's own file too, from now on."""
-        self.database = identity(self.place.file)
+    def watch(self):
+        """Confirm the lock at intervals, until it is lost or given up."""
+        interval = self.BEAT if self.location.exclusive else self.LOOK
+        while not (self.lost or self.ending.wait(interval)):
+            with contextlib.suppress(OSError):  # check() notices a long one
+                self.confirm()
 
-    def beat_on(self):
-        """Beat until the end, or until the database is lost."""
-        while not (self.lost or self.ending.wait(self.BEAT)):
-            with contextlib.suppress(OSError):  # check() knows how long
-                self.beat()
-
-    def beat(self):
-        """Show that we live, if the file is still ours.
-
-        After a gap one beat isn't enough: who took the file over may have
-        looked just before, and shows by the next one.
+    def confirm(self):
+        """Note whether the database is still ours; if so, send a heartbeat.
         """
         began = self.clock()
-        if not self.in_place() or not (self.shared or self.is_ours()):
+        if not self.holds_file() or self.database_moved():
             self.lose()
             return
-        self.write()
-        if began - self.last <= self.LIMIT:
-            self.sure = began
-        self.last = began
+        if self.location.exclusive:
+            self.write()
+        self.confirmed_at = began
 
     def lose(self):
-        """Note that somebody else has the database, for good."""
-        content = b"" if self.is_ours() else self.read()
-        self.lost = name_holder(content) if content \
-            else "somebody who moved or removed its files"
+        """Note why the database isn't ours any more."""
+        holder = {} if self.holds_file() else read_holder(self.location)
+        self.lost = name_holder(holder) + " has taken it over" if holder \
+            else "its files were moved or removed"
 
     def check(self):
         """Raise Unavailable unless the database is known to be ours."""
         try:
-            if not self.lost and not self.in_place():
+            if self.location.exclusive and not (
+                    self.lost or self.holds_file()):
                 self.lose()
         except OSError as error:
             raise Unavailable(error.strerror) from None
         if self.lost:
-            raise Unavailable("it has lost its database to %s" % self.lost)
-        if self.place.alone and self.clock() - self.sure > self.LIMIT:
-            raise Unavailable("its lock on the database may be somebody's")
+            raise Unavailable("it has lost its database: " + self.lost)
+        age = self.clock() - self.confirmed_at
+        if self.location.exclusive and age > self.LIMIT:
+            raise Unavailable("another server may have its database")
 
     def need(self):
-        """Raise Trouble when the database is lost for good."""
+        """Raise Trouble if the database is lost."""
         if self.lost:
-            raise Trouble(
-                "This server has lost the database %s to %s, and ends."
-                % (self.place.path, self.lost)
-            )
+            raise Trouble("This server has lost the database %s, and ends: %s."
+                          % (self.location.path, self.lost))
 
-    # To give it up
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
+    # Giving it up
 
     def close(self):
-        """Let the next server have the database; the last one clears up."""
+        """Give up the lock; the last holder removes the files."""
         self.ending.set()
-        if self.beater.ident:
-            self.beater.join(self.BEAT)
+        if self.watcher.ident:
+            self.watcher.join(self.BEAT)
         if self.file is None:
             return
         with contextlib.suppress(OSError):
             if self.is_last():
                 for suffix in (".gate", ".turn", ".lock"):
-                    remove(self.place.file + suffix)
+                    remove(self.location.file + suffix)
         self.file = os.close(self.file)
 
     def is_last(self):
-        """Return whether nobody else has the file, or has taken it over."""
-        if not self.taken or self.lost or not self.in_place():
+        """Return True if the lock is ours alone, or raise OSError."""
+        if not self.taken or self.lost or not self.holds_file():
             return False
         if self.shared:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        content = self.read()  # none: a full disk
-        return not content or read_holder(content)["key"] == self.key
+        return True
 
 
-class Turns:
-    """Let the processes that share a database commit in turn.
+class FairLock:
+    """Make the processes that share a database take turns.
 
-    SQLite's own lock is unfair: it may starve a process for minutes. Who
-    waits for the turn holds the gate, so that the process whose turn ends
-    finds the gate closed and comes after it.
+    SQLite's own lock is unfair: it may starve a process for minutes. Here a
+    process holds the gate while it waits for its turn. The one whose turn
+    ends finds the gate closed if it wants another, and so comes after it.
     """
 
     def __init__(self, path, *, shared):
-        names = (".gate", ".turn") if shared else ()  # alone: always its turn
-        self.files = [open_private(path + name) for name in names]
+        suffixes = (".gate", ".turn") if shared else ()
+        self.files = [open_private(path + suffix) for suffix in suffixes]
 
     def __enter__(self):
         for file in self.files:
@@ -2212,7 +1942,7 @@ class Writer:
             self.rest.wait_for(lambda: not self.leading)
         with self.turns:
             with contextlib.suppress(Unavailable, sqlite3.Error, OSError):
-                if self.lock.strayed():  # SQLite would leave the WAL behind
+                if self.lock.database_moved():  # its WAL was not
                     self.connection.execute("pragma wal_checkpoint(passive)")
                 self.lock.check()
                 clear_journal(self.connection)
@@ -2428,7 +2158,7 @@ def query(reading):
 
     @functools.wraps(reading)
     def run(self, *args, **named):
-        if self.place.alone:
+        if self.location.exclusive:
             return self.writer.run(
                 lambda tx: reading(self, tx.execute, *args, **named))
         with self.readers.reading() as connection:
@@ -2547,14 +2277,14 @@ class Store:
         self.ticker = None
         self.readers = Readers(path)
         inspect(path)  # before a lock file is made beside it
-        with telling(path), contextlib.ExitStack() as undo:
-            self.place = Place(path)
-            lock = ServerLock(self.place, shared=shared)
-            self.lock = undo.enter_context(lock)
-            turns = Turns(self.place.file, shared=shared)
+        with translate_errors(path), contextlib.ExitStack() as undo:
+            self.location = DatabaseLocation(path)
+            lock = self.lock = ServerLock(self.location, shared=shared)
+            undo.callback(lock.close)
+            turns = FairLock(self.location.file, shared=shared)
             with turns:
-                connection = open_writer(self.place)
-            lock.cover()
+                connection = open_writer(self.location)
+            lock.watch_database()
             self.writer = Writer(
                 connection, turns, lock, clock, prepare=self.do_due,
                 finish=self.tell_children, committed=self.committed,
@@ -6048,8 +5778,9 @@ def serving(options, access_file, jobix=None):
     except BaseException:
         server.socket.close()
         raise
-    if server.store.place.alone:
-        say(ALONE % server.store.place.finding())
+    location = server.store.location
+    if location.exclusive:
+        say(ALONE % location.describe())
     url = options.url or "%s://%s:%d" % (
         "https" if tls else "http",
         socket.gethostname() if options.host in ("", "0.0.0.0")
@@ -7908,57 +7639,50 @@ def submit_jobs(options):
 
 
 @contextlib.contextmanager
-def reserved(path):
-    """Hand out the Place of a database that is to be looked at.
+def exclusive_access(path):
+    """Yield the DatabaseLocation of an existing database, ready to be read.
 
-    Where a server needs the database alone, so do we: then it is ours for
-    that time, and Trouble says who has it else.
+    On a network file system no server may have it, nor get it meanwhile. A
+    rollback journal that a killed server left is rolled back: a read-only
+    connection can't do that.
     """
-    if not os.path.exists(path):
-        raise Trouble("There is no database %s." % path)
-    with telling(path), contextlib.ExitStack() as stack:
-        place = Place(path)
-        if place.alone:
-            inspect(path)
-            stack.enter_context(ServerLock(place, shared=False))
-            leave_wal(place)
-        yield place
+    with translate_errors(path), contextlib.ExitStack() as stack:
+        location = DatabaseLocation(path)
+        if inspect(path):
+            if location.exclusive:
+                lock = ServerLock(location, shared=False)
+                stack.callback(lock.close)
+                recover(location)
+            elif os.path.exists(location.file + "-journal"):
+                connection = connect(path, readonly=False)
+                with contextlib.closing(connection):
+                    connection.execute("select * from sqlite_master")
+        if not inspect(path):  # it may have been killed as it created it
+            raise Trouble("There is no database %s." % path)
+        yield location
 
 
 @contextlib.contextmanager
-def looking(place):
-    """Hand out the `execute` of one snapshot of the database at a place.
-
-    All is read through SQLite. Raises Trouble when it isn't jobman's, or
-    can't be read.
-    """
-    path = place.path
-    with telling(path), contextlib.ExitStack() as stack:
-        connection = connect(path, readonly=True, vfs=place.vfs)
-        stack.callback(connection.close)
-        execute = connection.execute
-        execute("begin")
-        need_ours(path, *(
-            execute("pragma " + mark).fetchone()[0]
-            for mark in ("application_id", "user_version")
-        ))
-        yield execute
+def open_snapshot(path):
+    """Yield the `execute` of a connection to a snapshot of a database."""
+    with exclusive_access(path) as location:
+        connection = connect(path, readonly=True, vfs=location.vfs)
+        with contextlib.closing(connection):
+            connection.execute("begin")
+            connection.execute("pragma user_version").fetchone()  # take it
+            yield connection.execute
 
 
 def backup(options):
     """Copy a database into a new file, also while a server has it."""
-    def show(size):
-        part = min(1, size / (pages * page))
-        sys.stderr.write("\r%s\033[K\r" % bar(part))
+    with exclusive_access(options.db) as location:
+        total = os.path.getsize(location.file)
 
-    more = [show] if sys.stderr.isatty() else []
-    with reserved(options.db) as place:
-        with looking(place) as execute:
-            pages, page = (
-                execute("pragma " + size).fetchone()[0]
-                for size in ("page_count", "page_size")
-            )
-        jobs = copy_database(place, options.file, *more)
+        def show(size):
+            sys.stderr.write("\r%s\033[K\r" % bar(min(1, size / total)))
+
+        more = [show] if sys.stderr.isatty() else []
+        jobs = copy_database(location, options.file, *more)
     if more:
         sys.stderr.write("\033[K")
     size = os.path.getsize(options.file)
@@ -7976,11 +7700,7 @@ def check_pages(execute):
 
 
 def check_schema(execute):
-    """Yield whether the tables aren't those that this jobman makes."""
-    version = execute("pragma user_version").fetchone()[0]
-    if version != SCHEMA_VERSION:
-        yield "it is %d, not yet %d; serve brings it up to date" % (
-            version, SCHEMA_VERSION)
+    """Yield the tables and indexes that are missing."""
     there = {name for name, in execute(SQL.WHOLE_NAMES)}
     for kind, name in re.findall(r"create (table|index) (\w+)", SCHEMA):
         if name not in there:
@@ -8054,7 +7774,7 @@ def findings(look, execute):
 
 def check_all(path):
     """Yield what each check says of a database: a dict of name, ok, said."""
-    with reserved(path) as place, looking(place) as execute:
+    with open_snapshot(path) as execute:
         for name, look in CHECKS:
             found = findings(look, execute)
             yield {"name": name, "ok": not found, "said": "; ".join(found)}
@@ -8264,17 +7984,17 @@ def bench(options):
     found = {}
     with contextlib.ExitStack() as undo:
         undo.callback(shutil.rmtree, scratch, ignore_errors=True)
-        place = Place(os.path.join(scratch, "jobs.db"))
-        place.path = os.path.abspath(options.folder)  # for what is said of it
-        found["place"] = place.finding()
-        found["network"] = place.alone
+        location = DatabaseLocation(os.path.join(scratch, "jobs.db"))
+        location.path = os.path.abspath(options.folder)  # for describe()
+        found["place"] = location.describe()
+        found["network"] = location.exclusive
         found["python"] = "%d.%d.%d" % sys.version_info[:3]
         found["sqlite"] = sqlite3.sqlite_version
         if options.output == "table":
             print("%(place)s; Python %(python)s, SQLite %(sqlite)s" % found)
-            if place.alone:
+            if location.exclusive:
                 print("That is no good place: see Assumptions in README.")
-            if place.kind in ("tmpfs", "ramfs"):
+            if location.kind in ("tmpfs", "ramfs"):
                 print("That is memory: nothing in it outlives the machine.")
         for name, figure in measure(scratch, options.seconds):
             found[name] = figure
@@ -8406,14 +8126,14 @@ class Patient:
     `worker` is the module, `client` a Client, `access` the path of the access
     file and `about` its content. `here` is whether the server's address is
     this host's own, `met` whether somebody answers there, `known` whether
-    with the right certificate, `version` and `clock` what they say. `place`
+    with the right certificate, `version` and `clock` what they say. `location`
     is the database's.
     """
 
     def __init__(self, options):
         self.options = options
         self.access = os.path.abspath(options.access or access_path())
-        self.worker = self.client = self.place = None
+        self.worker = self.client = self.location = None
         self.here = self.met = self.known = self.version = self.clock = None
         self.about = {}
         self.troubles = (Trouble, OSError, ValueError)
@@ -8726,77 +8446,66 @@ def look_at_database(patient):
     version = inspect(path)
     with warnings.catch_warnings():  # of a fork in a thread
         warnings.simplefilter("ignore")
-        patient.place = Place(path)
+        patient.location = DatabaseLocation(path)
     if version == 0:
         return "%s isn't there yet; serve makes it" % path
-    need_unshared(path, patient.place.owner)
+    need_owner(path, patient.location.owner)
     if not os.access(path, os.W_OK):
         raise Trouble("%s can't be written; chmod u+w it" % path)
     if os.stat(path).st_mode & 0o077:
         raise Trouble("Others can read %s, and its jobix; chmod 600 it" % path)
-    return "%s, schema %d of %d" % (path, version, SCHEMA_VERSION)
+    return "%s, schema %d" % (path, version)
 
 
 def look_at_locks(patient):
     """Return what file system the database is on."""
-    place = patient.place
-    if place.locks != "work" or not place.flocks:
-        raise Trouble("%s; use a disk of this host" % place.finding())
-    alone = " (a network file system, so only one server may have it)"
+    location = patient.location
+    if location.locks != "work":
+        raise Trouble("%s; use a disk of this host" % location.describe())
+    note = " (a network file system, so only one server may have it)"
     return "%s, where locks work%s" % (
-        place.finding(), alone if place.alone else "")
+        location.describe(), note if location.exclusive else "")
 
 
 def look_at_disk(patient):
     """Return how much is free for the database."""
-    return room(os.path.dirname(patient.place.file), "use another disk")
+    folder = os.path.dirname(patient.location.file)
+    return room(folder, "use another disk")
 
 
-def read_lock(place):
-    """Return what the lock file of a database has; None: there is none."""
-    try:
-        with open(place.file + ".lock", "rb") as file:
-            return file.read(ServerLock.LENGTH)
-    except FileNotFoundError:
-        return None
+def is_serving(location, holder):
+    """Return whether the holder named in a lock file is alive.
 
-
-def is_serving(place, content):
-    """Return whether who wrote a lock file lives.
-
-    Of another host, or after a boot, only a beat tells.
+    On another host only a heartbeat shows that.
     """
-    holder = read_holder(content)
-    if holder["machine"] == machine() and holder["pid"] and holder["start"]:
-        return start_of(holder["pid"]) == holder["start"]
+    running = is_running(holder)
     end = time.monotonic() + ServerLock.BEAT + 0.5
-    later = content
-    while later == content and time.monotonic() < end:
+    while running is None and time.monotonic() < end:
         time.sleep(0.2)
-        later = read_lock(place)
-    return later not in (content, None)
+        if read_holder(location) not in (holder, {}):
+            running = True
+    return bool(running)
 
 
 def look_at_holder(patient):
     """Return which server has the database."""
-    place, about = patient.place, patient.about
-    content = read_lock(place)
-    if content is None:
-        return "no server has %s" % place.path
-    name = name_holder(content)
-    if not is_serving(place, content):
+    location, about = patient.location, patient.about
+    holder = read_holder(location)
+    if not holder:
+        return "no server has %s" % location.path
+    name = name_holder(holder)
+    if not is_serving(location, holder):
         return "%s had %s and gives no sign of life; serve would take it" % (
-            name, place.path)
-    holder = read_holder(content)
+            name, location.path)
     ours = [about.get(key) for key in ("host", "pid")]
-    shared = os.path.exists(place.file + ".gate")
+    shared = os.path.exists(location.file + ".gate")
     if not shared and None not in ours and ours != [
-            holder["host"], holder["pid"]]:
+            holder.get("host"), holder.get("pid")]:
         raise Trouble(
             "%s serves %s, but %s is of process %s on %s; name the access file"
             " that goes with it" % (
-                name, place.path, patient.access, ours[1], ours[0]))
-    return "%s serves %s" % (name, place.path)
+                name, location.path, patient.access, ours[1], ours[0]))
+    return "%s serves %s" % (name, location.path)
 
 
 # Each line of doctor: its name, what returns what is said there, None to leave
@@ -8821,9 +8530,9 @@ LOOKS = (
     ("version", look_at_version, "version"),
     ("clock", look_at_clock, "clock"),
     ("database", look_at_database, None),
-    ("locks", look_at_locks, "place"),
-    ("disk", look_at_disk, "place"),
-    ("holder", look_at_holder, "place"),
+    ("locks", look_at_locks, "location"),
+    ("disk", look_at_disk, "location"),
+    ("holder", look_at_holder, "location"),
 )
 
 

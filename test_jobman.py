@@ -6060,103 +6060,10 @@ class MixTest(SeededCase):
             self.clock.advance(self.random.choice((0, 1, 5, 100)))
         self.assertGreater(refused, self.ROUNDS / 2)
         for store in (self.together, self.apart):
-            with jobman.looking(store.place) as execute:
+            with jobman.open_snapshot(store.location.path) as execute:
                 for name, look in jobman.CHECKS:
                     self.assertEqual([], jobman.findings(look, execute), name)
         self.wrong = False
-
-
-SCHEMA_1 = """
-create table setting (name text primary key, value);
-
-create table pipeline (jobix integer primary key, laststage integer not null);
-
-create table lifetime (
-    jobix integer not null, stage integer not null, minutes integer not null,
-    primary key (jobix, stage));
-
-create table job (
-    row integer primary key,
-    jobix integer not null,
-    jobid integer not null,
-    stage integer not null,
-    state text not null,
-    free integer not null,
-    priority integer not null,
-    expired integer not null default 0,
-    since real not null,
-    due real,
-    lease real,
-    origin integer,
-    held integer,
-    claim text,
-    worker text,
-    attempt integer not null default 0,
-    failures integer not null default 0,
-    lapses integer not null default 0,
-    jobcmd text,
-    filename text,
-    laststage integer,
-    max_attempts integer,
-    timeout real,
-    cwd text,
-    outputs text,
-    unique (jobix, jobid));
-create index job_queue on job (jobix, stage, free, priority desc, jobid);
-create index job_age on job (jobix, stage, expired, since);
-create index job_due on job (due);
-
-create table attempt (
-    row integer primary key,
-    job integer not null,
-    claim text not null,
-    attempt integer not null,
-    stage integer not null,
-    target integer,
-    worker text,
-    started real not null,
-    ended real not null,
-    outcome text not null,
-    exit_code integer,
-    error text,
-    stderr text);
-create index attempt_job on attempt (job);
-
-create table tally (
-    jobix integer not null, stage integer not null, state text not null,
-    jobs integer not null, expired integer not null,
-    primary key (jobix, stage, state));
-
-create table pace (
-    jobix integer not null, minute integer not null, done integer not null,
-    primary key (jobix, minute));
-
-create table submission (
-    jobix integer not null, key text not null,
-    first integer not null, jobs integer not null,
-    primary key (jobix, key));
-
-pragma application_id = 1785684589;
-pragma user_version = 1;
-
-insert into setting values ('jobix', '4711');
-insert into job (jobix, jobid, stage, state, free, priority, since, jobcmd)
-    values (4711, 1, 0, 'waiting', 1, 0, 1.5e9, '"old"');
-insert into job (jobix, jobid, stage, state, free, priority, since, due,
-        lease, origin, held, claim, worker, attempt)
-    values (4711, 2, 3, 'working', 0, 0, 1.5e9, 1.5e9, 60, 2, 3, 'token',
-        'w', 1);
-insert into job (jobix, jobid, stage, state, free, priority, since, due)
-    values (4711, 3, 8, 'delayed', 0, 0, 1.5e9, 9e9),
-        (4711, 4, 8, 'failed', 0, 0, 1.5e9, null),
-        (4711, 5, 8, 'cancelled', 0, 0, 1.5e9, null);
-insert into attempt (job, claim, attempt, stage, started, ended, outcome)
-    values (1, 'earlier', 1, 0, 1.4e9, 1.5e9, 'failed');
-insert into tally values (4711, 0, 'waiting', 1, 0);
-insert into tally values (4711, 3, 'working', 1, 0);
-insert into tally values (4711, 8, 'delayed', 1, 0), (4711, 8, 'failed', 1, 0),
-    (4711, 8, 'cancelled', 1, 0);
-"""
 
 
 class Line:
@@ -6377,81 +6284,6 @@ class IdleTest(TemporaryFolder):
         self.assertGreaterEqual(len(reports[0]["times"]), self.IDLE)
         self.assertUpdated(reports[1]["updated"])
         self.assertLess(took, 5)
-
-
-class UpgradeTest(StoreCase):
-    """A database of schema 1 is brought up to date and goes on."""
-
-    def open(self):
-        path = self.path("jobs.db")
-        if not os.path.exists(path):
-            with contextlib.closing(sqlite3.connect(path)) as old:
-                old.executescript(SCHEMA_1)
-        super().open()
-
-    def columns(self, path):
-        """Return {table: its columns, with type, default, and key}."""
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            names = db.execute(
-                "select name, type from sqlite_master order by name")
-            return {
-                pair: sorted(
-                    column[1:] for kind in ("table", "index") for column in
-                    db.execute("pragma %s_info(%s)" % (kind, pair[0]))
-                ) for pair in names.fetchall()
-            }
-
-    ASIDE = {(8, state): 1 for state in ("delayed", "failed", "cancelled")}
-
-    def test_its_jobs_go_on(self):
-        self.assertEqual(
-            {(0, "waiting"): 1, (3, "working"): 1, **self.ASIDE},
-            self.states()
-        )
-        for jobid, state in enumerate(("delayed", "failed", "cancelled"), 3):
-            page = self.ok("/jobs?state=%s&stage=8" % state)["jobs"]
-            self.assertEqual([jobid], [job["jobid"] for job in page])
-        self.assertReply(200, self.call("/update_job/2/4?claim=token"))
-        self.assertEqual("old", self.get(0)["jobcmd"])
-        self.assertEqual(
-            [(1, "failed"), (2, "done")], self.attempts("job", "outcome")
-        )
-        self.restart()
-        self.assertEqual(
-            {(1, "working"): 1, (4, "waiting"): 1, **self.ASIDE},
-            self.states()
-        )
-
-    def test_it_is_then_as_a_new_one(self):
-        jobman.Store(self.path("new.db")).close()
-        self.closing.close()
-        new, old = self.path("new.db"), self.path("jobs.db")
-        self.assertEqual(self.columns(new), self.columns(old))
-        self.assertEqual(jobman.SCHEMA_VERSION, jobman.inspect(old))
-
-    def test_one_of_the_version_between_is_then_so_too(self):
-        path = self.path("between.db")
-        with contextlib.closing(sqlite3.connect(path)) as between:
-            between.executescript(SCHEMA_1 + jobman.UPGRADES[1])
-            between.execute("pragma user_version = 2")
-        jobman.Store(path).close()
-        jobman.Store(self.path("new.db")).close()
-        self.assertEqual(
-            self.columns(self.path("new.db")), self.columns(path))
-        self.assertTrue(os.path.exists(path + ".schema2"))
-
-    def test_an_older_jobman_sees_at_once_that_it_is_newer(self):
-        self.assertEqual(3, jobman.inspect(self.path("jobs.db")))
-
-    def test_it_changes_as_a_whole_or_not_at_all(self):
-        path = self.path("odd.db")
-        with contextlib.closing(sqlite3.connect(path)) as odd:
-            odd.executescript(SCHEMA_1 + "create table worker (a);")
-        before = self.columns(path)
-        with self.assertRaises(jobman.Trouble):
-            jobman.Store(path)
-        self.assertEqual(before, self.columns(path))
-        self.assertEqual(1, jobman.inspect(path))
 
 
 class CostTest(StoreCase):
@@ -7001,7 +6833,7 @@ class CrashCase(SeededCase):
 
     def assertSound(self, path):
         """Assert that a database is what `jobman.py check` calls whole."""
-        with jobman.looking(jobman.Place(path)) as execute:
+        with jobman.open_snapshot(path) as execute:
             for name, look in jobman.CHECKS:
                 self.assertEqual([], jobman.findings(look, execute), name)
 
@@ -7012,7 +6844,7 @@ class CrashCase(SeededCase):
         at all, and there is nothing else.
         """
         self.assertSound(self.db)
-        with jobman.looking(jobman.Place(self.db)) as execute:
+        with jobman.open_snapshot(self.db) as execute:
             book = Book(execute)
         self.assertEqual([], book.breaks())
         for witness in self.witnesses:
@@ -7074,36 +6906,15 @@ class KillTest(CrashCase):
     KILLS = 6  # in each
     STRIDE = 9  # from one statement to the next that is its last
 
-    def old(self):
-        """Make a database of schema 1."""
-        with contextlib.closing(sqlite3.connect(self.db)) as db:
-            db.executescript(SCHEMA_1)
-
-    def version(self, path, jobs):
-        """Return the schema of a database, having looked for its jobs."""
-        with contextlib.closing(sqlite3.connect(path)) as db:  # roll back
-            db.execute("select * from sqlite_master").fetchall()
-        with jobman.looking(jobman.Place(path)) as execute:
-            found = execute("pragma integrity_check").fetchall()
-            self.assertEqual(["ok"], [text for text, in found])
-            self.assertEqual(
-                jobs, execute("select count(*) from job").fetchone()[0])
-            return execute("pragma user_version").fetchone()[0]
-
-    def assertBegun(self, old):
-        """Assert that a database that may be new or old is whole."""
-        if not os.path.exists(self.db):
-            self.assertFalse(old)
-            return
-        if self.version(self.db, 5 if old else 0) == jobman.SCHEMA_VERSION:
+    def assertBegun(self):
+        """Assert that a database that was begun is whole or still empty."""
+        try:
             self.assertSound(self.db)
-        else:
-            self.assertTrue(old)
-        copy = self.db + ".schema1"
-        if os.path.exists(copy):
-            self.assertEqual(1, self.version(copy, 5))
+        except jobman.Trouble as trouble:
+            self.assertIn("There is no database", str(trouble))
+            self.assertEqual(b"", read(self.db))
 
-    def kill_at_start(self, old):
+    def kill_at_start(self):
         """Kill the server while it opens its database, or before, or after.
         """
         server = self.spawn(JOBMAN, "serve", "--port", "0", "--db", self.db)
@@ -7111,7 +6922,7 @@ class KillTest(CrashCase):
         server.kill()
         server.wait()
         self.reap(server)
-        self.assertBegun(old)
+        self.assertBegun()
 
     def kill_at_work(self, changes):
         """Kill the server under load, or as it ends.
@@ -7130,16 +6941,13 @@ class KillTest(CrashCase):
         if self.random.random() < 0.5:
             self.assertKept()
 
-    def live(self, number):
+    def live(self):
         """Let a database live through some kills."""
         padding = self.random.choice([0, 0, 3000, 100000])
         folder = self.make_folder()
         self.begin(folder, padding=padding)
-        old = number % 3 == 1
-        if old:
-            self.old()
         for _ in range(2):
-            self.kill_at_start(old)
+            self.kill_at_start()
         changes = self.random.choice([
             "", "jobman.Writer.CHECKPOINT_AFTER = 1\n",
             "jobman.Writer.CHECKPOINT_AFTER = 50\n",
@@ -7152,35 +6960,32 @@ class KillTest(CrashCase):
         self.assertTrue(any(witness.answers for witness in self.witnesses))
         shutil.rmtree(folder)
 
-    def dies_at(self, number, old):
+    def dies_at(self, number):
         """Return whether a start has so many steps; it ends there.
 
         The next one goes on from there.
         """
         self.db = os.path.join(self.make_folder(), "jobs.db")
-        if old:
-            self.old()
         process = self.spawn(
             *changed("jobman", DYING % number), "serve", "--port", "0",
             "--db", self.db)
         line = process.stdout.readline()
         self.reap(process)
-        self.assertBegun(old)
+        self.assertBegun()
         jobman.Store(self.db).close()
-        self.assertBegun(old)
+        self.assertSound(self.db)
         return not line
 
     def test_at_each_statement_of_a_start(self):
-        for old in (False, True):
-            number = 1
-            while self.dies_at(number, old):
-                number += self.STRIDE
-            self.assertGreater(number, 40)
+        number = 1
+        while self.dies_at(number):
+            number += self.STRIDE
+        self.assertGreater(number, 40)
         self.wrong = False
 
     def test_at_any_moment(self):
-        for number in range(self.LIVES):
-            self.live(number)
+        for _ in range(self.LIVES):
+            self.live()
         self.wrong = False
 
 
@@ -7443,8 +7248,6 @@ class Connection(sqlite3.Connection):
     def __init__(self, path, *given, **named):
         super().__init__(path, *given, **named)
         kind = "reader" if "mode=ro" in path else "writer"
-        if "jobs.db?" not in path:  # but the draft of one
-            kind = "draft"
         name = "%%s%%d" %% (kind, next(numbers))
         self.note = lambda sql: note(name, " ".join(sql.split())[:60])
         self.set_trace_callback(self.note)
@@ -7454,7 +7257,7 @@ class Connection(sqlite3.Connection):
         self.note("close")
         super().close()
 
-class Turns(jobman.Turns):
+class FairLock(jobman.FairLock):
     def __enter__(self):
         super().__enter__()
         note("turn", "begins")
@@ -7466,7 +7269,7 @@ class Turns(jobman.Turns):
 def connect(*given, connect=sqlite3.connect, **named):
     return connect(*given, factory=Connection, **named)
 
-sqlite3.connect, jobman.Turns = connect, Turns
+sqlite3.connect, jobman.FairLock = connect, FairLock
 jobman.Writer.CHECKPOINT_AFTER = 5
 """
 
@@ -7594,7 +7397,7 @@ class CheckpointTest(TemporaryFolder):
         server.kill()
         server.wait()
         before = read(self.db), read(self.db + "-wal")
-        with jobman.looking(jobman.Place(self.db)) as execute:
+        with jobman.open_snapshot(self.db) as execute:
             self.assertEqual(
                 1, execute("select count(*) from job").fetchone()[0])
         self.assertEqual(before, (read(self.db), read(self.db + "-wal")))
@@ -12770,6 +12573,26 @@ class StartTest(TemporaryFolder):
             sentence = self.check_untouched("--db", "other.db")
             self.assertIn("another program", sentence)
 
+    def test_a_start_that_was_killed_is_made_good_by_the_next(self):
+        """It may leave an empty file, its tables, or those and a journal."""
+        path = self.path("jobman.db")
+        journal = bytes.fromhex("d9d505f920a163d7") + struct.pack(
+            ">5I", 0, 1, 0, 512, 4096)
+        for empty in (True, False):
+            if empty:
+                open(path, "w").close()
+                os.chmod(path, 0o644)
+            else:
+                self.make("jobman.db")
+            with open(path + "-journal", "wb") as file:
+                file.write(journal.ljust(512, b"\0"))
+            process, _ = self.serve()
+            self.assertEqual(0o600, self.mode("jobman.db"))
+            self.assertFalse(os.path.exists(path + "-journal"))
+            process.terminate()
+            self.assertEqual(0, process.wait(PATIENCE))
+            self.assertEqual(0, self.command(JOBMAN, "check")[0])
+
     def test_database_of_a_newer_version(self):
         self.make("new.db", version=jobman.SCHEMA_VERSION + 1)
         self.assertIn("newer", self.check_untouched("--db", "new.db"))
@@ -12834,13 +12657,13 @@ class StartTest(TemporaryFolder):
         self.assertEqual(["jobs.db"], os.listdir(self.folder))
 
     def test_a_lock_that_was_given_up_as_it_was_taken_is_taken_anew(self):
-        place = jobman.Place(self.path("jobs.db"))
-        first = jobman.ServerLock(place, shared=False)
+        location = jobman.DatabaseLocation(self.path("jobs.db"))
+        first = jobman.ServerLock(location, shared=False)
 
         class Late(jobman.ServerLock):
-            def lock_file(self, kind):
+            def lock_file(self):
                 first_ends()
-                super().lock_file(kind)
+                super().lock_file()
 
         def first_ends():
             if not ended:
@@ -12848,9 +12671,9 @@ class StartTest(TemporaryFolder):
                 first.close()
 
         ended = []
-        with Late(place, shared=False):
+        with contextlib.closing(Late(location, shared=False)):
             with self.assertRaises(jobman.Trouble):
-                jobman.ServerLock(place, shared=False)
+                jobman.ServerLock(location, shared=False)
         self.assertEqual([], os.listdir(self.folder))
 
     def test_a_disk_that_is_full_before_the_tables_are_made(self):
@@ -13132,8 +12955,8 @@ class CareTest(TemporaryFolder):
             for jobid in itertools.islice(new, 1):
                 self.post(address, "/set", {jobid: {"jobstage": 0}})
 
-        place = jobman.Place(self.path("jobman.db"))
-        jobs = jobman.copy_database(place, self.path("copy"), show)
+        location = jobman.DatabaseLocation(self.path("jobman.db"))
+        jobs = jobman.copy_database(location, self.path("copy"), show)
         self.assertEqual(40000, jobs)
         self.assertEqual([], list(new))
         self.assertWhole("copy")
@@ -13141,8 +12964,7 @@ class CareTest(TemporaryFolder):
     def test_who_looks_sees_one_moment_and_holds_up_nobody(self):
         _, address = self.serve("--db", "jobman.db")
         self.post(address, "/set", {1: {"jobstage": 0}})
-        place = jobman.Place(self.path("jobman.db"))
-        with jobman.looking(place) as execute:
+        with jobman.open_snapshot(self.path("jobman.db")) as execute:
             self.post(address, "/set", {2: {"jobstage": 0}})
             seen = execute("select jobid from job").fetchall()
         self.assertEqual([(1,)], [tuple(row) for row in seen])
@@ -13236,6 +13058,45 @@ class CareTest(TemporaryFolder):
                 self.assertRegex(done[2], "^jobman.py: .*%s.*\n$" % sentence)
         self.assertOnly("other.db", "newer.db", "text")
 
+    def leave_journal(self, path, pages):
+        """Make a database look as if a commit that found it with so many
+        pages was cut off before its journal was deleted.
+
+        It changed no page that was there: see section 3 of
+        https://sqlite.org/fileformat.html for the journal's header.
+        """
+        size = rows(path, "pragma page_size")[0]["page_size"]
+        header = bytes.fromhex("d9d505f920a163d7") + struct.pack(
+            ">5I", 0, 1, pages, 512, size)
+        with open(path + "-journal", "wb") as file:
+            file.write(header.ljust(512, b"\0"))
+
+    def test_a_journal_that_was_left_is_rolled_back(self):
+        path = self.made()
+        self.change(path, "pragma journal_mode = delete")
+        pages = rows(path, "pragma page_count")[0]["page_count"]
+        whole = self.dump(path)
+        for command in (["check"], ["backup", "copy"]):
+            with open(path, "ab") as file:
+                file.write(bytes(2**16))
+            self.leave_journal(path, pages)
+            status, _, err = self.command(JOBMAN, *command)
+            self.assertEqual((0, ""), (status, err))
+        self.assertOnly("jobman.db", "copy")
+        self.assertEqual(whole, self.dump(path))
+        self.assertEqual(whole, self.dump(self.path("copy")))
+
+    def test_a_start_that_was_killed_in_its_commit_left_no_database(self):
+        path = self.path("jobman.db")
+        for command in (["check"], ["backup", "copy"]):
+            jobman.Store(path).close()
+            self.leave_journal(path, 0)
+            status, out, err = self.command(JOBMAN, *command)
+            self.assertEqual((1, ""), (status, out))
+            self.assertIn("There is no database jobman.db", err)
+        self.assertOnly("jobman.db")
+        self.assertEqual(b"", read(path))
+
     # Check
 
     def test_a_whole_database_is_found_so_and_left_alone(self):
@@ -13308,7 +13169,6 @@ class CareTest(TemporaryFolder):
             ("jobs", "1 jobs are aborted and nobody to blame, or to blame"),
         "drop table tally": ("schema", "there is no table tally"),
         "drop index job_due": ("schema", "there is no index job_due"),
-        "pragma user_version = 1": ("schema", "it is 1, not yet 3"),
     }
 
     def test_each_damage_is_found_and_nothing_else(self):
@@ -13500,56 +13360,6 @@ class CareTest(TemporaryFolder):
         self.assertEqual((2, ""), done[:2])
         self.assertIn("--keep-days must be", done[2])
 
-    # The copy before an upgrade
-
-    def old(self, *statements):
-        """Make a database of schema 1; return its path."""
-        path = self.path("old.db")
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            db.executescript(SCHEMA_1)
-        self.change(path, *statements)
-        return path
-
-    def test_an_old_database_is_copied_before_it_is_upgraded(self):
-        path = self.old()
-        before = self.dump(path)
-        jobman.Store(path).close()
-        copy = path + ".schema1"
-        self.assertOnly("old.db", "old.db.schema1")
-        self.assertEqual(before, self.dump(copy))
-        self.assertEqual(1, jobman.inspect(copy))
-        self.assertEqual(0o600, stat.S_IMODE(os.stat(copy).st_mode))
-        self.assertWhole("old.db")
-        jobman.Store(path).close()
-        shutil.copy(copy, path)
-        jobman.Store(path).close()
-        self.assertOnly("old.db", "old.db.schema1", "old.db.schema1.2")
-        self.assertEqual(before, self.dump(copy))
-
-    def test_an_upgrade_that_fails_leaves_no_copy(self):
-        path = self.old("create table worker (a)")
-        before = self.dump(path)
-        with self.assertRaises(jobman.Trouble):
-            jobman.Store(path)
-        self.assertOnly("old.db")
-        self.assertEqual(before, self.dump(path))
-
-    def test_without_space_for_the_copy_nothing_is_upgraded(self):
-        disk = self.small_disk()
-        path = os.path.join(disk, "old.db")
-        filler = "x" * 120000
-        shutil.move(
-            self.old("insert into setting values ('x', '%s')" % filler), path)
-        before = self.dump(path)
-        status, _, err = self.command(
-            JOBMAN, "serve", "--port", "0", "--db", path)
-        self.assertEqual(1, status)
-        self.assertRegex(err, r"can't be copied to .*old\.db\.schema1: .*full")
-        self.assertEqual(before, self.dump(path))
-        self.assertEqual(1, jobman.inspect(path))
-        left = {name.split("-")[0] for name in os.listdir(disk)}
-        self.assertEqual({"old.db"}, left)
-
 
 SHIM = r"""
 #define _GNU_SOURCE
@@ -13654,7 +13464,7 @@ class FileSystemTest(TemporaryFolder):
             ("/with space\\/x", ("fuse.sshfs", "me@there:/a b")),
             ("/twice/x", ("ext4", "/dev/sdc1")),
         ):
-            self.assertEqual(found, jobman.mounted(folder), folder)
+            self.assertEqual(found, jobman.find_mount(folder), folder)
 
     def test_a_link_is_followed_to_where_the_database_is(self):
         os.mkdir(self.path("real"))
@@ -13664,15 +13474,15 @@ class FileSystemTest(TemporaryFolder):
         self.mounts("1 0 8:1 / / rw - ext4 /dev/sda1 rw\n"
                     "2 1 0:9 / %s rw - nfs far rw\n" % real)
         for name in ("link/jobs.db", "jobs.db"):
-            place = jobman.Place(self.path(name))
-            self.assertEqual("nfs", place.kind)
-            self.assertEqual(os.path.join(real, "jobs.db"), place.file)
+            location = jobman.DatabaseLocation(self.path(name))
+            self.assertEqual("nfs", location.kind)
+            self.assertEqual(os.path.join(real, "jobs.db"), location.file)
         with contextlib.closing(jobman.Store(self.path("link", "jobs.db"))):
             with self.assertRaises(jobman.Trouble):
                 jobman.Store(self.path("jobs.db"))
 
     def test_what_other_hosts_may_write_to_is_had_alone(self):
-        for kind, alone in (
+        for kind, exclusive in (
             ("nfs", True), ("nfs4", True), ("lustre", True), ("gpfs", True),
             ("beegfs", True), ("fhgfs", True), ("cifs", True),
             ("smb3", True), ("ceph", True), ("panfs", True), ("afs", True),
@@ -13682,33 +13492,27 @@ class FileSystemTest(TemporaryFolder):
             ("fuseblk", False), ("overlay", False), ("btrfs", False),
         ):
             self.mounts("1 0 8:1 / / rw - %s what rw\n" % kind)
-            place = jobman.Place(self.path("jobs.db"))
-            self.assertEqual(alone, place.alone, kind)
-            self.assertEqual("unix", place.vfs)
-            self.assertIn("%s (what)" % kind, place.finding())
+            location = jobman.DatabaseLocation(self.path("jobs.db"))
+            self.assertEqual(exclusive, location.exclusive, kind)
+            self.assertEqual("unix", location.vfs)
+            self.assertIn("%s (what)" % kind, location.describe())
 
     def test_without_mountinfo_a_file_system_is_taken_for_local(self):
         self.replace("MOUNTINFO", self.path("none"))
-        self.assertFalse(jobman.Place(self.path("jobs.db")).alone)
+        location = jobman.DatabaseLocation(self.path("jobs.db"))
+        self.assertFalse(location.exclusive)
 
     def test_locks_are_tried_and_leave_nothing(self):
-        self.assertFalse(jobman.Place(self.path("jobs.db")).alone)
-        self.replace("OFD_SETLK", 999)  # as on an older kernel
-        self.assertFalse(jobman.Place(self.path("jobs.db")).alone)
+        for folder in (".", "nowhere"):
+            location = jobman.DatabaseLocation(self.path(folder, "jobs.db"))
+            self.assertFalse(location.exclusive)
         self.assertEqual([], os.listdir(self.folder))
-        nowhere = jobman.Place(self.path("nowhere", "jobs.db"))
-        self.assertFalse(nowhere.alone)
 
-    def test_each_kind_of_lock_is_tried(self):
-        with open(self.path("file"), "wb") as first, \
-                open(self.path("file"), "rb+") as second, \
-                open(self.path("file"), "rb") as unfit, \
-                open(self.path("other"), "wb") as other:
-            self.assertEqual("work", jobman.posix_locks(first, second))
-            self.assertEqual("lie", jobman.posix_locks(first, other))
-            self.assertEqual("fail", jobman.posix_locks(unfit, second))
-            self.assertTrue(jobman.flocks_work(first, second))
-            self.assertFalse(jobman.flocks_work(first, other))
+    def test_locks_of_a_file_that_cannot_be_locked_fail(self):
+        with open(self.path("file"), "wb") as file, \
+                open(self.path("file"), "rb") as unfit:
+            self.assertEqual("work", jobman.try_locks(file))
+            self.assertEqual("fail", jobman.try_locks(unfit))
 
     def test_sqlite_is_without_a_second_connection_there(self):
         self.mounts("1 0 8:1 / / rw - nfs far rw\n")
@@ -13732,7 +13536,8 @@ class FileSystemTest(TemporaryFolder):
         self.mounts("1 0 8:1 / / rw - nfs far rw\n")
         path = self.path("jobs.db")
         jobman.Store(path).close()
-        for opened in (lambda: jobman.open_writer(jobman.Place(path)),
+        location = jobman.DatabaseLocation(path)
+        for opened in (lambda: jobman.open_writer(location),
                        lambda: jobman.Store(path)):
             other = sqlite3.connect(path, timeout=0)
             with contextlib.closing(opened()), contextlib.closing(other):
@@ -13941,22 +13746,6 @@ class NetworkTest(AloneCase):
         self.assertIn("jobman.db-wal", names)
         self.assertNotIn("jobman.db-journal", names)
 
-    def test_an_older_schema_is_brought_up_to_date(self):
-        for mode in ("delete", "wal"):
-            with contextlib.closing(sqlite3.connect(self.db)) as old:
-                old.execute("pragma journal_mode = " + mode)
-                old.executescript(SCHEMA_1)
-            process, _ = self.serve()
-            self.kill(process)
-            self.assertEqual(
-                (jobman.SCHEMA_VERSION, 1),
-                (jobman.inspect(self.db), jobman.inspect(self.path(
-                    "jobman.db.schema1"))))
-            self.assertEqual(0, self.run_jobman("check")[0])
-            for name in os.listdir(self.folder):
-                if name.startswith("jobman.db"):
-                    os.unlink(self.path(name))
-
     def test_a_journal_that_was_left_is_rolled_back(self):
         process, address = self.serve()
         self.call(address, "/set", self.jobs(*range(1000)))
@@ -13998,7 +13787,7 @@ class AloneStore:
             file.write("1 0 8:1 / / rw - nfs4 far rw\n")
         self.replace("MOUNTINFO", mounts)
         super().setUp()
-        self.assertTrue(self.store.place.alone)
+        self.assertTrue(self.store.location.exclusive)
 
 
 class AloneContractTest(AloneStore, ContractTest):
@@ -14021,15 +13810,15 @@ class LyingLocksTest(FailingLocksTest):
     """On a file system where locks are given to everybody."""
 
     locks = "lie"
-    said = r"where locks keep nobody off:"
+    said = r"where locks exclude nobody:"
 
     TAKE = (
         "import sys; sys.path.insert(0, %r); import jobman, time\n"
         "lock = jobman.ServerLock\n"
-        "lock.STALE, lock.LOOK, lock.SETTLE = 0.5, 0.1, 0.5\n"
+        "lock.STALE, lock.LOOK = 1, 0.5\n"
         "sys.stdin.readline()\n"
         "try:\n"
-        "    lock(jobman.Place('jobs.db'), shared=False)\n"
+        "    lock(jobman.DatabaseLocation('jobs.db'), shared=False)\n"
         "except jobman.Trouble as trouble:\n"
         "    sys.exit(str(trouble))\n"
         "print('mine', flush=True)\n"
@@ -14062,7 +13851,6 @@ class FastLock(jobman.ServerLock):
     BEAT = 100  # by hand
     STALE = 0.3
     LOOK = 0.02
-    SETTLE = 0.02
 
 
 class PatientLock(FastLock):
@@ -14071,25 +13859,36 @@ class PatientLock(FastLock):
     STALE = PATIENCE
 
 
+class StubbornLock(FastLock):
+    """A lock that would wait for ever."""
+
+    STALE = math.inf
+
+
 class LockTest(TemporaryFolder):
     """Only one server has a database, and one that lost it stops."""
 
     QUICK = (
         "lock = jobman.ServerLock; lock.BEAT, lock.LOOK = 0.1, 0.05;"
-        "lock.STALE, lock.LIMIT, lock.SETTLE = 1.5, 0.5, 0.2"
+        "lock.STALE, lock.LIMIT = 1.5, 0.5"
     )
 
     def setUp(self):
         super().setUp()
         self.clock = Clock()
-        self.place = jobman.Place(self.path("jobs.db"))
+        self.location = jobman.DatabaseLocation(self.path("jobs.db"))
         self.lock_path = self.path("jobs.db.lock")
 
-    def lock(self, shared=False, **options):
+    def lock(self, kind=FastLock, shared=False, **options):
         """Take the lock, as a server does."""
-        lock = FastLock(self.place, shared=shared, **options)
+        lock = kind(self.location, shared=shared, **options)
         self.addCleanup(lock.close)
         return lock
+
+    def taken(self, **options):
+        """Take the lock; return it and what was said meanwhile."""
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            return self.lock(**options), said.getvalue()
 
     def store(self, **options):
         """Open a Store without a server."""
@@ -14097,38 +13896,25 @@ class LockTest(TemporaryFolder):
         self.addCleanup(store.close)
         return store
 
-    def make_alone(self):
-        """Let the database be where only one server can have it."""
+    def make_exclusive(self):
+        """Put the database on a network file system."""
         with open(self.path("mountinfo"), "w") as file:
             file.write("1 0 8:1 / / rw - nfs4 far rw\n")
         self.replace("MOUNTINFO", self.path("mountinfo"))
-        self.place = jobman.Place(self.path("jobs.db"))
+        self.location = jobman.DatabaseLocation(self.path("jobs.db"))
 
-    def holder(self, **said):
-        """Return what another server has in the lock file, as a dict."""
-        return dict({
-            "host": "far", "pid": 17, "start": 4, "key": "other", "beat": 1,
-            "machine": ["another boot", "pid:[1]"],
-        }, **said)
-
-    def write(self, holder):
-        """Write another server's content, or a text, into the lock file."""
-        if isinstance(holder, dict):
-            holder = json.dumps(holder)
+    def write(self, content=None, **said):
+        """Write another server's record, or a text, into the lock file."""
+        if content is None:
+            record = {"host": "far", "pid": 17, "key": "other", "beat": 1}
+            content = json.dumps(dict(record, **said))
         file = os.open(self.lock_path, os.O_CREAT | os.O_WRONLY, 0o600)
-        os.pwrite(file, holder.encode().ljust(512), 0)
+        os.pwrite(file, content.encode().ljust(512), 0)
         os.close(file)
 
-    def refusal(self, **options):
-        """Return the sentence with which the lock is refused."""
-        with self.assertRaises(jobman.Trouble) as refused:
-            self.lock(**options)
-        return str(refused.exception)
-
-    def taken(self, **options):
-        """Take the lock; return it and what was said meanwhile."""
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            return self.lock(**options), said.getvalue()
+    def beat(self):
+        """Return how many heartbeats the holder has sent."""
+        return json.loads(read(self.lock_path).decode())["beat"]
 
     # To take it
 
@@ -14141,6 +13927,8 @@ class LockTest(TemporaryFolder):
             self.assertEqual((1, ""), (status, out))
             self.assertIn("(%s): end that one first" % name, err)
             self.assertEqual(1, err.count("\n"))
+        self.assertEqual(
+            0o600, stat.S_IMODE(os.stat(self.lock_path).st_mode))
 
     def test_after_a_kill_the_next_has_it_at_once(self):
         process, _ = self.serve("--db", "jobs.db")
@@ -14174,11 +13962,6 @@ class LockTest(TemporaryFolder):
         self.assertEqual(
             0o600, stat.S_IMODE(os.stat(self.path("jobs.db")).st_mode))
 
-    def test_a_database_with_a_second_name_is_refused(self):
-        jobman.Store(self.path("jobs.db")).close()
-        os.link(self.path("jobs.db"), self.path("other.db"))
-        self.assertIn("second name", self.refused_start())
-
     def test_the_rest_of_another_database_is_refused(self):
         for suffix in ("-wal", "-journal"):
             with open(self.path("jobs.db" + suffix), "wb") as file:
@@ -14186,21 +13969,6 @@ class LockTest(TemporaryFolder):
             self.assertIn("jobs.db%s is there" % suffix, self.refused_start())
             self.assertFalse(os.path.exists(self.path("jobs.db")))
             os.unlink(self.path("jobs.db" + suffix))
-
-    def test_a_database_that_is_moved_is_lost(self):
-        process, address = self.serve("--db", "jobs.db")
-        jobs = packed({1: {"jobstage": 0}})
-        reply = exchange(address, "POST", "/set", jobs, {"jobix": "7"})
-        self.assertEqual(200, reply.status)
-        os.rename(self.path("jobs.db"), self.path("new.db"))
-        with contextlib.suppress(OSError):  # it may have ended
-            reply = exchange(address, "GET", "/get/0", headers={"jobix": "7"})
-            self.assertEqual(503, reply.status)
-        status, _, err = self.finish(process)
-        self.assertEqual(1, status)
-        self.assertIn("moved or removed", err)
-        self.assertEqual([{"state": "waiting"}],
-                         rows(self.path("new.db"), "select state from job"))
 
     def test_a_link_instead_of_the_file_is_not_followed(self):
         with open(self.path("victim"), "w") as file:
@@ -14212,73 +13980,50 @@ class LockTest(TemporaryFolder):
             jobman.remove(self.path(name))
         self.assertEqual(b"precious", read(self.path("victim")))
 
-    def test_a_holder_that_lives_is_heeded_where_locks_are_of_a_mount(self):
-        self.make_alone()
-        pid = os.getpid()
-        self.write(self.holder(
-            machine=jobman.machine(), pid=pid, start=jobman.start_of(pid)))
-        self.assertIn("process %d on far" % pid, self.refusal(shared=False))
-
-    def test_the_name_of_a_holder_draws_nothing(self):
-        self.assertEqual(
-            "process 1 on a\\x1b[31m\\n", jobman.name_holder(
-                json.dumps({"pid": 1, "host": "a\x1b[31m\n"}).encode()))
-        self.assertEqual("a\\x1b[31m", jobman.name_holder(b"a\x1b[31m"))
-
-    def test_the_file_says_who_has_it_and_is_private(self):
-        self.lock()
-        said = json.loads(read(self.lock_path).decode())
-        self.assertEqual(
-            (os.getpid(), socket.gethostname(), 1),
-            (said["pid"], said["host"], said["beat"]))
-        self.assertEqual(jobman.start_of(os.getpid()), said["start"])
-        self.assertEqual(
-            0o600, stat.S_IMODE(os.stat(self.lock_path).st_mode))
-
-    def test_a_holder_elsewhere_that_beats_keeps_it(self):
-        ending = threading.Event()
-
-        def beat():
-            for n in itertools.count():
-                self.write(self.holder(beat=n))
-                if ending.wait(0.1):
-                    return
-
-        beater = threading.Thread(target=beat)
-        beater.start()
-        self.addCleanup(beater.join)
-        self.addCleanup(ending.set)
-        wait_for(lambda: os.path.exists(self.lock_path)
-                 and os.path.getsize(self.lock_path), "a beat")
-        file = os.stat(self.lock_path).st_ino
+    def test_what_is_in_the_file_of_a_local_database_is_of_no_matter(self):
         for shared in (False, True):
-            with contextlib.redirect_stderr(io.StringIO()) as said:
-                with self.assertRaisesRegex(
-                        jobman.Trouble, "process 17 on far"):
-                    PatientLock(self.place, shared=shared)
-            self.assertEqual(file, os.stat(self.lock_path).st_ino)
-            self.assertRegex(
-                said.getvalue(), r"\Ajobman\.py: process 17 on far .*\n\Z")
-        self.assertEqual("other", json.loads(read(self.lock_path).decode())
-                         ["key"])
-
-    def test_a_holder_elsewhere_that_is_silent_loses_it(self):
-        for shared in (False, True):
-            self.write(self.holder())
-            began = time.monotonic()
+            self.write(pid=os.getpid(), host=socket.gethostname())
             lock, said = self.taken(shared=shared)
-            self.assertGreaterEqual(
-                time.monotonic() - began, FastLock.STALE)
-            self.assertRegex(
-                said, r"\Ajobman\.py: process 17 on far .* waiting .*\n\Z")
+            self.assertEqual("", said)
+            lock.check()
             lock.close()
             self.assertEqual([], os.listdir(self.folder))
 
+    def test_a_holder_elsewhere_that_beats_keeps_it(self):
+        self.make_exclusive()
+        self.write()
+        watched = threading.Event()
+
+        def watching():  # what it asks for the time when it begins to wait
+            if not watched.is_set():
+                watched.set()
+                self.write(beat=2)
+            return time.monotonic()
+
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            with self.assertRaisesRegex(jobman.Trouble, "process 17 on far"):
+                PatientLock(self.location, shared=False, clock=watching)
+        self.assertRegex(
+            said.getvalue(), r"\Ajobman\.py: process 17 on far .*\n\Z")
+        self.assertEqual(2, self.beat())
+
+    def test_a_holder_elsewhere_that_is_silent_loses_it(self):
+        self.make_exclusive()
+        self.write()
+        began = time.monotonic()
+        lock, said = self.taken()
+        self.assertGreaterEqual(time.monotonic() - began, FastLock.STALE)
+        self.assertRegex(
+            said, r"\Ajobman\.py: process 17 on far .* waiting .*\n\Z")
+        lock.close()
+        self.assertEqual(["mountinfo"], os.listdir(self.folder))
+
     def test_what_was_there_before_may_be_anything(self):
+        self.make_exclusive()
         for content in (
-            "process 1 on host", "\0" * 300, "[1]", "{}", '{"pid": "x"}',
-            "\xff\xfe", "[" * 500, '{"machine": [], "pid": 1, "start": []}',
-            '{"machine": 5, "pid": 1e999}', '{"pid": 1, "host": null}',
+            "", "process 1 on host", "\0" * 300, "[1]", "{}", '{"pid": "x"}',
+            "\xff\xfe", "[" * 500, '{"pid": 1, "host": []}',
+            '{"pid": 1e999}', '{"pid": 1, "host": null}',
         ):
             self.write(content)
             lock, said = self.taken()
@@ -14286,94 +14031,61 @@ class LockTest(TemporaryFolder):
             lock.check()
             lock.close()
 
-    def test_an_empty_file_is_looked_at_twice(self):
-        open(self.lock_path, "w").close()
-        lock, said = self.taken()
-        self.assertEqual("", said)
-        lock.check()
-        lock.close()
-        self.make_alone()
-        self.place.flocks = False
-        open(self.lock_path, "w").close()
-        _, said = self.taken()
-        self.assertIn("waiting", said)
+    def test_the_name_of_a_holder_draws_nothing(self):
+        self.assertEqual(
+            "process 1 on a\\x1b[31m\\n", jobman.name_holder(
+                {"pid": 1, "host": "a\x1b[31m\n"}))
+        self.assertEqual("process ? on ?", jobman.name_holder({}))
 
     def test_a_file_that_goes_while_it_is_watched_is_made_anew(self):
-        self.write(self.holder())
+        self.make_exclusive()
+        self.write()
+        left = [self.lock_path]
 
-        class Watching(PatientLock):
-            def read(lock):
-                content = super().read()
-                if os.path.exists(self.lock_path) and b"far" in content:
-                    os.unlink(self.lock_path)
-                return content
+        def watching():
+            if left:
+                os.unlink(left.pop())
+            return time.monotonic()
 
-        with contextlib.redirect_stderr(io.StringIO()):
-            with Watching(self.place, shared=False) as lock:
-                lock.check()
-
-    def test_after_a_flock_who_was_on_this_kernel_is_gone(self):
-        self.write(self.holder(machine=jobman.machine(), pid=os.getpid(),
-                               start=jobman.start_of(os.getpid())))
-        lock, said = self.taken()
-        self.assertEqual("", said)
+        lock, said = self.taken(kind=PatientLock, clock=watching)
+        self.assertIn("waiting", said)
         lock.check()
 
-    def test_without_flock_a_process_of_this_machine_is_looked_for(self):
-        self.make_alone()
-        self.place.flocks = False
-        here = {"machine": jobman.machine(), "host": "here"}
+    def test_a_holder_of_this_host_is_awaited_while_its_process_runs(self):
+        self.make_exclusive()
         process = self.spawn("-c", "import time; time.sleep(60)")
-        start = jobman.start_of(process.pid)
-        self.write(self.holder(pid=process.pid, start=start, **here))
-        self.assertIn("process %d on here" % process.pid, self.refusal())
-        self.write(self.holder(pid=process.pid, start=start + 1, **here))
-        lock, said = self.taken()  # another had that number
-        self.assertEqual("", said)
-        lock.close()
-        self.write(self.holder(pid=None, start=start, **here))
-        lock, said = self.taken()
-        self.assertIn("waiting", said)
-        lock.close()
-        self.write(self.holder(pid=process.pid, start=start, **here))
-        process.kill()  # and isn't waited for
-        wait_for(lambda: jobman.start_of(process.pid) is None, "a zombie")
-        lock, said = self.taken()
-        self.assertEqual("", said)
-
-    def test_who_takes_over_looks_again_where_locks_are_no_good(self):
-        self.make_alone()
-        self.write(self.holder())
-
-        class Slow(FastLock):
-            def write(lock):
-                super().write()
-                self.write(self.holder(key="faster", pid=18))
-
-        with contextlib.redirect_stderr(io.StringIO()):
-            with self.assertRaisesRegex(jobman.Trouble, "process 18 on far"):
-                Slow(self.place, shared=False)
-        self.assertIn(b"faster", read(self.lock_path))
+        here = {"pid": process.pid, "host": socket.gethostname()}
+        for seconds in (FastLock.STALE, 0):
+            self.write(**here)
+            began = time.monotonic()
+            lock, said = self.taken()
+            self.assertEqual("", said)
+            self.assertGreaterEqual(time.monotonic() - began, seconds)
+            lock.close()
+            process.kill()
+            process.wait()
+        for pid in (process.pid, 10**20, None):
+            self.write(**dict(here, pid=pid))
+            self.taken(kind=StubbornLock)[0].close()
 
     # To keep it
 
     def test_it_beats(self):
-        self.serve("--db", "jobs.db", start=changed("jobman", self.QUICK))
-
-        def beat():
-            return json.loads(read(self.lock_path).decode())["beat"]
-
-        first = beat()
-        wait_for(lambda: beat() > first + 1, "beats")
+        self.make_exclusive()
+        start = changed(
+            "jobman", self.QUICK + "; " + AloneCase.MOUNTS)
+        self.serve("--db", "jobs.db", start=start)
+        first = self.beat()
+        wait_for(lambda: self.beat() > first + 1, "beats")
         self.assertEqual(512, os.path.getsize(self.lock_path))
 
     def test_a_beat_leaves_alone_what_is_not_ours(self):
+        self.make_exclusive()
         lock = self.lock()
-        self.write(self.holder())
+        self.write()
         before = read(self.lock_path)
-        lock.beat()
+        lock.confirm()
         self.assertEqual(before, read(self.lock_path))
-        self.assertEqual("process 17 on far", lock.lost)
         with self.assertRaisesRegex(jobman.Unavailable, "process 17 on far"):
             lock.check()
         with self.assertRaisesRegex(jobman.Trouble, "process 17 on far"):
@@ -14381,97 +14093,111 @@ class LockTest(TemporaryFolder):
         lock.close()
         self.assertEqual(before, read(self.lock_path))
 
-    def test_who_shares_it_beats_and_minds_no_other(self):
-        first, second = self.lock(shared=True), self.lock(shared=True)
-        for lock in (first, second, first):
-            lock.beat()
-            self.assertTrue(lock.is_ours())
-        for lock in (first, second):
+    def test_one_of_two_that_share_it_minds_the_other_not(self):
+        locks = [self.lock(shared=True), self.lock(shared=True)]
+        for lock in locks:
+            lock.confirm()
             lock.check()
 
-    def test_a_lock_file_that_is_gone_is_noticed_at_once(self):
+    def test_a_lock_file_that_is_gone_is_noticed(self):
         for shared in (False, True):
             lock = self.lock(shared=shared)
-            lock.check()
             os.unlink(self.lock_path)
-            with self.assertRaisesRegex(jobman.Unavailable, "removed"):
+            newer = self.lock(shared=shared)
+            lock.confirm()
+            with self.assertRaisesRegex(jobman.Unavailable, "taken it"):
                 lock.check()
-            with self.lock(shared=shared) as newer:
-                with self.assertRaises(jobman.Unavailable):
-                    lock.check()
-                lock.close()
+            lock.close()
+            newer.confirm()
+            newer.check()
+            self.assertTrue(os.path.exists(self.lock_path))
+            os.unlink(self.lock_path)
+            newer.confirm()
+            with self.assertRaisesRegex(jobman.Unavailable, "removed"):
                 newer.check()
-                self.assertTrue(os.path.exists(self.lock_path))
+            newer.close()
 
-    def test_alone_nothing_is_changed_long_after_a_beat(self):
-        self.make_alone()
+    def test_nothing_is_changed_long_after_a_beat(self):
+        self.make_exclusive()
         lock = self.lock(clock=self.clock)
         self.clock.advance(lock.LIMIT)
         lock.check()
         self.clock.advance(0.1)
-        with self.assertRaisesRegex(jobman.Unavailable, "may be somebody's"):
+        with self.assertRaisesRegex(jobman.Unavailable, "another server may"):
             lock.check()
-        self.assertIsNone(lock.lost)
-        lock.beat()  # somebody may be about to take it
-        with self.assertRaises(jobman.Unavailable):
-            lock.check()
-        self.clock.advance(lock.LIMIT)
-        lock.beat()
+        lock.confirm()
         lock.check()
 
     def test_a_beat_counts_from_when_it_began(self):
-        self.make_alone()
-
-        class Slow(FastLock):
-            def write(lock):
-                super().write()
-                self.clock.advance(5)
-
-        with Slow(self.place, shared=False, clock=self.clock) as lock:
-            lock.beat()
-            self.clock.advance(lock.LIMIT - 5)
-            lock.check()
-            self.clock.advance(1)
-            with self.assertRaises(jobman.Unavailable):
-                lock.check()
-            lock.beat()
-            with self.assertRaises(jobman.Unavailable):
-                lock.check()
-
-    def test_a_usual_server_is_patient(self):
+        self.make_exclusive()
         lock = self.lock(clock=self.clock)
-        self.clock.advance(10**6)
+        write = lock.write
+
+        def write_slowly():
+            write()
+            self.clock.advance(5)
+
+        lock.write = write_slowly
+        lock.confirm()
+        self.clock.advance(lock.LIMIT - 5)
         lock.check()
+        self.clock.advance(1)
+        with self.assertRaises(jobman.Unavailable):
+            lock.check()
 
     def test_a_beat_that_cannot_be_written_is_none(self):
-        self.make_alone()
+        self.make_exclusive()
         lock = self.lock(clock=self.clock)
-        good = lock.file
-        lock.file = os.open(self.lock_path, os.O_RDONLY)
+        good, lock.file = lock.file, os.open(self.lock_path, os.O_RDONLY)
         self.addCleanup(os.close, lock.file)
         self.clock.advance(lock.LIMIT)
         with self.assertRaises(OSError):
-            lock.beat()
+            lock.confirm()
         lock.check()
         self.clock.advance(1)
         with self.assertRaises(jobman.Unavailable):
             lock.check()
         lock.file = good
-        for _ in range(2):
-            lock.beat()
-            self.clock.advance(1)
+        lock.confirm()
+        lock.check()
+
+    def test_a_local_server_needs_no_beat(self):
+        lock = self.lock(clock=self.clock)
+        self.clock.advance(10**6)
         lock.check()
 
     # To lose it
 
+    def test_a_database_that_is_moved_is_lost_and_has_all(self):
+        process, address = self.serve("--db", "jobs.db")
+        answered = []
+        with contextlib.suppress(OSError):  # it has ended
+            for jobid in itertools.count(1):
+                jobs = packed({jobid: {"jobstage": 0}})
+                reply = exchange(
+                    address, "POST", "/set", jobs, {"jobix": "7"})
+                if reply.status == 503:
+                    break
+                self.assertEqual(200, reply.status)
+                answered.append({"jobid": jobid})
+                if jobid == 1:
+                    os.rename(self.path("jobs.db"), self.path("new.db"))
+        status, _, err = self.finish(process)
+        self.assertEqual(1, status)
+        self.assertIn("moved or removed", err)
+        self.assertEqual(answered, rows(
+            self.path("new.db"), "select jobid from job order by jobid"))
+
     def test_nothing_is_changed_once_it_is_lost(self):
-        for alone in (False, True):
-            if alone:
-                self.make_alone()
+        for exclusive in (False, True):
+            if exclusive:
+                self.make_exclusive()
             store = self.store()
             store.set(7, *to_add({1: {"jobstage": 0}}))
             os.unlink(self.lock_path)
-            self.write(self.holder())
+            self.write()
+            if not exclusive:
+                wait_for(lambda: store.lock.lost, "a look")
             with self.assertRaisesRegex(jobman.Unavailable, "17 on far"):
                 store.set(7, *to_add({2: {"jobstage": 0}}))
             ran = []
@@ -14485,6 +14211,7 @@ class LockTest(TemporaryFolder):
             self.assertEqual([{"jobid": 1}], kept)
 
     def test_a_commit_is_not_made_if_it_was_lost_meanwhile(self):
+        self.make_exclusive()
         store = self.store()
 
         def lose(tx):
@@ -14497,17 +14224,15 @@ class LockTest(TemporaryFolder):
         self.assertEqual([], rows(self.path("jobs.db"), "select * from job"))
 
     def test_who_lost_it_leaves_the_newer_ones_journal(self):
-        self.make_alone()
+        self.make_exclusive()
         store = self.store()
         store.set(7, *to_add({1: {"jobstage": 0}}))
         path = self.path("jobs.db-journal")
         older = os.stat(path).st_ino
         os.unlink(self.lock_path)
-        other = sqlite3.connect(
-            "file:%s?vfs=unix-none" % self.path("jobs.db"), uri=True,
-            isolation_level=None)
+        self.location.vfs = "unix-none"  # as if it were on another host
+        other = jobman.open_writer(self.location)
         self.addCleanup(other.close)
-        jobman.take_alone(other)
         other.execute("begin immediate")
         other.execute("update job set stage = 5")
         newer = os.stat(path)
@@ -14527,6 +14252,7 @@ class LockTest(TemporaryFolder):
             first = application.open()
             self.assertIs(first, application.open())
             os.unlink(self.lock_path)
+            wait_for(lambda: first.lock.lost, "a look")
             with self.assertRaises(jobman.Unavailable):
                 first.init(7, [1])
             second = application.open()
@@ -14536,17 +14262,19 @@ class LockTest(TemporaryFolder):
 
     def test_a_server_that_lost_it_ends_and_leaves_the_newer_ones_files(self):
         process, address = self.serve(
-            "--db", "jobs.db", "--snapshot", self.folder,
-            start=changed("jobman", self.QUICK))
+            "--db", "jobs.db", "--snapshot", self.folder)
         access = self.path(".jobman", "access.json")
         os.unlink(self.lock_path)
-        self.write(self.holder())
+        self.write()
         with open(access + ".new", "w") as file:
             file.write("newer")
         os.replace(access + ".new", access)
         headers = {"jobix": "7"}
-        with contextlib.suppress(OSError):
-            reply = exchange(address, "GET", "/init/5", headers=headers)
+        with contextlib.suppress(OSError):  # it has ended
+            reply = wait_for(
+                lambda: next((reply for reply in [exchange(
+                    address, "GET", "/init/5", headers=headers)]
+                    if reply.status != 200), None), "a refusal")
             self.assertEqual(503, reply.status)
             self.assertIn("process 17 on far", reply.text)
         status, _, err = self.finish(process)
@@ -14558,8 +14286,7 @@ class LockTest(TemporaryFolder):
 
     def test_a_run_that_lost_it_ends(self):
         process = self.spawn(
-            *changed("jobman", self.QUICK), "run", "--db", "jobs.db",
-            "sleep 60; {}", ":::", "true")
+            JOBMAN, "run", "--db", "jobs.db", "sleep 60; {}", ":::", "true")
         wait_for(lambda: os.path.exists(self.path("jobs.db.access")), "it")
         os.unlink(self.lock_path)
         status, _, err = self.finish(process)
@@ -14572,15 +14299,12 @@ class PausedTest(AloneCase):
 
     locks = "lie"
     start = changed("jobman", LockTest.QUICK)
-    ELSEWHERE = changed(
-        "jobman", LockTest.QUICK
-        + "\njobman.machine = lambda: ['another boot', 'pid:[1]']")
 
     def test_it_changes_nothing_when_it_is_woken_and_ends(self):
         old, address = self.serve()
         self.call(address, "/set", self.jobs(1))
         os.kill(old.pid, signal.SIGSTOP)
-        new, new_address = self.serve(start=self.ELSEWHERE)
+        new, new_address = self.serve()
         self.call(new_address, "/set", self.jobs(2))
         access = read(self.path(".jobman", "access.json"))
         lock = json.loads(read(self.path("jobman.db.lock")).decode())
@@ -14592,7 +14316,7 @@ class PausedTest(AloneCase):
             self.assertEqual(503, reply.status)
         status, _, err = self.finish(old)
         self.assertEqual(1, status)
-        self.assertRegex(err, "has lost .* to process %d on" % new.pid)
+        self.assertRegex(err, "has lost .*: process %d on .* taken" % new.pid)
         self.call(new_address, "/set", self.jobs(4))
         self.assertEqual(access, read(self.path(".jobman", "access.json")))
         self.assertIn("jobman.db.lock", os.listdir(self.folder))
@@ -15620,7 +15344,7 @@ class DoctorTest(Certified, CommandCase):
         os.symlink("jobs.db", self.path("jobman.db"))
         found = self.examine()
         self.assertTrue(names <= set(found))
-        self.assertOk("database", r"jobman\.db, schema (\d) of \1$", found)
+        self.assertOk("database", r"jobman\.db, schema \d$", found)
         found = self.examine("--db", "new.db")
         self.assertOk("database", "new.db isn't there yet; serve", found)
         self.assertOk("holder", "no server has new.db", found)
@@ -15630,14 +15354,11 @@ class DoctorTest(Certified, CommandCase):
         self.put("text.db", "x" * 200)
         shutil.copy(self.path("jobs.db"), self.path("open.db"))
         os.chmod(self.path("open.db"), 0o644)
-        shutil.copy(self.path("jobs.db"), self.path("first.db"))
-        os.link(self.path("first.db"), self.path("second.db"))
         for path, said in (
             (self.folder, "can't be a database; name a file"),
             ("nowhere/x.db", "can't be a database; name a file"),
             ("text.db", "text.db is not a database"),
             ("open.db", "Others can read open.db.* chmod 600 it"),
-            ("second.db", "has a second name"),
         ):
             found = self.examine("--db", path)
             self.assertWrong("database", said, found)
@@ -15659,7 +15380,7 @@ class DoctorTest(Certified, CommandCase):
         shim = compile_shim(self.folder)
         if not shim:
             self.skipTest("no C compiler")
-        for locks, said in (("fail", "fail"), ("lie", "keep nobody off")):
+        for locks, said in (("fail", "fail"), ("lie", "exclude nobody")):
             self.environment.update(LD_PRELOAD=shim, LOCKS=locks)
             found = self.examine("--db", "new.db")
             self.assertWrong(
@@ -15687,7 +15408,7 @@ class DoctorTest(Certified, CommandCase):
                 "holder", "serves own.db$", self.examine("--db", "own.db"))
 
     def test_a_server_of_another_host_shows_by_its_beat(self):
-        record = {"host": "far", "pid": 7, "start": 7, "machine": ["b", "s"]}
+        record = {"host": "far", "pid": 7}
         self.name_server(host="far", pid=7)
         ending = threading.Event()
         self.put("new.db.lock", json.dumps(record))
@@ -15710,12 +15431,13 @@ class DoctorTest(Certified, CommandCase):
                       self.examine("--db", "new.db"))
 
     def test_a_server_may_end_while_one_looks(self):
-        place = jobman.Place(self.path("new.db"))
-        self.put("new.db.lock", "process 7 on far")
+        location = jobman.DatabaseLocation(self.path("new.db"))
+        holder = {"host": "far", "pid": 7}
+        self.put("new.db.lock", json.dumps(holder))
         ends = threading.Timer(0.3, os.unlink, [self.path("new.db.lock")])
         ends.start()
         self.addCleanup(ends.join)
-        self.assertFalse(jobman.is_serving(place, b"process 7 on far"))
+        self.assertFalse(jobman.is_serving(location, holder))
 
     def test_a_lock_file_of_any_content_is_read(self):
         for content in ("", "\0\xff", "[]", '{"pid": "x", "host": 7}'):
@@ -18688,8 +18410,7 @@ class HouseTest(TemporaryFolder):
                 self.assertIn("`%s`" % verb, readme)
 
     def test_no_sql_uses_what_sqlite_3_7_17_lacks(self):
-        upgrades = jobman.UPGRADES.values()
-        sql = jobman.SCHEMA + " ".join(upgrades) + " ".join(
+        sql = jobman.SCHEMA + " ".join(
             text for name, text in vars(jobman.SQL).items() if name.isupper()
         )
         for word in ("returning", "on conflict", "over (", "with ", "filter",
