@@ -42,7 +42,6 @@ import ipaddress
 import itertools
 import json
 import math
-import operator
 import os
 import re
 import resource
@@ -238,554 +237,439 @@ def unpack(body):
 APPLICATION_ID = 0x6A6F626D  # "jobm", in the database's header
 SCHEMA_VERSION = 1
 
-# All text that came as JSON and isn't computed with (jobcmd, filename, files,
-# cwd, outputs) is kept as JSON text: so every string survives as it came.
+# jobcmd, filename, files, cwd and outputs are kept as JSON text, so that every
+# string survives as it came. Times are seconds since 1970.
 SCHEMA = """
-create table setting (name text primary key, value);
+create table setting (name text primary key, value);  -- of this database
 
-create table pipeline (jobix integer primary key, laststage integer not null);
+create table namespace (
+    id integer primary key,
+    jobix integer not null unique,
+    reading integer unique,            -- the jobix that may only read
+    laststage integer,                 -- the last stage that /init named
+    last_jobid integer not null default 0);  -- the highest one forgotten
 
-create table lifetime (
-    jobix integer not null, stage integer not null, minutes integer not null,
-    primary key (jobix, stage));
+create table stage (
+    namespace integer not null, stage integer not null,
+    minutes integer,                   -- lifetime, 0: no limit, null: not set
+    paused integer not null default 0,
+    name text,
+    primary key (namespace, stage));
 
 create table job (
-    row integer primary key,
-    jobix integer not null,
+    id integer primary key,
+    namespace integer not null,
     jobid integer not null,
     stage integer not null,
     state text not null,
-    free integer not null,             -- 1: the next claim may have it,
-                                       -- else by its state: see lane()
+    free integer not null,             -- 1: a claim may take it, see is_free()
     priority integer not null,
     expired integer not null default 0,  -- 1: over its stage's lifetime
-    since real not null,               -- when it came into its stage
-    due real,                          -- when its lease or delay ends
-    lease real,                        -- seconds; null: claimed without
-    origin integer,                    -- stage of its latest claim
-    held integer,                      -- stage that this claim moved it to
+    entered_at real not null,          -- when it came into its stage
+    expires_at real,                   -- when its lease or its delay ends
+    lease real,                        -- seconds; null: claimed without one
+    claimed_from integer,              -- stage of the latest claim
+    claimed_to integer,                -- stage that this claim moved it to
     claim text,                        -- token that may still end an attempt
     worker text,
-    attempt integer not null default 0,   -- these three since the job came
-    failures integer not null default 0,  -- into the stage that it is
-    lapses integer not null default 0,    -- claimed from
+    attempt integer not null default 0,   -- these three since it came into
+    failures integer not null default 0,  -- the stage that it is claimed from
+    lapses integer not null default 0,
     rejects integer not null default 0,   -- since it was added or retried
-    made integer,                      -- stage whose claim made its files
     jobcmd text,
     filename text,
     files text,
+    files_stage integer,               -- stage whose attempt made the files
     laststage integer,
     max_attempts integer,
     timeout real,
     cwd text,
     outputs text,
-    missing integer not null default 0,   -- of those it waits for, not done
-    followed integer not null default 0,  -- 1: others wait for it
-    blame integer,                     -- jobid by whose end it is aborted
-    unique (jobix, jobid));
-create index job_queue on job (jobix, stage, free, priority desc, jobid);
-create index job_due on job (due);
+    unmet integer not null default 0,  -- dependencies not yet met
+    unique (namespace, jobid));
+create index job_queue on job (namespace, stage, free, priority desc, jobid);
+create index job_expiry on job (expires_at);
+create index job_age on job (
+    namespace, stage, state, expired, entered_at, jobid);
 
-create table attempt (
-    row integer primary key,
-    job integer not null,              -- job.row
+create table attempt (                 -- those that have ended
+    id integer primary key,
+    job integer not null,              -- job.id
     claim text not null,
     attempt integer not null,
     stage integer not null,            -- claimed from
     target integer,                    -- stage that its update moved it to
     worker text,
-    host text,                         -- where it ended badly
+    host text,                         -- unless it is done
     started real not null,
     ended real not null,
     outcome text not null,
     exit_code integer,
     error text,
     stderr text,
-    jobcmd text,                       -- these four: what the job had,
-    filename text,                     -- where the attempt's update
-    files text,                        -- replaced it; null: it didn't
-    made integer);
+    given text);                       -- what its update replaced in the job,
+                                       -- a JSON object; null: nothing
 create index attempt_job on attempt (job);
 
-create table tally (
-    jobix integer not null, stage integer not null, state text not null,
+create table dependency (              -- the child waits for the parent
+    child integer not null, parent integer not null,  -- job.id
+    met integer not null,              -- 1: the parent has been done
+    primary key (child, parent));
+create index dependency_parent on dependency (parent, met, child);
+
+create table tally (                   -- how many jobs there are
+    namespace integer not null, stage integer not null, state text not null,
     jobs integer not null, expired integer not null,
-    primary key (jobix, stage, state));
+    primary key (namespace, stage, state));
 
-create table pace (
-    jobix integer not null, minute integer not null,
-    done integer not null,             -- jobs that became done
-    updates integer not null default 0,  -- attempts that did, of any stage
-    primary key (jobix, minute));
+create table pace (                    -- what became done in each minute
+    namespace integer not null, minute integer not null,
+    done integer not null,             -- jobs
+    updates integer not null,          -- attempts, of any stage
+    primary key (namespace, minute));
 
-create table submission (
-    jobix integer not null, key text not null,
-    first integer not null, jobs integer not null,
-    primary key (jobix, key));
-
-create table runtime (                 -- of attempts that ended as done
-    jobix integer not null, stage integer not null, bucket integer not null,
-    attempts integer not null,
-    primary key (jobix, stage, bucket));
+create table spent (                   -- sums of time
+    namespace integer not null, stage integer not null,
+    kind text not null,                -- an attempt's outcome; 'claimed' and
+                                       -- 'again': how long claimed jobs waited
+    bucket integer not null,           -- see time_bucket()
+    n integer not null, seconds real not null,
+    primary key (namespace, stage, kind, bucket));
 
 create table worker (
-    jobix integer not null, name text not null, host text, stages text,
+    namespace integer not null, name text not null, host text, stages text,
     slots integer, busy integer, done integer, failed integer,
     heard real not null,               -- when its last heartbeat came
     quarantine text,                   -- why it takes no more work
     drain integer not null default 0,  -- 1: it should claim no more
-    primary key (jobix, name));
-create index worker_heard on worker (jobix, heard);
+    primary key (namespace, name));
 
-create table paused (
-    jobix integer not null, stage integer not null,
-    primary key (jobix, stage));
-
-create table dependency (              -- job.row of two: the child waits
-    parent integer not null, child integer not null,
-    known integer not null);           -- to the child: see known_end()
-create index dependency_parent on dependency (parent, known);
-create index dependency_child on dependency (child, known);
-
-create table unsettled (               -- job.row whose children don't know yet
-    parent integer primary key);
-
-create table effort (                  -- sums of attempts by their outcome,
-    jobix integer not null, stage integer not null,
-    kind text not null,                -- of claims, their waits, and idle time
-    attempts integer not null, seconds real not null,
-    primary key (jobix, stage, kind));
-
-create table waited (                  -- of claims: how long their jobs waited
-    jobix integer not null, stage integer not null, bucket integer not null,
-    claims integer not null,
-    primary key (jobix, stage, bucket));
-
-create table forgotten (               -- the highest jobid that was forgotten
-    jobix integer primary key, jobid integer not null);
-
--- beside each group of jobs in one state, those longest in their stage first
-create index job_age on job (jobix, stage, state, expired, since, jobid);
+create table submission (
+    namespace integer not null, key text not null,
+    first integer not null, jobs integer not null,
+    primary key (namespace, key));
 """
 
 
-TOGETHER = ["jobid%d" % i for i in range(20)]  # jobs read by one statement
-
-
 class SQL:
-    """Every statement that runs on an open database, a line on each."""
+    """Every statement that runs on an open database."""
 
-    # the jobix that this database's server made, and one to read with
     SETTING = "select value from setting where name = :name"
-    KEEP_SETTING = "insert or ignore into setting values (:name, :value)"
+    SET_SETTING = "insert into setting values (:name, :value)"
+
+    NAMESPACE = "select * from namespace where id = :id"
+    NAMESPACE_OF = "select id from namespace where jobix = :jobix"
+    ADD_NAMESPACE = "insert or ignore into namespace (jobix) values (:jobix)"
+    SET_READING = """
+        update namespace set reading = :reading
+        where id = :id and reading is null"""
+    SET_LASTSTAGE = """
+        update namespace set laststage = :laststage where id = :namespace"""
+    LAST_JOBID = """
+        select max(last_jobid, coalesce(
+            (select max(jobid) from job where namespace = :namespace), 0))
+        from namespace where id = :namespace"""
+    SET_LAST_JOBID = """
+        update namespace set last_jobid = :jobid
+        where id = :namespace and last_jobid < :jobid"""
 
     # what a move needs to know of a job; `final` is its last stage
-    MOVABLE = """
-        select row, jobix, jobid, stage, state, expired, since, due, lease,
-            origin, held, claim, worker, attempt, failures, lapses, rejects,
-            missing, followed, blame, max_attempts, coalesce(laststage, (
-                select laststage from pipeline
-                where pipeline.jobix = job.jobix)) as final
-        from job """
-    JOB = MOVABLE + "where jobix = :jobix and jobid = :jobid"
-    # as many at once; SQLite would look through a whole jobix in job_age
-    THESE = """indexed by sqlite_autoindex_job_1
-        where jobix = :jobix and jobid in (:%s)""" % ", :".join(TOGETHER)
-    JOBS = MOVABLE + THESE
-    BY_ROW = MOVABLE + "where row = :row"
-    # one range of the index job_due; SQLite 3.7.17 walks over the nulls
-    DUE = """
-        select jobix, jobid from job
-        where due > 0 and due <= :now order by due limit :limit"""
-    NEXT_DUE = "select min(due) from job where due > 0"
-    # what a stage has: a few ranges of job_age, one for each state
-    IN_STAGE = """
-        where jobix = :jobix and stage = :stage and state in ('waiting',
-            'delayed', 'blocked', 'working', 'done', 'failed', 'cancelled',
-            'aborted') """
-    # SQLite 3.7.17 would walk over the whole stage instead
-    EXPIRED = MOVABLE + "indexed by job_age" + IN_STAGE + "and expired = 1"
-    # one range of job_age
-    GROUP = """
-        select jobid from job where jobix = :jobix and stage = :stage
-        and state = :state"""
-    # one look-up in job_queue at any number of jobs
-    FREE = """
-        select row, jobix, jobid, stage, state, expired, since, origin, claim,
-            worker, attempt, failures, lapses, rejects, missing, followed,
-            priority, laststage, max_attempts, timeout, made, jobcmd,
-            filename, files, cwd, outputs
-        from job
-        where jobix = :jobix and stage = :stage and free = 1
-        and not exists (select 1 from paused
-            where jobix = :jobix and stage = :stage)
+    STATE = """
+        select id, namespace, jobid, stage, state, expired, entered_at,
+            expires_at, lease, claimed_from, claimed_to, claim, worker,
+            attempt, failures, lapses, rejects, unmet, max_attempts,
+            coalesce(laststage, (select namespace.laststage from namespace
+                where namespace.id = job.namespace)) as final"""
+    ANY_JOB = STATE + " from job "
+    JOB = ANY_JOB + "where namespace = :namespace and jobid = :jobid"
+    JOB_BY_ID = ANY_JOB + "where id = :id"
+    # … and the rest of it
+    WHOLE_JOB = STATE + """, free, priority, laststage, timeout, jobcmd,
+        filename, files, files_stage, cwd, outputs from job """
+    SHOWN_JOB = WHOLE_JOB + "where namespace = :namespace and jobid = :jobid"
+    CONTENT = """
+        select jobcmd, filename, files, files_stage from job where id = :id"""
+    # one look-up in job_queue, however many jobs there are
+    FREE = WHOLE_JOB + """
+        where namespace = :namespace and stage = :stage and free = 1
+        and not exists (select 1 from stage where stage.namespace = :namespace
+            and stage.stage = :stage and paused)
         order by priority desc, jobid limit :limit"""
-    ANY_FREE = """
-        select 1 from job where jobix = :jobix and stage = :stage
-        and free = 1 and not exists (select 1 from paused
-            where jobix = :jobix and stage = :stage) limit 1000"""
+    COUNT_FREE = """
+        select count(*) from (
+            select 1 from job where namespace = :namespace and stage = :stage
+            and free = 1 and not exists (select 1 from stage
+                where stage.namespace = :namespace and stage.stage = :stage
+                and paused)
+            limit 1000)"""
+    # one range of job_expiry; SQLite 3.7.17 would walk over the nulls, too
+    OVERDUE = ANY_JOB + """
+        where expires_at > 0 and expires_at <= :now
+        order by expires_at limit :limit"""
+    NEXT_EXPIRY = "select min(expires_at) from job where expires_at > 0"
 
-    # the one way in which a job moves: nobody else has moved it meanwhile
+    # an existing job is left as it is; ADD_JOBS ends in rows of values
+    ADD_JOBS = """
+        insert or ignore into job (namespace, jobid, stage, state, free,
+            priority, entered_at, jobcmd, filename, laststage, max_attempts,
+            timeout, cwd, outputs) values """
+    NEW_JOB = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    # the one way in which a job moves: as it was read, or not at all
     MOVE = """
         update job set stage = :stage, state = :state, free = :free,
-            expired = 0, since = :since, due = :due, lease = :lease,
-            origin = :origin, held = :held, claim = :claim,
-            worker = :worker, attempt = :attempt, failures = :failures,
-            lapses = :lapses, rejects = :rejects, blame = :blame
-        where row = :row and stage = :old_stage and state = :old_state
+            expired = 0, entered_at = :entered_at, expires_at = :expires_at,
+            lease = :lease, claimed_from = :claimed_from,
+            claimed_to = :claimed_to, claim = :claim, worker = :worker,
+            attempt = :attempt, failures = :failures, lapses = :lapses,
+            rejects = :rejects
+        where id = :id and stage = :old_stage and state = :old_state
             and claim is :old_claim"""
+    REPLACE = """
+        update job set jobcmd = :jobcmd, filename = :filename,
+            files = :files, files_stage = :files_stage
+        where id = :id"""
     LIMIT_ATTEMPTS = """
         update job set max_attempts = :attempts
-        where jobix = :jobix and jobid = :jobid"""
-    # the claim is still the one that is being renewed
+        where namespace = :namespace and jobid = :jobid"""
     RENEW = """
-        update job set due = :due, lease = :lease, free = :free
-        where row = :row and claim = :claim and state = 'working'"""
+        update job set expires_at = :expires_at, lease = :lease, free = 0
+        where namespace = :namespace and jobid = :jobid and claim = :claim
+        and state = 'working'"""
     # at a server's start: an outage costs no lease
     RENEW_ALL = """
-        update job set due = :now + lease
-        where due > 0 and state = 'working'"""
-
-    LAST_JOBID = """
-        select max(
-            coalesce((select max(jobid) from job where jobix = :jobix), 0),
-            coalesce((select jobid from forgotten where jobix = :jobix), 0))
-        """
-    # an existing job is left as it is; what comes after: see for_rows()
-    ADD = """
-        insert or ignore into job (jobix, jobid, stage, state, free,
-            priority, since, jobcmd, filename, laststage, max_attempts,
-            timeout, cwd, outputs)
-        select jobix, jobid, jobstage, state, free, priority, since, jobcmd,
-            filename, laststage, max_attempts, timeout, cwd, outputs from"""
-    # a child waits for those that there are
-    FOLLOW = """
-        insert into dependency
-        select row, :child, case when state = 'done' then 1
-            when state in ('failed', 'cancelled', 'aborted') then 2 else 0 end
-        from job """ + THESE
-    FOLLOWED = """
-        update job set followed = 1 where followed = 0 and row in (
-            select row from job """ + THESE + ")"
-    # one range of dependency_child for each
-    MISSING = """
-        update job set missing = (select count(*) from dependency
-            where child = job.row and known in (0, 2))
-        where row = :row"""
-    CULPRIT = """
-        select jobid from job where row = (
-            select parent from dependency
-            where child = :row and known = 2 limit 1)"""
-    UNSETTLE = "insert or ignore into unsettled values (:row)"
-    UNSETTLED = "select parent as row from unsettled limit 1"
-    SETTLED = "delete from unsettled where parent = :row"
-    # those that know otherwise: two ranges of dependency_parent
-    CHILDREN = """
-        select rowid as place, child as row, known from dependency
-        where parent = :parent and known in (:other, :another)
-        limit :limit"""
-    KNOW = "update dependency set known = :known where rowid = :place"
-    MISS = "update job set missing = missing + :more where row = :row"
-    WAITED_FOR = """
-        select jobid from dependency cross join job on job.row = parent
-        where child = :row and known in (0, 2) limit :limit"""
-
-    # a job is forgotten, once all who waited for it know that it is done
-    FORGET = "delete from job where row = :row"
-    FORGET_ATTEMPTS = "delete from attempt where job = :row"
-    FORGET_PARENTS = "delete from dependency where child = :row"
-    FORGET_CHILDREN = "delete from dependency where parent = :row"
-    WAITED_ON = """
-        select 1 from dependency where parent = :row and known in (0, 2)
-        limit 1"""
-    FORGOTTEN = """
-        insert or replace into forgotten select :jobix, max(:jobid, coalesce(
-            (select jobid from forgotten where jobix = :jobix), 0))"""
+        update job set expires_at = :now + lease
+        where expires_at > 0 and state = 'working'"""
+    FORGET = "delete from job where id = :id"
+    FORGET_ATTEMPTS = "delete from attempt where job = :id"
+    FORGET_PARENTS = "delete from dependency where child = :id"
+    FORGET_CHILDREN = "delete from dependency where parent = :id"
 
     SUBMISSION = """
         select first, jobs from submission
-        where jobix = :jobix and key = :key"""
-    KEEP_SUBMISSION = """
-        insert into submission values (:jobix, :key, :first, :jobs)"""
+        where namespace = :namespace and key = :key"""
+    ADD_SUBMISSION = """
+        insert into submission values (:namespace, :key, :first, :jobs)"""
 
-    # written once, when an attempt ends and before its job moves …
-    END_ATTEMPT = """
-        insert into attempt (job, claim, attempt, stage, target, worker,
-            host, started, ended, outcome, exit_code, error, stderr)
-        values (:row, :claim, :attempt, :origin, :target, :worker,
+    ADD_DEPENDENCY = """
+        insert into dependency select :child, id, state = 'done' from job
+        where namespace = :namespace and jobid = :parent"""
+    SET_UNMET = """
+        update job set unmet = (select count(*) from dependency
+            where child = job.id and met = 0) where id = :id"""
+    # one range of dependency_parent
+    CHILDREN = """
+        select child from dependency
+        where parent = :parent and met = 0 and child > :after
+        order by child limit :limit"""
+    MEET = """
+        update dependency set met = 1
+        where child = :child and parent = :parent"""
+    MEET_ONE = "update job set unmet = unmet - 1 where id = :child"
+    WAITED_FOR = """
+        select jobid from dependency cross join job on job.id = parent
+        where child = :id and met = 0 limit :limit"""
+    ABORTED_BY = """
+        select jobid from dependency cross join job on job.id = parent
+        where child = :id and met = 0
+            and state in ('failed', 'cancelled', 'aborted') limit 1"""
+    # at a start: parents whose end a killed server has told to some only
+    UNFINISHED_PARENTS = """
+        select distinct parent from dependency
+        cross join job on job.id = parent
+        cross join job as follower on follower.id = child
+        where met = 0 and case
+            when job.state = 'done' then 1
+            when job.state in ('failed', 'cancelled', 'aborted')
+                then follower.state = 'blocked'
+            else follower.state = 'aborted' end"""
+
+    # written once, when an attempt ends …
+    ADD_ATTEMPT = """
+        insert into attempt (job, claim, attempt, stage, target, worker, host,
+            started, ended, outcome, exit_code, error, stderr, given)
+        values (:id, :claim, :attempt, :claimed_from, :target, :worker,
             case when :outcome != 'done' then (select host from worker
-                where jobix = :jobix and name = :worker) end,
-            :since, :now, :outcome, :exit_code, :error, :stderr)"""
-    # … and once more when it had lapsed and ended after all
+                where namespace = :namespace and name = :worker) end,
+            :started, :now, :outcome, :exit_code, :error, :stderr, :given)"""
+    # … and again when it had lapsed and ended after all
     MEND_ATTEMPT = """
-        update attempt set target = :target, ended = :now,
-            outcome = :outcome, exit_code = :exit_code, error = :error,
-            stderr = :stderr
-        where job = :row and claim = :claim"""
-    # what its update is about to replace is kept, an empty one as text, for
-    # null says that it stays …
-    KEEP = """
-        update attempt set
-            jobcmd = case when :new_jobcmd then (
-                select coalesce(jobcmd, 'null') from job
-                where row = :row) end,
-            filename = case when :new_filename then (
-                select coalesce(filename, 'null') from job
-                where row = :row) end,
-            files = case when :new_files then (
-                select coalesce(files, '[]') from job where row = :row) end,
-            made = case when :new_files then (
-                select made from job where row = :row) end
-        where job = :row and claim = :claim"""
-    # … and replaced, where it isn't null
-    REPLACE = """
-        update job set jobcmd = coalesce(:jobcmd, jobcmd),
-            filename = coalesce(:filename, filename),
-            made = case when :files is null then made else origin end,
-            files = coalesce(:files, files)
-        where row = :row"""
-    LAPSED = """
-        select ended - started as seconds from attempt
-        where job = :row and claim = :claim and outcome = 'lapsed'"""
+        update attempt set target = :target, ended = :now, outcome = :outcome,
+            exit_code = :exit_code, error = :error, stderr = :stderr,
+            given = :given
+        where job = :id and claim = :claim"""
     ATTEMPT = """
-        select outcome, target from attempt
-        where job = :row and claim = :claim"""
-
-    # what a job that goes back has of an earlier stage
-    FILES = "select files, made from job where row = :row"
-    # the newest attempt in which that stage was done
-    DONE_ATTEMPT = """
-        select max(row) from attempt
-        where job = :row and stage = :stage and outcome = 'done'"""
-    # what it was given is what it, or the next one that did, replaced; files
-    # that were made in its stage were not given to it
-    RESTORE = """
-        update job set
-            jobcmd = nullif(coalesce((
-                select jobcmd from attempt where job = :row
-                and row >= :first and jobcmd is not null
-                order by row limit 1), jobcmd), 'null'),
-            filename = nullif(coalesce((
-                select filename from attempt where job = :row
-                and row >= :first and filename is not null
-                order by row limit 1), filename), 'null'),
-            files = nullif(coalesce(
-                (select files from attempt where row = :first),
-                case when made = :stage then null else files end), '[]'),
-            made = coalesce(
-                (select made from attempt where row = :first),
-                case when made = :stage then null else made end)
-        where row = :row"""
-
-    WORKER = """
-        select heard, slots, busy, stages from worker
-        where jobix = :jobix and name = :name"""
-    # one row for each name, the newest it said
-    HEARD = """
-        update worker set host = :host, stages = :stages, slots = :slots,
-            busy = :busy, done = :done, failed = :failed, heard = :heard,
-            quarantine = :quarantine
-        where jobix = :jobix and name = :name"""
-    HEARD_FIRST = """
-        insert into worker (jobix, name, host, stages, slots, busy,
-            done, failed, heard, quarantine)
-        values (:jobix, :name, :host, :stages, :slots, :busy, :done, :failed,
-            :heard, :quarantine)"""
-    # one that takes no more work stays, for somebody to look at it
-    ENDED = """
-        delete from worker where jobix = :jobix and name = :name
-        and quarantine is null"""
-    # one range of worker_heard
-    WORKERS = """
-        select name, host, stages, slots, busy, done, failed, heard,
-            quarantine, drain
-        from worker where jobix = :jobix and heard >= :since
-        order by heard desc, name"""
-    DRAIN = """
-        update worker set drain = :drain
-        where jobix = :jobix and name = :name"""
-    DRAINED = """
-        select 1 from worker
-        where jobix = :jobix and name = :name and drain = 1"""
-
-    PAUSE = "insert or ignore into paused values (:jobix, :stage)"
-    RESUME = "delete from paused where jobix = :jobix and stage = :stage"
-    PAUSED = "select stage from paused where jobix = :jobix order by stage"
-
-    # what is shown of a job
-    SHOWN_JOB = """
-        select row, jobid, stage, state, expired, since, due, worker, attempt,
-            failures, lapses, rejects, jobcmd, filename, files, made,
-            laststage, priority, max_attempts, timeout, cwd, outputs,
-            missing as waits, blame as aborted_by
-        from job where jobix = :jobix and jobid = :jobid"""
+        select outcome, target, started from attempt
+        where job = :id and claim = :claim"""
     ATTEMPTS = """
         select attempt, stage, target, worker, host, started, ended, outcome,
             exit_code, error, stderr
-        from attempt where job = :row order by row desc limit :limit"""
+        from attempt where job = :id order by id desc limit :limit"""
+    # the newest attempt in which that stage was done
+    DONE_ATTEMPT = """
+        select max(id) from attempt
+        where job = :id and stage = :stage and outcome = 'done'"""
+    GIVEN_SINCE = """
+        select id, given from attempt
+        where job = :id and id >= :first and given is not null
+        order by id desc"""
+    LAST_ATTEMPT_ID = "select max(id) from attempt"
+    # those of jobs that ended long ago, less what Store.restore() needs
+    PRUNE = """
+        delete from attempt where id > :after and id <= :last
+        and exists (select 1 from job where job.id = attempt.job
+            and state in ('done', 'cancelled') and entered_at < :before)
+        and (outcome != 'done' or not exists (select 1 from attempt as other
+            where other.job = attempt.job and given is not null))"""
+
+    # one row for each name, the newest it said
+    HEARD = """
+        update worker set host = :host, stages = :stages, slots = :slots,
+            busy = :busy, done = :done, failed = :failed, heard = :now,
+            quarantine = :quarantine
+        where namespace = :namespace and name = :name"""
+    HEARD_FIRST = """
+        insert into worker (namespace, name, host, stages, slots, busy,
+            done, failed, heard, quarantine)
+        values (:namespace, :name, :host, :stages, :slots, :busy, :done,
+            :failed, :now, :quarantine)"""
+    # one in quarantine stays, for a person to look at it
+    FORGET_WORKER = """
+        delete from worker where namespace = :namespace and name = :name
+        and quarantine is null"""
+    WORKERS = """
+        select name, host, stages, slots, busy, done, failed, heard,
+            quarantine, drain
+        from worker where namespace = :namespace and heard >= :since
+        order by heard desc, name"""
+    DRAIN = """
+        update worker set drain = :drain
+        where namespace = :namespace and name = :name"""
+    DRAINED = """
+        select 1 from worker
+        where namespace = :namespace and name = :name and drain = 1"""
+
+    STAGES = """
+        select stage, minutes, paused, name from stage
+        where namespace = :namespace order by stage"""
+    ADD_STAGE = """
+        insert or ignore into stage (namespace, stage)
+        values (:namespace, :stage)"""
+    PAUSE = """
+        update stage set paused = :paused
+        where namespace = :namespace and stage = :stage"""
+    SET_MINUTES = """
+        update stage set minutes = :minutes
+        where namespace = :namespace and stage = :stage"""
+    # jobs that are done now that there is a last stage
+    NEWLY_DONE = ANY_JOB + """
+        where namespace = :namespace and stage >= :laststage
+        and laststage is null and state in ('waiting', 'delayed', 'blocked')"""
+
+    # what is in a stage: a few ranges of job_age, one for each state
+    IN_STAGE = """
+        where namespace = :namespace and stage = :stage and state in (
+            'waiting', 'delayed', 'blocked', 'working', 'done', 'failed',
+            'cancelled', 'aborted') """
+    # SQLite 3.7.17 would walk over the whole stage instead
+    EXPIRED = ANY_JOB + "indexed by job_age" + IN_STAGE + "and expired = 1"
+    ANY_EXPIRED = EXPIRED + " limit 1"
+    # the newly expired of a stage, per state, and their marks
+    COUNT_STALE = "select state, count(*) as jobs from job" + IN_STAGE + """
+        and expired = 0 and entered_at < :before group by state"""
+    MARK_EXPIRED = "update job set expired = 1" + IN_STAGE + """
+        and expired = 0 and entered_at < :before"""
+    # those whose lifetime was made longer
+    COUNT_FRESH = "select state, count(*) as jobs from job" + IN_STAGE + """
+        and expired = 1 and entered_at >= :before group by state"""
+    UNMARK_EXPIRED = "update job set expired = 0" + IN_STAGE + """
+        and expired = 1 and entered_at >= :before"""
+    # stages of any namespace with jobs to mark
+    STALE_STAGES = """
+        select namespace, stage, minutes from stage
+        where minutes > 0 and exists (select 1 from job
+            where job.namespace = stage.namespace and job.stage = stage.stage
+            and state in ('waiting', 'delayed', 'blocked', 'working', 'done',
+                'failed', 'cancelled', 'aborted')
+            and expired = 0 and entered_at < :now - 60 * minutes)"""
 
     # the ids of a page of jobs: of all …
     PAGE = """
-        select jobid from job where jobix = :jobix and jobid > :after
+        select jobid from job where namespace = :namespace and jobid > :after
         order by jobid limit :limit"""
-    # … of a group, in a lane, of one priority: one range of job_queue …
-    NEXT_PRIORITY = """
-        select max(priority) from job where jobix = :jobix
-        and stage = :stage and free = :lane and priority < :priority"""
+    # … of a group of one stage and state, sorted: a range of job_age …
     GROUP_PAGE = """
-        select jobid from job where jobix = :jobix and stage = :stage
-        and free = :lane and priority = :priority and jobid > :after
-        and state = :state order by jobid limit :limit"""
-    # … of the rest, where there are too many priorities: they are sorted …
-    REST_PAGE = """
-        select jobid from job indexed by job_queue where jobix = :jobix
-        and stage = :stage and free = :lane and priority <= :priority
-        and jobid > :after and state = :state order by jobid limit :limit"""
-    # … of the expired of a group, which are sorted …
-    EXPIRED_PAGE = """
-        select jobid from job indexed by job_age where jobix = :jobix
-        and stage = :stage and state = :state and expired = 1
-        and jobid > :after order by jobid limit :limit"""
-    # … and by time in their stage: one range of job_age, then another
-    SAME_AGE = """
-        select since, jobid from job where jobix = :jobix
-        and stage = :stage and state = :state and expired = :expired
-        and since = :since and jobid > :after
+        select jobid from job indexed by job_age
+        where namespace = :namespace and stage = :stage and state = :state
+            and expired >= :expired and jobid > :after
         order by jobid limit :limit"""
-    YOUNGER = """
-        select since, jobid from job where jobix = :jobix
-        and stage = :stage and state = :state and expired = :expired
-        and since > :since order by since, jobid limit :limit"""
-
-    # those of a group that came into their state of late: one range of job_age
+    # … or by time in their stage
+    AGE_PAGE = """
+        select entered_at, jobid from job
+        where namespace = :namespace and stage = :stage and state = :state
+            and expired = :expired and entered_at >= :since
+            and (entered_at > :since or jobid > :after)
+        order by entered_at, jobid limit :limit"""
+    # the latest of a group
     LATEST = """
-        select since, jobid from job where jobix = :jobix
-        and stage = :stage and state = :state and expired = :expired
-        order by since desc, jobid desc limit :limit"""
-    # the end of a job's last attempt
-    LAST_END = """
+        select entered_at, jobid from job
+        where namespace = :namespace and stage = :stage and state = :state
+            and expired = :expired
+        order by entered_at desc, jobid desc limit :limit"""
+    GROUP = """
+        select jobid from job where namespace = :namespace and stage = :stage
+        and state = :state"""
+    LAST_ATTEMPT = """
         select jobid, job.stage, exit_code, substr(error, -1000) as error,
             substr(stderr, -1000) as stderr, attempt.worker, host
-        from job left join attempt on attempt.row = (
-            select max(row) from attempt where job = job.row)
-        where jobix = :jobix and jobid = :jobid"""
-
-    # a job with its last attempt
-    LAST_ATTEMPT = """
-        select jobid, job.jobcmd, error, stderr
-        from job left join attempt on attempt.job = job.row
-        where jobix = :jobix and jobid = :jobid
-        order by attempt.row desc limit 1"""
+        from job left join attempt on attempt.id = (
+            select max(id) from attempt where job = job.id)
+        where namespace = :namespace and jobid = :jobid"""
 
     COUNT = """
         update tally set jobs = jobs + :jobs, expired = expired + :expired
-        where jobix = :jobix and stage = :stage and state = :state"""
+        where namespace = :namespace and stage = :stage and state = :state"""
     COUNT_FIRST = """
-        insert into tally values (:jobix, :stage, :state, :jobs, :expired)"""
+        insert into tally
+        values (:namespace, :stage, :state, :jobs, :expired)"""
     TALLY = """
         select stage, state, jobs, expired from tally
-        where jobix = :jobix and jobs > 0 order by stage, state"""
+        where namespace = :namespace and jobs > 0 order by stage, state"""
     PACE = """
         update pace set done = done + :done, updates = updates + :updates
-        where jobix = :jobix and minute = :minute"""
-    PACE_FIRST = "insert into pace values (:jobix, :minute, :done, :updates)"
-    # one range of the primary key
+        where namespace = :namespace and minute = :minute"""
+    PACE_FIRST = """
+        insert into pace values (:namespace, :minute, :done, :updates)"""
     PACES = """
         select minute / :step as point, sum(done) as done,
             sum(updates) as updates
-        from pace where jobix = :jobix and minute >= :minute group by 1"""
-    FIRST_MINUTE = "select min(minute) from pace where jobix = :jobix"
-    TIMED = """
-        update runtime set attempts = attempts + :n
-        where jobix = :jobix and stage = :stage and bucket = :bucket"""
-    TIMED_FIRST = """
-        insert into runtime values (:jobix, :stage, :bucket, :n)"""
-    # one range of the primary key, at most 161 rows for each stage
-    RUN_TIMES = """
-        select stage, bucket, attempts from runtime where jobix = :jobix
-        order by stage, bucket"""
-    WAITED = """
-        update waited set claims = claims + :n
-        where jobix = :jobix and stage = :stage and bucket = :bucket"""
-    WAITED_FIRST = """
-        insert into waited values (:jobix, :stage, :bucket, :n)"""
-    WAIT_TIMES = """
-        select stage, bucket, claims from waited where jobix = :jobix
-        order by stage, bucket"""
+        from pace where namespace = :namespace and minute >= :minute
+        group by 1"""
+    FIRST_MINUTE = "select min(minute) from pace where namespace = :namespace"
+    DONE_SINCE = """
+        select coalesce(sum(done), 0) from pace
+        where namespace = :namespace and minute >= :minute"""
+    SPEND = """
+        update spent set n = n + :n, seconds = seconds + :seconds
+        where namespace = :namespace and stage = :stage and kind = :kind
+            and bucket = :bucket"""
+    SPEND_FIRST = """
+        insert into spent
+        values (:namespace, :stage, :kind, :bucket, :n, :seconds)"""
+    # at most 161 rows for each stage and kind
     SPENT = """
-        update effort set attempts = attempts + :attempts,
-            seconds = seconds + :seconds
-        where jobix = :jobix and stage = :stage and kind = :kind"""
-    SPENT_FIRST = """
-        insert into effort
-        values (:jobix, :stage, :kind, :attempts, :seconds)"""
-    EFFORTS = """
-        select stage, kind, attempts, seconds from effort
-        where jobix = :jobix"""
-    # of all jobix, whose groups are few
+        select stage, kind, bucket, n, seconds from spent
+        where namespace = :namespace order by stage, kind, bucket"""
+
+    # figures of all namespaces, whose groups are few
     ALL_JOBS = """
         select stage, state, sum(jobs) as jobs, sum(expired) as expired
         from tally group by stage, state having sum(jobs) > 0"""
-    ALL_EFFORTS = """
-        select stage, kind, sum(attempts) as attempts, sum(seconds) as seconds
-        from effort group by stage, kind"""
-    ALL_RUN_TIMES = """
-        select stage, bucket, sum(attempts) from runtime
-        group by stage, bucket order by stage, bucket"""
-    ALL_WAIT_TIMES = """
-        select stage, bucket, sum(claims) from waited
-        group by stage, bucket order by stage, bucket"""
+    ALL_SPENT = """
+        select stage, kind, bucket, sum(n) as n, sum(seconds) as seconds
+        from spent group by stage, kind, bucket order by stage, kind, bucket"""
     ALL_WORKERS = """
         select count(*) as workers, coalesce(sum(slots), 0) as slots,
             coalesce(sum(busy), 0) as busy from worker where heard >= :since"""
-    DONE_SINCE = """
-        select coalesce(sum(done), 0) from pace
-        where jobix = :jobix and minute >= :minute"""
-
-    LIFETIMES = """
-        select stage, minutes from lifetime where jobix = :jobix
-        order by stage"""
-    LIFETIME = """
-        select minutes from lifetime
-        where jobix = :jobix and stage = :stage"""
-    SET_LIFETIME = """
-        insert or replace into lifetime values (:jobix, :stage, :minutes)"""
-    ALL_LIFETIMES = "select jobix, stage, minutes from lifetime " \
-        "where minutes > 0"
-    LASTSTAGE = "select laststage from pipeline where jobix = :jobix"
-    SET_LASTSTAGE = """
-        insert or replace into pipeline values (:jobix, :laststage)"""
-    # jobs that are done now that the pipeline has a last stage
-    NEWLY_DONE = MOVABLE + """
-        where jobix = :jobix and stage >= :laststage
-        and laststage is null and state in ('waiting', 'delayed', 'blocked')"""
-    ANY_EXPIRED = EXPIRED + " limit 1"
-    # the newly expired of a stage, per state, and their marks
-    OVERDUE = "select state, count(*) as jobs from job" + IN_STAGE + """
-        and expired = 0 and since < :before group by state"""
-    FLAG = "update job set expired = 1" + IN_STAGE + """
-        and expired = 0 and since < :before"""
-    ANY_OVERDUE = "select 1 from job" + IN_STAGE + """
-        and expired = 0 and since < :before limit 1"""
-    # those whose lifetime was made longer
-    OUT_OF_DATE = "select state, count(*) as jobs from job" + IN_STAGE + """
-        and expired = 1 and since >= :before group by state"""
-    UNFLAG = "update job set expired = 0" + IN_STAGE + """
-        and expired = 1 and since >= :before"""
-
-    # the groups of jobs that are done with, one row each
-    ENDED_GROUPS = """
-        select jobix, stage, state from tally
-        where state in ('done', 'cancelled') and jobs > 0"""
-    # of one job, what RESTORE has no use for: all, where nothing was
-    # replaced, else those that aren't done
-    PRUNE = """
-        delete from attempt where job = (
-            select row from job where jobix = :jobix and jobid = :jobid)
-        and (outcome != 'done' or not exists (
-            select 1 from attempt as other where other.job = attempt.job
-            and (other.jobcmd is not null or other.filename is not null
-                or other.files is not null)))"""
 
     # for a copy or a check of the whole database: these do walk over all
     WHOLE_JOBS = "select count(*) from job"
@@ -793,66 +677,54 @@ class SQL:
     WHOLE_TALLY = """
         select stage, state, sum(kept), sum(there), sum(kept_expired),
             sum(expired)
-        from (select jobix, stage, state, jobs as kept, 0 as there,
+        from (select namespace, stage, state, jobs as kept, 0 as there,
                 expired as kept_expired, 0 as expired from tally
-            union all select jobix, stage, state, 0, count(*), 0,
-                sum(expired) from job group by jobix, stage, state)
-        group by jobix, stage, state
+            union all select namespace, stage, state, 0, count(*), 0,
+                sum(expired) from job group by namespace, stage, state)
+        group by namespace, stage, state
         having sum(kept) != sum(there) or sum(kept_expired) != sum(expired)"""
-    WHOLE_LANES = """
-        select state, case when lease is null then null else 0 end as lease,
-            free, count(*) as jobs, min(jobid) as jobid
-        from job group by 1, 2, 3"""
-    # how often a child counts otherwise than its dependencies say
-    WHOLE_MISSING = """
-        select count(*), min(jobid) from job where missing != (
-            select count(*) from dependency
-            where child = job.row and known in (0, 2))"""
-    # … and those that say otherwise than the parents, all of whom are told
-    WHOLE_DEPENDENCIES = """
+    WHOLE_UNMET = """
+        select count(*), min(jobid) from job where unmet != (
+            select count(*) from dependency where child = job.id and met = 0)
+        """
+    WHOLE_EDGES = """
         select count(*), min(child) from dependency
-        left join job on job.row = parent
-        where parent not in (select parent from unsettled) and (
-            jobid is null or not followed or known != case
-                when state = 'done' then 1
-                when state in ('failed', 'cancelled', 'aborted') then 2
-                else 0 end or not exists (
-                    select 1 from job as other where other.row = child))"""
+        where not exists (select 1 from job where id = child)
+            or not exists (select 1 from job where id = parent)"""
     WHOLE_ORPHANS = """
-        select count(*), min(row) from attempt where not exists (
-            select 1 from job where job.row = attempt.job)"""
-    # a claim that lapsed may stay; `final` is as in MOVABLE
+        select count(*), min(id) from attempt where not exists (
+            select 1 from job where job.id = attempt.job)"""
     WHOLE_ODD = """
         select case
-            when state = 'working' and claim is null
+            when state not in ('waiting', 'delayed', 'blocked', 'working',
+                'done', 'failed', 'cancelled', 'aborted')
+                then 'in no state that there is'
+            when free != (state in ('waiting', 'done') or state = 'working'
+                and lease is null) then 'free by mistake, or not'
+            when state = 'working' and (claim is null
+                or claimed_from is null or claimed_to is null)
                 then 'working without a claim'
-            when state = 'working' and (origin is null or held is null)
-                then 'working, claimed from nowhere'
-            when state = 'working' and (due is null) != (lease is null)
-                then 'working on half a lease'
-            when state = 'delayed' and due is null
+            when state = 'working' and (expires_at is null)
+                != (lease is null) then 'working on half a lease'
+            when state = 'delayed' and expires_at is null
                 then 'delayed for ever'
-            when state not in ('working', 'delayed') and due is not null
-                then 'due for nothing'
+            when state not in ('working', 'delayed')
+                and expires_at is not null then 'waiting for no time'
             when state != 'working' and lease is not null
                 then 'on lease to nobody'
-            when state not in ('working', 'waiting', 'done', 'blocked')
+            when state in ('delayed', 'failed', 'cancelled', 'aborted')
                 and claim is not null then 'claimed and put aside'
             when state = 'done' and (final is null or stage < final)
                 then 'done before the last stage'
             when state = 'waiting' and stage >= final
                 then 'waiting in the last stage'
             when expired not in (0, 1) then 'expired by half'
-            when state = 'waiting' and missing > 0
+            when state = 'waiting' and unmet > 0
                 then 'waiting, and for others too'
-            when state = 'blocked' and missing = 0 then 'blocked by nothing'
-            when (state = 'aborted') != (blame is not null)
-                then 'aborted and nobody to blame, or to blame and not'
+            when state in ('blocked', 'aborted') and unmet = 0
+                then 'blocked by nothing'
             end as odd, count(*), min(jobid)
-        from (select job.*, coalesce(job.laststage, (
-                select pipeline.laststage from pipeline
-                where pipeline.jobix = job.jobix)) as final from job)
-        group by 1 having odd is not null"""
+        from (""" + WHOLE_JOB + """) group by 1 having odd is not null"""
 
 
 # ------------------------------------------------ where the database lies ---
@@ -1470,391 +1342,156 @@ class FairLock:
 # ---------------------------------------------------------------- writer ---
 
 
-VARIABLES = 999  # that a statement of any SQLite may have
-ROWS_AT_ONCE = 100  # before SQLite 3.8.8 it could be 500
-
-
-@functools.lru_cache(maxsize=100)
-def for_rows(sql, common, own, n):
-    """Return `sql` to insert `n` rows: what it selects from comes after it.
-
-    That are the names that all rows have in `common`, and those of their own.
-    """
-    shared, first = (
-        ", ".join("? as " + name for name in names) for names in (common, own)
-    )
-    more = " union all select " + ", ".join("?" * len(own))
-    return "%s (select %s) cross join (select %s%s)" % (
-        sql, shared, first, more * (n - 1)
-    )
-
-
-class Statement:
-    """A statement with ? for its :names, and what takes their values.
-
-    SQLite would look every name up at every call. `columns` are those of its
-    result, once there was one.
-    """
-
-    __slots__ = ("bind", "columns", "text")
-
-    def __init__(self, sql):
-        names = re.findall(r":(\w+)", sql)
-        self.text = re.sub(r":\w+", "?", sql)
-        self.columns = None
-        if len(names) > 1:
-            self.bind = operator.itemgetter(*names)
-        elif names:
-            self.bind = lambda values: (values[names[0]],)
-        else:
-            self.bind = tuple  # it has none: values in order, if any
-
-
-prepared = functools.lru_cache(maxsize=300)(Statement)
-
-
-# What a move says to the counts.
-WAY = operator.itemgetter(
-    "jobix", "old_stage", "old_state", "expired", "stage", "state", "free")
-
-
-new_sums = functools.partial(defaultdict, int)
-# How long attempts ran, and jobs waited.
-SPREAD = {
-    "done": (SQL.TIMED, SQL.TIMED_FIRST),
-    "claimed": (SQL.WAITED, SQL.WAITED_FIRST),
-}
-
-
 class Transaction:
-    """What the operations of one commit share.
+    """The connection, the time and the counts of one commit.
 
-    `now` is the commit's time in seconds since 1970, `turns` how many
-    operations there are. What they count is summed up here. Moves of jobs
-    gather and are written many at once: before any other statement, and
-    before their jobs are read again.
+    `now` is in seconds since 1970. What the operations count is summed up
+    here and written once, just before the commit.
     """
 
-    # what can wait: by kind, in this order, each to change one row
-    LATER = SQL.END_ATTEMPT, SQL.KEEP, SQL.REPLACE, SQL.MOVE
-    MOST_LATER = 1000  # of a kind
-    MOST_AHEAD = 64  # jobs that are read for claims to come
-
-    def __init__(self, connection, now, turns=1):
+    def __init__(self, connection, now):
         self.connection = connection
+        self.execute = connection.execute
+        self.executemany = connection.executemany
         self.now = now
-        self.ahead = min(turns // 2, self.MOST_AHEAD)
-        self.later = {sql: [] for sql in self.LATER}
-        self.counted, self.spent = [], []
-        self.logs = [self.counted, self.spent, *self.later.values()]
-        self.waiting = False  # whether there may be anything in `later`
-        self.unsettled = False  # whether jobs have children yet to be told
-        self.moving = set()  # the jobs that may have a move in `later`
-        self.found = {}  # jobs that were looked up, by jobix and jobid
-        self.free = {}  # of some stages the next free jobs, by their row
-        self.sums = defaultdict(new_sums)
-        self.begin()
+        self.jobs = defaultdict(int)  # by (namespace, stage, state)
+        self.expired = defaultdict(int)  # by the same
+        self.freed = defaultdict(int)  # jobs set free, by (namespace, stage)
+        self.done = defaultdict(int)  # jobs that became done, by namespace
+        self.spent = {}  # [n, seconds] by (namespace, stage, kind, bucket)
+        self.ended = OrderedDict()  # parents: see Store.propagate()
 
-    def begin(self):
-        """Begin an operation, which can be taken back up to here."""
-        self.begun = self.extent()
+    def move(self, moves):
+        """Write and count moves of jobs, as after_move() returns them."""
+        written = self.executemany(SQL.MOVE, moves)
+        if written.rowcount != len(moves):
+            raise sqlite3.IntegrityError("a job has moved meanwhile")
+        for job in moves:
+            namespace, state = job["namespace"], job["state"]
+            before = namespace, job["old_stage"], job["old_state"]
+            self.jobs[before] -= 1
+            self.jobs[namespace, job["stage"], state] += 1
+            self.expired[before] -= job["expired"]
+            if job["free"]:
+                self.freed[namespace, job["stage"]] += 1
+            if dependency_end(state) != dependency_end(job["old_state"]):
+                self.ended[job["id"]] = -1  # tell its children, from the first
 
-    def extent(self):
-        """Return how much was written, and how much is to be."""
-        return [self.connection.total_changes, *map(len, self.logs)]
+    def spend(self, job, stage, kind, seconds):
+        """Add seconds that were spent on a job, or waited by it."""
+        key = job["namespace"], stage, kind, time_bucket(seconds)
+        total = self.spent.setdefault(key, [0, 0])
+        total[0] += 1
+        total[1] += seconds
 
-    def take_back(self):
-        """Undo the operation that began last.
-
-        Return whether that could be done, for it has written nothing.
-        """
-        changes, *lengths = self.begun
-        if self.connection.total_changes != changes:
-            return False
-        for log, length in zip(self.logs, lengths):
-            del log[length:]
-        self.forget()
-        return True
-
-    def forget(self):
-        """Forget what was read of jobs."""
-        self.found.clear()
-        self.free.clear()
-
-    def select(self, sql, values):
-        """Return rows as dicts; nothing in `later` may be about them."""
-        statement = prepared(sql)
-        rows = self.connection.execute(statement.text, statement.bind(values))
-        if statement.columns is None:
-            statement.columns = [column[0] for column in rows.description]
-        return [dict(zip(statement.columns, row)) for row in rows]
-
-    def execute(self, sql, values=()):
-        """Execute any statement, after all that was to come before it."""
-        self.write()
-        self.forget()
-        statement = prepared(sql)
-        return self.connection.execute(
-            statement.text, statement.bind(values))
-
-    def write(self):
-        """Write all that is to be written."""
-        if not self.waiting:
-            return
-        untouched = self.begun == self.extent()
-        for sql, rows in self.later.items():
-            if rows:
-                statement = prepared(sql)
-                done = self.connection.executemany(
-                    statement.text, map(statement.bind, rows))
-                if done.rowcount != len(rows):
-                    raise sqlite3.IntegrityError("a job was just moved")
-        self.sum_up()
-        for log in self.logs:
-            log.clear()
-        self.moving.clear()
-        self.waiting = False
-        if untouched:
-            self.begin()
-
-    def put_off(self, sql, values):
-        """Have a statement, of LATER, executed later."""
-        rows = self.later[sql]
-        rows.append(values)
-        self.waiting = True
-        if len(rows) >= self.MOST_LATER:
-            self.write()
-
-    def move(self, job, values):
-        """Have `job` moved by SQL.MOVE; forget what was read of it."""
-        key = job["jobix"], job["jobid"]
-        self.moving.add(key)
-        self.found.pop(key, None)
-        self.free.get((job["jobix"], job["stage"]), {}).pop(job["row"], None)
-        if values["free"] > 0:
-            self.free.pop((job["jobix"], values["stage"]), None)
-        self.put_off(SQL.MOVE, values)
-
-    def look_up(self, jobix, ids):
-        """Read jobs that will be asked for, if they are just TOGETHER."""
-        if len(ids) == len(TOGETHER) and self.moving.isdisjoint(
-                (jobix, jobid) for jobid in ids):
-            values = dict(zip(TOGETHER, ids), jobix=jobix)
-            for job in self.select(SQL.JOBS, values):
-                self.found[jobix, job["jobid"]] = job
-
-    def find(self, jobix, jobid):
-        """Return a job as it is now, a dict of MOVABLE, or None."""
-        key = jobix, jobid
-        if key in self.moving:
-            self.write()
-        if key not in self.found:
-            jobs = self.select(SQL.JOB, {"jobix": jobix, "jobid": jobid})
-            self.found[key] = jobs[0] if jobs else None
-        return self.found[key]
-
-    def next_free(self, jobix, stage, n):
-        """Return the next `n` free jobs of a stage, in order, if it has them.
-
-        More are read where the operations to come may want them.
-        """
-        jobs = self.free.get((jobix, stage), {})
-        if len(jobs) < n:
-            self.write()
-            values = {"jobix": jobix, "stage": stage}
-            values["limit"] = max(n, self.ahead)
-            jobs = {job["row"]: job for job in self.select(SQL.FREE, values)}
-            self.free[jobix, stage] = jobs
-        return list(itertools.islice(jobs.values(), n))
-
-    def insert(self, sql, columns):
-        """Insert rows, given as columns: each by its name in `sql`.
-
-        A column is a list, or a value that all rows have; at least one is a
-        list. Many rows are inserted by one statement, and what all have is
-        bound but once: that is most of what a row costs. Returns how many
-        rows are new.
-        """
-        own = tuple(
-            name for name, column in columns.items() if type(column) is list
-        )
-        common = tuple(name for name in columns if name not in own)
-        shared = [columns[name] for name in common]
-        rows = list(zip(*(columns[name] for name in own)))
-        most = min(ROWS_AT_ONCE, (VARIABLES - len(common)) // len(own))
-        done = new = 0
-        while done < len(rows):
-            n = next(n for n in (most, 10, 1) if done + n <= len(rows))
-            some = itertools.chain.from_iterable(rows[done : done + n])
-            new += self.execute(
-                for_rows(sql, common, own, n), [*shared, *some]
-            ).rowcount
-            done += n
-        return new
-
-    def count(self, kind, key, n=1):
-        """Add `n` to the sum of `kind` (jobs, expired, free, …) for `key`."""
-        self.counted.append((kind, key, n))
-
-    def spend(self, key, seconds, n=1, bucket=None):
-        """Add to what was spent: `key` is of (jobix, stage, kind).
-
-        Of time to be spread, in /stats, the `bucket` is that of run_bucket().
-        """
-        self.spent.append((key, seconds, n, bucket))
-
-    def sum_up(self):
-        """Add what was counted, and the moves, to the sums."""
-        sums = self.sums
-        for kind, key, n in self.counted:
-            sums[kind][key] += n
-        spent, spread, took = sums["spent"], sums["spread"], sums["seconds"]
-        for key, seconds, n, bucket in self.spent:
-            spent[key] += n
-            took[key] += seconds
-            if bucket is not None:
-                spread[key, bucket] += n
-        ways = new_sums()
-        for way in map(WAY, self.later[SQL.MOVE]):
-            ways[way] += 1
-        for way, n in ways.items():
-            jobix, old_stage, old_state, expired, stage, state, free = way
-            sums["jobs"][jobix, old_stage, old_state] -= n
-            sums["jobs"][jobix, stage, state] += n
-            if expired:
-                sums["expired"][jobix, old_stage, old_state] -= n
-            if free > 0:
-                sums["free"][jobix, stage] += n
-
-    def settle(self):
-        """Write all, and the sums: an update for each group that changed."""
-        self.write()
-        self.sum_up()
-        self.settle_jobs(self.sums["jobs"], self.sums["expired"])
-        self.settle_spent(self.sums["spent"], self.sums["seconds"])
-        for ((jobix, stage, kind), bucket), n in self.sums["spread"].items():
-            values = {"jobix": jobix, "stage": stage, "bucket": bucket, "n": n}
-            self.add(*SPREAD[kind], values)
-
-    def settle_jobs(self, jobs, expired):
-        """Write how many jobs there are more, and expired ones."""
-        for key in {**jobs, **expired}:
-            jobix, stage, state = key
-            values = {"jobix": jobix, "stage": stage, "state": state}
-            values["jobs"], values["expired"] = jobs[key], expired[key]
-            if jobs[key] or expired[key]:
+    def write_counts(self):
+        """Write the sums, an update for each group that has changed."""
+        for key in {**self.jobs, **self.expired}:
+            jobs, expired = self.jobs[key], self.expired[key]
+            if jobs or expired:
+                values = dict(zip(("namespace", "stage", "state"), key))
+                values.update(jobs=jobs, expired=expired)
                 self.add(SQL.COUNT, SQL.COUNT_FIRST, values)
-
-    def settle_spent(self, spent, seconds):
-        """Write what was spent, and what of it became done in this minute."""
-        updates, done = new_sums(), self.sums["done"]
-        for key, n in spent.items():
-            jobix, stage, kind = key
-            values = {"jobix": jobix, "stage": stage, "kind": kind}
-            values["attempts"], values["seconds"] = n, seconds[key]
-            self.add(SQL.SPENT, SQL.SPENT_FIRST, values)
-            if kind == "done":
-                updates[jobix] += n
-        for jobix in {**done, **updates}:
-            values = {"jobix": jobix, "minute": int(self.now // 60)}
-            values["done"], values["updates"] = done[jobix], updates[jobix]
-            self.add(SQL.PACE, SQL.PACE_FIRST, values)
+        updates = defaultdict(int)
+        names = "namespace", "stage", "kind", "bucket"
+        for key, (n, seconds) in self.spent.items():
+            values = dict(zip(names, key), n=n, seconds=seconds)
+            self.add(SQL.SPEND, SQL.SPEND_FIRST, values)
+            if values["kind"] == "done":
+                updates[values["namespace"]] += n
+        for namespace in {**updates, **self.done}:
+            self.add(SQL.PACE, SQL.PACE_FIRST, {
+                "namespace": namespace, "minute": int(self.now // 60),
+                "done": self.done[namespace], "updates": updates[namespace],
+            })
 
     def add(self, update, insert, values):
-        """Add `values` to a row of sums, which may be its first."""
+        """Add `values` to a row of sums, or insert them as its first ones."""
         if self.execute(update, values).rowcount == 0:
             self.execute(insert, values)
 
 
-class HalfDone(Exception):
-    """Take a transaction back, for one of its operations is half done."""
+class PartialWrite(Exception):
+    """Take a transaction back: a refused operation has written something."""
 
 
-class Turn:
-    """One operation on its way through the Writer, and what came of it."""
+class Operation:
+    """A change on its way through the Writer, and its result or error.
 
-    __slots__ = ("error", "half", "operation", "over", "ready", "result")
+    `ready` is released when its thread shall lead, or when it is over.
+    """
 
-    def __init__(self, operation):
-        self.operation = operation
-        self.half = self.over = False
-        self.result = self.error = None
-        self.ready = threading.Lock()  # released when it is over, or leads
+    __slots__ = ("act", "error", "over", "partial", "ready", "result")
+
+    def __init__(self, act):
+        self.act = act
+        self.ready = threading.Lock()
         self.ready.acquire()
+        self.over = self.partial = False
+        self.result = self.error = None
 
     def run(self, transaction):
-        """Run the operation and keep its result or its refusal.
-
-        Return whether it did all or nothing. It may run again.
+        """Run the operation, perhaps again, and keep its result or refusal.
         """
         self.error = None
-        transaction.begin()
+        changes = transaction.connection.total_changes
         try:
-            self.result = self.operation(transaction)
+            self.result = self.act(transaction)
         except sqlite3.Error:
             raise
         except Exception as error:
             self.error = error
-            self.half = not transaction.take_back()
-        return not self.half
-
-    def outcome(self):
-        """Return the operation's result or raise its error."""
-        if self.error is not None:
-            raise self.error
-        return self.result
-
-
-def refuse(turns, error):
-    """Let `turns` end with `error`."""
-    for turn in turns:
-        turn.error = error
+            self.partial = transaction.connection.total_changes != changes
+        if self.partial:
+            raise PartialWrite
 
 
 class Writer:
     """Make all changes: one transaction, many operations, one commit.
 
-    Requests that arrive while a commit is on its way wait and share the
-    next. One of them leads: it runs the operations of all in its own thread
-    and wakes the others when all are on disk. `mutex` guards queue, leading
-    and closed; the connection belongs to the leader.
+    Operations that arrive during a commit wait and share the next one. The
+    thread of the first one leads: it runs all of them and wakes the others
+    when they are on disk. `mutex` guards queue, leading and closed; the
+    connection belongs to the leader.
     """
 
     CHECKPOINT_AFTER = 1000  # changed rows
 
     def __init__(
-        self, connection, turns, lock, clock, *, prepare, finish, committed
+        self, connection, fair_lock, lock, clock, *, prepare, finish, committed
     ):
         self.connection = connection
+        self.fair_lock = fair_lock
         self.lock = lock
-        self.turns = turns
         self.clock = clock
         self.prepare = prepare  # called first in every transaction
-        self.finish = finish  # called last in one that leaves jobs unsettled
-        self.committed = committed  # called with the jobs that a commit freed
+        self.finish = finish  # called last in every transaction
+        self.committed = committed  # called with each Transaction, on disk
         self.mutex = threading.Lock()
-        self.rest = threading.Condition(self.mutex)  # nobody leads
+        self.idle = threading.Condition(self.mutex)  # nobody leads
         self.queue = []
         self.leading = False
         self.closed = False
         self.checkpointed = 0
 
-    def run(self, operation):
-        """Return `operation(transaction)`, once it is on disk."""
-        turn = Turn(operation)
+    def run(self, act):
+        """Return `act(transaction)` once it is on disk, or raise its error."""
+        operation = Operation(act)
         with self.mutex:
             if self.closed:
                 raise Unavailable("it is ending")
-            self.queue.append(turn)
+            self.queue.append(operation)
             leads, self.leading = not self.leading, True
         if not leads:
-            turn.ready.acquire()
-        if not turn.over:
+            operation.ready.acquire()
+        if not operation.over:
             self.lead()
-        return turn.outcome()
+        if operation.error is not None:
+            raise operation.error
+        return operation.result
 
     def lead(self):
-        """Commit all that waits, then wake the next leader and the others."""
+        """Commit the whole queue, then wake the next leader and the others."""
         with self.mutex:
             batch, self.queue = self.queue, []
         try:
@@ -1863,58 +1500,58 @@ class Writer:
             with self.mutex:
                 heir = self.queue[0] if self.queue else None
                 self.leading = heir is not None
-                self.rest.notify_all()
+                self.idle.notify_all()
             if heir:
                 heir.ready.release()
-            for turn in batch:
-                turn.over = True
-                turn.ready.release()
+            for operation in batch:
+                operation.over = True
+                operation.ready.release()
 
     def commit(self, batch):
         """Run the operations of `batch` in one transaction.
 
-        One that is refused when it has changed something takes all back: the
-        others run again without it. That is rare, and cheaper than a
-        savepoint for each.
+        Operations raise before they write. When one has written and raises
+        all the same, everything is rolled back and the others run again
+        without it: that is rare, and cheaper than a savepoint for each.
         """
-        left = batch
+        left, error = batch, None
         try:
-            while left and not self.all_whole(left):
-                left = [turn for turn in left if not turn.half]
-        except sqlite3.Error as error:
-            refuse(batch, Unavailable(error))
-        except Exception as error:
-            refuse(batch, error)
+            while left and not self.commit_whole(left):
+                left = [each for each in left if not each.partial]
+        except sqlite3.Error as reason:
+            error = Unavailable(reason)
+        except Exception as reason:
+            error = reason
+        if error is not None:
+            for operation in batch:
+                operation.error = error
 
-    def all_whole(self, batch):
-        """Commit the operations of `batch` unless one was half done."""
-        with contextlib.suppress(HalfDone):
-            with self.transaction(self.prepare, len(batch)) as transaction:
-                for turn in batch:
-                    if not turn.run(transaction):
-                        raise HalfDone
+    def commit_whole(self, batch):
+        """Commit the operations of `batch`; return False if one is partial."""
+        with contextlib.suppress(PartialWrite):
+            with self.transaction(self.prepare) as transaction:
+                for operation in batch:
+                    operation.run(transaction)
             return True
         return False
 
     @contextlib.contextmanager
-    def transaction(self, prepare, turns=1):
-        """Begin, do `prepare`, hand out a Transaction, commit.
+    def transaction(self, prepare):
+        """Begin, call `prepare`, hand out a Transaction, commit.
 
-        Rolls back on any error. Before the commit the lock is looked at once
-        more: until then nothing of this is in the database.
+        Rolls back on any error. The server lock is checked once more before
+        the commit, for until then nothing of this is in the database.
         """
-        with self.turns:
+        with self.fair_lock:
             self.lock.check()
             execute = self.connection.execute
             execute("begin immediate")
             try:
-                transaction = Transaction(
-                    self.connection, self.clock(), turns)
+                transaction = Transaction(self.connection, self.clock())
                 prepare(transaction)
                 yield transaction
-                if transaction.unsettled:
-                    self.finish(transaction)
-                transaction.settle()
+                self.finish(transaction)
+                transaction.write_counts()
                 self.lock.check()
                 execute("commit")
             except BaseException:
@@ -1922,7 +1559,7 @@ class Writer:
                     execute("rollback")
                 raise
             self.checkpoint()
-        self.committed(transaction.sums["free"])
+        self.committed(transaction)
 
     def checkpoint(self):
         """Copy the WAL into the database when it has grown.
@@ -1936,18 +1573,18 @@ class Writer:
                 self.connection.execute("pragma wal_checkpoint(passive)")
 
     def close(self):
-        """Let the commits on their way end, refuse all others."""
-        with self.rest:
+        """Finish the commits under way, refuse all others, close."""
+        with self.idle:
             self.closed = True
-            self.rest.wait_for(lambda: not self.leading)
-        with self.turns:
+            self.idle.wait_for(lambda: not self.leading)
+        with self.fair_lock:
             with contextlib.suppress(Unavailable, sqlite3.Error, OSError):
                 if self.lock.database_moved():  # its WAL was not
                     self.connection.execute("pragma wal_checkpoint(passive)")
                 self.lock.check()
                 clear_journal(self.connection)
             self.connection.close()
-        self.turns.close()
+        self.fair_lock.close()
 
 
 # --------------------------------------------------------------- waiting ---
@@ -2048,27 +1685,25 @@ class WaitQueue:
 
 UNENDED = ("waiting", "delayed", "blocked", "working")
 PUT_ASIDE = ("failed", "cancelled", "aborted")  # until a retry
-STATES = (*UNENDED, "done", *PUT_ASIDE)  # lane() gives their order meaning
+STATES = (*UNENDED, "done", *PUT_ASIDE)
 RETRIABLE = ("done", *PUT_ASIDE)
 CANCELLABLE = (*UNENDED, "failed", "aborted")
 REJECTABLE = ("waiting", "delayed", "done", "failed")  # without a token
-# What the end of an attempt may say of itself.
-REPLACED = "jobcmd", "filename", "files"  # by what an update brings
+REPLACEABLE = "jobcmd", "filename", "files", "files_stage"  # by an update
 BLANK_REPORT = dict.fromkeys(("exit_code", "error", "stderr", "seconds"))
 LAPSES_SPENT = (
     "%d leases lapsed in this stage: its workers were not heard of in time."
 )
-PRIORITIES_MERGED = 20  # of a group, for a page in order of ids
-PACE_POINTS = 360  # at most, of the line that /pace draws
-FAILURES_READ = 1000  # failed jobs that are grouped, the latest
+PACE_POINTS = 360  # at most, in the line that /pace draws
+FAILURES_READ = 1000  # failed jobs that /failures groups, the latest
 PAGE_TEXT = 8 * 2**20  # characters of text after which a page ends
 ATTEMPTS_SHOWN = 100  # of one job, the last
 JSON_COLUMNS = "jobcmd", "filename", "files", "cwd", "outputs"
+ROWS_AT_ONCE = 70  # 999 variables: SQLite's limit before 3.32
 CHUNK = 5000  # jobs that one transaction of a sweeping change moves
-PRUNED = 1000  # jobs whose attempts one transaction looks at, one a tick
+PRUNED = 1000  # attempts that one transaction looks at, one a tick
 PRUNE_EVERY = 3600  # seconds
-AWAY_AFTER = 300  # seconds after which a worker isn't there any more
-CUT_OFF = "released", "lapsed", "cancelled", "expired", "superseded"
+AWAY_AFTER = 300  # seconds without a heartbeat until a worker doesn't count
 
 
 def delay_after(failures):
@@ -2077,37 +1712,25 @@ def delay_after(failures):
 
 
 def delay_left(job, now):
-    """Return the seconds until a job is due, 0 when it is not delayed."""
-    return max(0, job["due"] - now) if job["state"] == "delayed" else 0
+    """Return the seconds until a delay ends, 0 for a job without one."""
+    return max(0, job["expires_at"] - now) if job["state"] == "delayed" else 0
 
 
 def is_free(state, lease):
-    """Return whether a claim may have a job: the contract's *free*."""
+    """Return whether a claim may take a job: the contract's *free*."""
     return state in ("waiting", "done") or (
         state == "working" and lease is None
     )
 
 
-def known_end(state):
-    """Return what a state means for jobs that wait for one that has it.
+def dependency_end(state):
+    """Return what a parent's state says to its children.
 
-    1: it is done, 2: it won't be, 0: neither.
+    "met": it is done; "unmet": it won't be, until a retry; None: neither.
     """
-    return 1 if state == "done" else 2 * (state in PUT_ASIDE)
-
-
-def lane(state, lease):
-    """Return what leads a job's place in the index job_queue.
-
-    It is 1 for all that are free, so that a claim finds them in one range,
-    and less than 0 for all others: a range for each state.
-    """
-    return 1 if is_free(state, lease) else -STATES.index(state)
-
-
-def lanes(state):
-    """Return the lanes in which jobs of a state can be."""
-    return sorted({lane(state, None), lane(state, 0)})
+    if state == "done":
+        return "met"
+    return "unmet" if state in PUT_ASIDE else None
 
 
 def stage_state(stage, final):
@@ -2115,28 +1738,24 @@ def stage_state(stage, final):
     return "done" if final is not None and stage >= final else "waiting"
 
 
-def pick(columns, places):
-    """Return of columns, lists or one value for all, the rows at `places`."""
-    return {
-        name: [column[place] for place in places]
-        if type(column) is list else column
-        for name, column in columns.items()
-    }
+def as_dict(row):
+    """Return a row as a dict; dict(row) would search for every name."""
+    return dict(zip(row.keys(), row))
 
 
-def split(columns, *names):
-    """Yield (values, columns) for the rows that have the same under `names`.
+def after_move(job, now, **after):
+    """Return the values that SQL.MOVE writes, and those of the job before.
+
+    Unless `after` says otherwise, the claim, the lease and the expiry of
+    `job` (a dict of SQL.ANY_JOB) end, and its time in the stage begins now.
     """
-    values = [columns[name] for name in names]
-    if list not in map(type, values):
-        yield values, columns
-        return
-    lists = [v if type(v) is list else itertools.repeat(v) for v in values]
-    places = {}
-    for place, key in enumerate(zip(*lists)):
-        places.setdefault(key, []).append(place)
-    for key, found in places.items():
-        yield key, dict(pick(columns, found), **dict(zip(names, key)))
+    values = dict(
+        job, entered_at=now, expires_at=None, lease=None, claim=None,
+        old_stage=job["stage"], old_state=job["state"], old_claim=job["claim"],
+    )
+    values.update(after)
+    values["free"] = int(is_free(values["state"], values["lease"]))
+    return values
 
 
 def change(operation):
@@ -2150,10 +1769,10 @@ def change(operation):
 
 
 def query(reading):
-    """Make a Store method read from a snapshot, waiting for no commit.
+    """Make a Store method read from a snapshot, without waiting for a commit.
 
-    But where the one connection has the database alone it is an operation of
-    the next commit. So no such method calls another.
+    With an exclusive database it is an operation of the next commit instead,
+    on the only connection; so no such method calls another.
     """
 
     @functools.wraps(reading)
@@ -2206,8 +1825,8 @@ def new_figures():
     return {"jobs": 0, "expired": 0, "states": dict.fromkeys(STATES, 0)}
 
 
-def run_bucket(seconds):
-    """Return the number of the bucket that a run time is counted in.
+def time_bucket(seconds):
+    """Return the number of the bucket that a time is counted in.
 
     There are four to a doubling, and bucket 0 ends at a millisecond.
     """
@@ -2217,22 +1836,14 @@ def run_bucket(seconds):
 def percentile(buckets, part):
     """Return the seconds within which a `part` (0 to 1) of attempts ran.
 
-    `buckets` is a list of (bucket, attempts), in order. The answer is the
-    upper end of a bucket, so up to a fifth too high.
+    `buckets` is a list of (bucket, n), in order. The answer is the upper end
+    of a bucket, so up to a fifth too high.
     """
-    left = part * sum(attempts for _, attempts in buckets)
-    for bucket, attempts in buckets:
-        left -= attempts
+    left = part * sum(n for _, n in buckets)
+    for bucket, n in buckets:
+        left -= n
         if left <= 0:
             return 0.001 * 2 ** (bucket / 4)
-
-
-def by_stage(rows):
-    """Return {stage: [(bucket, n), …]} of rows (stage, bucket, n)."""
-    stages = {}
-    for stage, *bucket in rows:
-        stages.setdefault(stage, []).append(bucket)
-    return stages
 
 
 PARTS = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
@@ -2245,18 +1856,46 @@ def quantiles(buckets, counted, *names):
     return found
 
 
+class Spent:
+    """What was spent on the jobs of one stage: rows of SQL.SPENT summed up.
+
+    `attempts` and `seconds` are sums by kind, `buckets` lists of (bucket, n)
+    by kind.
+    """
+
+    def __init__(self):
+        self.attempts, self.seconds = Counter(), Counter()
+        self.buckets = defaultdict(list)
+
+    def add(self, kind, bucket, n, seconds):
+        """Add a row."""
+        self.attempts[kind] += n
+        self.seconds[kind] += seconds
+        self.buckets[kind].append((bucket, n))
+
+    @classmethod
+    def by_stage(cls, rows):
+        """Return {stage: Spent} of rows in order of stage and bucket."""
+        stages = {}
+        for stage, *row in rows:
+            stages.setdefault(stage, cls()).add(*row)
+        return stages
+
+
 class Store:
     """The jobs and everything that can happen to them.
 
-    Methods speak the contract's words. Those marked `change` go through the
-    Writer, are on disk when they return, and raise Error when refused; those
-    marked `query` only read. `clock` gives seconds since 1970. `jobix` is the
-    own one, if not that which the database has made. A job fails at its
-    `max_attempts`, where it says nothing else, or at `max_lapses`.
-    Attempts of jobs that ended `keep_days` ago are pruned; None: never.
+    Methods speak the contract's words; `namespace` is the id that admit()
+    returns for a jobix. Those marked `change` go through the Writer, are on
+    disk when they return, and raise Error when refused; those marked `query`
+    only read. `clock` gives seconds since 1970. `jobix` is the server's own
+    one, None for the one that the database has made. A job fails after its
+    `max_attempts` failures, if it doesn't say another number, or after
+    `max_lapses`. Attempts of jobs that ended `keep_days` ago are pruned;
+    None: never.
     """
 
-    TICK = {False: 1, True: 0.2}  # seconds between two ticks, if it is shared
+    TICK = {False: 1, True: 0.2}  # seconds between ticks, by `shared`
 
     def __init__(
         self, path, *, clock=time.time, shared=False, waiters=20000,
@@ -2267,10 +1906,12 @@ class Store:
         self.max_attempts = max_attempts
         self.max_lapses = max_lapses
         self.keep_days = keep_days
-        self.ranges = []  # what a round of pruning has still to see
-        self.looked, self.pruned = -math.inf, -1  # when, up to when
+        self.prune_place = None  # id of the last attempt looked at, in a round
+        self.pruned_at = -math.inf  # when the last round began
         self.shared = shared
         self.open_to_all = open_to_all
+        self.namespaces = {}  # ids of those in use, by jobix
+        self.unfinished = {}  # what propagate() left for the next commit
         self.wait_queue = WaitQueue(waiters)
         self.large_bodies = threading.BoundedSemaphore(LARGE_BODIES)
         self.ending = threading.Event()
@@ -2279,21 +1920,22 @@ class Store:
         inspect(path)  # before a lock file is made beside it
         with translate_errors(path), contextlib.ExitStack() as undo:
             self.location = DatabaseLocation(path)
-            lock = self.lock = ServerLock(self.location, shared=shared)
-            undo.callback(lock.close)
-            turns = FairLock(self.location.file, shared=shared)
-            with turns:
+            self.lock = ServerLock(self.location, shared=shared)
+            undo.callback(self.lock.close)
+            fair_lock = FairLock(self.location.file, shared=shared)
+            with fair_lock:
                 connection = open_writer(self.location)
-            lock.watch_database()
+            self.lock.watch_database()
             self.writer = Writer(
-                connection, turns, lock, clock, prepare=self.do_due,
-                finish=self.tell_children, committed=self.committed,
+                connection, fair_lock, self.lock, clock,
+                prepare=self.begin, finish=self.propagate,
+                committed=self.after_commit,
             )
             undo.callback(self.writer.close)
-            with self.writer.transaction(self.renew_all) as tx:
-                made = self.own_number(tx, "jobix")
-                self.jobix = made if jobix is None else jobix
-                self.reading_jobix = self.own_number(tx, "reading jobix")
+            with self.writer.transaction(self.start) as tx:
+                own = self.own_namespace(tx, jobix)
+            self.namespace = own["id"]
+            self.jobix, self.reading_jobix = own["jobix"], own["reading"]
             undo.pop_all()
 
     def wake_all(self):
@@ -2302,7 +1944,7 @@ class Store:
         self.wait_queue.close()
 
     def close(self):
-        """Answer who waits, end the last commit, close the database."""
+        """Answer the long polls, end the last commit, close the database."""
         self.wake_all()
         if self.ticker:
             self.ticker.join()
@@ -2310,317 +1952,364 @@ class Store:
         self.writer.close()
         self.lock.close()
 
-    def admit(self, jobix):
-        """Return the jobix that a caller's stands for, and if it only reads.
+    def start(self, tx):
+        """Begin where the last server ended.
 
-        Any may come in, or the own ones alone: else Error 403.
+        Every live lease gets its full time again, and the children that a
+        killed server didn't come to are told of their parents' end.
+        """
+        tx.execute(SQL.RENEW_ALL, {"now": tx.now})
+        for parent, in tx.execute(SQL.UNFINISHED_PARENTS).fetchall():
+            tx.ended[parent] = -1
+
+    def after_commit(self, tx):
+        """Keep what is left to tell, and wake long polls for freed jobs."""
+        self.unfinished = tx.ended
+        for key, n in tx.freed.items():
+            self.wait_queue.wake(key, n)
+
+    # Namespaces
+
+    def own_namespace(self, tx, jobix):
+        """Return the server's own row of namespace; make it at first."""
+        key = {"name": "namespace"}
+        made = tx.execute(SQL.SETTING, key).fetchone()
+        if jobix is not None:
+            own = self.add_namespace(tx, jobix)
+        elif made:
+            own = made["value"]
+        else:
+            own = self.add_namespace(tx, secrets.randbelow(MAX_JOBIX) + 1)
+            tx.execute(SQL.SET_SETTING, dict(key, value=own))
+        reading = secrets.randbelow(MAX_JOBIX) + 1
+        tx.execute(SQL.SET_READING, {"id": own, "reading": reading})
+        return tx.execute(SQL.NAMESPACE, {"id": own}).fetchone()
+
+    def add_namespace(self, tx, jobix):
+        """Return the id of the namespace of a jobix, new if need be."""
+        tx.execute(SQL.ADD_NAMESPACE, {"jobix": jobix})
+        return tx.execute(SQL.NAMESPACE_OF, {"jobix": jobix}).fetchone()["id"]
+
+    def admit(self, jobix):
+        """Return the namespace of a caller's jobix, and whether it may only
+        read; raise Error 403.
+
+        The server takes its own numbers alone, or any. The namespace is None
+        when there is nothing in it yet.
         """
         given = str(jobix)
         if secrets.compare_digest(given, str(self.reading_jobix)):
-            return self.jobix, True
-        own = secrets.compare_digest(given, str(self.jobix))
-        if not (own or self.open_to_all):
+            return self.namespace, True
+        if secrets.compare_digest(given, str(self.jobix)):
+            return self.namespace, False
+        if not self.open_to_all:
             raise Error(403, "This server doesn't take that jobix.")
-        return jobix, False
+        if jobix not in self.namespaces:
+            found = self.find_namespace(jobix)
+            if found is None:
+                return None, False
+            self.namespaces[jobix] = found
+        return self.namespaces[jobix], False
 
-    def committed(self, freed):
-        """Wake long polls for the jobs that a commit has set free."""
-        for key, n in freed.items():
-            self.wait_queue.wake(key, n)
+    @query
+    def find_namespace(self, execute, jobix):
+        """Return the id of the namespace of a jobix, None without one."""
+        found = execute(SQL.NAMESPACE_OF, {"jobix": jobix}).fetchone()
+        return found and found["id"]
 
-    def renew_all(self, tx):
-        """Give every live lease its full time again, as a server starts."""
-        tx.execute(SQL.RENEW_ALL, {"now": tx.now})
-
-    def own_number(self, tx, name):
-        """Return a jobix that belongs to this database; make it at first.
-
-        It is kept as text: what is secret is no number to compute with.
-        """
-        made = str(secrets.randbelow(MAX_JOBIX) + 1)
-        tx.execute(SQL.KEEP_SETTING, {"name": name, "value": made})
-        kept = tx.execute(SQL.SETTING, {"name": name}).fetchone()
-        return int(kept["value"])
+    @change
+    def make_namespace(self, tx, jobix):
+        """Return the id of the namespace of a jobix, new if need be."""
+        return self.add_namespace(tx, jobix)
 
     # How a job moves
 
     def move(self, tx, job, **after):
-        """Move `job` (a row of MOVABLE) to what `after` says of it.
+        """Move one job: see after_move()."""
+        tx.move([after_move(job, tx.now, **after)])
 
-        Unless it says otherwise the job's claim, lease and time to come end
-        and its time in the stage begins now. Returns the job as it is then.
-        Those that wait for it are told before the commit.
+    def settled_state(self, tx, job, stage):
+        """Return the state of a job that comes to rest in `stage`."""
+        state = stage_state(stage, job["final"])
+        if state == "waiting" and job["unmet"]:
+            aborted = tx.execute(SQL.ABORTED_BY, job).fetchone()
+            state = "aborted" if aborted else "blocked"
+        return state
+
+    def find(self, tx, namespace, jobid):
+        """Return a job, a dict of SQL.ANY_JOB; raise Error 404."""
+        key = {"namespace": namespace, "jobid": jobid}
+        job = tx.execute(SQL.JOB, key).fetchone()
+        if job is None:
+            raise Error(404, "There is no job %d." % jobid)
+        return as_dict(job)
+
+    def end_attempt(
+        self, tx, job, outcome, *, target=None, report=None, given=None
+    ):
+        """Write how the attempt ended that the job's claim stands for.
+
+        `given` is what its update replaces: see replace().
         """
-        values = dict(
-            job, since=tx.now, due=None, lease=None, claim=None, blame=None,
-            old_stage=job["stage"], old_state=job["state"],
-            old_claim=job["claim"],
-        )
-        values.update(after)
-        values["free"] = lane(values["state"], values["lease"])
-        tx.move(job, values)
-        if job["followed"]:
-            if known_end(job["state"]) != known_end(values["state"]):
-                tx.execute(SQL.UNSETTLE, job)
-                tx.unsettled = True
-        return values
-
-    def resting(self, tx, job, stage):
-        """Return what becomes of a job that comes to rest in `stage`.
-
-        A dict of its stage, state and whom to blame for that.
-        """
-        state, blame = stage_state(stage, job["final"]), None
-        if job["missing"] and state == "waiting":
-            culprit = tx.execute(SQL.CULPRIT, job).fetchone()
-            blame = culprit and culprit["jobid"]
-            state = "blocked" if blame is None else "aborted"
-        return {"stage": stage, "state": state, "blame": blame}
-
-    # Jobs wait for others
-
-    def tell_children(self, tx):
-        """Let those who wait for a job know that it is done, or won't be.
-
-        Of up to CHUNK jobs; the rest when a tick comes to it.
-        """
-        left = CHUNK
-        while left > 0:
-            unsettled = tx.execute(SQL.UNSETTLED).fetchone()
-            if unsettled is None:
-                break
-            parent = tx.execute(SQL.BY_ROW, unsettled).fetchone()
-            known = known_end(parent["state"])
-            other, another = {0, 1, 2} - {known}
-            children = tx.execute(SQL.CHILDREN, {
-                "parent": parent["row"], "other": other, "another": another,
-                "limit": left,
-            }).fetchall()
-            for child in children:
-                self.tell(tx, child, known)
-            if len(children) < left:
-                tx.execute(SQL.SETTLED, unsettled)
-            left -= 1 + len(children)
-
-    def tell(self, tx, child, known):
-        """Let one child know of the end of one parent, see known_end()."""
-        tx.execute(SQL.KNOW, {"place": child["place"], "known": known})
-        more = (child["known"] == 1) - (known == 1)
-        if more:
-            tx.execute(SQL.MISS, {"row": child["row"], "more": more})
-        job = tx.execute(SQL.BY_ROW, {"row": child["row"]}).fetchone()
-        if job["state"] in ("waiting", "blocked", "aborted"):
-            self.move_to_rest(tx, job)
-
-    def move_to_rest(self, tx, job):
-        """Move a job to how it should be where it stands, if it isn't so."""
-        after = self.resting(tx, job, job["stage"])
-        if any(after[name] != job[name] for name in after):
-            self.move(tx, job, **after)
-
-    def follow(self, tx, jobix, jobid, parents):
-        """Let a new job wait for others; or Error 400 without one of them."""
-        child = tx.find(jobix, jobid)["row"]
-        for i in range(0, len(parents), len(TOGETHER)):
-            some = parents[i : i + len(TOGETHER)]
-            padded = some + some[-1:] * (len(TOGETHER) - len(some))
-            values = dict(zip(TOGETHER, padded), jobix=jobix, child=child)
-            if tx.execute(SQL.FOLLOW, values).rowcount != len(some):
-                lost = next(i for i in some if tx.find(jobix, i) is None)
-                raise Error(400, "Job %d waits for job %d, which isn't there."
-                            % (jobid, lost))
-            tx.execute(SQL.FOLLOWED, values)
-        tx.execute(SQL.MISSING, {"row": child})
-        self.move_to_rest(tx, tx.find(jobix, jobid))
-
-    def end_attempt(self, tx, job, outcome, *, target=None, report=None):
-        """Write down how the attempt ended that `job`'s claim stands for."""
         if job["claim"] is None:
             return
-        values = dict(job, now=tx.now, outcome=outcome, target=target)
+        values = dict(job, now=tx.now, outcome=outcome, target=target,
+                      given=given, started=job["entered_at"])
         values.update(BLANK_REPORT)
         values.update(report or {})
-        took = values["seconds"]
-        if not (job["lapses"] and self.mend_attempt(tx, values)):
-            tx.put_off(SQL.END_ATTEMPT, values)
-            took = tx.now - job["since"] if took is None else took
-        bucket = None
-        if outcome == "done" and took is not None:
-            bucket = run_bucket(took)
-        key = job["jobix"], job["origin"], outcome
-        tx.spend(key, took or 0, bucket=bucket)
-
-    def mend_attempt(self, tx, ending):
-        """Let an attempt that had lapsed end otherwise; return if it had."""
-        lapsed = tx.execute(SQL.LAPSED, ending).fetchone()
+        lapsed = job["lapses"] and tx.execute(SQL.ATTEMPT, job).fetchone()
         if lapsed:
-            tx.execute(SQL.MEND_ATTEMPT, ending)
-            key = ending["jobix"], ending["origin"], "mended"
-            tx.spend(key, lapsed["seconds"])
-        return lapsed is not None
+            values["started"] = lapsed["started"]
+        tx.execute(SQL.MEND_ATTEMPT if lapsed else SQL.ADD_ATTEMPT, values)
+        seconds = values["seconds"]
+        if seconds is None:
+            seconds = max(0, tx.now - values["started"])
+        tx.spend(job, job["claimed_from"], outcome, seconds)
 
-    def replace(self, tx, job, given):
-        """Give `job` the columns `given`; its attempt keeps the old ones."""
-        new = {"new_" + name: name in given for name in REPLACED}
-        if job["claim"] is not None:
-            tx.put_off(SQL.KEEP, dict(job, **new))
-        values = dict(dict.fromkeys(REPLACED), row=job["row"])
-        tx.put_off(SQL.REPLACE, dict(values, **given))
-
-    def cut_off(self, tx, job, outcome):
-        """Write down that `job`, if somebody works on it, is taken away."""
+    def interrupt(self, tx, job, outcome):
+        """End the attempt of a job that is taken away while it runs."""
         if job["state"] == "working":
             self.end_attempt(tx, job, outcome)
 
-    def find(self, tx, jobix, jobid):
-        """Return the job's row; raise Error 404 when there is none."""
-        job = tx.find(jobix, jobid)
-        if job is None:
-            raise Error(404, "There is no job %d." % jobid)
-        return job
+    def begin(self, tx):
+        """Do what every commit begins with.
 
-    def do_due(self, tx):
-        """Let lapse the leases, and end the delays, whose time has come."""
-        for due in tx.select(SQL.DUE, {"now": tx.now, "limit": CHUNK}):
-            job = self.find(tx, **due)
+        Leases lapse and delays end whose time has come; what propagate() has
+        left is taken up again.
+        """
+        tx.ended.update(self.unfinished)
+        values = {"now": tx.now, "limit": CHUNK}
+        for job in map(as_dict, tx.execute(SQL.OVERDUE, values).fetchall()):
             if job["state"] == "working":
                 self.lapse(tx, job)
             else:
-                after = self.resting(tx, job, job["stage"])
-                self.move(tx, job, since=job["since"], **after)
+                state = self.settled_state(tx, job, job["stage"])
+                self.move(tx, job, state=state, entered_at=job["entered_at"])
 
     def lapse(self, tx, job):
         """Take a job back from a worker that was not heard of in time.
 
-        The claim stays: until somebody else has the job its late result is
+        The claim stays: until the job is claimed again, a late result is
         taken.
         """
         lapses, claim, report = job["lapses"] + 1, job["claim"], {}
-        after = self.resting(tx, job, job["origin"])
+        stage = job["claimed_from"]
+        state = self.settled_state(tx, job, stage)
         if lapses >= self.max_lapses:
-            after.update(state="failed", blame=None)
+            state = "failed"
             report["error"] = LAPSES_SPENT % lapses
-        if after["state"] in PUT_ASIDE:
+        if state in PUT_ASIDE:
             claim = None
         self.end_attempt(tx, job, "lapsed", report=report)
-        self.move(tx, job, claim=claim, lapses=lapses, **after)
+        self.move(tx, job, stage=stage, state=state, claim=claim,
+                  lapses=lapses)
+
+    # Jobs wait for others
+
+    def propagate(self, tx):
+        """Tell the children of jobs in `tx.ended` what became of those.
+
+        An edge is met once and for all when the parent is done. While a
+        parent is put aside its blocked children are aborted, and theirs.
+        `tx.ended` has for each parent the last child that was told: after
+        CHUNK children the rest stays there, for the next commit.
+        """
+        left = CHUNK
+        while tx.ended and left > 0:
+            revived = OrderedDict()  # each once, whatever its parents do
+            while tx.ended and left > 0:
+                parent, after = tx.ended.popitem(last=False)
+                key = {"parent": parent, "after": after, "limit": left}
+                children = tx.execute(SQL.CHILDREN, key).fetchall()
+                self.tell_children(tx, parent, children, revived)
+                if len(children) == left:
+                    tx.ended[parent] = children[-1]["child"]
+                left -= 1 + len(children)
+            for child in revived:
+                job = as_dict(
+                    tx.execute(SQL.JOB_BY_ID, {"id": child}).fetchone())
+                state = self.settled_state(tx, job, job["stage"])
+                if job["state"] == "aborted" != state:
+                    self.move(tx, job, state=state)
+
+    def tell_children(self, tx, parent, children, revived):
+        """Do what one parent's state means for some of its children.
+
+        The ids of aborted children of a parent that isn't put aside any more
+        are added to `revived`: another parent may still be.
+        """
+        if not children:
+            return
+        parent = tx.execute(SQL.JOB_BY_ID, {"id": parent}).fetchone()
+        end = dependency_end(parent["state"])
+        for child, in children:
+            if end == "met":
+                edge = {"child": child, "parent": parent["id"]}
+                tx.execute(SQL.MEET, edge)
+                tx.execute(SQL.MEET_ONE, edge)
+            job = as_dict(tx.execute(SQL.JOB_BY_ID, {"id": child}).fetchone())
+            if end == "unmet":
+                if job["state"] == "blocked":
+                    self.move(tx, job, state="aborted")
+            elif job["state"] == "aborted":
+                revived[child] = True
+            elif job["state"] == "blocked" and not job["unmet"]:
+                self.move(tx, job, state=stage_state(
+                    job["stage"], job["final"]))
+
+    def follow(self, tx, namespace, jobid, parents):
+        """Let a new job wait for others; raise Error 400 without one of them.
+        """
+        job = self.find(tx, namespace, jobid)
+        edges = [{"namespace": namespace, "child": job["id"], "parent": parent}
+                 for parent in parents]
+        if tx.executemany(SQL.ADD_DEPENDENCY, edges).rowcount < len(edges):
+            missing = next(
+                parent for edge, parent in zip(edges, parents) if not
+                tx.execute(SQL.JOB, dict(edge, jobid=parent)).fetchone())
+            raise Error(400, "Job %d waits for job %d, which isn't there."
+                        % (jobid, missing))
+        tx.execute(SQL.SET_UNMET, job)
+        job = self.find(tx, namespace, jobid)
+        state = self.settled_state(tx, job, job["stage"])
+        if state != job["state"]:
+            self.move(tx, job, state=state)
 
     # Jobs come in
 
     @change
-    def set(self, tx, jobix, ids, jobs):
-        """Add jobs with these ids; leave existing ones. See read_jobs."""
-        self.add(tx, jobix, ids, jobs)
+    def add_jobs(self, tx, namespace, ids, jobs):
+        """Add jobs with these ids; leave existing ones as they are.
 
-    def add(self, tx, jobix, ids, jobs):
+        `jobs` are dicts as read_job() returns them. Raises Error 400 when
+        one waits for a job that isn't there.
+        """
+        self.insert_jobs(tx, namespace, ids, jobs)
+
+    def insert_jobs(self, tx, namespace, ids, jobs):
         """Insert jobs and count those that are new."""
-        if not ids:
-            return
-        final = self.final_stage(tx, jobix)
-        jobs = dict(jobs, jobix=jobix, jobid=ids, since=tx.now)
-        after = jobs.pop("after")
-        following = {
-            jobid: parents for jobid, parents in zip(ids, after or ())
-            if parents and tx.find(jobix, jobid) is None
-        }
-        jobs["blocked"] = bool(following) and [i in following for i in ids]
-        keys = "jobstage", "laststage", "blocked"
-        for (stage, last, blocked), some in split(jobs, *keys):
-            state = stage_state(stage, final if last is None else last)
-            if blocked and state == "waiting":
-                state = "blocked"
-            free = lane(state, None)
-            n = tx.insert(SQL.ADD, dict(some, state=state, free=free))
-            tx.count("jobs", (jobix, stage, state), n)
-            if free > 0:
-                tx.count("free", (jobix, stage), n)
-        for jobid, parents in following.items():
-            self.follow(tx, jobix, jobid, parents)
+        final = tx.execute(
+            SQL.NAMESPACE, {"id": namespace}).fetchone()["laststage"]
+        groups, children = defaultdict(list), []
+        for jobid, job in zip(ids, jobs):
+            last = final if job["laststage"] is None else job["laststage"]
+            state = stage_state(job["jobstage"], last)
+            if job["after"]:
+                key = {"namespace": namespace, "jobid": jobid}
+                if tx.execute(SQL.JOB, key).fetchone():
+                    continue
+                children.append((jobid, job["after"]))
+                if state == "waiting":
+                    state = "blocked"
+            groups[job["jobstage"], state].append((
+                namespace, jobid, job["jobstage"], state,
+                int(is_free(state, None)), job["priority"], tx.now,
+                job["jobcmd"], job["filename"], job["laststage"],
+                job["max_attempts"], job["timeout"], job["cwd"],
+                job["outputs"],
+            ))
+        for (stage, state), rows in groups.items():
+            new = self.insert_rows(tx, rows)
+            tx.jobs[namespace, stage, state] += new
+            if is_free(state, None):
+                tx.freed[namespace, stage] += new
+        for jobid, parents in children:
+            self.follow(tx, namespace, jobid, parents)
 
-    def final_stage(self, tx, jobix):
-        """Return the last stage that /init named, or None."""
-        row = tx.execute(SQL.LASTSTAGE, {"jobix": jobix}).fetchone()
-        return row and row["laststage"]
+    def insert_rows(self, tx, rows):
+        """Insert jobs, many by each statement; return how many are new."""
+        new = 0
+        for i in range(0, len(rows), ROWS_AT_ONCE):
+            some = rows[i : i + ROWS_AT_ONCE]
+            sql = SQL.ADD_JOBS + ", ".join([SQL.NEW_JOB] * len(some))
+            values = list(itertools.chain.from_iterable(some))
+            new += tx.execute(sql, values).rowcount
+        return new
 
     @change
-    def submit(self, tx, jobix, submissions, jobs):
+    def submit(self, tx, namespace, submissions, jobs):
         """Add jobs under ids that the server gives.
 
         `submissions` is a list of (key, number of jobs). Returns a range of
-        ids for each; a key that was there before has its ids from then and
-        adds nothing.
+        ids for each; a key that is known has its ids from then, and its jobs
+        are not added again.
         """
-        last = tx.execute(SQL.LAST_JOBID, {"jobix": jobix}).fetchone()[0]
-        first = start = last + 1
-        if any(max(parents or [0]) > last for parents in jobs["after"] or ()):
+        key = {"namespace": namespace}
+        last = tx.execute(SQL.LAST_JOBID, key).fetchone()[0]
+        if any(max(job["after"] or [0]) > last for job in jobs):
             raise Error(400, "A job can't wait for jobs that aren't there.")
-        given, new, place = [], [], 0
-        for key, n in submissions:
-            ids = self.known_ids(tx, jobix, key)
-            if ids is None:
-                ids = self.new_ids(tx, jobix, key, first, n)
+        given, new, first = [], [], last + 1
+        jobs = iter(jobs)
+        for name, n in submissions:
+            some = list(itertools.islice(jobs, n))
+            known = tx.execute(SQL.SUBMISSION, dict(key, key=name)).fetchone()
+            if known:
+                ids = range(known["first"], known["first"] + known["jobs"])
+            else:
+                ids = range(first, first + n)
+                self.add_submission(tx, namespace, name, ids)
                 first = ids.stop
-                new += range(place, place + n)
-            place += n
+                new += some
             given.append(ids)
-        self.add(tx, jobix, list(range(start, first)), pick(jobs, new))
+        self.insert_jobs(tx, namespace, range(last + 1, first), new)
         return given
 
-    def known_ids(self, tx, jobix, key):
-        """Return the range of ids that `key` had before, None if it's new."""
-        values = {"jobix": jobix, "key": key}
-        known = tx.execute(SQL.SUBMISSION, values).fetchone()
-        if known is None:
-            return None
-        return range(known["first"], known["first"] + known["jobs"])
-
-    def new_ids(self, tx, jobix, key, first, jobs):
-        """Give `key` a range of ids, from `first` on; or Error 409."""
-        if first + jobs - 1 > MAX_JOBID:
+    def add_submission(self, tx, namespace, key, ids):
+        """Keep the range of ids that `key` has; raise Error 409."""
+        if ids.stop - 1 > MAX_JOBID:
             raise Error(409, "The numbers of jobs are used up.")
-        values = {"jobix": jobix, "key": key, "first": first, "jobs": jobs}
-        tx.execute(SQL.KEEP_SUBMISSION, values)
-        return range(first, first + jobs)
+        tx.execute(SQL.ADD_SUBMISSION, {
+            "namespace": namespace, "key": key, "first": ids.start,
+            "jobs": len(ids),
+        })
 
-    # Jobs are claimed, and what becomes of the claim
+    # Jobs are claimed
 
     @change
-    def claim(self, tx, jobix, stages, *, target=None, n=1, **lent):
-        """Claim up to `n` free jobs, of the first of `stages` first.
+    def claim(
+        self, tx, namespace, stages, *, target=None, n=1, worker, lease
+    ):
+        """Claim up to `n` free jobs, from the first of `stages` first.
 
-        A job moves to the stage `target`, else one up. `lent` has `worker`
-        (a name or None) and `lease` (seconds or None). Returns the jobs as
-        they are in the claim, dicts with the columns of SQL.FREE.
+        A job moves to the stage `target`, or one up without it. `worker` is
+        a name or None, `lease` is in seconds or None. Returns the jobs as
+        they are in the claim, dicts of SQL.ANY_JOB.
         """
-        free = []
+        jobs = []
         for stage in dict.fromkeys(stages):
-            free += tx.next_free(jobix, stage, n - len(free))
-        tokens = secrets.token_urlsafe(9 * len(free))  # 12 characters each
-        return [
-            self.hand_out(
-                tx, job, job["stage"] + 1 if target is None else target,
-                tokens[12 * i : 12 * i + 12], **lent
+            key = {"namespace": namespace, "stage": stage,
+                   "limit": n - len(jobs)}
+            jobs += map(as_dict, tx.execute(SQL.FREE, key))
+        tokens = secrets.token_urlsafe(9 * len(jobs))  # 12 characters each
+        moves = [
+            self.claim_one(
+                tx, job, claim=tokens[12 * i : 12 * i + 12],
+                target=job["stage"] + 1 if target is None else target,
+                worker=worker, lease=lease,
             )
-            for i, job in enumerate(free)
+            for i, job in enumerate(jobs)
         ]
+        if moves:
+            tx.move(moves)
+        return moves
 
-    def hand_out(self, tx, job, target, claim, *, worker, lease):
-        """Move one free job into the hands of a new `claim`; return it so."""
-        self.cut_off(tx, job, "superseded")  # claimed without a lease
-        fresh = job["state"] == "working" and job["stage"] != job["origin"]
-        waited = max(0, tx.now - job["since"])
-        key = job["jobix"], job["stage"], "claimed"
-        tx.spend(key, waited, bucket=run_bucket(waited))
-        if not fresh and job["attempt"]:
-            tx.spend((*key[:2], "again"), waited)
-        return self.move(
-            tx, job,
+    def claim_one(self, tx, job, *, target, claim, worker, lease):
+        """Return the move of one free job to the holder of a new claim."""
+        self.interrupt(tx, job, "superseded")  # was claimed without a lease
+        fresh = (
+            job["state"] == "working" and job["stage"] != job["claimed_from"])
+        waited = max(0, tx.now - job["entered_at"])
+        tx.spend(job, job["stage"], "claimed", waited)
+        if job["attempt"] and not fresh:
+            tx.spend(job, job["stage"], "again", waited)
+        return after_move(
+            job, tx.now,
             stage=target,
             state="working",
-            due=None if lease is None else tx.now + lease,
+            expires_at=None if lease is None else tx.now + lease,
             lease=lease,
-            origin=job["stage"],
-            held=target,
+            claimed_from=job["stage"],
+            claimed_to=target,
             claim=claim,
             worker=worker,
             attempt=1 if fresh else job["attempt"] + 1,
@@ -2628,34 +2317,51 @@ class Store:
             lapses=0 if fresh else job["lapses"],
         )
 
+    # An attempt ends
+
     @change
-    def update_job(self, tx, jobix, jobid, stage, **given):
-        """Put a job into `stage`: its attempt, if any, is done.
+    def update_jobs(self, tx, namespace, updates):
+        """Put jobs into stages: their attempts, if any, are done.
 
-        `given` may have `claim` (then Error 409 and no change when it isn't
-        the job's any more), `report`, and `filename`, `jobcmd` and `files`,
-        which replace the job's where they aren't None. Raises Error 404 when
-        there is no such job.
+        An update is a dict of `jobid`, `stage`, and perhaps `claim`, `report`,
+        and `jobcmd`, `filename` and `files`, which replace the job's. Returns
+        a list with None for each, or the Error by which it was refused and
+        changed nothing: 404 where there is no such job, 409 where the claim
+        isn't the job's any more.
         """
-        self.update(tx, jobix, jobid, stage, **given)
+        errors = []
+        for update in updates:
+            try:
+                errors.append(self.update_one(tx, namespace, **update))
+            except Error as error:
+                errors.append(error)
+        return errors
 
-    def update(
-        self, tx, jobix, jobid, stage, *, claim=None, report=None, **given
+    def update_one(
+        self, tx, namespace, jobid, stage, *, claim=None, report=None, **new
     ):
-        """Do what update_job says, as a part of an operation."""
-        job = self.find(tx, jobix, jobid)
-        if self.settled(tx, job, claim, "done", stage):
+        """Put one job into a stage; raise Error."""
+        job = self.find(tx, namespace, jobid)
+        if self.already_ended(tx, job, claim, "done", stage):
             return
-        self.end_attempt(tx, job, "done", target=stage, report=report)
-        given = {k: text for k, text in given.items() if text is not None}
-        if given:
-            self.replace(tx, job, given)
-        after = self.resting(tx, job, stage)
-        self.move(tx, job, attempt=0, failures=0, lapses=0, **after)
-        if after["state"] == "done" != job["state"]:
-            tx.count("done", jobix)
+        given = self.replace(tx, job, new) if new else None
+        self.end_attempt(
+            tx, job, "done", target=stage, report=report, given=given)
+        state = self.settled_state(tx, job, stage)
+        self.move(tx, job, stage=stage, state=state, attempt=0, failures=0,
+                  lapses=0)
+        if state == "done" != job["state"]:
+            tx.done[namespace] += 1
 
-    def settled(self, tx, job, claim, outcome, target=None):
+    def replace(self, tx, job, new):
+        """Give a job new content; return, in JSON, what that replaces."""
+        if "files" in new:
+            new["files_stage"] = job["claimed_from"]
+        old = as_dict(tx.execute(SQL.CONTENT, job).fetchone())
+        tx.execute(SQL.REPLACE, dict(old, id=job["id"], **new))
+        return to_json({name: old[name] for name in new})
+
+    def already_ended(self, tx, job, claim, outcome, target=None):
         """Return whether the attempt of `claim` has ended this way before.
 
         Then the call is a repetition, whose first reply was lost. Raises
@@ -2664,55 +2370,34 @@ class Store:
         """
         if claim is None or claim == job["claim"]:
             return False
-        key = {"row": job["row"], "claim": claim}
-        ended = {"outcome": outcome, "target": target}
-        if ended in tx.select(SQL.ATTEMPT, key):
+        key = {"id": job["id"], "claim": claim}
+        ended = tx.execute(SQL.ATTEMPT, key).fetchone()
+        if ended and (ended["outcome"], ended["target"]) == (outcome, target):
             return True
         raise Error(409, "Job %d is no longer yours." % job["jobid"])
 
     @change
-    def update_jobs(self, tx, jobix, updates):
-        """Do many updates; return their statuses, 200, 404 or 409 each.
-
-        `updates` is a list of dicts of what update_job takes.
-        """
-        statuses = []
-        for i in range(0, len(updates), len(TOGETHER)):
-            part = updates[i : i + len(TOGETHER)]
-            tx.look_up(jobix, [update["jobid"] for update in part])
-            statuses += [self.status_of(tx, jobix, each) for each in part]
-        return statuses
-
-    def status_of(self, tx, jobix, update):
-        """Do one of many updates; return its status."""
-        try:
-            self.update(tx, jobix, **update)
-        except Error as error:
-            return error.status
-        return 200
-
-    @change
-    def fail_job(self, tx, jobix, jobid, *, claim=None, report=None):
+    def fail_job(self, tx, namespace, jobid, *, claim=None, report=None):
         """Put a job back where it was claimed: delayed, at last failed.
 
-        Exit status 75 says that it should be tried later: that isn't counted
-        as a failure. Returns the job's state, failures and delay in seconds.
-        Errors as update_job's; 409 too when nobody has claimed the job.
+        Exit status 75 asks to try later: that isn't counted as a failure.
+        Returns the job's state, failures and delay in seconds. Raises the
+        errors of update_jobs(); 409 too when nobody has claimed the job.
         """
-        job = self.find(tx, jobix, jobid)
+        job = self.find(tx, namespace, jobid)
         later = (report or {}).get("exit_code") == os.EX_TEMPFAIL
         outcome = "deferred" if later else "failed"
-        if self.settled(tx, job, claim, outcome):
+        if self.already_ended(tx, job, claim, outcome):
             return {
                 "jobid": jobid, "state": job["state"],
                 "failures": job["failures"], "delay": delay_left(job, tx.now),
             }
-        self.need_claim(job)
+        self.require_claim(job)
         self.end_attempt(tx, job, outcome, report=report)
         failures = job["failures"] + (not later)
         limit = job["max_attempts"] or self.max_attempts
-        state, delay = self.put_off(
-            tx, job, stage=job["origin"], failures=failures,
+        state, delay = self.delay_or_fail(
+            tx, job, stage=job["claimed_from"], failures=failures,
             tries=job["attempt"] if later else failures,
             spent=not later and failures >= limit,
         )
@@ -2721,319 +2406,326 @@ class Store:
             "delay": delay,
         }
 
-    def put_off(self, tx, job, *, tries, spent, **after):
-        """Let a job wait, longer after more `tries`, or fail it when spent.
+    def delay_or_fail(self, tx, job, *, tries, spent, **after):
+        """Delay a job, longer after more `tries`, or fail it when spent.
 
         Returns its state and the delay in seconds.
         """
-        state, delay, due = "failed", 0, None
+        state, delay, expires_at = "failed", 0, None
         if not spent:
             state, delay = "delayed", delay_after(tries)
-            due = tx.now + delay
-        self.move(tx, job, state=state, due=due, **after)
+            expires_at = tx.now + delay
+        self.move(tx, job, state=state, expires_at=expires_at, **after)
         return state, delay
 
     @change
     def reject_job(
-        self, tx, jobix, jobid, *, claim=None, files=None, report=None
+        self, tx, namespace, jobid, *, claim=None, files=None, report=None
     ):
         """Send a job back to the stage that made its files: they are gone.
 
         Without `claim` it is for jobs that nobody works on; `files`, as JSON
         text, are those that the caller looked for. Returns the job's state,
-        stage, rejections and delay in seconds. Errors as fail_job's; 409 too
-        when the job has no files, or others.
+        stage, rejections and delay in seconds. Raises the errors of
+        fail_job(); 409 too when the job has no files, or others.
         """
-        job = self.find(tx, jobix, jobid)
-        had = tx.execute(SQL.FILES, {"row": job["row"]}).fetchone()
-        if self.settled(tx, job, claim, "rejected"):
+        job = self.find(tx, namespace, jobid)
+        if self.already_ended(tx, job, claim, "rejected"):
             return {
                 "jobid": jobid, "state": job["state"], "stage": job["stage"],
                 "rejects": job["rejects"], "delay": delay_left(job, tx.now),
             }
-        self.need_files(job, had, claim, files)
+        content = tx.execute(SQL.CONTENT, job).fetchone()
+        self.require_files(job, content, claim, files)
         if claim is not None:
             self.end_attempt(tx, job, "rejected", report=report)
-        self.restore(tx, job, had["made"])
-        rejects = job["rejects"] + 1
-        state, delay = self.put_off(
-            tx, job, stage=had["made"], rejects=rejects, tries=rejects,
+        stage, rejects = content["files_stage"], job["rejects"] + 1
+        self.restore(tx, job, stage)
+        state, delay = self.delay_or_fail(
+            tx, job, stage=stage, rejects=rejects, tries=rejects,
             spent=rejects >= (job["max_attempts"] or self.max_attempts),
             attempt=0, failures=0, lapses=0,
         )
         return {
-            "jobid": jobid, "state": state, "stage": had["made"],
+            "jobid": jobid, "state": state, "stage": stage,
             "rejects": rejects, "delay": delay,
         }
 
-    def need_files(self, job, had, claim, files):
+    def require_files(self, job, content, claim, files):
         """Raise Error 409 when `job` can't be sent back for its files."""
         if claim is None and job["state"] not in REJECTABLE:
             message = "Job %d is %s; only its worker can reject its files."
             raise Error(409, message % (job["jobid"], job["state"]))
-        if had["files"] in (None, "[]") or had["made"] is None:
+        if content["files"] in (None, "[]") or content["files_stage"] is None:
             message = "Job %d has no files that a stage could make again."
             raise Error(409, message % job["jobid"])
-        if files not in (None, had["files"]):
+        if files not in (None, content["files"]):
             raise Error(409, "Job %d has other files now." % job["jobid"])
 
     def restore(self, tx, job, stage):
-        """Give a job back what `stage` was given, as it returns there."""
-        values = {"row": job["row"], "stage": stage}
-        first = tx.execute(SQL.DONE_ATTEMPT, values).fetchone()[0]
-        tx.execute(SQL.RESTORE, dict(values, first=first))
+        """Give a job back what `stage` was given, as it returns there.
+
+        That is what the stage's own update replaced, or the first one after
+        it. Files that were made in the stage were not given to it.
+        """
+        first = tx.execute(
+            SQL.DONE_ATTEMPT, dict(job, stage=stage)).fetchone()[0]
+        before = as_dict(tx.execute(SQL.CONTENT, job).fetchone())
+        if before["files_stage"] == stage:
+            before.update(files=None, files_stage=None)
+        for row in tx.execute(SQL.GIVEN_SINCE, dict(job, first=first)):
+            given = from_json(row["given"])
+            if row["id"] != first:  # files that a later stage was given
+                given.pop("files", None)
+                given.pop("files_stage", None)
+            before.update(given)
+        tx.execute(SQL.REPLACE, dict(before, id=job["id"]))
 
     @change
-    def release_job(self, tx, jobix, jobid, *, claim=None):
-        """Give a claim back unharmed; errors as fail_job's."""
-        job = self.find(tx, jobix, jobid)
-        if self.settled(tx, job, claim, "released"):
+    def release_job(self, tx, namespace, jobid, *, claim=None):
+        """Give a claim back unharmed; raise the errors of fail_job()."""
+        job = self.find(tx, namespace, jobid)
+        if self.already_ended(tx, job, claim, "released"):
             return {"jobid": jobid, "state": job["state"]}
-        self.need_claim(job)
-        return {"jobid": jobid, "state": self.give_back(tx, job)}
+        self.require_claim(job)
+        return {"jobid": jobid, "state": self.undo_claim(tx, job)}
 
-    def give_back(self, tx, job):
-        """Undo a claim; return the state that its job has then."""
+    def undo_claim(self, tx, job):
+        """Take a claim back, uncounted; return the job's state then."""
         self.end_attempt(tx, job, "released")
-        after = self.resting(tx, job, job["origin"])
-        self.move(tx, job, attempt=job["attempt"] - 1, **after)
-        return after["state"]
+        stage = job["claimed_from"]
+        state = self.settled_state(tx, job, stage)
+        self.move(tx, job, stage=stage, state=state,
+                  attempt=job["attempt"] - 1)
+        return state
 
-    def need_claim(self, job):
+    def require_claim(self, job):
         """Raise Error 409 when nobody has claimed `job`."""
         if job["claim"] is None:
             raise Error(409, "Nobody has claimed job %d." % job["jobid"])
 
+    # Workers say how they are
+
     @change
-    def heartbeat(self, tx, jobix, *, claims, lease, worker):
+    def heartbeat(self, tx, namespace, *, claims, lease, worker):
         """Renew `claims`, a list of (jobid, token), for `lease` seconds.
 
         `worker` is what it says of itself: the columns of its table, and
-        whether it has `ended`. Returns a list of the jobids whose claim is
-        lost, and whether it should drain.
+        whether it has `ended`. One in quarantine stays listed, for a person
+        to look at. Returns a list of the jobids whose claim is lost, and
+        whether the worker should drain.
         """
-        worker = dict(worker, jobix=jobix, heard=tx.now)
-        self.count_idle(tx, worker)
+        worker = dict(worker, namespace=namespace, now=tx.now)
         if worker["ended"] and worker["quarantine"] is None:
-            tx.execute(SQL.ENDED, worker)
+            tx.execute(SQL.FORGET_WORKER, worker)
         else:
             tx.add(SQL.HEARD, SQL.HEARD_FIRST, worker)
         drained = tx.execute(SQL.DRAINED, worker).fetchone()
-        lost = []
-        for jobid, claim in claims:
-            job = tx.find(jobix, jobid)
-            if job is None or job["claim"] != claim:
-                lost.append(jobid)
-            else:
-                self.renew(tx, job, lease)
+        lost = [
+            jobid for jobid, claim in claims
+            if not self.renew(tx, namespace, jobid, claim, lease)
+        ]
         return lost, drained is not None
 
-    def count_idle(self, tx, worker):
-        """Count how long a worker's slots were idle since it was heard of.
+    def renew(self, tx, namespace, jobid, claim, lease):
+        """Give a claim more time, also a lapsed one that nobody took over.
 
-        That goes to the first of its stages. One that was silent for long
-        was not there.
+        Returns False when the claim is lost.
         """
-        before = tx.execute(SQL.WORKER, worker).fetchone()
-        if before and None not in tuple(before):
-            stages, silent = from_json(before["stages"]), \
-                worker["heard"] - before["heard"]
-            idle = (before["slots"] - before["busy"]) * silent
-            if stages and 0 <= silent <= AWAY_AFTER and idle > 0:
-                tx.spend((worker["jobix"], stages[0], "idle"), idle, 0)
-
-    def renew(self, tx, job, lease):
-        """Give a claim more time, also one that lapsed and nobody took."""
-        due = tx.now + lease
-        if job["state"] == "working":
-            values = dict(job, due=due, lease=lease)
-            values["free"] = lane("working", lease)
-            tx.execute(SQL.RENEW, values)
-        else:
-            self.move(
-                tx, job, stage=job["held"], state="working",
-                claim=job["claim"], due=due, lease=lease,
-            )
-
-    # Workers are drained, stages paused
+        values = {"namespace": namespace, "jobid": jobid, "claim": claim,
+                  "lease": lease, "expires_at": tx.now + lease}
+        if tx.execute(SQL.RENEW, values).rowcount:
+            return True
+        job = tx.execute(SQL.JOB, values).fetchone()
+        if job is None or job["claim"] != claim:
+            return False
+        self.move(
+            tx, as_dict(job), stage=job["claimed_to"], state="working",
+            claim=claim, expires_at=values["expires_at"], lease=lease,
+        )
+        return True
 
     @change
-    def drain(self, tx, jobix, name, *, drain):
+    def drain(self, tx, namespace, name, *, drain):
         """Tell a worker at its next heartbeat to claim no more, or again.
 
         Raises Error 404 when no worker of that name was heard of.
         """
-        values = {"jobix": jobix, "name": name, "drain": int(drain)}
+        values = {"namespace": namespace, "name": name, "drain": int(drain)}
         if not tx.execute(SQL.DRAIN, values).rowcount:
             raise Error(404, "There is no worker %s." % name)
 
-    @change
-    def pause(self, tx, jobix, stage, *, paused):
-        """Hand out nothing of a stage any more, or again."""
-        key = {"jobix": jobix, "stage": stage}
-        tx.execute(SQL.PAUSE if paused else SQL.RESUME, key)
-        if not paused:  # wake as many as there can be jobs for
-            free = tx.execute(SQL.ANY_FREE, key).fetchall()
-            tx.count("free", (jobix, stage), len(free))
+    # Stages are paused, and have lifetimes
 
-    # Lifetimes
+    @change
+    def pause(self, tx, namespace, stage, *, paused):
+        """Hand out no more jobs of a stage, or go on with it."""
+        key = {"namespace": namespace, "stage": stage}
+        tx.execute(SQL.ADD_STAGE, key)
+        tx.execute(SQL.PAUSE, dict(key, paused=int(paused)))
+        tx.freed[namespace, stage] += \
+            tx.execute(SQL.COUNT_FREE, key).fetchone()[0]
 
     @query
-    def lifetimes(self, execute, jobix):
-        """Return {stage: minutes} of a jobix."""
-        return dict(execute(SQL.LIFETIMES, {"jobix": jobix}).fetchall())
+    def lifetimes(self, execute, namespace):
+        """Return {stage: minutes} of a namespace."""
+        return self.minutes(execute, namespace)
+
+    def minutes(self, execute, namespace):
+        """Do what lifetimes() says, within an operation."""
+        rows = execute(SQL.STAGES, {"namespace": namespace})
+        return {row["stage"]: row["minutes"] for row in rows
+                if row["minutes"] is not None}
 
     @change
-    def init(self, tx, jobix, minutes):
+    def init(self, tx, namespace, minutes):
         """Set the lifetimes of stages 0 … n, and n as the last stage.
 
-        Only if the jobix has no lifetime yet. Returns {stage: minutes} as
-        they are in force.
+        Only if the namespace has no lifetime yet. Returns {stage: minutes}
+        as they are in force.
         """
-        key = {"jobix": jobix}
-        if tx.execute(SQL.LIFETIMES, key).fetchone() is None:
+        if not self.minutes(tx.execute, namespace):
             for stage, value in enumerate(minutes):
-                values = dict(key, stage=stage, minutes=value)
-                tx.execute(SQL.SET_LIFETIME, values)
-            key["laststage"] = len(minutes) - 1
+                self.set_minutes(tx, namespace, stage, value)
+            key = {"namespace": namespace, "laststage": len(minutes) - 1}
             tx.execute(SQL.SET_LASTSTAGE, key)
             for job in tx.execute(SQL.NEWLY_DONE, key).fetchall():
-                self.move(tx, job, state="done", since=job["since"])
-        return dict(tx.execute(SQL.LIFETIMES, key).fetchall())
+                self.move(tx, as_dict(job), state="done",
+                          entered_at=job["entered_at"])
+        return self.minutes(tx.execute, namespace)
 
-    @query
-    def lifetime(self, execute, jobix, stage):
-        """Return the lifetime of a stage in minutes, 0 when it has none."""
-        key = {"jobix": jobix, "stage": stage}
-        row = execute(SQL.LIFETIME, key).fetchone()
-        return row["minutes"] if row else 0
+    def set_minutes(self, tx, namespace, stage, minutes):
+        """Write the lifetime of a stage."""
+        values = {"namespace": namespace, "stage": stage, "minutes": minutes}
+        tx.execute(SQL.ADD_STAGE, values)
+        tx.execute(SQL.SET_MINUTES, values)
 
     @change
-    def set_lifetime(self, tx, jobix, stage, minutes):
+    def set_lifetime(self, tx, namespace, stage, minutes):
         """Set the lifetime of a stage; unmark the jobs that it now covers."""
-        values = {"jobix": jobix, "stage": stage, "minutes": minutes}
-        tx.execute(SQL.SET_LIFETIME, values)
-        values["before"] = tx.now - minutes * 60 if minutes else 0
-        self.mark(tx, SQL.OUT_OF_DATE, SQL.UNFLAG, values, -1)
+        self.set_minutes(tx, namespace, stage, minutes)
+        before = tx.now - minutes * 60 if minutes else 0
+        key = {"namespace": namespace, "stage": stage, "before": before}
+        self.mark(tx, SQL.COUNT_FRESH, SQL.UNMARK_EXPIRED, key, -1)
 
     def mark(self, tx, affected, update, values, sign):
         """Set or clear the mark `expired` of a range of jobs; count them."""
         for row in tx.execute(affected, values).fetchall():
-            key = values["jobix"], values["stage"], row["state"]
-            tx.count("expired", key, sign * row["jobs"])
+            key = values["namespace"], values["stage"], row["state"]
+            tx.expired[key] += sign * row["jobs"]
         tx.execute(update, values)
 
-    def flag(self, tx, jobix, stage, minutes):
-        """Flag every job of a stage that is over its lifetime."""
-        before = tx.now - minutes * 60
-        values = {"jobix": jobix, "stage": stage, "before": before}
-        self.mark(tx, SQL.OVERDUE, SQL.FLAG, values, 1)
+    def mark_expired(self, tx, namespace, stage, minutes):
+        """Mark the jobs of a stage that are over its lifetime."""
+        values = {"namespace": namespace, "stage": stage,
+                  "before": tx.now - minutes * 60}
+        self.mark(tx, SQL.COUNT_STALE, SQL.MARK_EXPIRED, values, 1)
 
-    def flag_all(self, tx, jobix):
-        """Flag every job that is over its lifetime; return the stages."""
-        rows = tx.execute(SQL.LIFETIMES, {"jobix": jobix}).fetchall()
-        for row in rows:
-            if row["minutes"]:
-                self.flag(tx, jobix, row["stage"], row["minutes"])
-        return [row["stage"] for row in rows if row["minutes"]]
+    def mark_all_expired(self, tx, namespace):
+        """Mark every job over its lifetime; return the stages that have one.
+        """
+        limited = {stage: minutes for stage, minutes
+                   in self.minutes(tx.execute, namespace).items() if minutes}
+        for stage, minutes in limited.items():
+            self.mark_expired(tx, namespace, stage, minutes)
+        return list(limited)
 
     @change
-    def check_stages(self, tx, jobix):
-        """Flag what has expired; return whether nothing is flagged."""
-        keys = [
-            {"jobix": jobix, "stage": stage}
-            for stage in self.flag_all(tx, jobix)
-        ]
+    def check_stages(self, tx, namespace):
+        """Mark what has expired; return whether nothing is marked."""
+        stages = self.mark_all_expired(tx, namespace)
         return not any(
-            tx.execute(SQL.ANY_EXPIRED, key).fetchone() for key in keys
+            tx.execute(SQL.ANY_EXPIRED, {
+                "namespace": namespace, "stage": stage}).fetchone()
+            for stage in stages
         )
 
     @change
-    def move_expired(self, tx, jobix, old, new):
-        """Flag what has expired, then move the flagged of stage `old`.
+    def move_expired(self, tx, namespace, old, new):
+        """Mark what has expired, then move the marked jobs of stage `old`.
 
         Failed, cancelled and aborted jobs stay: only a retry brings them
-        back. Returns whether nothing was flagged in `old`, and how many
-        jobs moved.
+        back. Returns whether nothing was marked in `old`, and how many jobs
+        moved.
         """
-        self.flag_all(tx, jobix)
-        key = {"jobix": jobix, "stage": old}
-        flagged = tx.execute(SQL.EXPIRED, key).fetchall()
-        moving = [job for job in flagged if job["state"] not in PUT_ASIDE]
+        self.mark_all_expired(tx, namespace)
+        key = {"namespace": namespace, "stage": old}
+        marked = [as_dict(job) for job in tx.execute(SQL.EXPIRED, key)]
+        moving = [job for job in marked if job["state"] not in PUT_ASIDE]
         for job in moving:
-            self.cut_off(tx, job, "expired")
-            after = self.resting(tx, job, new)
-            self.move(tx, job, attempt=0, failures=0, lapses=0, **after)
-        return not flagged, len(moving)
+            self.interrupt(tx, job, "expired")
+            state = self.settled_state(tx, job, new)
+            self.move(tx, job, stage=new, state=state, attempt=0, failures=0,
+                      lapses=0)
+        return not marked, len(moving)
 
     # Jobs are retried, cancelled, released, forgotten
 
-    def retry(self, jobix, **selector):
+    def retry(self, namespace, **selector):
         """Put ended jobs back where they were claimed, budgets fresh.
 
         `selector` has `ids`, or `stage` and `state`, None for any. Returns
         how many; raises Error 404 when one of `ids` doesn't exist.
         """
-        return self.sweep(jobix, self.put_back, RETRIABLE, **selector)
+        return self.sweep(namespace, self.retry_one, RETRIABLE, **selector)
 
-    def cancel(self, jobix, **selector):
+    def cancel(self, namespace, **selector):
         """Cancel whatever isn't done; selector and result as retry's."""
-        return self.sweep(jobix, self.call_off, CANCELLABLE, **selector)
+        return self.sweep(namespace, self.cancel_one, CANCELLABLE, **selector)
 
-    def release(self, jobix, **selector):
+    def release(self, namespace, **selector):
         """Give claims back unharmed; selector and result as retry's."""
-        return self.sweep(jobix, self.let_go, ("working",), **selector)
+        return self.sweep(
+            namespace, self.release_one, ("working",), **selector)
 
-    def forget(self, jobix, **selector):
+    def forget(self, namespace, **selector):
         """Delete done jobs; selector and result as retry's."""
-        return self.sweep(jobix, self.delete, ("done",), **selector)
+        return self.sweep(namespace, self.forget_one, ("done",), **selector)
 
-    def sweep(self, jobix, act, states, *, ids=None, stage=None, state=None):
+    def sweep(
+        self, namespace, act, states, *, ids=None, stage=None, state=None
+    ):
         """Do `act` to the selected jobs in one of `states`; count them.
 
-        A few thousand in a commit, so that nobody else waits long.
+        A few thousand in a commit, so that other requests come between.
         """
         if state is not None:
             states = [known for known in states if known == state]
-        wanted = {"states": states, "stage": stage}
         if ids is not None:
-            return self.sweep_ids(jobix, act, ids, **wanted)
-        found = self.ids_in(jobix, **wanted)
+            return self.sweep_ids(namespace, act, ids, states, stage)
+        found = self.ids_in(namespace, states, stage)
         return sum(
-            self.sweep_ids(jobix, act, found[i : i + CHUNK], **wanted)
+            self.sweep_ids(
+                namespace, act, found[i : i + CHUNK], states, stage)
             for i in range(0, len(found), CHUNK)
         )
 
     @query
-    def ids_in(self, execute, jobix, *, states, stage):
+    def ids_in(self, execute, namespace, states, stage):
         """Return the ids of all jobs in `states` and a stage, None: any."""
-        return self.ids(execute, jobix, states, stage)
-
-    def ids(self, execute, jobix, states, stage):
-        """Return what ids_in does, within an operation."""
         return [
-            row["jobid"]
-            for group in self.groups(execute, jobix, states, stage)
-            for row in execute(SQL.GROUP, group)
+            jobid
+            for group in self.groups(execute, namespace, states, stage)
+            for jobid, in execute(SQL.GROUP, group)
         ]
 
-    def groups(self, execute, jobix, states, stage):
+    def groups(self, execute, namespace, states, stage):
         """Return the groups of jobs in `states` and a stage, None: any.
 
-        They are dicts of jobix, stage, state, and how many `jobs` and
+        They are dicts of namespace, stage, state, and how many `jobs` and
         `expired`.
         """
-        rows = execute(SQL.TALLY, {"jobix": jobix}).fetchall()
+        rows = execute(SQL.TALLY, {"namespace": namespace}).fetchall()
         return [
-            dict(row, jobix=jobix)
+            dict(row, namespace=namespace)
             for row in rows
             if row["state"] in states and stage in (None, row["stage"])
         ]
 
     @change
-    def sweep_ids(self, tx, jobix, act, ids, *, states, stage):
+    def sweep_ids(self, tx, namespace, act, ids, states, stage):
         """Do `act` to those of the jobs `ids` that fit; count them."""
-        jobs = [self.find(tx, jobix, jobid) for jobid in ids]
+        jobs = [self.find(tx, namespace, jobid) for jobid in ids]
         return sum(
             act(tx, job)
             for job in jobs
@@ -3041,129 +2733,119 @@ class Store:
         )
 
     @change
-    def limit_attempts(self, tx, jobix, ids, attempts):
+    def limit_attempts(self, tx, namespace, ids, attempts):
         """Give jobs another number of failures that they may have."""
-        for jobid in ids:
-            key = {"jobix": jobix, "jobid": jobid, "attempts": attempts}
-            tx.execute(SQL.LIMIT_ATTEMPTS, key)
+        tx.executemany(SQL.LIMIT_ATTEMPTS, [
+            {"namespace": namespace, "jobid": jobid, "attempts": attempts}
+            for jobid in ids
+        ])
 
-    def put_back(self, tx, job):
+    def retry_one(self, tx, job):
         """Let an ended job run again; return how many did: 1 or 0."""
-        stage = job["origin"] if job["state"] == "done" else job["stage"]
+        done = job["state"] == "done"
+        stage = job["claimed_from"] if done else job["stage"]
         if stage is None:  # nobody ever claimed it
             return 0
-        after = self.resting(tx, job, stage)
-        if after["state"] == "aborted" == job["state"]:
+        state = self.settled_state(tx, job, stage)
+        if state == "aborted" == job["state"]:
             return 0  # it comes back with the job that it waits for
-        if job["state"] == "done":
+        if done:
             self.restore(tx, job, stage)
-        self.move(
-            tx, job, attempt=0, failures=0, lapses=0, rejects=0, **after)
+        self.move(tx, job, stage=stage, state=state, attempt=0, failures=0,
+                  lapses=0, rejects=0)
         return 1
 
-    def call_off(self, tx, job):
+    def cancel_one(self, tx, job):
         """Cancel a job, in the stage that it was claimed from; return 1."""
         working = job["state"] == "working"
-        self.cut_off(tx, job, "cancelled")
-        stage = job["origin"] if working else job["stage"]
+        self.interrupt(tx, job, "cancelled")
+        stage = job["claimed_from"] if working else job["stage"]
         self.move(tx, job, stage=stage, state="cancelled")
         return 1
 
-    def let_go(self, tx, job):
-        """Take a job from who works on it; return 1."""
-        self.give_back(tx, job)
+    def release_one(self, tx, job):
+        """Take a job from the worker that runs it; return 1."""
+        self.undo_claim(tx, job)
         return 1
 
-    def delete(self, tx, job):
-        """Delete a done job; return 0 if another doesn't know of its end yet.
-        """
-        if job["followed"] and tx.execute(SQL.WAITED_ON, job).fetchone():
+    def forget_one(self, tx, job):
+        """Delete a done job; return 0 if a child is still to be told."""
+        key = {"parent": job["id"], "after": -1, "limit": 1}
+        if tx.execute(SQL.CHILDREN, key).fetchone():
             return 0
         for statement in (SQL.FORGET_ATTEMPTS, SQL.FORGET_PARENTS,
-                          SQL.FORGET_CHILDREN, SQL.SETTLED, SQL.FORGOTTEN,
-                          SQL.FORGET):
+                          SQL.FORGET_CHILDREN, SQL.SET_LAST_JOBID, SQL.FORGET):
             tx.execute(statement, job)
-        group = job["jobix"], job["stage"], job["state"]
-        tx.count("jobs", group, -1)
-        tx.count("expired", group, -job["expired"])
+        group = job["namespace"], job["stage"], job["state"]
+        tx.jobs[group] -= 1
+        tx.expired[group] -= job["expired"]
         return 1
 
     # What there is
 
     @query
-    def status(self, execute, jobix):
-        """Return the figures of a jobix: see GET /status in README."""
-        key = {"jobix": jobix}
-        lifetimes = dict(execute(SQL.LIFETIMES, key).fetchall())
-        stages = {}
+    def status(self, execute, namespace):
+        """Return the figures of a namespace: see GET /status in README."""
+        key = {"namespace": namespace}
+        stages = defaultdict(lambda: dict(
+            new_figures(), lifetime=0, paused=False, name=None, runtime=None))
+        totals = new_figures()
         for row in execute(SQL.TALLY, key):
-            stage = stages.setdefault(row["stage"], new_figures())
-            for figures in (stage, stages.setdefault(None, new_figures())):
+            for figures in (stages[row["stage"]], totals):
                 figures["jobs"] += row["jobs"]
                 figures["expired"] += row["expired"]
                 figures["states"][row["state"]] += row["jobs"]
-        totals = stages.pop(None, new_figures())
-        runtimes = self.runtimes(execute, jobix)
-        paused = {row["stage"] for row in execute(SQL.PAUSED, key)}
-        for stage in paused.union(runtimes):
-            stages.setdefault(stage, new_figures())
-        rate = self.rate(execute, jobix)
+        for row in execute(SQL.STAGES, key):
+            if row["minutes"] is not None or row["paused"] or row["name"]:
+                stages[row["stage"]].update(
+                    lifetime=row["minutes"] or 0, paused=bool(row["paused"]),
+                    name=row["name"])
+        for stage, spent in Spent.by_stage(execute(SQL.SPENT, key)).items():
+            if spent.attempts["done"]:
+                stages[stage]["runtime"] = quantiles(
+                    spent.buckets["done"], "attempts", "median", "p90")
+        rate = self.rate(execute, namespace)
         left = sum(totals["states"][state] for state in UNENDED)
         return {
             "version": __version__,
             "time": self.clock(),
-            "stages": [
-                dict(
-                    figures, stage=stage, lifetime=lifetimes.get(stage, 0),
-                    runtime=runtimes.get(stage), paused=stage in paused,
-                )
-                for stage, figures in sorted(stages.items())
-            ],
+            "stages": [dict(figures, stage=stage)
+                       for stage, figures in sorted(stages.items())],
             "totals": totals,
             "rate": rate,
             "seconds_left": left / rate if rate else None,
         }
 
-    def runtimes(self, execute, jobix):
-        """Return {stage: how long the commands of its attempts ran}."""
-        stages = by_stage(execute(SQL.RUN_TIMES, {"jobix": jobix}))
-        return {
-            stage: quantiles(buckets, "attempts", "median", "p90")
-            for stage, buckets in stages.items()
-        }
+    def rate(self, execute, namespace):
+        """Return how many jobs became done a second in the last two minutes.
+        """
+        now = self.clock()
+        minute = int(now // 60) - 1
+        key = {"namespace": namespace, "minute": minute}
+        done = execute(SQL.DONE_SINCE, key).fetchone()[0]
+        return done / (now - minute * 60)
 
     @query
-    def stats(self, execute, jobix):
-        """Return the time, and rows of EFFORTS, RUN_TIMES and WAIT_TIMES."""
-        statements = SQL.EFFORTS, SQL.RUN_TIMES, SQL.WAIT_TIMES
-        key = {"jobix": jobix}
-        return (self.clock(), *(
-            execute(sql, key).fetchall() for sql in statements))
+    def stats(self, execute, namespace):
+        """Return the time, and {stage: Spent}."""
+        rows = execute(SQL.SPENT, {"namespace": namespace})
+        return self.clock(), Spent.by_stage(rows)
 
     @query
     def metrics(self, execute):
-        """Return the figures of all jobix together.
+        """Return the figures of all namespaces together.
 
-        Rows of ALL_JOBS, one of ALL_WORKERS, and then as stats().
+        Rows of ALL_JOBS, one of ALL_WORKERS, and {stage: Spent}.
         """
         key = {"since": self.clock() - AWAY_AFTER}
         return (
             execute(SQL.ALL_JOBS).fetchall(),
             execute(SQL.ALL_WORKERS, key).fetchone(),
-            *(execute(sql).fetchall() for sql in (
-                SQL.ALL_EFFORTS, SQL.ALL_RUN_TIMES, SQL.ALL_WAIT_TIMES)),
+            Spent.by_stage(execute(SQL.ALL_SPENT)),
         )
 
-    def rate(self, execute, jobix):
-        """Return the jobs that became done a second, of late."""
-        now = self.clock()
-        minute = int(now // 60) - 1
-        key = {"jobix": jobix, "minute": minute}
-        done = execute(SQL.DONE_SINCE, key).fetchone()[0]
-        return done / (now - minute * 60)
-
     @query
-    def pace(self, execute, jobix, minutes):
+    def throughput(self, execute, namespace, minutes):
         """Return how many attempts and jobs became done, as time went.
 
         Of the last `minutes`, None: of all. A dict: the `time`, `start` and
@@ -3171,63 +2853,75 @@ class Store:
         """
         now = self.clock()
         this = int(now // 60)
+        key = {"namespace": namespace}
         if minutes is None:
-            key = {"jobix": jobix}
             first = execute(SQL.FIRST_MINUTE, key).fetchone()[0]
             minutes = 1 if first is None else max(1, this - first + 1)
         step = -(-minutes // PACE_POINTS)
         start = (this - minutes + 1) // step
-        key = {"jobix": jobix, "minute": start * step, "step": step}
         points = this // step - start + 1
-        pace = {"updates": [0] * points, "done": [0] * points}
-        for row in execute(SQL.PACES, key):
+        updates, done = [0] * points, [0] * points
+        for row in execute(SQL.PACES, dict(
+                key, minute=start * step, step=step)):
             if row["point"] - start < points:  # the clock may go back
-                pace["updates"][row["point"] - start] = row["updates"]
-                pace["done"][row["point"] - start] = row["done"]
-        return dict(pace, time=now, start=start * step * 60, step=step * 60)
+                updates[row["point"] - start] = row["updates"]
+                done[row["point"] - start] = row["done"]
+        return {"time": now, "start": start * step * 60, "step": step * 60,
+                "updates": updates, "done": done}
 
     @query
-    def job(self, execute, jobix, jobid):
-        """Return a job, whom it waits for, and a list of its last attempts.
+    def job(self, execute, namespace, jobid):
+        """Return a job, the ids of some that it waits for, and its attempts.
 
-        Jobs and attempts are dicts in the columns of their tables, whom it
-        waits for is a list of some ids. None where there is no such job.
+        Jobs and attempts are dicts in the columns of their tables, the job
+        with `aborted_by`, the attempts the last ones, oldest first. None
+        where there is no such job.
         """
-        key = {"jobix": jobix, "jobid": jobid}
+        job = self.shown_job(execute, namespace, jobid)
+        if job is None:
+            return None
+        key = {"id": job["id"], "limit": ATTEMPTS_SHOWN}
+        waits_for = [jobid for jobid, in execute(SQL.WAITED_FOR, key)]
+        return job, waits_for, self.attempts(execute, **key)
+
+    def shown_job(self, execute, namespace, jobid):
+        """Return a job as a dict with `aborted_by`, None without one."""
+        key = {"namespace": namespace, "jobid": jobid}
         job = execute(SQL.SHOWN_JOB, key).fetchone()
         if job is None:
             return None
-        key = {"row": job["row"], "limit": ATTEMPTS_SHOWN}
-        waits_for = [jobid for jobid, in execute(SQL.WAITED_FOR, key)]
-        return dict(job), waits_for, self.attempts(execute, **key)
+        job, aborted_by = as_dict(job), None
+        if job["state"] == "aborted":
+            aborted_by = execute(SQL.ABORTED_BY, job).fetchone()
+        return dict(job, aborted_by=aborted_by and aborted_by["jobid"])
 
-    def attempts(self, execute, row, limit):
+    def attempts(self, execute, id, limit):
         """Return a list of a job's last attempts, the oldest first."""
         if not limit:
             return []
-        key = {"row": row, "limit": limit}
-        return [dict(row) for row in execute(SQL.ATTEMPTS, key)][::-1]
+        rows = execute(SQL.ATTEMPTS, {"id": id, "limit": limit})
+        return [dict(row) for row in rows][::-1]
 
     @query
     def jobs(
-        self, execute, jobix, *, order, after, limit, stage, state, attempts=0
+        self, execute, namespace, *, order, after, limit, stage, state,
+        attempts=0
     ):
         """Return a page of jobs and the place to go on from, None at the end.
 
         `order` is by `id` or `time` in their stage, the longest first; a
-        place, None at first, is an id or a tuple (since, id). Jobs are those
+        place, None at first, is an id or a tuple (time, id). Jobs are those
         of a stage and a state (`expired` for the marked), None for any. A
         page has up to `limit` pairs of a job and a list of its last
         `attempts`, fewer when they are large.
         """
         find = self.places_by_id if order == "id" else self.places_by_time
-        places = find(execute, jobix, stage, state, after, limit + 1)
+        places = find(execute, namespace, stage, state, after, limit + 1)
         jobs, size = [], 0
         for place in places[:limit]:
             jobid = place if order == "id" else place[1]
-            key = {"jobix": jobix, "jobid": jobid}
-            job = dict(execute(SQL.SHOWN_JOB, key).fetchone())
-            last = self.attempts(execute, job["row"], attempts)
+            job = self.shown_job(execute, namespace, jobid)
+            last = self.attempts(execute, job["id"], attempts)
             jobs.append((job, last))
             size += sum(len(job[name] or "") for name in JSON_COLUMNS)
             size += sum(
@@ -3237,68 +2931,42 @@ class Store:
                 break
         return jobs, place if len(jobs) < len(places) else None
 
-    def places_by_id(self, execute, jobix, stage, state, after, limit):
+    def places_by_id(self, execute, namespace, stage, state, after, limit):
         """Return up to `limit` ids that follow `after`, in order."""
-        key = {"jobix": jobix, "after": after, "limit": limit}
-        if after is None:
-            key["after"] = -1
+        key = {"namespace": namespace, "limit": limit,
+               "after": -1 if after is None else after}
         if stage is None and state is None:
-            return [row["jobid"] for row in execute(SQL.PAGE, key)]
-        if state == "expired":
-            pages = self.expired_pages(execute, stage, key)
-        else:
-            pages = self.group_pages(execute, stage, state, key)
-        return sorted(jobid for page in pages for jobid, in page)[:limit]
+            return [jobid for jobid, in execute(SQL.PAGE, key)]
+        marked = state == "expired"
+        states = STATES if marked or state is None else (state,)
+        found = []
+        for group in self.groups(execute, namespace, states, stage):
+            if group["expired"] or not marked:
+                found += execute(SQL.GROUP_PAGE, dict(
+                    group, expired=int(marked), **key)).fetchall()
+        return sorted(jobid for jobid, in found)[:limit]
 
-    def expired_pages(self, execute, stage, key):
-        """Yield a page of the expired jobs of each group."""
-        for group in self.groups(execute, key["jobix"], STATES, stage):
-            if group["expired"]:
-                yield execute(SQL.EXPIRED_PAGE, dict(group, **key))
-
-    def group_pages(self, execute, stage, state, key):
-        """Yield a page of each group of jobs, lane and priority there is."""
-        states = STATES if state is None else (state,)
-        for group in self.groups(execute, key["jobix"], states, stage):
-            for lane in lanes(group["state"]):
-                part = dict(group, lane=lane, priority=2**31, **key)
-                for _ in range(PRIORITIES_MERGED):
-                    found = execute(SQL.NEXT_PRIORITY, part).fetchone()
-                    part["priority"] = found[0]
-                    if found[0] is None:
-                        break
-                    yield execute(SQL.GROUP_PAGE, part)
-                else:
-                    part["priority"] -= 1
-                    yield execute(SQL.REST_PAGE, part)
-
-    def places_by_time(self, execute, jobix, stage, state, after, limit):
-        """Return up to `limit` pairs (since, id) that follow `after`."""
+    def places_by_time(self, execute, namespace, stage, state, after, limit):
+        """Return up to `limit` pairs (time, id) that follow `after`."""
         marked = state == "expired"
         states = STATES if marked or state is None else (state,)
         since, jobid = after or (-1, -1)
-        places = []
-        for group in self.groups(execute, jobix, states, stage):
+        found = []
+        for group in self.groups(execute, namespace, states, stage):
             for expired in range(int(marked), 1 + bool(group["expired"])):
-                key = dict(group, expired=expired, since=since, after=jobid)
-                places += self.places_after(execute, key, limit)
-        return sorted(places)[:limit]
-
-    def places_after(self, execute, key, limit):
-        """Return up to `limit` pairs (since, id) of one range of job_age."""
-        found = execute(SQL.SAME_AGE, dict(key, limit=limit)).fetchall()
-        rest = dict(key, limit=limit - len(found))
-        found += execute(SQL.YOUNGER, rest).fetchall()
-        return [tuple(place) for place in found]
+                found += execute(SQL.AGE_PAGE, dict(
+                    group, expired=expired, since=since, after=jobid,
+                    limit=limit)).fetchall()
+        return sorted(map(tuple, found))[:limit]
 
     @query
-    def workers(self, execute, jobix, *, within):
+    def workers(self, execute, namespace, *, within):
         """Return the time, and the workers heard `within` so many seconds.
 
         They are dicts in the columns of the table, the latest first.
         """
         now = self.clock()
-        key = {"jobix": jobix, "since": now - within}
+        key = {"namespace": namespace, "since": now - within}
         rows = execute(SQL.WORKERS, key).fetchall()
         texts = ", ".join(row["stages"] or "null" for row in rows)
         return now, [
@@ -3307,40 +2975,34 @@ class Store:
         ]
 
     @query
-    def failures(self, execute, jobix):
-        """Return how many jobs are failed, and those failed of late.
+    def failures(self, execute, namespace):
+        """Return how many jobs are failed, and the latest of them.
 
         The latter are rows with jobid, stage, exit_code, error, stderr,
         worker and host, at most FAILURES_READ.
         """
         failed, places = 0, []
-        for group in self.groups(execute, jobix, ("failed",), None):
+        for group in self.groups(execute, namespace, ("failed",), None):
             failed += group["jobs"]
             for expired in (0, 1):
                 key = dict(group, expired=expired, limit=FAILURES_READ)
                 places += map(tuple, execute(SQL.LATEST, key))
         keys = (
-            {"jobix": jobix, "jobid": jobid}
+            {"namespace": namespace, "jobid": jobid}
             for _, jobid in sorted(places, reverse=True)[:FAILURES_READ]
         )
-        return failed, [execute(SQL.LAST_END, key).fetchone() for key in keys]
-
-    @query
-    def some_failed(self, execute, jobix, *, limit):
-        """Return some failed jobs: jobid, jobcmd, and how they ended."""
-        ids = self.ids(execute, jobix, ("failed",), None)
-        keys = [{"jobix": jobix, "jobid": i} for i in sorted(ids)[:limit]]
-        return [execute(SQL.LAST_ATTEMPT, key).fetchone() for key in keys]
+        return failed, [
+            execute(SQL.LAST_ATTEMPT, key).fetchone() for key in keys]
 
     @query
     def health(self, execute):
         """Read one row; raise sqlite3.Error when the database is ill."""
-        execute(SQL.SETTING, {"name": "jobix"}).fetchone()
+        execute(SQL.NAMESPACE, {"id": self.namespace}).fetchone()
 
     # What happens by itself
 
     def keep_ticking(self):
-        """Start a thread that does what is due, about once a second."""
+        """Start a thread that ticks about once a second."""
         self.ticker = threading.Thread(target=self.tick_on, daemon=True)
         self.ticker.start()
 
@@ -3351,15 +3013,17 @@ class Store:
                 self.tick()  # a full disk: once more at the next tick
 
     def tick(self):
-        """Lapse leases, end delays, flag the expired, ring for others' jobs.
+        """Do what time alone brings about.
 
-        Requests do the first two for themselves: a tick only wakes the long
-        polls that wait for them, and keeps the figures true.
+        Requests let leases lapse for themselves: the tick wakes the long
+        polls that wait for those jobs. It marks the expired, goes on with
+        what propagate() left, wakes long polls for jobs that other processes
+        freed, and prunes.
         """
-        due, overdue = self.behind()
-        while due or overdue:
-            self.catch_up(overdue)
-            due, overdue = self.behind()
+        overdue, stale = self.behind()
+        while overdue or stale or self.unfinished:
+            self.catch_up(stale)
+            overdue, stale = self.behind()
         if self.shared:
             self.wake_for_others(self.wait_queue.keys())
         if self.keep_days is not None:
@@ -3367,81 +3031,56 @@ class Store:
 
     @query
     def behind(self, execute):
-        """Return whether a job is due, and what stages have overdue jobs.
-
-        Due is also one whose children don't know of its end.
+        """Return whether a claim or delay is over, and stages with jobs to
+        mark.
         """
         now = self.clock()
-        due = execute(SQL.NEXT_DUE).fetchone()[0]
-        if execute(SQL.UNSETTLED).fetchone():
-            due = now
-        overdue = []
-        for row in execute(SQL.ALL_LIFETIMES).fetchall():
-            values = dict(row, before=now - row["minutes"] * 60)
-            if execute(SQL.ANY_OVERDUE, values).fetchone():
-                overdue.append(tuple(row))
-        return due is not None and due <= now, overdue
+        expiry = execute(SQL.NEXT_EXPIRY).fetchone()[0]
+        stale = execute(SQL.STALE_STAGES, {"now": now}).fetchall()
+        return expiry is not None and expiry <= now, list(map(tuple, stale))
 
     @change
-    def catch_up(self, tx, overdue):
-        """Flag in `overdue` stages; what is due was done as this began.
+    def catch_up(self, tx, stale):
+        """Mark the expired in `stale` stages.
 
-        And jobs that were left unsettled are settled as it ends.
+        Like any transaction this lets leases lapse, and propagates.
         """
-        tx.unsettled = True
-        for jobix, stage, minutes in overdue:
-            self.flag(tx, jobix, stage, minutes)
+        for namespace, stage, minutes in stale:
+            self.mark_expired(tx, namespace, stage, minutes)
 
     @query
     def wake_for_others(self, execute, keys):
         """Wake long polls for jobs that another process has set free."""
-        for jobix, stage in keys:
-            key = {"jobix": jobix, "stage": stage}
-            free = execute(SQL.ANY_FREE, key).fetchall()
-            self.wait_queue.wake((jobix, stage), len(free))
+        for namespace, stage in keys:
+            key = {"namespace": namespace, "stage": stage}
+            free = execute(SQL.COUNT_FREE, key).fetchone()[0]
+            self.wait_queue.wake((namespace, stage), free)
 
     def prune_on(self):
-        """Prune some more; once an hour look for whose time has come.
+        """Prune some attempts; begin a new round every hour.
 
         A full disk raises, and the next call goes on from there.
         """
         now = self.clock()
-        if not (self.ranges or 0 <= now - self.looked < PRUNE_EVERY):
-            place = self.pruned, -1
-            self.ranges = [(key, place) for key in self.ended_groups()]
-            self.looked, self.pruned = now, now - self.keep_days * 86400
-        while self.ranges:
-            key, place = self.ranges[-1]
-            place = self.prune(key, place, self.pruned)
-            self.ranges.pop()
-            if place:
-                self.ranges.append((key, place))
-                break  # until the next tick
-
-    @query
-    def ended_groups(self, execute):
-        """Return the ranges of job_age of the jobs that are done with."""
-        return [
-            dict(group, expired=expired)
-            for group in execute(SQL.ENDED_GROUPS).fetchall()
-            for expired in (0, 1)
-        ]
+        if self.prune_place is None:
+            if 0 <= now - self.pruned_at < PRUNE_EVERY:
+                return
+            self.pruned_at, self.prune_place = now, 0
+        before = self.pruned_at - self.keep_days * 86400
+        self.prune_place = self.prune(self.prune_place, before)
 
     @change
-    def prune(self, tx, key, place, before):
-        """Delete the spent attempts of jobs that came to their end `before`.
+    def prune(self, tx, after, before):
+        """Delete spent attempts of jobs that ended `before`.
 
-        Of some, after `place`; returns the place to go on from, or None.
+        Of the PRUNED attempts that follow the id `after`; returns the id to
+        go on from, None at the end.
         """
-        since, jobid = place
-        key = dict(key, since=since, after=jobid)
-        places = [
-            place for place in self.places_after(tx.execute, key, PRUNED)
-            if place[0] < before
-        ]
-        for _, jobid in places:
-            tx.execute(SQL.PRUNE, {"jobix": key["jobix"], "jobid": jobid})
-        return places[-1] if len(places) == PRUNED else None
+        last = after + PRUNED
+        tx.execute(
+            SQL.PRUNE, {"after": after, "last": last, "before": before})
+        newest = tx.execute(SQL.LAST_ATTEMPT_ID).fetchone()[0]
+        return last if newest is not None and newest > last else None
 
 
 # -------------------------------------------------------------- requests ---
@@ -3463,9 +3102,10 @@ class Request:
     """What a front door makes of a call, whatever its protocol.
 
     `path` is percent-decoded, and its leading slashes count as one; `headers`
-    have lower-case names. `receive()` returns the body, as bytes, which has
-    `length` of them; without it there is none. `gone()` tells whether the
-    caller has hung up.
+    have lower-case names. `receive()` returns the body of `length` bytes, or
+    raises OSError or Error; None: there is no body. `gone()` tells whether
+    the caller has hung up. authorize() sets `jobix`, its `namespace` and
+    whether it is `readonly`.
     """
 
     def __init__(
@@ -3480,26 +3120,27 @@ class Request:
         self.body = b""
         self.length = length
         self.gone = gone
-        self.jobix = None
+        self.jobix = self.namespace = None
         self.readonly = False
 
     def identify(self, store):
-        """Read `jobix`, the caller's namespace and secret; or Error 403.
+        """Read `jobix`, the caller's namespace and secret; or raise Error 403.
 
-        One that is only for reading stands for the jobix that it shows. A
-        wrong one is refused after a pause, which slows down guessing.
+        A reading jobix stands for the namespace that it may read. A wrong
+        one is refused after a pause, which slows down guessing.
         """
         jobix = number(self.headers.get("jobix", "").strip())
         if type(jobix) is not int or not 0 <= jobix <= MAX_JOBIX:
             raise Error(403, "The header jobix must hold your number.")
         try:
-            self.jobix, self.readonly = store.admit(jobix)
+            self.namespace, self.readonly = store.admit(jobix)
         except Error:
             time.sleep(WRONG_JOBIX_PAUSE)
             raise
+        self.jobix = jobix
 
     def load(self):
-        """Receive the body, if it is still to come; or Error."""
+        """Receive the body, if there is one; raise Error."""
         if not self.loaded:
             try:
                 self.body = self.receive()
@@ -3507,20 +3148,19 @@ class Request:
                 raise Error(400, "The body ended too early.") from None
             self.loaded = True
 
-    def options(self, **kinds):
-        """Return the query's values, read by `kinds`; None where missing.
+    def options(self, **readers):
+        """Return the query's values, read by `readers`; None where missing.
 
-        Raises Error 400 for one that isn't in `kinds`, stands twice or has
-        a bad value.
+        Raises Error 400 for an unknown option, one that stands twice, or a
+        bad value.
         """
-        given = parse_qsl(self.query, keep_blank_values=True)
-        values = dict.fromkeys(kinds)
-        for name, text in given:
-            if name not in kinds:
+        values = dict.fromkeys(readers)
+        for name, text in parse_qsl(self.query, keep_blank_values=True):
+            if name not in readers:
                 raise Error(400, "There is no option %.80r here." % name)
             if values[name] is not None:
                 raise Error(400, "The option %s stands twice." % name)
-            values[name] = kinds[name](text, name)
+            values[name] = readers[name](text, name)
         return values
 
     def json(self):
@@ -3554,7 +3194,7 @@ class Response:
 
     @classmethod
     def json_text(cls, text, status=200, headers=()):
-        """Answer with a JSON value that is a text already."""
+        """Answer with a JSON value that is already text."""
         return cls(status, text.encode("ascii"), "application/json", headers)
 
     @classmethod
@@ -3563,7 +3203,7 @@ class Response:
         return cls(200, text.encode(), "text/plain; charset=utf-8")
 
 
-def in_text(reader):
+def from_query(reader):
     """Return `reader`, of JSON numbers, as one of numbers in a text."""
     return lambda text, name: reader(number(text), name)
 
@@ -3592,7 +3232,7 @@ def period(value, name):
     """Read a number of seconds that is more than 0."""
     if not seconds(value, name):
         raise Error(400, "%s must be more than 0 seconds." % name)
-    return seconds(value, name)
+    return value
 
 
 def word(value, name):
@@ -3654,8 +3294,8 @@ def anything(value, name):
     Its depth is bounded: what this Python reads every other must read too.
     """
     text = to_json(value)
-    long = len(text) > MAX_DEPTH
-    if long and text.count("[") + text.count("{") > MAX_DEPTH:
+    if len(text) > MAX_DEPTH \
+            and text.count("[") + text.count("{") > MAX_DEPTH:
         depth = 0
         for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[][{}]', text):
             depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(bracket, 0)
@@ -3664,29 +3304,23 @@ def anything(value, name):
     return text
 
 
+def one_of(*words):
+    """Return a reader of one of some words."""
+
+    def read(value, name):
+        if value not in words:
+            message = "%s must be one of %s."
+            raise Error(400, message % (name, ", ".join(words)))
+        return value
+
+    return read
+
+
 SIZE = integer(0, 2**63 - 1)
 STAGE = integer(0, MAX_STAGE)
 JOBID = integer(0, MAX_JOBID)
 MINUTES = integer(0, MAX_MINUTES)
-
-
-def read_state(value, name):
-    """Read the name of a state."""
-    if value not in STATES:
-        raise Error(400, "%s must be one of %s." % (name, ", ".join(STATES)))
-    return value
-
-
-def read_mark(value, name):
-    """Read the name of a state, or that of the mark `expired`."""
-    return value if value == "expired" else read_state(value, name)
-
-
-def read_order(value, name):
-    """Read what jobs are in order of."""
-    if value not in ("id", "time"):
-        raise Error(400, "%s must be id or time." % name)
-    return value
+COUNT = integer(0, 2**53)
 
 
 def read_stages(text, name):
@@ -3718,11 +3352,11 @@ def read_files(value, name):
     return to_json([{key: file[key] for key in keys} for file in value])
 
 
-def parents(value, name):
-    """Read a list of the jobids that a job waits for; None when empty."""
+def jobid_list(value, name):
+    """Read a list of jobids; return it with each one once."""
     if type(value) is not list:
         raise Error(400, "%s must be a list of jobids." % name)
-    return list(dict.fromkeys(JOBID(jobid, name) for jobid in value)) or None
+    return list(dict.fromkeys(JOBID(jobid, name) for jobid in bounded(value)))
 
 
 # What a job may carry in /set: each key with its reader.
@@ -3736,12 +3370,10 @@ CARRIES = {
     "timeout": period,
     "cwd": string,
     "outputs": strings,
-    "after": parents,
+    "after": jobid_list,
 }
 BLANK = dict(dict.fromkeys(CARRIES), priority=0)
-SIMPLE = {int, str, type(None)}  # of equals of one kind each is as the other
 
-COUNT = integer(0, 2**53)
 # What a worker may say of itself, each key with its reader.
 ABOUT_WORKER = {
     "host": label,
@@ -3755,44 +3387,36 @@ ABOUT_WORKER = {
 }
 
 
-def read_column(name, values):
-    """Return what jobs have under a name, read: a list, or one for all."""
-    reader, blank = CARRIES[name], BLANK[name]
-    alike = set(map(type, values)) <= SIMPLE and values[1:] == values[:-1]
-    read = [
-        blank if value is None else reader(value, name)
-        for value in (values[:1] if alike else values)
-    ]
-    return read[0] if alike else read
+def read_job(entry):
+    """Return a job of /set as a dict with all of CARRIES; or Error 400."""
+    if type(entry) is not dict:
+        raise Error(400, "A job must be an object with its jobstage.")
+    job = BLANK.copy()
+    for name, value in entry.items():
+        if name not in CARRIES:
+            raise Error(400, "A job can't carry %.80r." % name)
+        if value is not None:
+            job[name] = CARRIES[name](value, name)
+    if job["jobstage"] is None:
+        raise Error(400, "A job's jobstage is missing.")
+    return job
 
 
 def read_jobs(entries):
-    """Return jobs of /set as columns; raise Error 400 for a bad one.
-
-    They are by their names, each a list, or a value that all jobs have.
-    """
-    if set(map(type, entries)) - {dict}:
-        raise Error(400, "A job must be an object with its jobstage.")
-    names = set().union(*entries)
-    for name in sorted(names.difference(CARRIES)):
-        raise Error(400, "A job can't carry %.80r." % name)
-    given = {
-        name: [entry.get(name) for entry in entries]
-        for name in CARRIES if name in names
-    }
-    if entries and None in given.get("jobstage", [None]):
-        raise Error(400, "A job's jobstage is missing.")
-    jobs = dict(BLANK, **{
-        name: read_column(name, values) for name, values in given.items()})
-    if sum(map(len, filter(None, jobs["after"] or ()))) > MAX_JOBS:
+    """Return jobs of a request, dicts with all of CARRIES; raise Error."""
+    jobs = [read_job(entry) for entry in entries]
+    if sum(len(job["after"]) for job in jobs if job["after"]) > MAX_JOBS:
         raise Error(413, "The jobs of a request may wait for %d others in all."
                     % MAX_JOBS)
     return jobs
 
 
 def read_object(request, *required):
-    """Return the JSON object in a request's body, {} when it is empty."""
-    given = request.json() if request.body else {}
+    """Return the JSON object in a request's body.
+
+    An empty body is {}, unless keys are `required`. Raises Error 400.
+    """
+    given = request.json() if request.body or required else {}
     if type(given) is not dict:
         raise Error(400, "The body must be a JSON object.")
     for name in required:
@@ -3863,22 +3487,31 @@ def read_result(given):
 # ------------------------------------------------------------- endpoints ---
 
 
-def lifetimes(store, request):
+def get_lifetimes(store, request):
     """Show the lifetimes in force."""
-    return Response.json(store.lifetimes(request.jobix))
+    return Response.json(store.lifetimes(request.namespace))
 
 
-def init(store, request, *minutes):
+def get_init(store, request, *minutes):
     """Set the lifetimes of stages 0 … n where there are none yet."""
-    return Response.json(store.init(request.jobix, minutes))
+    return Response.json(store.init(request.namespace, minutes))
 
 
-def need_order(ids, after):
-    """Raise Error 400 where jobs wait for each other in a circle.
+def get_lifetime(store, request, stage):
+    """Show the lifetime of a stage in minutes, 0 when it has none."""
+    minutes = store.lifetimes(request.namespace).get(stage, 0)
+    return Response.json(minutes)
 
-    `after` has for each of `ids` a list of those that it waits for, or None.
-    """
-    parents = {i: waited for i, waited in zip(ids, after) if waited}
+
+def get_set_lifetime(store, request, stage, minutes):
+    """Set the lifetime of a stage."""
+    store.set_lifetime(request.namespace, stage, minutes)
+    return Response.json(minutes)
+
+
+def require_order(ids, jobs):
+    """Raise Error 400 where jobs wait for each other in a circle."""
+    parents = {i: job["after"] for i, job in zip(ids, jobs) if job["after"]}
     children, left = defaultdict(list), Counter()
     for child, waited in parents.items():
         for parent in waited:
@@ -3897,27 +3530,28 @@ def need_order(ids, after):
                     % jobid)
 
 
-def set_jobs(store, request):
+def post_set(store, request):
     """Add jobs, all or none."""
-    given = bounded(read_object(request))
-    jobs = read_jobs(list(given.values()))
+    given = request.json()
+    if type(given) is not dict:
+        raise Error(400, "The body must be a JSON object.")
+    jobs = read_jobs(bounded(given).values())
     ids = [JOBID(number(jobid), "jobid") for jobid in given]
     if len(set(ids)) != len(ids):
         raise Error(400, "A jobid stands twice.")
-    need_order(ids, jobs["after"] or ())
-    store.set(request.jobix, ids, jobs)
+    require_order(ids, jobs)
+    store.add_jobs(request.namespace, ids, jobs)
     return Response.text("Accepted to %d!" % request.jobix)
 
 
-def submit(store, request):
+def post_submit(store, request):
     """Add jobs under ids that the server gives."""
     given = read_object(request, "key", "jobs")
     if type(given["jobs"]) is not list:
         raise Error(400, "jobs must be a list.")
     jobs = read_jobs(bounded(given["jobs"]))
     key = to_json(word(given["key"], "key"))
-    keys = [(key, len(given["jobs"]))]
-    ids = store.submit(request.jobix, keys, jobs)[0]
+    ids, = store.submit(request.namespace, [(key, len(jobs))], jobs)
     return Response.json({"ids": list(ids)})
 
 
@@ -3927,7 +3561,7 @@ def claim_in_time(store, request, stages, claim, wait):
     Each round joins the queue before it looks, so that no job is missed.
     """
     queue, end = store.wait_queue, time.monotonic() + wait
-    keys = {(request.jobix, stage) for stage in stages}
+    keys = {(request.namespace, stage) for stage in stages}
     jobs = claim()
     while not jobs and time.monotonic() < end:
         with queue.join(keys) as waiter:
@@ -3949,63 +3583,62 @@ def splice(values, texts):
     return to_json(values)[:-1] + kept + "}"
 
 
-CLAIMED = (
-    '"jobid": %(jobid)d, "jobstage": %(origin)d, "jobix": %(jobix)d, '
-    '"claim": "%(claim)s", "attempt": %(attempt)d'
-)
-
-
-def claim_reply(job):
+def claim_json(jobix, job):
     """Return a claimed job as the contract shows it, in JSON.
 
     What is kept as JSON goes in as it is: the claim is made, so nothing may
     fail any more.
     """
-    parts = [CLAIMED % job]
-    if job["priority"]:
-        parts.append('"priority": %d' % job["priority"])
-    for name in ("laststage", "max_attempts", "timeout", "made"):
-        if job[name] is not None:
-            parts.append('"%s": %r' % (name, job[name]))
-    parts.append('"jobcmd": %s' % (job["jobcmd"] or "null"))
-    parts.append('"filename": %s' % (job["filename"] or "null"))
-    for name in ("cwd", "outputs"):
-        if job[name] is not None:
-            parts.append('"%s": %s' % (name, job[name]))
-    if job["files"] not in (None, "[]"):
-        parts.append('"files": %s' % job["files"])
-    return "{%s}" % ", ".join(parts)
+    shown = {
+        "jobid": job["jobid"], "jobstage": job["claimed_from"],
+        "jobix": jobix, "claim": job["claim"], "attempt": job["attempt"],
+    }
+    optional = (
+        ("priority", job["priority"] or None),
+        ("laststage", job["laststage"]),
+        ("max_attempts", job["max_attempts"]),
+        ("timeout", job["timeout"]),
+        ("made", job["files_stage"]),
+    )
+    shown.update(pair for pair in optional if pair[1] is not None)
+    texts = {name: job[name] or "null" for name in ("jobcmd", "filename")}
+    for name in ("cwd", "outputs", "files"):
+        if job[name] is not None and (name, job[name]) != ("files", "[]"):
+            texts[name] = job[name]
+    return splice(shown, texts)
 
 
-def get_job(store, request, stages, nextstage=None):
+def get_job_claim(store, request, stages, nextstage=None):
     """Claim a job, or several; wait for one if asked to."""
     given = request.options(
         worker=label,
-        wait=in_text(seconds),
-        lease=in_text(period),
-        n=in_text(integer(1, 10**25)),
+        wait=from_query(seconds),
+        lease=from_query(period),
+        n=from_query(integer(1, 10**25)),
     )
     if nextstage is None:
         STAGE(max(stages) + 1, "the stage that a claim leads to")
     n, wait = given.pop("n"), given.pop("wait") or 0
     claim = functools.partial(
-        store.claim, request.jobix, stages,
+        store.claim, request.namespace, stages,
         target=nextstage, n=min(n or 1, MAX_CLAIMS), **given
     )
-    jobs = claim_in_time(
-        store, request, stages, claim, min(wait, MAX_WAIT))
-    replies = [claim_reply(job) for job in jobs]
+    jobs = claim_in_time(store, request, stages, claim, min(wait, MAX_WAIT))
+    replies = [claim_json(request.jobix, job) for job in jobs]
     if n is not None:
         return Response.json_text("[%s]" % ", ".join(replies))
     return Response.json_text(replies[0] if replies else '"nada"')
 
 
-def update_job(store, request, jobid, stage):
-    """Put a job into a stage."""
-    given = request.options(claim=token)
+def get_update_job(store, request, jobid, stage):
+    """Put a job into a stage; a POST may bring more."""
+    update = request.options(claim=token)
+    update.update(jobid=jobid, stage=stage)
     if request.method == "POST":
-        given.update(read_result(read_object(request)))
-    store.update_job(request.jobix, jobid, stage, **given)
+        update.update(read_result(read_object(request)))
+    error, = store.update_jobs(request.namespace, [update])
+    if error:
+        raise error
     message = "Success, job %d was updated to stage %d!"
     return Response.text(message % (jobid, stage))
 
@@ -4022,39 +3655,40 @@ def read_update(entry):
     )
 
 
-def update_jobs(store, request):
+def post_update_jobs(store, request):
     """Put many jobs into stages."""
     given = request.json()
     if type(given) is not list:
         raise Error(400, "The body must be a JSON list.")
     updates = [read_update(entry) for entry in bounded(given)]
     ids = [update["jobid"] for update in updates]
-    statuses = store.update_jobs(request.jobix, updates)
-    return Response.json(
-        [{"jobid": i, "status": status} for i, status in zip(ids, statuses)]
-    )
+    errors = store.update_jobs(request.namespace, updates)
+    return Response.json([
+        {"jobid": jobid, "status": error.status if error else 200}
+        for jobid, error in zip(ids, errors)
+    ])
 
 
-def fail_job(store, request, jobid):
+def post_fail_job(store, request, jobid):
     """Take note that an attempt failed."""
     given = request.options(claim=token)
-    report = read_report(read_object(request))
-    return Response.json(store.fail_job(request.jobix, jobid, report=report, **given))
+    given["report"] = read_report(read_object(request))
+    return Response.json(store.fail_job(request.namespace, jobid, **given))
 
 
-def reject_job(store, request, jobid):
+def post_reject_job(store, request, jobid):
     """Send a job back for files that aren't there as they were made."""
     given = request.options(claim=token)
     body = read_object(request)
     given["files"] = read_optional(body, "files", read_files)
     given["report"] = read_report(body)
-    return Response.json(store.reject_job(request.jobix, jobid, **given))
+    return Response.json(store.reject_job(request.namespace, jobid, **given))
 
 
-def release_job(store, request, jobid):
+def post_release_job(store, request, jobid):
     """Take a claim back unharmed."""
     given = request.options(claim=token)
-    return Response.json(store.release_job(request.jobix, jobid, **given))
+    return Response.json(store.release_job(request.namespace, jobid, **given))
 
 
 def read_worker(given):
@@ -4065,7 +3699,7 @@ def read_worker(given):
     return worker
 
 
-def heartbeat(store, request):
+def post_heartbeat(store, request):
     """Renew the leases of a worker."""
     given = read_object(request, "worker", "lease", "claims")
     claims = given["claims"]
@@ -4074,7 +3708,8 @@ def heartbeat(store, request):
     )
     if not pairs:
         raise Error(400, "claims must be a list of pairs [jobid, token].")
-    lost, drain = store.heartbeat(request.jobix,
+    lost, drain = store.heartbeat(
+        request.namespace,
         claims=[(JOBID(i, "jobid"), token(t, "claim")) for i, t in claims],
         lease=period(given["lease"], "lease"),
         worker=read_worker(given),
@@ -4082,44 +3717,31 @@ def heartbeat(store, request):
     return Response.json({"lost": lost, "drain": drain})
 
 
-def drain(store, request, *name):
+def post_drain(store, request, *name):
     """Tell a worker to claim no more, or, as /undrain, to go on.
 
     A name with slashes in it comes as several parts.
     """
     name, drained = "/".join(name), request.path.startswith("/drain/")
-    store.drain(request.jobix, name, drain=drained)
+    store.drain(request.namespace, name, drain=drained)
     return Response.json({"worker": name, "drain": drained})
 
 
-def pause(store, request, stage):
-    """Hand out nothing of a stage, or, as /resume, go on."""
+def post_pause(store, request, stage):
+    """Hand out no more jobs of a stage, or, as /resume, go on."""
     paused = request.path.startswith("/pause/")
-    store.pause(request.jobix, stage, paused=paused)
+    store.pause(request.namespace, stage, paused=paused)
     return Response.json({"stage": stage, "paused": paused})
 
 
-def check_stages(store, request, old=None, new=None):
-    """Flag the expired jobs; move those of one stage to another."""
-    answer = {}
+def get_check_stages(store, request, old=None, new=None):
+    """Mark the expired jobs; move those of one stage to another."""
+    name = "Are all simulations within time frame?"
     if old is None:
-        fine = store.check_stages(request.jobix)
-    else:
-        fine, moved = store.move_expired(request.jobix, old, new)
-        answer["n_bad_jobs were degraded:"] = moved
-    answer["Are all simulations within time frame?"] = int(fine)
-    return Response.json(answer)
-
-
-def lifetime(store, request, stage):
-    """Show the lifetime of a stage."""
-    return Response.json(store.lifetime(request.jobix, stage))
-
-
-def set_lifetime(store, request, stage, minutes):
-    """Set the lifetime of a stage."""
-    store.set_lifetime(request.jobix, stage, minutes)
-    return Response.json(minutes)
+        fine = store.check_stages(request.namespace)
+        return Response.json({name: int(fine)})
+    fine, moved = store.move_expired(request.namespace, old, new)
+    return Response.json({name: int(fine), "n_bad_jobs were degraded:": moved})
 
 
 def read_selector(request):
@@ -4128,14 +3750,11 @@ def read_selector(request):
     unknown = set(given) - {"ids", "stage", "state", "all"}
     if unknown:
         raise Error(400, "Jobs can't be named by %.80r." % min(unknown))
-    selector = {"stage": read_optional(given, "stage", STAGE)}
-    selector["state"] = read_optional(given, "state", read_state)
-    ids = given.get("ids")
-    if ids is not None:
-        if type(ids) is not list:
-            raise Error(400, "ids must be a list of jobids.")
-        selector["ids"] = list(dict.fromkeys(
-            JOBID(i, "ids") for i in bounded(ids)))
+    selector = {
+        "stage": read_optional(given, "stage", STAGE),
+        "state": read_optional(given, "state", one_of(*STATES)),
+        "ids": read_optional(given, "ids", jobid_list),
+    }
     if given.get("all", True) is not True:
         raise Error(400, "all must be true.")
     named = any(value is not None for value in selector.values())
@@ -4144,31 +3763,28 @@ def read_selector(request):
     return selector
 
 
-def retry(store, request):
+def post_retry(store, request):
     """Let ended jobs run again."""
-    selector = read_selector(request)
-    return Response.json({"retried": store.retry(request.jobix, **selector)})
+    n = store.retry(request.namespace, **read_selector(request))
+    return Response.json({"retried": n})
 
 
-def cancel(store, request):
+def post_cancel(store, request):
     """Cancel jobs that aren't done."""
-    selector = read_selector(request)
-    cancelled = store.cancel(request.jobix, **selector)
-    return Response.json({"cancelled": cancelled})
+    n = store.cancel(request.namespace, **read_selector(request))
+    return Response.json({"cancelled": n})
 
 
-def release(store, request):
-    """Take jobs from who works on them, unharmed."""
-    selector = read_selector(request)
-    released = store.release(request.jobix, **selector)
-    return Response.json({"released": released})
+def post_release(store, request):
+    """Take jobs from the workers that run them, unharmed."""
+    n = store.release(request.namespace, **read_selector(request))
+    return Response.json({"released": n})
 
 
-def forget(store, request):
+def post_forget(store, request):
     """Delete done jobs."""
-    selector = read_selector(request)
-    forgotten = store.forget(request.jobix, **selector)
-    return Response.json({"forgotten": forgotten})
+    n = store.forget(request.namespace, **read_selector(request))
+    return Response.json({"forgotten": n})
 
 
 def tagged(request, text, same=None):
@@ -4190,21 +3806,32 @@ def timed(request, now, value):
     return tagged(request, '{"time": %s, %s' % (to_json(now), text[1:]), text)
 
 
-def shown(job, **more):
+# What /job and /jobs show of a job: each name with its column.
+SHOWN = {
+    "jobid": "jobid", "stage": "stage", "state": "state",
+    "since": "entered_at", "due": "expires_at", "worker": "worker",
+    "attempt": "attempt", "failures": "failures", "lapses": "lapses",
+    "rejects": "rejects", "made": "files_stage", "laststage": "laststage",
+    "priority": "priority", "max_attempts": "max_attempts",
+    "timeout": "timeout", "waits": "unmet", "aborted_by": "aborted_by",
+}
+
+
+def job_json(job, **more):
     """Return, in JSON, a job but its token, and `more`, JSON already."""
-    job["expired"] = bool(job["expired"])
-    del job["row"]
-    texts = {name: job.pop(name) or "null" for name in JSON_COLUMNS}
-    return splice(job, dict(texts, **more))
+    shown = {name: job[column] for name, column in SHOWN.items()}
+    shown["expired"] = bool(job["expired"])
+    texts = {name: job[name] or "null" for name in JSON_COLUMNS}
+    return splice(shown, dict(texts, **more))
 
 
-def job(store, request, jobid):
+def get_job(store, request, jobid):
     """Show a job and its attempts."""
-    found = store.job(request.jobix, jobid)
+    found = store.job(request.namespace, jobid)
     if found is None:
         raise Error(404, "There is no job %d." % jobid)
     job, waits_for, attempts = found
-    return tagged(request, shown(
+    return tagged(request, job_json(
         job, waits_for=to_json(waits_for), attempts=to_json(attempts)))
 
 
@@ -4219,15 +3846,15 @@ def read_place(text, order):
         raise Error(400, "after must be that of an earlier answer.") from None
 
 
-def jobs(store, request):
+def get_jobs(store, request):
     """Show a page of jobs."""
     given = request.options(
-        stage=in_text(STAGE),
-        state=read_mark,
-        order=read_order,
+        stage=from_query(STAGE),
+        state=one_of(*STATES, "expired"),
+        order=one_of("id", "time"),
         after=word,
-        limit=in_text(integer(1, 10**25)),
-        attempts=in_text(integer(0, ATTEMPTS_SHOWN)),
+        limit=from_query(integer(1, 10**25)),
+        attempts=from_query(integer(0, ATTEMPTS_SHOWN)),
     )
     more = given["attempts"] is not None
     given["attempts"] = given["attempts"] or 0
@@ -4235,19 +3862,19 @@ def jobs(store, request):
     given["order"] = given["order"] or "id"
     if given["after"] is not None:
         given["after"] = read_place(given["after"], given["order"])
-    page, after = store.jobs(request.jobix, **given)
+    page, after = store.jobs(request.namespace, **given)
     if type(after) is tuple:
         after = "%r,%d" % after
     text = '{"jobs": [%s], "after": %s}'
     listed = ", ".join(
-        shown(job, attempts=to_json(attempts)) if more else shown(job)
+        job_json(job, attempts=to_json(attempts)) if more else job_json(job)
         for job, attempts in page)
     return tagged(request, text % (listed, to_json(after)))
 
 
-def workers(store, request):
+def get_workers(store, request):
     """Show the workers that were heard of in the last day."""
-    now, heard = store.workers(request.jobix, within=86400)
+    now, heard = store.workers(request.namespace, within=86400)
     return timed(request, now, {"workers": heard})
 
 
@@ -4256,9 +3883,9 @@ def last_line(text):
     return ((text or "").strip().splitlines() or [None])[-1]
 
 
-def failures(store, request):
-    """Show the failed jobs of late in groups of one reason each."""
-    failed, rows = store.failures(request.jobix)
+def get_failures(store, request):
+    """Show the latest failed jobs in groups of one reason each."""
+    failed, rows = store.failures(request.namespace)
     groups = {}
     for row in rows:
         message = last_line(row["stderr"]) or last_line(row["error"])
@@ -4275,60 +3902,71 @@ def failures(store, request):
     return tagged(request, to_json(dict(counts, groups=listed)))
 
 
-def pace(store, request):
+def get_pace(store, request):
     """Show how fast jobs became done, as time went."""
-    given = request.options(minutes=in_text(integer(1, 10**7)))
-    pace = store.pace(request.jobix, given["minutes"])
+    given = request.options(minutes=from_query(integer(1, 10**7)))
+    pace = store.throughput(request.namespace, given["minutes"])
     return timed(request, pace.pop("time"), pace)
 
 
-def status(store, request):
+def get_status(store, request):
     """Show the figures."""
-    figures = store.status(request.jobix)
+    figures = store.status(request.namespace)
     figures["readonly"] = request.readonly
     return timed(request, figures.pop("time"), figures)
 
 
-def spent_in(stage, spent, ran, waited):
+# Kinds of `spent` that aren't outcomes of attempts, and the outcomes by which
+# an attempt's time is lost.
+WAITS = "claimed", "again"
+CUT_OFF = "released", "lapsed", "cancelled", "expired", "superseded"
+
+
+def stage_stats(stage, spent):
     """Return what was spent on jobs claimed from a stage: see GET /stats."""
-    lapsed, mended = spent.get("lapsed"), spent.get("mended")
-    if mended:  # late results, taken after all
-        lapsed = {name: lapsed[name] - mended[name] for name in lapsed}
-    outcomes = {
-        kind: sums for kind, sums in dict(spent, lapsed=lapsed).items()
-        if kind not in ("claimed", "again", "idle", "mended") and sums
-    }
+    ran, waited = spent.buckets["done"], spent.buckets["claimed"]
     run = quantiles(ran, "attempts", *PARTS) if ran else None
-    nothing = {"attempts": 0, "seconds": 0}
     return {
         "stage": stage,
-        "claims": spent.get("claimed", nothing)["attempts"],
-        "retries": spent.get("again", nothing)["attempts"],
+        "claims": spent.attempts["claimed"],
+        "retries": spent.attempts["again"],
         "run": run,
         "wait": quantiles(waited, "claims", *PARTS) if waited else None,
-        "outcomes": outcomes,
-        "useful": outcomes.get("done", nothing)["seconds"],
-        "lost": sum(outcomes.get(kind, nothing)["seconds"]
-                    for kind in CUT_OFF),
-        "idle": spent.get("idle", nothing)["seconds"],
+        "outcomes": {
+            kind: {"attempts": n, "seconds": spent.seconds[kind]}
+            for kind, n in spent.attempts.items() if kind not in WAITS
+        },
+        "useful": spent.seconds["done"],
+        "lost": sum(spent.seconds[kind] for kind in CUT_OFF),
         "advised": run and max(1, math.ceil(2 * run["p95"] / 60)),
     }
 
 
-def stats(store, request):
+def get_stats(store, request):
     """Show what time the attempts have taken, and what was lost."""
-    now, efforts, ran, waited = store.stats(request.jobix)
-    spent = defaultdict(dict)
-    for stage, kind, attempts, seconds in efforts:
-        spent[stage][kind] = {"attempts": attempts, "seconds": seconds}
-    ran, waited = by_stage(ran), by_stage(waited)
-    stages = [
-        spent_in(stage, sums, ran.get(stage), waited.get(stage))
-        for stage, sums in sorted(spent.items())
-    ]
-    names = "claims", "retries", "useful", "lost", "idle"
+    now, stages = store.stats(request.namespace)
+    stages = [stage_stats(*pair) for pair in sorted(stages.items())]
+    names = "claims", "retries", "useful", "lost"
     totals = {name: sum(stage[name] for stage in stages) for name in names}
     return timed(request, now, {"stages": stages, "totals": totals})
+
+
+def histogram(stages, kind):
+    """Yield the samples of a histogram of times: {stage: Spent}, one kind.
+
+    The bounds are 1 ms, and 4 times the one before.
+    """
+    for stage, spent in stages.items():
+        if not spent.attempts[kind]:
+            continue
+        labels = {"stage": stage}
+        for power in range(14):
+            within = sum(
+                n for bucket, n in spent.buckets[kind] if bucket <= 8 * power)
+            yield "_bucket", dict(labels, le="%g" % (0.001 * 4**power)), within
+        yield "_bucket", dict(labels, le="+Inf"), spent.attempts[kind]
+        yield "_sum", labels, spent.seconds[kind]
+        yield "_count", labels, spent.attempts[kind]
 
 
 def metric(name, kind, meaning, samples):
@@ -4345,75 +3983,49 @@ def metric(name, kind, meaning, samples):
     return "\n".join(lines) + "\n"
 
 
-def histogram(stages, seconds):
-    """Yield samples of run times: `stages` as by_stage() has them.
-
-    `seconds` is the sum of each stage. The bounds are 1 ms, and 4 times the
-    one before.
-    """
-    for stage, buckets in stages.items():
-        labels = {"stage": stage}
-        for power in range(14):
-            within = sum(n for bucket, n in buckets if bucket <= 8 * power)
-            bound = "%g" % (0.001 * 4**power)
-            yield "_bucket", dict(labels, le=bound), within
-        count = sum(n for _, n in buckets)
-        yield "_bucket", dict(labels, le="+Inf"), count
-        yield "_sum", labels, seconds.get(stage, 0)
-        yield "_count", labels, count
+def sums(stages, figure, kind=None):
+    """Yield samples of {stage: Spent}: of one kind, or of all outcomes."""
+    for stage, spent in stages.items():
+        for each, value in getattr(spent, figure).items():
+            if each == kind:
+                yield "", {"stage": stage}, value
+            elif kind is None and each not in WAITS:
+                yield "", {"stage": stage, "outcome": each}, value
 
 
-# Of effort: what /metrics calls a kind that is no outcome of an attempt.
-KINDS = {
-    "claimed": ("jobman_claims_total", "Jobs that were claimed."),
-    "again": ("jobman_retries_total", "Claims that were not a job's first."),
-    "mended": ("jobman_mended_total", "Lapsed attempts that ended after all."),
-}
-
-
-def metrics(store, request):
-    """Show the figures of all jobix together, for Prometheus."""
-    groups, workers, efforts, ran, waited = store.metrics()
-    spent = defaultdict(list)
-    for row in efforts:
-        spent[row["kind"]].append(row)
-    seconds = {kind: {row["stage"]: row["seconds"] for row in rows}
-               for kind, rows in spent.items()}
-    outcomes = [row for row in efforts if row["kind"] not in (*KINDS, "idle")]
-    labels = [{"stage": row["stage"], "outcome": row["kind"]}
-              for row in outcomes]
+def get_metrics(store, request):
+    """Show the figures of all namespaces together, for Prometheus."""
+    groups, workers, stages = store.metrics()
     places = [{"stage": g["stage"], "state": g["state"]} for g in groups]
-    parts = [
-        metric("jobman_info", "gauge", "This server's version.",
-               [("", {"version": __version__}, 1)]),
-        metric("jobman_jobs", "gauge", "Jobs by stage and state.", [
-            ("", p, g["jobs"]) for p, g in zip(places, groups)]),
-        metric("jobman_expired_jobs", "gauge", "Jobs over their lifetime.", [
-            ("", p, g["expired"]) for p, g in zip(places, groups)]),
-        *(metric("jobman_" + name, "gauge", "Of workers heard of lately.",
-                 [("", {}, workers[name])])
+    metrics = (
+        ("info", "gauge", "This server's version.",
+         [("", {"version": __version__}, 1)]),
+        ("jobs", "gauge", "Jobs by stage and state.",
+         [("", place, g["jobs"]) for place, g in zip(places, groups)]),
+        ("expired_jobs", "gauge", "Jobs over their lifetime.",
+         [("", place, g["expired"]) for place, g in zip(places, groups)]),
+        *((name, "gauge", "Of workers heard of lately.",
+           [("", {}, workers[name])])
           for name in ("workers", "slots", "busy")),
-        *(metric(name, "counter", meaning, [
-            ("", {"stage": row["stage"]}, row["attempts"])
-            for row in spent[kind]])
-          for kind, (name, meaning) in KINDS.items()),
-        metric("jobman_attempts_total", "counter", "Attempts that ended.", [
-            ("", p, row["attempts"]) for p, row in zip(labels, outcomes)]),
-        metric("jobman_spent_seconds_total", "counter", "Their time.", [
-            ("", p, row["seconds"]) for p, row in zip(labels, outcomes)]),
-        metric("jobman_idle_seconds_total", "counter", "Time of idle slots.", [
-            ("", {"stage": row["stage"]}, row["seconds"])
-            for row in spent["idle"]]),
-        metric("jobman_attempt_seconds", "histogram", "Attempts, when done.",
-               histogram(by_stage(ran), seconds.get("done", {}))),
-        metric("jobman_wait_seconds", "histogram", "From free to claimed.",
-               histogram(by_stage(waited), seconds.get("claimed", {}))),
-    ]
+        ("claims_total", "counter", "Jobs that were claimed.",
+         sums(stages, "attempts", "claimed")),
+        ("retries_total", "counter", "Claims that were not a job's first.",
+         sums(stages, "attempts", "again")),
+        ("attempts_total", "counter", "Attempts that ended.",
+         sums(stages, "attempts")),
+        ("spent_seconds_total", "counter", "Their time.",
+         sums(stages, "seconds")),
+        ("attempt_seconds", "histogram", "Attempts, when done.",
+         histogram(stages, "done")),
+        ("wait_seconds", "histogram", "From free to claimed.",
+         histogram(stages, "claimed")),
+    )
+    text = "".join(metric("jobman_" + name, *rest) for name, *rest in metrics)
     kind = "text/plain; version=0.0.4; charset=utf-8"
-    return Response(200, "".join(parts).encode(), kind)
+    return Response(200, text.encode(), kind)
 
 
-def health(store, request):
+def get_health(store, request):
     """Say that the database answers."""
     store.health()
     return Response.json({"status": "ok", "version": __version__})
@@ -4440,6 +4052,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 %(content)s
 </html>
 """
+LOGIN = """<p><a href="%s?plain=1">Show my %s</a> (the password is your
+jobix, the user name any).</p>"""
 
 
 def beside(name):
@@ -4464,7 +4078,7 @@ def policy(page):
     return POLICY % sources
 
 
-def show(page, status=200, headers=()):
+def page_response(page, status=200, headers=()):
     """Answer with a page."""
     guards = [
         ("Content-Security-Policy", policy(page) + "; frame-ancestors 'none'"),
@@ -4480,27 +4094,27 @@ def plain(content, title="jobman"):
     return PLAIN % {"content": content, "title": html.escape(title)}
 
 
-def renewed(page, seconds, *more):
+def self_renewing(page, seconds, *more):
     """Return a page that loads itself again; `more` is for its head."""
     meta = '<meta charset="utf-8">'
     renew = '<meta http-equiv="refresh" content="%d">' % seconds
     return page.replace(meta, "\n".join((meta, renew, *more)), 1)
 
 
-def row(cell, values):
+def html_row(cell, values):
     """Return the markup of a row of a table; `cell` is that of each value."""
     texts = ("" if value is None else str(value) for value in values)
     return "<tr>%s</tr>" % "".join(cell % html.escape(t) for t in texts)
 
 
-def table(name, heads, rows):
+def html_table(name, heads, rows):
     """Return the markup of a heading and a table, none without rows."""
     if not rows:
         return ""
-    head = row('<th scope="col">%s</th>', heads)
-    lines = [row("<td>%s</td>", values) for values in rows]
-    parts = "<h2>%s</h2>" % name, "<table>", head, *lines, "</table>"
-    return "\n".join(parts)
+    head = html_row('<th scope="col">%s</th>', heads)
+    lines = [html_row("<td>%s</td>", values) for values in rows]
+    return "\n".join(("<h2>%s</h2>" % name, "<table>", head, *lines,
+                      "</table>"))
 
 
 def span(period):
@@ -4513,29 +4127,28 @@ def span(period):
 
 
 def clock_time(moment):
-    """Return a moment as date, time and zone where this runs."""
+    """Return a moment as local date, time and zone."""
     return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(moment))
 
 
-# What is seen of jobs at a glance: a name, the call that gives it, options.
-GLANCE = (
-    ("status", status, {}),
-    ("hour", pace, {"minutes": 60}),
-    ("all", pace, {}),
-    ("workers", workers, {}),
-    ("failures", failures, {}),
-    ("expired", jobs, {"state": "expired", "order": "time"}),
-    ("failed", jobs, {"state": "failed", "order": "time"}),
+# What a page shows of jobs: a name, the call that returns it, its options.
+OVERVIEW = (
+    ("status", get_status, {}),
+    ("hour", get_pace, {"minutes": 60}),
+    ("all", get_pace, {}),
+    ("workers", get_workers, {}),
+    ("failures", get_failures, {}),
+    ("expired", get_jobs, {"state": "expired", "order": "time"}),
+    ("failed", get_jobs, {"state": "failed", "order": "time"}),
 )
 
 
-def glance(store, jobix):
-    """Return what GLANCE names of the jobs of a jobix."""
+def overview(store, namespace):
+    """Return what OVERVIEW names of the jobs of a namespace."""
     seen = {}
-    for name, endpoint, options in GLANCE:
-        query = urlencode(options)
-        request = Request("GET", "", query, {}, None, lambda: False)
-        request.jobix = jobix
+    for name, endpoint, options in OVERVIEW:
+        request = Request("GET", "", urlencode(options), {}, None, None)
+        request.namespace = namespace
         seen[name] = from_json(endpoint(store, request).body.decode())
     return seen
 
@@ -4556,97 +4169,94 @@ def progress_line(figures):
     return line + "."
 
 
-def stages_table(figures):
-    """Return the markup of the stages' figures."""
-    rows = []
+def stage_rows(figures):
+    """Yield the cells of each stage, and of all together."""
     for stage in [*figures["stages"], dict(figures["totals"], stage="all")]:
         name = "%s%s" % (stage["stage"], ", paused" * stage.get("paused", 0))
-        counts = [stage["states"][state] for state in STATES]
         took = stage.get("runtime") or {"median": None, "p90": None}
-        rows.append([
-            name, stage["jobs"], stage["expired"], *counts,
+        yield (
+            name, stage["jobs"], stage["expired"],
+            *(stage["states"][state] for state in STATES),
             stage.get("lifetime") or "",
             *("%.3g" % s if s else "" for s in (took["median"], took["p90"])),
-        ])
-    heads = "lifetime in minutes", "median of seconds", "nine in ten within"
-    return table("Stages", ("stage", "jobs", "expired", *STATES, *heads), rows)
+        )
 
 
-def pace_line(pace):
-    """Return a sentence on what became done in the last hour."""
-    return (
-        "In the last hour %d attempts and %d jobs became done, of these %d"
-        " and %d in the last full minute." % (
-            sum(pace["updates"]), sum(pace["done"]),
-            pace["updates"][-2], pace["done"][-2])
-    )
-
-
-def workers_table(heard):
-    """Return the markup of the workers there are, or that are quarantined."""
+def worker_rows(heard):
+    """Yield the cells of each worker that is there, or in quarantine."""
     columns = "name", "host", "slots", "busy", "done", "failed", "quarantine"
-    rows = []
     for worker in heard["workers"]:
         ago = heard["time"] - worker["heard"]
         if worker["quarantine"] or ago <= 600:
-            stages = ", ".join(map(str, worker["stages"] or ()))
-            drain = "yes" if worker["drain"] else ""
-            rows.append([worker[name] for name in columns]
-                        + [drain, stages, span(ago) + " ago"])
-    heads = "worker", *columns[1:], "drained", "stages", "heard"
-    return table("Workers", heads, rows)
+            yield (
+                *(worker[name] for name in columns),
+                "yes" if worker["drain"] else "",
+                ", ".join(map(str, worker["stages"] or ())),
+                span(ago) + " ago",
+            )
 
 
-def jobs_table(name, page):
-    """Return the markup of a page of jobs."""
-    rows = []
+def job_rows(page):
+    """Yield the cells of each job of a page."""
     for job in page["jobs"]:
         command = job["jobcmd"]
         command = command if type(command) is str else to_json(command)
-        rows.append((
-            job["jobid"], job["stage"], job["state"],
-            clock_time(job["since"]), command[:200], job["filename"],
-        ))
-    heads = "job", "stage", "state", "there since", "command", "file"
-    return table(name, heads, rows)
+        yield (job["jobid"], job["stage"], job["state"],
+               clock_time(job["since"]), command[:200], job["filename"])
 
 
 def plain_view(seen):
-    """Return what `glance` has seen as a page without a script."""
-    figures, failures = seen["status"], seen["failures"]
-    groups = [
-        [group[name] for name in ("jobs", "stage", "exit_code", "message",
-                                  "host")]
-        for group in failures["groups"]
-    ]
-    heads = "jobs", "stage", "exit code", "message", "host"
+    """Return an overview as a page without a script."""
+    figures, pace = seen["status"], seen["hour"]
     line = progress_line(figures)
+    job_heads = "job", "stage", "state", "there since", "command", "file"
+    reasons = "jobs", "stage", "exit_code", "message", "host"
+    tables = (
+        ("Stages", ("stage", "jobs", "expired", *STATES, "lifetime in minutes",
+                    "median of seconds", "nine in ten within"),
+         stage_rows(figures)),
+        ("Workers", ("worker", "host", "slots", "busy", "done", "failed",
+                     "quarantine", "drained", "stages", "heard"),
+         worker_rows(seen["workers"])),
+        ("Expired jobs", job_heads, job_rows(seen["expired"])),
+        ("Failures", reasons, (
+            [group[name] for name in reasons]
+            for group in seen["failures"]["groups"])),
+        ("Failed jobs", job_heads, job_rows(seen["failed"])),
+    )
     return plain("\n".join((
         "<h1>jobman %s</h1>" % figures["version"],
-        "<p>%s<p>%s" % (line, pace_line(seen["hour"])),
+        "<p>%s<p>In the last hour %d attempts and %d jobs became done, of"
+        " these %d and %d in the last full minute." % (
+            line, sum(pace["updates"]), sum(pace["done"]),
+            pace["updates"][-2], pace["done"][-2]),
         "<p>As of %s." % clock_time(figures["time"]),
-        stages_table(figures),
-        workers_table(seen["workers"]),
-        jobs_table("Expired jobs", seen["expired"]),
-        table("Failures", heads, groups),
-        jobs_table("Failed jobs", seen["failed"]),
+        *(html_table(name, heads, list(rows)) for name, heads, rows in tables),
     )), "jobman: " + line)
 
 
-def caller(store, request):
-    """Return a page's jobix, by the header or, without a script, HTTP Basic.
+def page_caller(store, request):
+    """Return whether a page's caller has a jobix; set it in the request.
 
-    None when there is none, or a bad one: a page is for everybody.
+    Without a script it comes by HTTP Basic, as the password.
     """
     scheme, _, login = request.headers.get("authorization", "").partition(" ")
-    basic = request.path == "/get" and request.query == "plain=1"
-    if basic and scheme.lower() == "basic":
+    if scheme.lower() == "basic":
         with contextlib.suppress(ValueError):
             _, _, password = base64.b64decode(login).partition(b":")
             request.headers["jobix"] = password.decode("ascii")
     with contextlib.suppress(Error):
         request.identify(store)
-    return request.jobix
+    return request.jobix is not None
+
+
+def login_page(request, name, things):
+    """Answer a caller without a jobix: say how to log in, or ask for it."""
+    if request.query != "plain=1":
+        return page_response(plain(LOGIN % (name, things)))
+    challenge = ("WWW-Authenticate", 'Basic realm="jobix as password"')
+    refused = "<p>The password is your jobix.</p>"
+    return page_response(plain(refused), 401, [challenge])
 
 
 def dashboard_file():
@@ -4656,108 +4266,99 @@ def dashboard_file():
             return file.read()
 
 
-LINK = """<p><a href="get?plain=1">Show my jobs</a> (the password is your
-jobix, the user name any).</p>"""
+def get_dashboard(store, request):
+    """Show the page; it asks for its content by itself, with a jobix.
 
-
-def dashboard(store, request):
-    """Show the page; what it shows it asks for itself, with a jobix.
-
-    Where there is no script, or no dashboard.html, a plain page does it.
+    A plain page stands in where there is no script, or no dashboard.html.
     """
-    wanted = request.query == "plain=1"
-    page = None if wanted else dashboard_file()
+    page = None if request.query == "plain=1" else dashboard_file()
     if page is not None:
-        return show(page)
-    jobix = caller(store, request)
-    if jobix is not None:
-        return show(renewed(plain_view(glance(store, jobix)), 10))
-    if not wanted:
-        return show(plain(LINK))
-    challenge = ("WWW-Authenticate", 'Basic realm="jobix as password"')
-    refused = "<p>The password is your jobix.</p>"
-    return show(plain(refused), 401, [challenge])
+        return page_response(page)
+    if not page_caller(store, request):
+        return login_page(request, "get", "jobs")
+    view = plain_view(overview(store, request.namespace))
+    return page_response(self_renewing(view, 10))
 
 
-def greet(store, request):
+def get_greeting(store, request):
     """Say who is here; a browser gets the dashboard."""
     if "text/html" in request.headers.get("accept", ""):
-        return dashboard(store, request)
+        return get_dashboard(store, request)
     return Response.text("This is jobman %s, a job manager." % __version__)
 
 
-def lifetime_page(store, request):
+def get_lifetime_page(store, request):
     """Show the lifetimes of the caller's stages in minutes."""
-    jobix = caller(store, request)
-    rows = store.lifetimes(jobix).items() if jobix is not None else ()
+    if not page_caller(store, request):
+        return login_page(request, "lifetime", "lifetimes")
+    rows = list(store.lifetimes(request.namespace).items())
     heads = "stage", "lifetime in minutes"
-    return show(plain(table("Lifetimes", heads, rows) or "<p>None.</p>"))
+    return page_response(plain(
+        html_table("Lifetimes", heads, rows)
+        or "<p>No stage has a lifetime.</p>"))
 
 
 # ---------------------------------------------------------------- routes ---
 
 
-def any_part(text, name):
-    """Read a part of a path as it is."""
-    return text
-
-
 PARAMETERS = {
-    "stage": in_text(STAGE),
+    "stage": from_query(STAGE),
     "stages": read_stages,
-    "nextstage": in_text(STAGE),
-    "old": in_text(STAGE),
-    "new": in_text(STAGE),
-    "jobid": in_text(JOBID),
-    "minutes": in_text(MINUTES),
-    "worker": any_part,
+    "nextstage": from_query(STAGE),
+    "old": from_query(STAGE),
+    "new": from_query(STAGE),
+    "jobid": from_query(JOBID),
+    "minutes": from_query(MINUTES),
+    "worker": lambda text, name: text,
 }
 
 # Method, path and endpoint. A path's last parameter may end in "…": then
 # there may be more of it. Pages, and calls that show no job, need no jobix.
 ROUTES = (
-    ("GET", "/", greet),
-    ("GET", "/health", health),
-    ("GET", "/metrics", metrics),
-    ("GET", "/get", dashboard),
-    ("GET", "/lifetime", lifetime_page),
-    ("GET", "/init", lifetimes),
-    ("GET", "/init/<minutes…>", init),
-    ("GET", "/lifetime/<stage>", lifetime),
-    ("GET", "/lifetime/<stage>/<minutes>", set_lifetime),
-    ("POST", "/set", set_jobs),
-    ("POST", "/submit", submit),
-    ("GET", "/get/<stages>", get_job),
-    ("GET", "/get/<stages>/<nextstage>", get_job),
-    ("GET", "/update_job/<jobid>/<stage>", update_job),
-    ("POST", "/update_job/<jobid>/<stage>", update_job),
-    ("POST", "/update_jobs", update_jobs),
-    ("POST", "/fail_job/<jobid>", fail_job),
-    ("POST", "/reject_job/<jobid>", reject_job),
-    ("POST", "/release_job/<jobid>", release_job),
-    ("POST", "/heartbeat", heartbeat),
-    ("GET", "/check_stages", check_stages),
-    ("GET", "/check_stages/<old>/<new>", check_stages),
-    ("POST", "/retry", retry),
-    ("POST", "/cancel", cancel),
-    ("POST", "/release", release),
-    ("POST", "/forget", forget),
-    ("POST", "/pause/<stage>", pause),
-    ("POST", "/resume/<stage>", pause),
-    ("POST", "/drain/<worker…>", drain),
-    ("POST", "/undrain/<worker…>", drain),
-    ("GET", "/status", status),
-    ("GET", "/pace", pace),
-    ("GET", "/workers", workers),
-    ("GET", "/failures", failures),
-    ("GET", "/stats", stats),
-    ("GET", "/jobs", jobs),
-    ("GET", "/job/<jobid>", job),
+    ("GET", "/", get_greeting),
+    ("GET", "/health", get_health),
+    ("GET", "/metrics", get_metrics),
+    ("GET", "/get", get_dashboard),
+    ("GET", "/lifetime", get_lifetime_page),
+    ("GET", "/init", get_lifetimes),
+    ("GET", "/init/<minutes…>", get_init),
+    ("GET", "/lifetime/<stage>", get_lifetime),
+    ("GET", "/lifetime/<stage>/<minutes>", get_set_lifetime),
+    ("POST", "/set", post_set),
+    ("POST", "/submit", post_submit),
+    ("GET", "/get/<stages>", get_job_claim),
+    ("GET", "/get/<stages>/<nextstage>", get_job_claim),
+    ("GET", "/update_job/<jobid>/<stage>", get_update_job),
+    ("POST", "/update_job/<jobid>/<stage>", get_update_job),
+    ("POST", "/update_jobs", post_update_jobs),
+    ("POST", "/fail_job/<jobid>", post_fail_job),
+    ("POST", "/reject_job/<jobid>", post_reject_job),
+    ("POST", "/release_job/<jobid>", post_release_job),
+    ("POST", "/heartbeat", post_heartbeat),
+    ("GET", "/check_stages", get_check_stages),
+    ("GET", "/check_stages/<old>/<new>", get_check_stages),
+    ("POST", "/retry", post_retry),
+    ("POST", "/cancel", post_cancel),
+    ("POST", "/release", post_release),
+    ("POST", "/forget", post_forget),
+    ("POST", "/pause/<stage>", post_pause),
+    ("POST", "/resume/<stage>", post_pause),
+    ("POST", "/drain/<worker…>", post_drain),
+    ("POST", "/undrain/<worker…>", post_drain),
+    ("GET", "/status", get_status),
+    ("GET", "/pace", get_pace),
+    ("GET", "/workers", get_workers),
+    ("GET", "/failures", get_failures),
+    ("GET", "/stats", get_stats),
+    ("GET", "/jobs", get_jobs),
+    ("GET", "/job/<jobid>", get_job),
 )
-PUBLIC = frozenset((greet, health, metrics, dashboard, lifetime_page))
+PUBLIC = frozenset((
+    get_greeting, get_health, get_metrics, get_dashboard, get_lifetime_page,
+))
 READING = frozenset((
-    lifetimes, lifetime, status, pace, workers, failures, stats, jobs, job,
-    *PUBLIC
+    get_lifetimes, get_lifetime, get_status, get_pace, get_workers,
+    get_failures, get_stats, get_jobs, get_job, *PUBLIC
 ))
 
 
@@ -4793,8 +4394,8 @@ def read_arguments(names, texts):
 def find_route(request):
     """Return the endpoint of a request and its arguments.
 
-    Raises Error 404 for an unknown path, 405 for a wrong method, 400 for a
-    bad argument.
+    Raises Error 404 for an unknown path, 405
+    for a wrong method, 400 for a bad argument.
     """
     if not request.path.startswith("/"):
         raise Error(400, "An address begins with a slash.")
@@ -4812,16 +4413,22 @@ def find_route(request):
 
 
 def error_response(error):
-    """Return an Error as a Response."""
+    """Return the Response that an Error is."""
     headers = list(error.headers.items())
     return Response.json({"error": str(error)}, error.status, headers)
 
 
 def authorize(store, request, endpoint):
-    """Check that a request's jobix may use an endpoint; or Error 403."""
+    """Let the sender of a request use an endpoint; or raise Error 403.
+
+    A jobix that is new to an open server gets its namespace here.
+    """
     request.identify(store)
-    if request.readonly and endpoint not in READING:
-        raise Error(403, "This jobix is only for reading.")
+    if endpoint not in READING:
+        if request.readonly:
+            raise Error(403, "This jobix is only for reading.")
+        if request.namespace is None:
+            request.namespace = store.make_namespace(request.jobix)
 
 
 @contextlib.contextmanager
@@ -4843,9 +4450,9 @@ def body_in_memory(store, request):
 
 
 def respond(store, request):
-    """Return the Response to a Request; every Error becomes one here.
+    """Return the Response to a Request: the one place where errors become one.
 
-    The path is checked first, then the jobix; only then is the body read.
+    The order is that of the checks: path, jobix, and only then the body.
     """
     try:
         endpoint, arguments = find_route(request)
@@ -5700,7 +5307,7 @@ def snapshot_page(seen):
         data = to_json(seen).replace("<", "\\u003c")
         page = page.replace(SLOT, SLOT + data, 1)
     guard = '<meta http-equiv="Content-Security-Policy" content="%s">'
-    return renewed(page, SNAPSHOT_EVERY, guard % policy(page))
+    return self_renewing(page, SNAPSHOT_EVERY, guard % policy(page))
 
 
 def write_snapshot(folder, seen):
@@ -5724,7 +5331,7 @@ def keep_snapshots(store, folder, ending):
     while not over:
         over = ending.wait(SNAPSHOT_EVERY)
         try:
-            write_snapshot(folder, glance(store, store.jobix))
+            write_snapshot(folder, overview(store, store.namespace))
             told = None
         except (Trouble, Error, sqlite3.Error) as trouble:
             if str(trouble) != told:  # the disk may be full for hours
@@ -5897,7 +5504,7 @@ def serve(options):
             serving(options, access_file, jobix))
         if options.snapshot is not None:
             store = server.store
-            write_snapshot(options.snapshot, glance(store, store.jobix))
+            write_snapshot(options.snapshot, overview(store, store.namespace))
             keeper = threading.Thread(
                 target=keep_snapshots, args=(store, options.snapshot, ending)
             )
@@ -6890,9 +6497,10 @@ def print_stats(options):
 def snapshot(options):
     """Write a page of how the jobs stand that needs no server."""
     with speaking(options) as client:
+        paths = {endpoint: path for _, path, endpoint in ROUTES}
         seen = {
-            name: client.call("GET", "/" + endpoint.__name__, options=asked)
-            for name, endpoint, asked in GLANCE
+            name: client.call("GET", paths[endpoint], options=asked)
+            for name, endpoint, asked in OVERVIEW
         }
     path = write_snapshot(options.folder, seen)
     report(options, {"file": path}, [path], [path])
@@ -7123,12 +6731,12 @@ class Run:
 
         What belongs to this one is brought back as it is loaded.
         """
-        self.store.cancel(self.store.jobix)
+        self.store.cancel(self.store.namespace)
         self.done_before = self.states()["done"]
 
     def states(self):
         """Return how many jobs are in each state."""
-        return self.store.status(self.store.jobix)["totals"]["states"]
+        return self.store.status(self.store.namespace)["totals"]["states"]
 
     def load(self, items):
         """Add the jobs of `items`, lists of them; the done ones stay so.
@@ -7152,10 +6760,11 @@ class Run:
             keys.append((hashlib.sha256(known).hexdigest()[:32], 1))
             argv = argv_of(self.command, item, place)
             jobs.append({"jobstage": 0, "jobcmd": argv, "laststage": 2})
-        given = self.store.submit(self.store.jobix, keys, read_jobs(jobs))
+        namespace = self.store.namespace
+        given = self.store.submit(namespace, keys, read_jobs(jobs))
         ids = [ids[0] for ids in given]
-        self.store.limit_attempts(self.store.jobix, ids, self.max_attempts)
-        self.store.retry(self.store.jobix, ids=ids, state="cancelled")
+        self.store.limit_attempts(namespace, ids, self.max_attempts)
+        self.store.retry(namespace, ids=ids, state="cancelled")
         self.items += len(items)
 
     def figures(self):
@@ -7175,12 +6784,14 @@ class Run:
 
     def failures(self):
         """Return a line on each of the first few jobs that failed."""
-        jobix = self.store.jobix
-        for job in self.store.some_failed(jobix, limit=self.NAMED):
-            last = (job["stderr"] or "").strip().rpartition("\n")[2]
+        page, _ = self.store.jobs(
+            self.store.namespace, order="id", after=None, limit=self.NAMED,
+            stage=None, state="failed", attempts=1)
+        for job, (attempt,) in page:
+            last = (attempt["stderr"] or "").strip().rpartition("\n")[2]
             item = from_json(job["jobcmd"])[-1]
-            line = "failed: %s (%s) %s" % (item, job["error"], last)
-            yield printable(line)
+            yield printable(
+                "failed: %s (%s) %s" % (item, attempt["error"], last))
 
 
 class WorkerProcess:
@@ -7293,7 +6904,7 @@ def run(options):
             say(reason + "; the same command goes on where it was.")
             return 128 + number
         finally:
-            server.store.wait_queue.close()  # its long poll needn't be broken off
+            server.store.wait_queue.close()  # ends its long poll
             worker.end()
             progress.end()
         return sum_up(this, figures, progress)
@@ -7714,31 +7325,22 @@ def check_counts(execute):
                % (stage, state, *counts))
 
 
-def check_lanes(execute):
-    """Yield the jobs that claims find and shouldn't, or don't and should."""
-    for row in execute(SQL.WHOLE_LANES):
-        known = row["state"] in STATES
-        if not known or row["free"] != lane(row["state"], row["lease"]):
-            yield "%(jobs)s jobs are %(state)s and have %(free)s (job " \
-                "%(jobid)s)" % dict(row)
-
-
 def check_attempts(execute):
     """Yield how many attempts are of no job."""
-    orphans, row = execute(SQL.WHOLE_ORPHANS).fetchone()
+    orphans, first = execute(SQL.WHOLE_ORPHANS).fetchone()
     if orphans:
-        yield "%d attempts are of no job (row %d)" % (orphans, row)
+        yield "%d attempts are of no job (id %d)" % (orphans, first)
 
 
 def check_dependencies(execute):
     """Yield the jobs that wait for others by mistake, or don't."""
-    jobs, jobid = execute(SQL.WHOLE_MISSING).fetchone()
+    jobs, jobid = execute(SQL.WHOLE_UNMET).fetchone()
     if jobs:
-        yield "%d jobs wait for more or fewer than they know (job %d)" % (
+        yield "%d jobs wait for more or fewer than they count (job %d)" % (
             jobs, jobid)
-    wrong, row = execute(SQL.WHOLE_DEPENDENCIES).fetchone()
-    if wrong:
-        yield "%d jobs are waited for in another state (row %d)" % (wrong, row)
+    edges, child = execute(SQL.WHOLE_EDGES).fetchone()
+    if edges:
+        yield "%d dependencies are of no job (id %d)" % (edges, child)
 
 
 def check_jobs(execute):
@@ -7751,7 +7353,6 @@ CHECKS = (
     ("integrity", check_pages),
     ("schema", check_schema),
     ("counts", check_counts),
-    ("free", check_lanes),
     ("attempts", check_attempts),
     ("dependencies", check_dependencies),
     ("jobs", check_jobs),

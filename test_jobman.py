@@ -343,7 +343,7 @@ def made(*names):
 
 def to_add(jobs):
     """Return jobs, {id: entry}, as a Store takes them."""
-    return list(jobs), jobman.read_jobs(list(jobs.values()))
+    return list(jobs), jobman.read_jobs(jobs.values())
 
 
 class StoreCase(TemporaryFolder):
@@ -396,6 +396,11 @@ class StoreCase(TemporaryFolder):
     def restart(self):
         self.closing.close()
         self.open()
+
+    @property
+    def namespace(self):
+        """The id of the test's namespace, which is made when it is new."""
+        return self.store.make_namespace(self.jobix)
 
     def call(self, path, body=None, *, method=None, jobix=None, **headers):
         method = method or ("GET" if body is None else "POST")
@@ -478,20 +483,18 @@ class StoreCase(TemporaryFolder):
         """Assert that the kept counts are those of the table."""
         with contextlib.closing(self.look()) as db:
             kept = db.execute(
-                "select jobix, stage, state, jobs, expired from tally"
+                "select namespace, stage, state, jobs, expired from tally"
                 " where jobs or expired order by 1, 2, 3"
             ).fetchall()
             real = db.execute(
-                "select jobix, stage, state, count(*), sum(expired) from job"
+                "select namespace, stage, state, count(*), sum(expired)"
+                " from job"
                 " group by 1, 2, 3 order by 1, 2, 3"
             ).fetchall()
             free = db.execute(
-                "select count(*) from job where (free = 1) != (state in"
+                "select count(*) from job where free != (state in"
                 " ('waiting', 'done') or (state = 'working' and"
-                " lease is null)) or (free != 1 and -free != case state"
-                " when 'delayed' then 1 when 'blocked' then 2"
-                " when 'working' then 3 when 'failed' then 5"
-                " when 'cancelled' then 6 when 'aborted' then 7 end)"
+                " lease is null))"
             ).fetchone()
         self.assertEqual(real, kept)
         self.assertEqual((0,), free)
@@ -501,7 +504,7 @@ class StoreCase(TemporaryFolder):
         with contextlib.closing(self.look()) as db:
             chosen = ", ".join(columns)
             return db.execute(
-                "select %s from attempt order by row" % chosen
+                "select %s from attempt order by id" % chosen
             ).fetchall()
 
 
@@ -1213,7 +1216,7 @@ class ClaimTest(StoreCase):
         self.assertReply(200, self.update(first, 2))
         self.assertEqual({(3, "working"): 1}, self.states())
         self.assertReply(200, self.update(second, 4))
-        self.assertEqual(2, len(self.attempts("row")))
+        self.assertEqual(2, len(self.attempts("id")))
 
     def test_the_same_failure_or_release_again_counts_once(self):
         self.set_jobs([1, 2])
@@ -1259,7 +1262,7 @@ class ClaimTest(StoreCase):
         later = self.fail(self.get(0, lease=60), exit_code=75).json()
         self.assertEqual((1, 512), (later["failures"], later["delay"]))
         self.clock.advance(513)
-        self.store.limit_attempts(self.jobix, [1], 1)
+        self.store.limit_attempts(self.namespace, [1], 1)
         later = self.fail(self.get(0, lease=60), exit_code=75).json()
         self.assertEqual("delayed", later["state"])
         self.clock.advance(601)
@@ -1686,7 +1689,10 @@ class ClaimTest(StoreCase):
         self.assertReply(400, self.post("/set", {2: job}))
         self.assertEqual({(0, "waiting"): 1}, self.states())
 
-    GIVEN = "jobcmd", "filename", "files", "made"
+    def given(self):
+        """Return what each attempt's update has replaced."""
+        return [given and json.loads(given)
+                for given, in self.attempts("given")]
 
     def test_an_attempt_keeps_what_its_update_replaced(self):
         self.set_jobs({1: ["old"]})
@@ -1704,13 +1710,14 @@ class ClaimTest(StoreCase):
                 200, self.update(job, stage + 2, body=packed(given)))
         self.fail(self.get(10))
         self.assertEqual([
-            (None, None, "[]", None),
-            ('["old"]', "null", None, None),
-            (None, None, None, None),
-            ("0", '"f"', json.dumps(files), 0),
-            (None, None, "[]", 6),
-            (None, None, None, None),
-        ], self.attempts(*self.GIVEN))
+            {"files": None, "files_stage": None},
+            {"jobcmd": '["old"]', "filename": None},
+            None,
+            {"jobcmd": "0", "filename": '"f"', "files": json.dumps(files),
+             "files_stage": 0},
+            {"files": "[]", "files_stage": 6},
+            None,
+        ], self.given())
 
     def test_a_late_result_too_keeps_what_it_replaced(self):
         self.set_jobs({1: "old", 2: "old"})
@@ -1724,10 +1731,11 @@ class ClaimTest(StoreCase):
         self.assertEqual({(2, "waiting"): 2}, self.states())
         for job, body in zip(jobs, (given, {})):
             self.assertReply(200, self.update(job, 4, body=packed(body)))
-        self.assertEqual(
-            [('"old"', "null", json.dumps(files), 0), (None,) * 4],
-            self.attempts(*self.GIVEN)[2:],
-        )
+        self.assertEqual([
+            {"jobcmd": '"old"', "filename": None, "files": json.dumps(files),
+             "files_stage": 0},
+            None,
+        ], self.given()[2:])
 
     def test_a_malformed_entry_refuses_all_of_update_jobs(self):
         self.set_jobs([1])
@@ -1808,7 +1816,7 @@ class ClaimTest(StoreCase):
                 self.assertReply(200, self.update(job, stage + 2))
             stranger = dict(job, claim="another")
             self.assertReply(409, self.update(stranger, stage + 2))
-        self.assertEqual(3, len(self.attempts("row")))
+        self.assertEqual(3, len(self.attempts("id")))
 
     def test_a_jobix_has_ids_keys_and_a_last_stage_of_its_own(self):
         jobs = {"key": "k", "jobs": [{"jobstage": 2}, {"jobstage": 0}]}
@@ -1838,9 +1846,12 @@ class ClaimTest(StoreCase):
         self.set_jobs([1, 2])
         self.assertReply(
             200, self.post("/set", {1: {"jobstage": 0}}, jobix=1))
-        self.store.limit_attempts(1, [1], 1)
+        self.store.limit_attempts(self.store.admit(1)[0], [1], 1)
         for job in self.get(0, n=2):
             self.assertEqual("delayed", self.fail(job).json()["state"])
+        job = self.ok("/get/0", jobix=1)
+        failed = self.ok("/fail_job/1?claim=" + job["claim"], {}, jobix=1)
+        self.assertEqual("failed", failed["state"])
 
     def lapse(self, stage, times=1):
         """Let a job's lease end, several times."""
@@ -2343,10 +2354,6 @@ class ShowTest(StoreCase):
                     (query, order),
                 )
 
-    def test_pages_are_in_order_with_more_priorities_than_are_merged(self):
-        self.replace("PRIORITIES_MERGED", 2)
-        self.test_pages_are_in_order_whatever_is_chosen()
-
     def test_pages_by_time_pass_over_no_job_of_one_moment(self):
         self.set_jobs(range(7))
         self.clock.advance(1)
@@ -2501,7 +2508,7 @@ class SweepTest(StoreCase):
         self.clock.advance(61)
         self.store.tick()
         figures = self.ok("/status")
-        first, last = figures["stages"]
+        first, _, last = figures["stages"]
         self.assertEqual((0, 1, 2, 2), tuple(
             first[k] for k in ("stage", "lifetime", "jobs", "expired")))
         self.assertEqual(2, first["states"]["waiting"])
@@ -2509,6 +2516,33 @@ class SweepTest(StoreCase):
         self.assertEqual((3, 2), (figures["totals"]["jobs"],
                                   figures["totals"]["expired"]))
         self.assertEqual(set(jobman.STATES), set(first["states"]))
+
+    def test_status_has_a_row_for_every_stage_that_matters(self):
+        cases = (
+            (lambda: self.set_jobs([1]), 0),
+            (lambda: self.ok("/lifetime/3/5"), 3),
+            (lambda: self.ok("/lifetime/4/0"), 4),
+            (lambda: self.ok("/pause/6", {}), 6),
+            (lambda: self.update(self.get(0), 8), 8),  # ran in 0, is in 8
+        )
+        rows = []
+        for act, stage in cases:
+            act()
+            rows.append(stage)
+            self.assertEqual(
+                rows, [row["stage"] for row in self.stages()])
+        self.ok("/resume/6", {})
+        self.assertEqual([0, 3, 4, 8], [
+            row["stage"] for row in self.stages()])
+        self.assertEqual([], self.stages(jobix=1))
+        self.ok("/init/7/0", jobix=1)
+        self.assertEqual([(0, 7, False, None), (1, 0, False, None)], [
+            (row["stage"], row["lifetime"], row["paused"], row["name"])
+            for row in self.stages(jobix=1)])
+
+    def stages(self, **options):
+        """Return the rows of /status."""
+        return self.ok("/status", **options)["stages"]
 
     def test_status_knows_the_rate_and_the_time_left(self):
         self.set_jobs(range(90), laststage=2)
@@ -2679,19 +2713,20 @@ class SweepTest(StoreCase):
         self.assertEqual(3, self.ok("/status")["stages"][-1]["jobs"])
         self.assertEqual({}, self.runtimes(jobix=1))
 
-    def test_only_what_was_done_and_known_counts_as_a_run_time(self):
+    def test_only_attempts_that_were_done_count_as_run_times(self):
         self.set_jobs([1, 2, 3])
         failed, late, told = self.get(0, n=3, lease=60)
         self.assertReply(200, self.fail(failed, seconds=5))
         self.clock.advance(61)
         self.store.tick()
-        self.assertReply(200, self.update(late, 2))
-        self.assertEqual({}, self.runtimes())  # when it ended nobody knows
+        self.assertEqual({}, self.runtimes())
         body = packed({"seconds": 0.001})
         self.assertReply(200, self.update(told, 2, body=body))
         self.assertReply(200, self.update(told, 2, body=body))
         self.assertReply(200, self.call("/update_job/3/4"))
         self.assertEqual({0: (1, 0.001, 0.001)}, self.runtimes())
+        self.assertReply(200, self.update(late, 2))  # from claim to update
+        self.assertEqual({0: (2, 0.001, 65.536)}, self.runtimes())
 
     def test_a_clock_set_back_makes_no_run_time_negative(self):
         self.set_jobs([1])
@@ -2702,7 +2737,7 @@ class SweepTest(StoreCase):
 
     def test_a_run_time_is_at_most_a_fifth_too_long(self):
         for seconds in (0.001, 0.0013, 0.5, 1, 59.9, 86400, 10**9):
-            told = jobman.percentile([(jobman.run_bucket(seconds), 1)], 0.5)
+            told = jobman.percentile([(jobman.time_bucket(seconds), 1)], 0.5)
             self.assertGreaterEqual(told * (1 + 1e-9), seconds)
             self.assertLess(told, seconds * 1.2)
 
@@ -2729,7 +2764,7 @@ class SweepTest(StoreCase):
         for jobix, n in ((1, 9), (2, 3), (3, 0)):
             self.assertEqual(n / 60, self.ok("/status", jobix=jobix)["rate"])
 
-    def test_only_what_failed_is_told_and_how_it_ended(self):
+    def test_failed_jobs_are_shown_with_how_they_ended(self):
         self.set_jobs({1: "a"}, max_attempts=2)
         self.set_jobs({2: "b", 3: "c"})
         for error in ("first", "last"):
@@ -2737,11 +2772,10 @@ class SweepTest(StoreCase):
             self.clock.advance(9)
         self.fail(self.get(0))  # delayed
         self.ok("/cancel", {"ids": [3]})
-        found = self.store.some_failed(self.jobix, limit=10)
-        self.assertEqual(
-            [(1, '"a"', "last")],
-            [(job["jobid"], job["jobcmd"], job["error"]) for job in found],
-        )
+        found = self.ok("/jobs?state=failed&attempts=1")["jobs"]
+        self.assertEqual([(1, "a", "last")], [
+            (job["jobid"], job["jobcmd"], attempt["error"])
+            for job in found for attempt in job["attempts"]])
 
     def test_retry_forgets_the_lapses(self):
         self.set_jobs([1])
@@ -2763,8 +2797,8 @@ class SweepTest(StoreCase):
         self.set_jobs([1])
         self.assertEqual({"cancelled": 1}, self.ok("/cancel", {"ids": [1, 1]}))
         self.ok("/retry", {"ids": [1]})
-        with self.assertRaises(jobman.Error):
-            self.store.cancel(self.jobix, ids=[1, 1])
+        with self.assertRaises(jobman.Unavailable):
+            self.store.cancel(self.namespace, ids=[1, 1])
         self.assertEqual({(0, "waiting"): 1}, self.states())
 
     def test_what_is_due_is_tried_again_when_it_failed(self):
@@ -2788,6 +2822,11 @@ class SweepTest(StoreCase):
 
 class DependencyTest(StoreCase):
     """Jobs wait for other jobs."""
+
+    def setUp(self):
+        self.addCleanup(setattr, jobman.Store, "TICK", jobman.Store.TICK)
+        jobman.Store.TICK = {False: 1000}  # a test ticks for itself
+        super().setUp()
 
     def add(self, after, **options):
         """Add jobs of one stage: {id: those it waits for}."""
@@ -2959,52 +2998,55 @@ class DependencyTest(StoreCase):
         self.ok("/retry", {"ids": [2]})
         self.assertEqual("blocked", self.told()[2])
 
-    def test_one_that_runs_again_holds_up_who_has_not_begun(self):
-        self.add({1: [], 2: [1], 3: [1], 4: [1]})
-        self.update(self.get(0), 2)
-        working = self.get(0, lease=60)
-        self.assertEqual(2, working["jobid"])
-        self.finish(3)
-        self.assertEqual({"retried": 1}, self.ok("/retry", {"ids": [1]}))
-        self.assertEqual(
-            {1: "waiting", 2: "working", 3: "done", 4: "blocked"},
-            self.told())
-        self.assertReply(200, self.update(working, 2))
-        self.ok("/retry", {"ids": [3]})
-        self.assertEqual("done", self.told()[3])  # nobody ever claimed it
-        self.finish(1)
-        self.assertEqual(
-            {1: "done", 2: "done", 3: "done", 4: "waiting"}, self.told())
+    def test_a_done_parent_that_runs_again_holds_up_no_child(self):
+        def retried():
+            self.assertEqual({"retried": 1}, self.ok("/retry", {"ids": [1]}))
 
-    def test_who_works_meanwhile_waits_when_it_goes_back(self):
-        self.add({1: [], 2: [1], 3: [1], 4: [1]})
-        self.update(self.get(0), 2)
-        jobs = [self.get(0, lease=60) for _ in range(3)]
-        self.ok("/retry", {"ids": [1]})
-        self.release(jobs[0])
-        self.fail(jobs[1])
-        self.assertEqual(
-            {1: "waiting", 2: "blocked", 3: "delayed", 4: "working"},
-            self.told())
-        self.clock.advance(61)
-        self.assertEqual(
-            {1: "waiting", 2: "blocked", 3: "blocked", 4: "blocked"},
-            self.told())
-        self.assertReply(200, self.update(jobs[2], 2))  # late, and taken
-        self.finish(1)
-        self.assertEqual(
-            {1: "done", 2: "waiting", 3: "waiting", 4: "done"}, self.told())
+        def rejected():
+            self.assertReply(200, self.post("/reject_job/1", {}))
 
-    def test_who_works_meanwhile_is_aborted_when_it_goes_back(self):
-        self.add({1: [], 2: [1]})
-        self.update(self.get(0), 2)
-        job = self.get(0, lease=60)
-        self.ok("/retry", {"ids": [1]})
+        ways = (  # of a done job 1, and its state after each
+            (retried, "waiting"),
+            (rejected, "failed"),
+            (lambda: self.call("/update_job/1/0"), "waiting"),
+            (lambda: self.call("/update_job/1/0") and
+             self.ok("/cancel", {"ids": [1]}), "cancelled"),
+        )
+        body = packed({"files": made("a")})
+        for self.jobix, (way, state) in enumerate(ways):
+            self.add({1: [], 2: [1], 3: [1], 4: [1], 5: [], 6: [1, 5]},
+                     max_attempts=1)
+            self.update(self.get(0), 2, body=body)
+            working = self.get(0, lease=60)
+            self.assertEqual(2, working["jobid"])
+            self.finish(3)
+            way()
+            self.assertEqual(
+                {1: state, 2: "working", 3: "done", 4: "waiting",
+                 5: "waiting", 6: "blocked"}, self.told())
+            self.assertEqual([5], self.ok("/job/6")["waits_for"])
+            self.release(working)
+            self.finish(5)
+            self.assertEqual(
+                {1: state, 2: "waiting", 3: "done", 4: "waiting",
+                 5: "done", 6: "waiting"}, self.told())
+            self.add({7: [1]})  # a new one does wait for it
+            self.assertEqual(
+                "blocked" if state == "waiting" else "aborted",
+                self.told()[7])
+
+    def test_a_job_that_goes_back_to_its_stage_waits_for_its_parents(self):
+        self.add({1: [], 2: [], 3: [2], 4: [2], 5: [2], 6: [1]})
+        for jobid in (3, 4, 5, 6):
+            self.assertReply(200, self.call("/update_job/%d/1" % jobid))
+        self.assertEqual("blocked", self.told()[3])
         self.ok("/cancel", {"ids": [1]})
-        self.assertEqual("working", self.told()[2])
-        self.release(job)
-        self.assertEqual({2: 1}, self.blame())
-        self.assertEqual({1: "cancelled", 2: "aborted"}, self.told())
+        for jobid in (3, 4, 5, 6):
+            self.assertReply(200, self.call("/update_job/%d/0" % jobid))
+        self.assertEqual(
+            {1: "cancelled", 2: "waiting", 3: "blocked", 4: "blocked",
+             5: "blocked", 6: "aborted"}, self.told())
+        self.assertEqual({6: 1}, self.blame())
 
     def test_parents_come_before_or_in_the_same_call(self):
         self.add({1: [2], 2: [3], 3: []})
@@ -3076,7 +3118,7 @@ class DependencyTest(StoreCase):
     def test_a_job_that_only_waits_wakes_nobody(self):
         self.add({1: []})
         self.get(0, lease=60)
-        with self.store.wait_queue.join([(self.jobix, 0)]) as waiter:
+        with self.store.wait_queue.join([(self.namespace, 0)]) as waiter:
             self.add({2: [1]})
             self.assertFalse(waiter.woken)
             self.finish(1)
@@ -3094,6 +3136,96 @@ class DependencyTest(StoreCase):
         self.assertEqual(
             {(0, "waiting"): n - 1, (2, "done"): 1}, self.states())
         self.assertCounts()
+
+    def ends(self):
+        """Yield ways for a parent's end and its children's state then.
+
+        Each begins where the one before has led to.
+        """
+        yield lambda: self.ok("/cancel", {"ids": [0]}), "aborted"
+        yield lambda: self.ok("/retry", {"ids": [0]}), "blocked"
+        yield lambda: self.finish(0), "waiting"
+
+    def test_the_rest_is_told_at_the_next_tick(self):
+        self.replace("CHUNK", 10)
+        self.add({0: [], **{i: [0] for i in range(1, 35)}})
+        before = "blocked"
+        for end, after in self.ends():
+            end()
+            states = self.ok("/status")["totals"]["states"]
+            self.assertEqual(34, states[before] + states[after])
+            self.assertTrue(0 < states[after] < 20, states)
+            self.assertIn(0, self.parents_that_wait())
+            self.store.tick()
+            self.assertEqual({after}, {
+                state for jobid, state in self.told().items() if jobid})
+            self.assertEqual([], self.parents_that_wait())
+            before = after
+
+    def parents_that_wait(self):
+        """Return the ids of the jobs whose children are still to be told."""
+        with contextlib.closing(self.look()) as db:
+            return [db.execute("select jobid from job where id = ?", (
+                parent,)).fetchone()[0] for parent in self.store.unfinished]
+
+    def test_a_start_tells_the_rest(self):
+        self.replace("CHUNK", 10)
+        for self.jobix in (1, 2):
+            self.add({0: [], **{i: [0] for i in range(1, 35)}})
+        for end, after in self.ends():
+            for self.jobix in (1, 2):
+                end()
+            self.restart()  # so that nothing is in memory
+            self.assertEqual([0, 0], self.parents_that_wait())
+            for self.jobix in (1, 2):
+                self.assertEqual({after}, {
+                    state for jobid, state in self.told().items() if jobid})
+            self.restart()
+            self.assertEqual([], self.parents_that_wait())
+
+    def test_a_parent_that_changes_before_all_are_told(self):
+        self.replace("CHUNK", 10)
+        self.add({0: [], **{i: [0] for i in range(1, 35)}})
+        for end, after in self.ends():
+            for path in ("/cancel", "/retry", "/cancel", "/retry"):
+                self.ok(path, {"ids": [0]})
+            end()
+            self.assertEqual({after}, {
+                state for jobid, state in self.told().items() if jobid})
+            if after == "aborted":
+                self.ok("/retry", {"ids": [0]})
+
+    def test_a_tick_that_is_taken_back_is_tried_again(self):
+        self.replace("CHUNK", 10)
+        self.add({0: [], **{i: [0] for i in range(1, 35)}})
+        self.finish(0)
+        left = dict(self.store.unfinished)
+        committed = self.store.writer.finish
+
+        def spoiled(tx):
+            committed(tx)
+            raise sqlite3.OperationalError("the disk is full")
+
+        self.store.writer.finish = spoiled
+        with self.assertRaises(jobman.Unavailable):
+            self.store.tick()
+        self.assertEqual(left, self.store.unfinished)
+        self.store.writer.finish = committed
+        self.assertEqual(
+            {(0, "waiting"): 34, (2, "done"): 1}, self.states())
+
+    def test_a_lapse_as_the_tick_begins_is_told_to_all(self):
+        self.replace("CHUNK", 10)
+        self.store.max_lapses = 1
+        self.add({0: [], **{i: [0] for i in range(1, 35)}})
+        self.ok("/cancel", {"ids": [0]})
+        self.store.tick()
+        self.ok("/retry", {"ids": [0]})
+        self.assertEqual(0, self.get(0, lease=1)["jobid"])
+        self.assertIn(0, self.parents_that_wait())
+        self.clock.advance(2)
+        self.assertEqual(
+            {(0, "failed"): 1, (0, "aborted"): 34}, self.states())
 
     def test_a_long_chain_is_aborted_and_comes_back(self):
         n = 7000
@@ -3127,8 +3259,11 @@ class DependencyTest(StoreCase):
         self.set_jobs([10**6], stage=4)
         self.set_jobs([10**6 + 1, 10**6 + 2])
 
+        namespace = self.namespace
+
         def claim():
-            return self.store.claim(self.jobix, [0], worker=None, lease=60)
+            job, = self.store.claim(namespace, [0], worker=None, lease=60)
+            return job
 
         few = self.steps(claim)
         self.add({i: [10**6] for i in range(5000)})
@@ -3141,6 +3276,7 @@ class DependencyTest(StoreCase):
         after = {i: pick.sample(range(i), min(i, pick.choice((0, 1, 1, 3))))
                  for i in ids}
         self.add(after, max_attempts=1)
+        met = set()  # pairs of a child and a parent that was done
         for _ in range(250):
             jobid = pick.choice(ids)
             act = pick.choice(("claim", "claim", "update", "fail", "release",
@@ -3159,28 +3295,30 @@ class DependencyTest(StoreCase):
             else:
                 self.post("/%s_job/%d" % (act, jobid), {})
             try:
-                self.check_states(after, self.told())
+                self.check_states(after, met, self.told())
             except AssertionError as error:
                 self.fail("seed %d, %s: %s" % (seed, act, error))
 
-    def check_states(self, after, states):
-        """Check the states of jobs against those that they wait for."""
+    def check_states(self, after, met, states):
+        """Check the states of jobs against those that they wait for.
+
+        `met` grows by those that are done now.
+        """
         for jobid, parents in after.items():
-            ends = {jobman.known_end(states[parent]) for parent in parents}
+            met |= {(jobid, parent) for parent in parents
+                    if states[parent] == "done"}
+            unmet = {p for p in parents if (jobid, p) not in met}
+            aborting = {p for p in unmet if states[p] in jobman.PUT_ASIDE}
             state = states[jobid]
             if state in ("waiting", "blocked", "aborted"):
-                held = "aborted" if 2 in ends else \
-                    "blocked" if 0 in ends else "waiting"
+                held = "aborted" if aborting else \
+                    "blocked" if unmet else "waiting"
                 self.assertEqual(held, state, (jobid, states))
-            waits = sum(states[parent] != "done" for parent in parents)
             shown = self.ok("/job/%d" % jobid)
-            self.assertEqual(waits, shown["waits"])
-            self.assertEqual(
-                {p for p in parents if states[p] != "done"},
-                set(shown["waits_for"]))
-            if state == "aborted":
-                self.assertIn(shown["aborted_by"], parents)
-                self.assertIn(states[shown["aborted_by"]], jobman.PUT_ASIDE)
+            self.assertEqual(len(unmet), shown["waits"])
+            self.assertEqual(unmet, set(shown["waits_for"]))
+            self.assertIn(shown["aborted_by"],
+                          aborting if state == "aborted" else {None})
 
 
 class ForgetTest(StoreCase):
@@ -3310,7 +3448,7 @@ class StatsTest(StoreCase):
         self.assertEqual((100, 50), (found["useful"], found["lost"]))
         totals = self.ok("/stats")["totals"]
         self.assertEqual({"claims": 4, "retries": 1, "useful": 100,
-                          "lost": 50, "idle": 0}, totals)
+                          "lost": 50}, totals)
         self.assertEqual([], self.ok("/stats", jobix=1)["stages"])
 
     def test_what_the_worker_says_of_its_command_counts(self):
@@ -3355,48 +3493,30 @@ class StatsTest(StoreCase):
         self.assertIsNone(self.stage(2)["run"])
         self.assertIsNone(self.stage(2)["advised"])
 
-    def test_a_lapsed_attempt_that_ends_after_all_is_not_lost(self):
+    def test_a_lapsed_attempt_that_ends_after_all_counts_twice(self):
         self.set_jobs([1, 2])
-        late, dead = self.get(0, lease=10), self.get(0, lease=10)
+        late, given_back = self.get(0, lease=10), self.get(0, lease=10)
         self.clock.advance(20)
         self.store.tick()
-        self.assertEqual((20, 20), (
-            self.stage()["lost"] // 2, self.stage()["lost"] / 2))
+        self.assertEqual(40, self.stage()["lost"])
         self.update(late, 2, body=packed({"seconds": 18}))
         found = self.stage()
-        self.assertEqual((18, 20), (found["useful"], found["lost"]))
-        self.assertEqual({"attempts": 1, "seconds": 20},
-                         found["outcomes"]["lapsed"])
-        self.assertReply(200, self.release(dead))
+        self.assertEqual((18, 40), (found["useful"], found["lost"]))
+        self.clock.advance(5)
+        self.assertReply(200, self.release(given_back))
+        found = self.stage()
+        self.assertEqual((18, 65), (found["useful"], found["lost"]))
+        self.assertEqual({
+            "lapsed": {"attempts": 2, "seconds": 40},
+            "done": {"attempts": 1, "seconds": 18},
+            "released": {"attempts": 1, "seconds": 25},
+        }, found["outcomes"])
+        self.assertEqual([("done",), ("released",)],
+                         self.attempts("outcome"))
 
     def beat(self, **about):
         self.ok("/heartbeat", dict(
-            about, worker="w", lease=60, claims=[]))
-
-    def test_idle_time_is_that_of_slots_without_a_job(self):
-        self.beat(slots=4, busy=1, stages=[2, 0])
-        self.clock.advance(30)
-        self.beat(slots=4, busy=4, stages=[2, 0])
-        self.assertEqual(90, self.stage(2)["idle"])
-        self.clock.advance(30)
-        self.beat(slots=4, busy=0, stages=[2, 0])
-        self.clock.advance(jobman.AWAY_AFTER + 1)  # it wasn't there
-        self.beat(slots=4, busy=0, stages=[2, 0])
-        self.clock.advance(-10)  # the clock was put back
-        self.beat(slots=4, busy=0, stages=[2, 0])
-        self.assertEqual(90, self.stage(2)["idle"])
-        self.clock.advance(10)
-        self.beat(ended=True)
-        self.assertEqual(130, self.ok("/stats")["totals"]["idle"])
-
-    def test_a_worker_that_says_nothing_of_itself_is_not_idle(self):
-        for _ in range(2):
-            self.beat()
-            self.clock.advance(10)
-        self.beat(slots=4, busy=0, stages=[])
-        self.clock.advance(10)
-        self.beat()
-        self.assertEqual([], self.ok("/stats")["stages"])
+            {"worker": "w", "lease": 60, "claims": []}, **about))
 
     def test_figures_outlive_the_server(self):
         self.set_jobs([1])
@@ -3445,7 +3565,6 @@ class StatsTest(StoreCase):
             ('jobman_claims_total{stage="0"}', 3),
             ('jobman_attempts_total{stage="0",outcome="failed"}', 1),
             ('jobman_attempts_total{stage="0",outcome="lapsed"}', 1),
-            ('jobman_mended_total{stage="0"}', 1),
             ('jobman_spent_seconds_total{stage="0",outcome="done"}', 105),
             ('jobman_attempt_seconds_count{stage="0"}', 2),
             ('jobman_attempt_seconds_sum{stage="0"}', 105),
@@ -3456,6 +3575,22 @@ class StatsTest(StoreCase):
             ("jobman_workers", 1), ("jobman_slots", 4), ("jobman_busy", 1),
         ):
             self.assertEqual(value, found.get(name), name)
+
+    def test_metrics_count_the_workers_that_were_heard_of_lately(self):
+        def counted():
+            found = self.samples()
+            return [found["jobman_" + name]
+                    for name in ("workers", "slots", "busy")]
+
+        self.assertEqual([0, 0, 0], counted())
+        self.beat(worker="silent")
+        self.beat(slots=4, busy=1)
+        self.assertEqual([2, 4, 1], counted())
+        self.clock.advance(jobman.AWAY_AFTER)
+        self.beat(slots=3)
+        self.assertEqual([2, 3, 0], counted())
+        self.clock.advance(1)
+        self.assertEqual([1, 3, 0], counted())
 
     def test_promtool_finds_nothing_wrong_in_them(self):
         promtool = shutil.which("promtool")
@@ -4193,7 +4328,7 @@ class ManyJobsTest(StoreCase):
 
     def test_each_is_kept_as_it_came(self):
         chance = random.Random(7)
-        sizes = 1, 2, 99, 100, 101, 250, jobman.VARIABLES
+        sizes = 1, 2, 99, 100, 101, 250, 999
         for jobix, n in enumerate(sizes * 3):
             jobs = self.random_jobs(chance, n)
             again = {jobid: {"jobstage": 1, "jobcmd": "no"}
@@ -5220,6 +5355,7 @@ class RandomJsonTest(SeededCase):
         self.fuzz = Fuzz(self.random, "x")
         self.database = sqlite3.connect(self.path("jobman.db"))
         self.addCleanup(self.database.close)
+        self.store.make_namespace(7)
 
     def content(self):
         """Return all that is in the database."""
@@ -5237,8 +5373,10 @@ class RandomJsonTest(SeededCase):
     def restock(self):
         """Have a few jobs, one of them claimed, in a database of that alone.
         """
-        for table in set(self.content()) - {"setting"}:
+        for table in set(self.content()) - {"setting", "namespace"}:
             self.database.execute("delete from " + table)
+        self.database.execute(
+            "update namespace set laststage = null, last_jobid = 0")
         self.database.commit()
         jobs = {i: {"jobstage": i // 3, "max_attempts": 9} for i in range(9)}
         self.respond("POST", "/set", packed(jobs))
@@ -11899,7 +12037,7 @@ class RunTest(TemporaryFolder):
         store = jobman.Store(self.path("jobman-run.db"))
         touch = {"jobstage": 0, "jobcmd": "touch leftover", "laststage": 2}
         jobs = jobman.read_jobs([touch] * 8000)
-        store.submit(store.jobix, [("others", 8000)], jobs)
+        store.submit(store.namespace, [("others", 8000)], jobs)
         store.close()
         _, err = self.over("echo {}", ":::", "x")
         self.assertIn("1 of 1 done, 0 failed", err)
