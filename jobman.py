@@ -1686,8 +1686,12 @@ class WaitQueue:
 UNENDED = ("waiting", "delayed", "blocked", "working")
 PUT_ASIDE = ("failed", "cancelled", "aborted")  # until a retry
 STATES = (*UNENDED, "done", *PUT_ASIDE)
-RETRIABLE = ("done", *PUT_ASIDE)
-CANCELLABLE = (*UNENDED, "failed", "aborted")
+SWEEPS = {  # of many jobs: what an answer calls it, and the states it is for
+    "retry": ("retried", ("done", *PUT_ASIDE)),
+    "cancel": ("cancelled", (*UNENDED, "failed", "aborted")),
+    "release": ("released", ("working",)),
+    "forget": ("forgotten", ("done",)),
+}
 REJECTABLE = ("waiting", "delayed", "done", "failed")  # without a token
 REPLACEABLE = "jobcmd", "filename", "files", "files_stage"  # by an update
 BLANK_REPORT = dict.fromkeys(("exit_code", "error", "stderr", "seconds"))
@@ -2661,36 +2665,21 @@ class Store:
 
     # Jobs are retried, cancelled, released, forgotten
 
-    def retry(self, namespace, **selector):
-        """Put ended jobs back where they were claimed, budgets fresh.
+    def sweep(self, namespace, action, *, ids=None, stage=None, state=None):
+        """Do an action of SWEEPS to the selected jobs; return how many.
 
-        `selector` has `ids`, or `stage` and `state`, None for any. Returns
-        how many; raises Error 404 when one of `ids` doesn't exist.
+        retry: put ended jobs back where they were claimed, budgets fresh;
+        cancel: end whatever isn't done; release: give claims back unharmed;
+        forget: delete done jobs. The selector has `ids` (Error 404 when one
+        doesn't exist), or `stage` and `state`, None for any. A commit takes a
+        few thousand jobs, so that other requests come between.
         """
-        return self.sweep(namespace, self.retry_one, RETRIABLE, **selector)
-
-    def cancel(self, namespace, **selector):
-        """Cancel whatever isn't done; selector and result as retry's."""
-        return self.sweep(namespace, self.cancel_one, CANCELLABLE, **selector)
-
-    def release(self, namespace, **selector):
-        """Give claims back unharmed; selector and result as retry's."""
-        return self.sweep(
-            namespace, self.release_one, ("working",), **selector)
-
-    def forget(self, namespace, **selector):
-        """Delete done jobs; selector and result as retry's."""
-        return self.sweep(namespace, self.forget_one, ("done",), **selector)
-
-    def sweep(
-        self, namespace, act, states, *, ids=None, stage=None, state=None
-    ):
-        """Do `act` to the selected jobs in one of `states`; count them.
-
-        A few thousand in a commit, so that other requests come between.
-        """
-        if state is not None:
-            states = [known for known in states if known == state]
+        act = {
+            "retry": self.retry_one, "cancel": self.cancel_one,
+            "release": self.release_one, "forget": self.forget_one,
+        }[action]
+        _, states = SWEEPS[action]
+        states = [known for known in states if state in (None, known)]
         if ids is not None:
             return self.sweep_ids(namespace, act, ids, states, stage)
         found = self.ids_in(namespace, states, stage)
@@ -3208,39 +3197,19 @@ def from_query(reader):
     return lambda text, name: reader(number(text), name)
 
 
-def integer(low, high):
-    """Return a reader of integers from `low` to `high`."""
+def reader(fits, needed, convert=None):
+    """Return a function that reads a value, named for its error.
+
+    It raises Error 400, which says what is `needed`, unless `fits(value)`;
+    `convert` makes of it what is kept.
+    """
 
     def read(value, name):
-        if type(value) is not int or not low <= value <= high:
-            message = "%s must be an integer from %d to %d."
-            raise Error(400, message % (name, low, high))
-        return value
+        if not fits(value):
+            raise Error(400, "%s must be %s." % (name, needed))
+        return convert(value) if convert else value
 
     return read
-
-
-def seconds(value, name):
-    """Read a number of seconds, 0 to MAX_SECONDS, from JSON or a query."""
-    if type(value) not in (int, float) or not 0 <= value <= MAX_SECONDS:
-        message = "%s must be a number of seconds from 0 to %d."
-        raise Error(400, message % (name, MAX_SECONDS))
-    return value
-
-
-def period(value, name):
-    """Read a number of seconds that is more than 0."""
-    if not seconds(value, name):
-        raise Error(400, "%s must be more than 0 seconds." % name)
-    return value
-
-
-def word(value, name):
-    """Read a short name."""
-    if type(value) is not str or not 0 < len(value) <= MAX_NAME:
-        message = "%s must be a text of 1 to %d characters."
-        raise Error(400, message % (name, MAX_NAME))
-    return value
 
 
 def clean(text):
@@ -3248,44 +3217,49 @@ def clean(text):
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def label(value, name):
-    """Read a short name as SQLite can hold it."""
-    return clean(word(value, name))
+def is_text(value):
+    """Return whether a value is a string."""
+    return type(value) is str
 
 
-def remark(value, name):
-    """Read a text of any length as SQLite can hold it, None when empty."""
-    if type(value) is not str:
-        raise Error(400, "%s must be a string." % name)
-    return clean(value[:MAX_REPORT]) or None
+def is_name(value):
+    """Return whether a value is a short string."""
+    return is_text(value) and 0 < len(value) <= MAX_NAME
 
 
-def truth(value, name):
-    """Read true or false."""
-    if type(value) is not bool:
-        raise Error(400, "%s must be true or false." % name)
-    return value
+def integer(low, high):
+    """Return a reader of integers from `low` to `high`."""
+    return reader(
+        lambda value: type(value) is int and low <= value <= high,
+        "an integer from %d to %d" % (low, high))
 
 
-def token(value, name):
-    """Read a claim token."""
-    if type(value) is not str or not CLAIM_TOKEN.fullmatch(value):
-        raise Error(400, "%s must be a token of a claim." % name)
-    return value
+def one_of(*words):
+    """Return a reader of one of some words."""
+    return reader(
+        lambda value: value in words, "one of %s" % ", ".join(words))
 
 
-def string(value, name):
-    """Read a string; return it as JSON text."""
-    if type(value) is not str:
-        raise Error(400, "%s must be a string." % name)
-    return to_json(value)
-
-
-def strings(value, name):
-    """Read a list of strings; return it as JSON text."""
-    if type(value) is not list or {type(item) for item in value} - {str}:
-        raise Error(400, "%s must be a list of strings." % name)
-    return to_json(value)
+seconds = reader(
+    lambda value: type(value) in (int, float) and 0 <= value <= MAX_SECONDS,
+    "a number of seconds from 0 to %d" % MAX_SECONDS)
+period = reader(
+    lambda value: type(value) in (int, float) and 0 < value <= MAX_SECONDS,
+    "a number of seconds above 0, up to %d" % MAX_SECONDS)
+truth = reader(lambda value: type(value) is bool, "true or false")
+token = reader(
+    lambda value: is_text(value) and CLAIM_TOKEN.fullmatch(value),
+    "a token of a claim")
+NAME = "a text of 1 to %d characters" % MAX_NAME
+word = reader(is_name, NAME)
+label = reader(is_name, NAME, clean)  # as SQLite can hold it
+remark = reader(
+    is_text, "a string", lambda text: clean(text[:MAX_REPORT]) or None)
+# kept as JSON text
+string = reader(is_text, "a string", to_json)
+strings = reader(
+    lambda value: type(value) is list and all(map(is_text, value)),
+    "a list of strings", to_json)
 
 
 def anything(value, name):
@@ -3304,18 +3278,6 @@ def anything(value, name):
     return text
 
 
-def one_of(*words):
-    """Return a reader of one of some words."""
-
-    def read(value, name):
-        if value not in words:
-            message = "%s must be one of %s."
-            raise Error(400, message % (name, ", ".join(words)))
-        return value
-
-    return read
-
-
 SIZE = integer(0, 2**63 - 1)
 STAGE = integer(0, MAX_STAGE)
 JOBID = integer(0, MAX_JOBID)
@@ -3328,11 +3290,10 @@ def read_stages(text, name):
     return [STAGE(number(part), name) for part in text.split(",")]
 
 
-def stages_served(value, name):
-    """Read a list of stages; return it as JSON text."""
-    if type(value) is not list:
-        raise Error(400, "%s must be a list of stages." % name)
-    return to_json([STAGE(stage, name) for stage in value])
+stages_served = reader(
+    lambda value: type(value) is list and all(
+        type(stage) is int and 0 <= stage <= MAX_STAGE for stage in value),
+    "a list of stages", to_json)
 
 
 def read_files(value, name):
@@ -3763,28 +3724,11 @@ def read_selector(request):
     return selector
 
 
-def post_retry(store, request):
-    """Let ended jobs run again."""
-    n = store.retry(request.namespace, **read_selector(request))
-    return Response.json({"retried": n})
-
-
-def post_cancel(store, request):
-    """Cancel jobs that aren't done."""
-    n = store.cancel(request.namespace, **read_selector(request))
-    return Response.json({"cancelled": n})
-
-
-def post_release(store, request):
-    """Take jobs from the workers that run them, unharmed."""
-    n = store.release(request.namespace, **read_selector(request))
-    return Response.json({"released": n})
-
-
-def post_forget(store, request):
-    """Delete done jobs."""
-    n = store.forget(request.namespace, **read_selector(request))
-    return Response.json({"forgotten": n})
+def post_sweep(store, request):
+    """Retry, cancel, release or forget jobs, as the path says."""
+    action = request.path[1:]
+    n = store.sweep(request.namespace, action, **read_selector(request))
+    return Response.json({SWEEPS[action][0]: n})
 
 
 def tagged(request, text, same=None):
@@ -4337,10 +4281,10 @@ ROUTES = (
     ("POST", "/heartbeat", post_heartbeat),
     ("GET", "/check_stages", get_check_stages),
     ("GET", "/check_stages/<old>/<new>", get_check_stages),
-    ("POST", "/retry", post_retry),
-    ("POST", "/cancel", post_cancel),
-    ("POST", "/release", post_release),
-    ("POST", "/forget", post_forget),
+    ("POST", "/retry", post_sweep),
+    ("POST", "/cancel", post_sweep),
+    ("POST", "/release", post_sweep),
+    ("POST", "/forget", post_sweep),
     ("POST", "/pause/<stage>", post_pause),
     ("POST", "/resume/<stage>", post_pause),
     ("POST", "/drain/<worker…>", post_drain),
@@ -6731,7 +6675,7 @@ class Run:
 
         What belongs to this one is brought back as it is loaded.
         """
-        self.store.cancel(self.store.namespace)
+        self.store.sweep(self.store.namespace, "cancel")
         self.done_before = self.states()["done"]
 
     def states(self):
@@ -6764,7 +6708,7 @@ class Run:
         given = self.store.submit(namespace, keys, read_jobs(jobs))
         ids = [ids[0] for ids in given]
         self.store.limit_attempts(namespace, ids, self.max_attempts)
-        self.store.retry(namespace, ids=ids, state="cancelled")
+        self.store.sweep(namespace, "retry", ids=ids, state="cancelled")
         self.items += len(items)
 
     def figures(self):
@@ -6960,18 +6904,9 @@ def selections(options):
         yield narrowed
 
 
-# What is done to jobs, and in what states they must be for that.
-DEEDS = {
-    "retry": ("retried", RETRIABLE),
-    "cancel": ("cancelled", CANCELLABLE),
-    "release": ("released", ("working",)),
-    "forget": ("forgotten", ("done",)),
-}
-
-
 def change_jobs(options):
     """Do to the selected jobs what the command is called."""
-    deed, states = DEEDS[options.command]
+    deed, states = SWEEPS[options.command]
     changed = 0
     with speaking(options, PATIENCE) as client:
         n = count_selected(client, options, states)
