@@ -428,9 +428,6 @@ class SQL:
         update job set jobcmd = :jobcmd, filename = :filename,
             files = :files, files_stage = :files_stage
         where id = :id"""
-    LIMIT_ATTEMPTS = """
-        update job set max_attempts = :attempts
-        where namespace = :namespace and jobid = :jobid"""
     RENEW = """
         update job set expires_at = :expires_at, lease = :lease, free = 0
         where namespace = :namespace and jobid = :jobid and claim = :claim
@@ -1715,11 +1712,6 @@ def delay_after(failures):
     return min(600, 2 * 4 ** (min(failures, 10) - 1))
 
 
-def delay_left(job, now):
-    """Return the seconds until a delay ends, 0 for a job without one."""
-    return max(0, job["expires_at"] - now) if job["state"] == "delayed" else 0
-
-
 def is_free(state, lease):
     """Return whether a claim may take a job: the contract's *free*."""
     return state in ("waiting", "done") or (
@@ -1994,6 +1986,8 @@ class Store:
         tx.execute(SQL.ADD_NAMESPACE, {"jobix": jobix})
         return tx.execute(SQL.NAMESPACE_OF, {"jobix": jobix}).fetchone()["id"]
 
+    make_namespace = change(add_namespace)
+
     def admit(self, jobix):
         """Return the namespace of a caller's jobix, and whether it may only
         read; raise Error 403.
@@ -2020,11 +2014,6 @@ class Store:
         """Return the id of the namespace of a jobix, None without one."""
         found = execute(SQL.NAMESPACE_OF, {"jobix": jobix}).fetchone()
         return found and found["id"]
-
-    @change
-    def make_namespace(self, tx, jobix):
-        """Return the id of the namespace of a jobix, new if need be."""
-        return self.add_namespace(tx, jobix)
 
     # How a job moves
 
@@ -2181,17 +2170,12 @@ class Store:
 
     # Jobs come in
 
-    @change
-    def add_jobs(self, tx, namespace, ids, jobs):
+    def insert_jobs(self, tx, namespace, ids, jobs):
         """Add jobs with these ids; leave existing ones as they are.
 
         `jobs` are dicts as read_job() returns them. Raises Error 400 when
         one waits for a job that isn't there.
         """
-        self.insert_jobs(tx, namespace, ids, jobs)
-
-    def insert_jobs(self, tx, namespace, ids, jobs):
-        """Insert jobs and count those that are new."""
         final = tx.execute(
             SQL.NAMESPACE, {"id": namespace}).fetchone()["laststage"]
         groups, children = defaultdict(list), []
@@ -2219,6 +2203,8 @@ class Store:
                 tx.freed[namespace, stage] += new
         for jobid, parents in children:
             self.follow(tx, namespace, jobid, parents)
+
+    add_jobs = change(insert_jobs)
 
     def insert_rows(self, tx, rows):
         """Insert jobs, many by each statement; return how many are new."""
@@ -2251,21 +2237,15 @@ class Store:
                 ids = range(known["first"], known["first"] + known["jobs"])
             else:
                 ids = range(first, first + n)
-                self.add_submission(tx, namespace, name, ids)
-                first = ids.stop
+                tx.execute(SQL.ADD_SUBMISSION, dict(
+                    key, key=name, first=first, jobs=n))
+                first += n
                 new += some
             given.append(ids)
+        if first - 1 > MAX_JOBID:
+            raise Error(409, "The numbers of jobs are used up.")
         self.insert_jobs(tx, namespace, range(last + 1, first), new)
         return given
-
-    def add_submission(self, tx, namespace, key, ids):
-        """Keep the range of ids that `key` has; raise Error 409."""
-        if ids.stop - 1 > MAX_JOBID:
-            raise Error(409, "The numbers of jobs are used up.")
-        tx.execute(SQL.ADD_SUBMISSION, {
-            "namespace": namespace, "key": key, "first": ids.start,
-            "jobs": len(ids),
-        })
 
     # Jobs are claimed
 
@@ -2391,36 +2371,35 @@ class Store:
         job = self.find(tx, namespace, jobid)
         later = (report or {}).get("exit_code") == os.EX_TEMPFAIL
         outcome = "deferred" if later else "failed"
-        if self.already_ended(tx, job, claim, outcome):
-            return {
-                "jobid": jobid, "state": job["state"],
-                "failures": job["failures"], "delay": delay_left(job, tx.now),
-            }
-        self.require_claim(job)
-        self.end_attempt(tx, job, outcome, report=report)
-        failures = job["failures"] + (not later)
-        limit = job["max_attempts"] or self.max_attempts
-        state, delay = self.delay_or_fail(
-            tx, job, stage=job["claimed_from"], failures=failures,
-            tries=job["attempt"] if later else failures,
-            spent=not later and failures >= limit,
-        )
-        return {
-            "jobid": jobid, "state": state, "failures": failures,
-            "delay": delay,
-        }
+        if not self.already_ended(tx, job, claim, outcome):
+            self.require_claim(job)
+            self.end_attempt(tx, job, outcome, report=report)
+            failures = job["failures"] + (not later)
+            limit = job["max_attempts"] or self.max_attempts
+            self.delay_or_fail(
+                tx, job, stage=job["claimed_from"], failures=failures,
+                tries=job["attempt"] if later else failures,
+                spent=not later and failures >= limit,
+            )
+        return self.outcome(tx, job, "state", "failures", "delay")
+
+    def outcome(self, tx, job, *names):
+        """Return what an answer says of a job after its attempt ended.
+
+        That is its jobid, and the columns `names`; `delay` is in seconds.
+        """
+        job = as_dict(tx.execute(SQL.JOB_BY_ID, job).fetchone())
+        delayed = job["state"] == "delayed"
+        job["delay"] = max(0, job["expires_at"] - tx.now) if delayed else 0
+        return {name: job[name] for name in ("jobid", *names)}
 
     def delay_or_fail(self, tx, job, *, tries, spent, **after):
-        """Delay a job, longer after more `tries`, or fail it when spent.
-
-        Returns its state and the delay in seconds.
-        """
-        state, delay, expires_at = "failed", 0, None
-        if not spent:
-            state, delay = "delayed", delay_after(tries)
-            expires_at = tx.now + delay
-        self.move(tx, job, state=state, expires_at=expires_at, **after)
-        return state, delay
+        """Delay a job, longer after more `tries`, or fail it when spent."""
+        if spent:
+            self.move(tx, job, state="failed", **after)
+        else:
+            self.move(tx, job, state="delayed",
+                      expires_at=tx.now + delay_after(tries), **after)
 
     @change
     def reject_job(
@@ -2434,26 +2413,19 @@ class Store:
         fail_job(); 409 too when the job has no files, or others.
         """
         job = self.find(tx, namespace, jobid)
-        if self.already_ended(tx, job, claim, "rejected"):
-            return {
-                "jobid": jobid, "state": job["state"], "stage": job["stage"],
-                "rejects": job["rejects"], "delay": delay_left(job, tx.now),
-            }
-        content = tx.execute(SQL.CONTENT, job).fetchone()
-        self.require_files(job, content, claim, files)
-        if claim is not None:
-            self.end_attempt(tx, job, "rejected", report=report)
-        stage, rejects = content["files_stage"], job["rejects"] + 1
-        self.restore(tx, job, stage)
-        state, delay = self.delay_or_fail(
-            tx, job, stage=stage, rejects=rejects, tries=rejects,
-            spent=rejects >= (job["max_attempts"] or self.max_attempts),
-            attempt=0, failures=0, lapses=0,
-        )
-        return {
-            "jobid": jobid, "state": state, "stage": stage,
-            "rejects": rejects, "delay": delay,
-        }
+        if not self.already_ended(tx, job, claim, "rejected"):
+            content = tx.execute(SQL.CONTENT, job).fetchone()
+            self.require_files(job, content, claim, files)
+            if claim is not None:
+                self.end_attempt(tx, job, "rejected", report=report)
+            stage, rejects = content["files_stage"], job["rejects"] + 1
+            self.restore(tx, job, stage)
+            self.delay_or_fail(
+                tx, job, stage=stage, rejects=rejects, tries=rejects,
+                spent=rejects >= (job["max_attempts"] or self.max_attempts),
+                attempt=0, failures=0, lapses=0,
+            )
+        return self.outcome(tx, job, "state", "stage", "rejects", "delay")
 
     def require_files(self, job, content, claim, files):
         """Raise Error 409 when `job` can't be sent back for its files."""
@@ -2489,19 +2461,19 @@ class Store:
     def release_job(self, tx, namespace, jobid, *, claim=None):
         """Give a claim back unharmed; raise the errors of fail_job()."""
         job = self.find(tx, namespace, jobid)
-        if self.already_ended(tx, job, claim, "released"):
-            return {"jobid": jobid, "state": job["state"]}
-        self.require_claim(job)
-        return {"jobid": jobid, "state": self.undo_claim(tx, job)}
+        if not self.already_ended(tx, job, claim, "released"):
+            self.require_claim(job)
+            self.release_one(tx, job)
+        return self.outcome(tx, job, "state")
 
-    def undo_claim(self, tx, job):
-        """Take a claim back, uncounted; return the job's state then."""
+    def release_one(self, tx, job):
+        """Take a claim back, uncounted; return 1."""
         self.end_attempt(tx, job, "released")
         stage = job["claimed_from"]
         state = self.settled_state(tx, job, stage)
         self.move(tx, job, stage=stage, state=state,
                   attempt=job["attempt"] - 1)
-        return state
+        return 1
 
     def require_claim(self, job):
         """Raise Error 409 when nobody has claimed `job`."""
@@ -2570,16 +2542,13 @@ class Store:
         tx.freed[namespace, stage] += \
             tx.execute(SQL.COUNT_FREE, key).fetchone()[0]
 
-    @query
-    def lifetimes(self, execute, namespace):
-        """Return {stage: minutes} of a namespace."""
-        return self.minutes(execute, namespace)
-
     def minutes(self, execute, namespace):
-        """Do what lifetimes() says, within an operation."""
+        """Return the lifetimes of a namespace: {stage: minutes}."""
         rows = execute(SQL.STAGES, {"namespace": namespace})
         return {row["stage"]: row["minutes"] for row in rows
                 if row["minutes"] is not None}
+
+    lifetimes = query(minutes)
 
     @change
     def init(self, tx, namespace, minutes):
@@ -2721,14 +2690,6 @@ class Store:
             if job["state"] in states and stage in (None, job["stage"])
         )
 
-    @change
-    def limit_attempts(self, tx, namespace, ids, attempts):
-        """Give jobs another number of failures that they may have."""
-        tx.executemany(SQL.LIMIT_ATTEMPTS, [
-            {"namespace": namespace, "jobid": jobid, "attempts": attempts}
-            for jobid in ids
-        ])
-
     def retry_one(self, tx, job):
         """Let an ended job run again; return how many did: 1 or 0."""
         done = job["state"] == "done"
@@ -2750,11 +2711,6 @@ class Store:
         self.interrupt(tx, job, "cancelled")
         stage = job["claimed_from"] if working else job["stage"]
         self.move(tx, job, stage=stage, state="cancelled")
-        return 1
-
-    def release_one(self, tx, job):
-        """Take a job from the worker that runs it; return 1."""
-        self.undo_claim(tx, job)
         return 1
 
     def forget_one(self, tx, job):
@@ -2956,11 +2912,10 @@ class Store:
         """
         now = self.clock()
         key = {"namespace": namespace, "since": now - within}
-        rows = execute(SQL.WORKERS, key).fetchall()
-        texts = ", ".join(row["stages"] or "null" for row in rows)
         return now, [
-            dict(row, stages=stages, drain=bool(row["drain"]))
-            for row, stages in zip(rows, from_json("[%s]" % texts))
+            dict(row, stages=from_json(row["stages"] or "null"),
+                 drain=bool(row["drain"]))
+            for row in execute(SQL.WORKERS, key)
         ]
 
     @query
@@ -6662,10 +6617,9 @@ class Run:
 
     NAMED = 10  # failures told one by one at the end
 
-    def __init__(self, store, command, retries):
+    def __init__(self, store, command):
         self.store = store
         self.command = with_item(command)
-        self.max_attempts = retries + 1
         self.items = 0  # that have become jobs
         self.loaded = False
         self.error = None
@@ -6707,7 +6661,6 @@ class Run:
         namespace = self.store.namespace
         given = self.store.submit(namespace, keys, read_jobs(jobs))
         ids = [ids[0] for ids in given]
-        self.store.limit_attempts(namespace, ids, self.max_attempts)
         self.store.sweep(namespace, "retry", ids=ids, state="cancelled")
         self.items += len(items)
 
@@ -6835,7 +6788,7 @@ def run(options):
     progress = Progress(sys.stderr)
     with serving(options, access_file) as (server, access):
         say("Watch it at " + page_address(access, "jobix", sys.stderr))
-        this = Run(server.store, command_in(options), options.retries)
+        this = Run(server.store, command_in(options))
         this.put_others_aside()
         worker = WorkerProcess(access_file, options.slots, progress)
         items = read_items(options, source)

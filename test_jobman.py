@@ -1233,7 +1233,7 @@ class ClaimTest(StoreCase):
         )
 
     def test_a_lapsed_lease_returns_the_job_to_where_it_was_claimed(self):
-        self.set_jobs([1])
+        self.set_jobs([1], max_attempts=2)
         self.get("0/7", lease=60)
         self.assertEqual("nada", self.get(7))
         self.clock.advance(59.9)
@@ -1262,7 +1262,6 @@ class ClaimTest(StoreCase):
         later = self.fail(self.get(0, lease=60), exit_code=75).json()
         self.assertEqual((1, 512), (later["failures"], later["delay"]))
         self.clock.advance(513)
-        self.store.limit_attempts(self.namespace, [1], 1)
         later = self.fail(self.get(0, lease=60), exit_code=75).json()
         self.assertEqual("delayed", later["state"])
         self.clock.advance(601)
@@ -1841,17 +1840,6 @@ class ClaimTest(StoreCase):
         self.ok("/init/0/0")
         self.assertEqual(before, self.states())
         self.assertReply(200, self.update(job, 4))
-
-    def test_a_limit_of_attempts_is_one_jobs_alone(self):
-        self.set_jobs([1, 2])
-        self.assertReply(
-            200, self.post("/set", {1: {"jobstage": 0}}, jobix=1))
-        self.store.limit_attempts(self.store.admit(1)[0], [1], 1)
-        for job in self.get(0, n=2):
-            self.assertEqual("delayed", self.fail(job).json()["state"])
-        job = self.ok("/get/0", jobix=1)
-        failed = self.ok("/fail_job/1?claim=" + job["claim"], {}, jobix=1)
-        self.assertEqual("failed", failed["state"])
 
     def lapse(self, stage, times=1):
         """Let a job's lease end, several times."""
