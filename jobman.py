@@ -4431,53 +4431,51 @@ def remove_access(path, access):
 
 
 def make_certificate(path):
-    """Make a key and a certificate for it, `path`.key and `path`.crt.
+    """Make `path`.crt, a certificate, and `path`.key, its key and itself.
 
-    The first has both: made in a draft and moved, they always go together.
-    Raises Trouble where that can't be done.
+    They are made by openssl in a folder of their own and then moved, the key
+    last: where it is, it is complete. Raises OSError or CalledProcessError.
     """
-    drafts = ["%s.new.%s" % (path, secrets.token_hex(4)) for _ in "12"]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-sha256",
-               "-nodes", "-days", "3650", "-subj", "/CN=jobman",
-               "-keyout", drafts[0], "-out", drafts[1]]
-    try:
-        for draft in drafts:
-            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
-            os.close(os.open(draft, flags, 0o600))
+    parent = os.path.dirname(os.path.abspath(path))
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        key, certificate = (os.path.join(folder, name) for name in ("k", "c"))
         subprocess.run(
-            command, check=True, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-sha256",
+             "-nodes", "-days", "3650", "-subj", "/CN=jobman",
+             "-keyout", key, "-out", certificate],
+            check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
-        with open(drafts[0], "ab") as key, open(drafts[1], "rb") as file:
-            key.write(file.read())
-            key.flush()
-            os.fsync(key.fileno())
-        os.replace(drafts[1], path + ".crt")
-        os.replace(drafts[0], path + ".key")
-    finally:
-        for draft in drafts:
-            remove(draft)
+        for name in (key, certificate):
+            os.chmod(name, 0o600)
+        with open(key, "ab") as file, open(certificate, "rb") as source:
+            file.write(source.read())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(certificate, path + ".crt")
+        os.replace(key, path + ".key")
 
 
 def own_certificate(path):
     """Return the name of the file `path`.key, made if it isn't there."""
-    if os.path.exists(path + ".key"):
-        need_own(path + ".key", os.geteuid())
-        return path + ".key"
+    key = path + ".key"
+    if os.path.exists(key):
+        need_own(key, os.geteuid())
+        return key
     if shutil.which("openssl") is None:
         raise Trouble(
             "--tls needs the program openssl, which isn't here; a certificate"
             " that was made elsewhere can be given by --certfile."
         )
     try:
-        make_certificate(os.path.abspath(path))
+        make_certificate(path)
     except subprocess.CalledProcessError as error:
-        said = error.stderr.decode("utf-8", "replace").split("\n")
-        reason = " ".join(said).strip()[-300:]
+        lines = error.stderr.decode("utf-8", "replace").strip().split("\n")
+        reason = lines[-1]
     except OSError as error:
         reason = error.strerror
     else:
-        return path + ".key"
+        return key
     raise Trouble("The certificate %s.crt can't be made: %s." % (path, reason))
 
 
