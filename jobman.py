@@ -43,6 +43,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import re
 import resource
 import secrets
@@ -1618,6 +1619,8 @@ class WaitQueue:
     A key is (jobix, stage). At most `limit` long polls wait at a time.
     """
 
+    AT_ONCE = 10  # waiters that close() wakes before it pauses
+
     def __init__(self, limit):
         self.mutex = threading.Lock()  # guards everything below
         self.waiters = {}  # {key: {Waiter: None}}, oldest first
@@ -1659,7 +1662,7 @@ class WaitQueue:
     def wake(self, key, n=1):
         """Wake up to `n` waiters of `key`, oldest first."""
         with self.mutex:
-            for waiter in self.waiters.get(key, ()):
+            for waiter in () if self.closed else self.waiters.get(key, ()):
                 if n <= 0:
                     break
                 n -= waiter.wake()
@@ -1670,12 +1673,20 @@ class WaitQueue:
             return list(self.waiters)
 
     def close(self):
-        """Wake all waiters; nobody waits from now on."""
+        """Wake all waiters; nobody waits from now on.
+
+        They are woken a few at a time: thousands of threads at once would
+        spend their time in contention for the interpreter's lock.
+        """
         with self.mutex:
+            if self.closed:
+                return
             self.closed = True
-            for waiters in self.waiters.values():
-                for waiter in waiters:
-                    waiter.wake()
+            waiters = {w: None for group in self.waiters.values() for w in group}
+        for n, waiter in enumerate(waiters, 1):
+            waiter.wake()
+            if n % self.AT_ONCE == 0:
+                time.sleep(0.001)
 
 
 # ----------------------------------------------------------------- store ---
@@ -3474,23 +3485,25 @@ def post_submit(store, request):
 def claim_in_time(store, request, stages, claim, wait):
     """Return what `claim()` gives; wait up to `wait` seconds for a job.
 
-    Each round joins the queue before it looks, so that no job is missed.
+    It joins the queue first and looks then, so that no job is missed.
     """
-    queue, end = store.wait_queue, time.monotonic() + wait
+    if not wait:
+        return claim()
+    end = time.monotonic() + wait
     keys = {(request.namespace, stage) for stage in stages}
-    jobs = claim()
-    while not jobs and time.monotonic() < end:
-        with queue.join(keys) as waiter:
-            if waiter is None:  # too many wait, or the server stops
-                break
+    while True:
+        with store.wait_queue.join(keys) as waiter:
             jobs = claim()
-            if jobs or not waiter.wait(end - time.monotonic()):
-                break
-            if queue.closed or request.gone():
-                break
+            if jobs or waiter is None:
+                return jobs
+            woken = waiter.wait(end - time.monotonic())
+            if not woken or store.wait_queue.closed or request.gone():
+                return []
             jobs = claim()
-            waiter.used = not jobs or len(keys) == 1
-    return jobs
+            if jobs:
+                waiter.used = len(keys) == 1
+                return jobs
+            waiter.used = True  # somebody else has claimed the job
 
 
 def splice(values, texts):
@@ -4959,9 +4972,10 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # stop() waits, and not for ever
     request_queue_size = 4096  # a thousand workers may start at once
+    PARKED = 32  # threads kept for the next connections
     REJECTED = 50  # connections kept open for a while after a 503
     GRACE = 0.5  # seconds for one more request, as it stops
-    END = 4  # seconds to answer the last ones
+    END = 4.5  # seconds until it stops in any case
 
     def __init__(self, address, store=None):
         self.store = store
@@ -4969,8 +4983,10 @@ class Server(ThreadingHTTPServer):
         self.names = own_names()
         self.limit = connections_bound()
         self.open, self.busy = set(), set()
-        self.changes = threading.Condition()  # notified when none is open
-        self.rejected = deque()  # connections without a thread
+        self.changes = threading.Condition()  # guards open and parked
+        self.parked = 0  # threads that have no connection
+        self.handed = getattr(queue, "SimpleQueue", queue.Queue)()  # to them
+        self.rejected = deque()  # connections that were answered with 503
         self.ending = False
         super().__init__(address, Handler)
 
@@ -4999,14 +5015,33 @@ class Server(ThreadingHTTPServer):
         return connection, address
 
     def process_request(self, request, client_address):
-        """Start the thread of a connection, or answer it with 503."""
-        self.open.add(request)
+        """Give a connection to a parked or a new thread, or answer 503."""
+        with self.changes:
+            self.open.add(request)
+            full = len(self.open) > self.limit
+            park = self.parked > 0 and not full
+            self.parked -= park
+        if park:
+            return self.handed.put((request, client_address))
         try:
-            if len(self.open) > self.limit:
+            if full:
                 raise RuntimeError("too many connections")
             super().process_request(request, client_address)
         except RuntimeError:  # also of a thread that can't be started
             self.reject(request)
+
+    def process_request_thread(self, request, client_address):
+        """Serve a connection, and then those that this thread is given.
+
+        Starting a thread costs as much as all the rest of a short connection.
+        """
+        while request:
+            super().process_request_thread(request, client_address)
+            with self.changes:
+                if self.ending or self.parked >= self.PARKED:
+                    break
+                self.parked += 1
+            request, client_address = self.handed.get()
 
     def reject(self, request):
         """Answer a connection with 503, without waiting for its request.
@@ -5043,9 +5078,9 @@ class Server(ThreadingHTTPServer):
         """Answer the requests that have come, and close the Store.
 
         Clients that go on asking are told that an answer is the last; then
-        idle connections are closed. It takes less than 5 seconds.
+        idle connections are closed.
         """
-        self.ending = True
+        self.ending, end = True, time.monotonic() + self.END
         self.close_door()
         self.store.wake_all()
         with self.changes:
@@ -5054,7 +5089,8 @@ class Server(ThreadingHTTPServer):
             with contextlib.suppress(OSError):  # below TLS, which goes on
                 socket.socket.shutdown(connection, socket.SHUT_RD)
         with self.changes:
-            self.changes.wait_for(lambda: not self.open, self.END)
+            self.changes.wait_for(
+                lambda: not self.open, max(0, end - time.monotonic()))
         self.store.close()
 
     def close_door(self):
@@ -5066,6 +5102,9 @@ class Server(ThreadingHTTPServer):
         self.socket.shutdown(socket.SHUT_RDWR)  # wakes serve_forever()
         self.shutdown()
         self.server_close()
+        with self.changes:
+            for _ in range(self.parked):
+                self.handed.put((None, None))
         for connection in self.rejected:
             self.shutdown_request(connection)
 
