@@ -896,7 +896,7 @@ def inspect(path):
             head = file.read(100)
     if not head:
         return 0
-    if head[:16] != b"SQLite format 3\0" or len(head) < 100:
+    if head[:16] != b"SQLite format 3\0":
         raise Trouble("%s is not a database." % path)
     if int.from_bytes(head[68:72], "big") != APPLICATION_ID:
         raise Trouble("%s is a database of another program." % path)
@@ -936,7 +936,7 @@ def need_own(path, owner):
 def recover(location):
     """Bring a database that no other process uses into a single file.
 
-    What a killed server left in a WAL or a rollback journal is applied or
+    A WAL that a killed server left is written into it, a rollback journal is
     rolled back. With exclusive locking a WAL needs no shared memory.
     """
     connection = connect(location.path, readonly=False, vfs=location.vfs)
@@ -959,9 +959,9 @@ def clear_journal(connection):
 def open_writer(location):
     """Return the connection that changes a database; create it if needed.
 
-    Raise Trouble if it can't be used, and leave the file untouched then. The
-    tables are created by one transaction, so a file without a version has
-    none: it is new, or a server was killed in that transaction.
+    Raise Trouble, and leave the file untouched, if it can't be used. One
+    transaction creates the tables and sets the version: a file without a
+    version is new, or a server was killed in that transaction.
     """
     path = location.path
     with translate_errors(path), contextlib.ExitStack() as undo:
@@ -1087,14 +1087,12 @@ def name_holder(holder):
 def is_running(holder):
     """Return whether a holder's process is running; None on another host.
 
-    A process that was given its number since is taken for it.
+    A later process with the same number is mistaken for it.
     """
     if holder.get("host") != socket.gethostname():
         return None
     try:
         os.kill(holder["pid"], 0)
-    except PermissionError:
-        return True
     except (OSError, OverflowError, LookupError, TypeError):
         return False
     return True
@@ -1170,12 +1168,12 @@ class ServerLock:
         self.confirmed_at = self.clock()
         self.write()
         if self.location.exclusive and not new:
-            time.sleep(self.LOOK)  # another server may take it over, too
+            time.sleep(self.LOOK)  # another server may take it over as well
             if not self.holds_file():
                 raise self.refusal(read_holder(self.location))
 
     def lock_file(self):
-        """Get the flock, if there is such a thing."""
+        """Get the flock; on a network file system there may be none."""
         kind = fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX
         try:
             fcntl.flock(self.file, kind | fcntl.LOCK_NB)
@@ -1207,12 +1205,12 @@ class ServerLock:
             say("jobman.py: %s may still have the database %s: waiting %d s"
                 " for a sign of life." % (
                     name_holder(holder), self.location.path, self.STALE))
-        end = self.clock() + self.STALE
-        while self.clock() < end and identity(self.path) == self.file_id:
+        end, later = self.clock() + self.STALE, holder
+        while later == holder and self.clock() < end:
             time.sleep(self.LOOK)
             later = read_holder(self.location)
-            if later not in (holder, {}):
-                raise self.refusal(later)
+        if later and later != holder:
+            raise self.refusal(later)
 
     # Keeping it
 
@@ -1302,7 +1300,7 @@ class ServerLock:
 
     def is_last(self):
         """Return True if the lock is ours alone, or raise OSError."""
-        if not self.taken or self.lost or not self.holds_file():
+        if not self.taken or not self.holds_file():
             return False
         if self.shared:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -7178,22 +7176,21 @@ def submit_jobs(options):
 def exclusive_access(path):
     """Yield the DatabaseLocation of an existing database, ready to be read.
 
-    On a network file system no server may have it, nor get it meanwhile. A
-    rollback journal that a killed server left is rolled back: a read-only
-    connection can't do that.
+    On a network file system it is locked against servers meanwhile. The
+    journal of a server that was killed in a commit is rolled back, which a
+    read-only connection can't do.
     """
     with translate_errors(path), contextlib.ExitStack() as stack:
         location = DatabaseLocation(path)
         if inspect(path):
             if location.exclusive:
-                lock = ServerLock(location, shared=False)
-                stack.callback(lock.close)
+                stack.callback(ServerLock(location, shared=False).close)
                 recover(location)
             elif os.path.exists(location.file + "-journal"):
                 connection = connect(path, readonly=False)
                 with contextlib.closing(connection):
                     connection.execute("select * from sqlite_master")
-        if not inspect(path):  # it may have been killed as it created it
+        if not inspect(path):  # killed as it created it
             raise Trouble("There is no database %s." % path)
         yield location
 
@@ -7205,7 +7202,7 @@ def open_snapshot(path):
         connection = connect(path, readonly=True, vfs=location.vfs)
         with contextlib.closing(connection):
             connection.execute("begin")
-            connection.execute("pragma user_version").fetchone()  # take it
+            connection.execute("pragma user_version").fetchone()  # begin to read
             yield connection.execute
 
 

@@ -7559,6 +7559,20 @@ def read(path):
         return b""
 
 
+def leave_journal(path, pages):
+    """Make a database look as if a commit that found it with so many pages
+    was cut off before its journal was deleted.
+
+    It changed no page that was there: see section 3 of
+    https://sqlite.org/fileformat.html for the journal's header.
+    """
+    size = rows(path, "pragma page_size")[0]["page_size"]
+    header = bytes.fromhex("d9d505f920a163d7") + struct.pack(
+        ">5I", 0, 1, pages, 512, size)
+    with open(path + "-journal", "wb") as file:
+        file.write(header.ljust(512, b"\0"))
+
+
 def alive(pid):
     """Return whether a process still runs; a zombie doesn't."""
     state = re.search(br"\) (\w)", read("/proc/%d/stat" % pid))
@@ -12684,7 +12698,7 @@ class StartTest(TemporaryFolder):
             with open(self.path("notes.txt"), "wb") as file:
                 file.write(content)
             sentence = self.check_untouched("--db", "notes.txt")
-            self.assertIn("notes.txt", sentence)
+            self.assertIn("notes.txt is not a database", sentence)
 
     def test_folder_is_no_database(self):
         os.mkdir(self.path("folder"))
@@ -12702,22 +12716,20 @@ class StartTest(TemporaryFolder):
     def test_a_start_that_was_killed_is_made_good_by_the_next(self):
         """It may leave an empty file, its tables, or those and a journal."""
         path = self.path("jobman.db")
-        journal = bytes.fromhex("d9d505f920a163d7") + struct.pack(
-            ">5I", 0, 1, 0, 512, 4096)
         for empty in (True, False):
             if empty:
                 open(path, "w").close()
                 os.chmod(path, 0o644)
             else:
                 self.make("jobman.db")
-            with open(path + "-journal", "wb") as file:
-                file.write(journal.ljust(512, b"\0"))
+            leave_journal(path, 0)
             process, _ = self.serve()
             self.assertEqual(0o600, self.mode("jobman.db"))
             self.assertFalse(os.path.exists(path + "-journal"))
             process.terminate()
             self.assertEqual(0, process.wait(PATIENCE))
-            self.assertEqual(0, self.command(JOBMAN, "check")[0])
+            status, out, _ = self.command(JOBMAN, "check")
+            self.assertEqual(0, status, out)
 
     def test_database_of_a_newer_version(self):
         self.make("new.db", version=jobman.SCHEMA_VERSION + 1)
@@ -13184,20 +13196,7 @@ class CareTest(TemporaryFolder):
                 self.assertRegex(done[2], "^jobman.py: .*%s.*\n$" % sentence)
         self.assertOnly("other.db", "newer.db", "text")
 
-    def leave_journal(self, path, pages):
-        """Make a database look as if a commit that found it with so many
-        pages was cut off before its journal was deleted.
-
-        It changed no page that was there: see section 3 of
-        https://sqlite.org/fileformat.html for the journal's header.
-        """
-        size = rows(path, "pragma page_size")[0]["page_size"]
-        header = bytes.fromhex("d9d505f920a163d7") + struct.pack(
-            ">5I", 0, 1, pages, 512, size)
-        with open(path + "-journal", "wb") as file:
-            file.write(header.ljust(512, b"\0"))
-
-    def test_a_journal_that_was_left_is_rolled_back(self):
+    def test_a_journal_of_a_local_database_is_rolled_back(self):
         path = self.made()
         self.change(path, "pragma journal_mode = delete")
         pages = rows(path, "pragma page_count")[0]["page_count"]
@@ -13205,7 +13204,7 @@ class CareTest(TemporaryFolder):
         for command in (["check"], ["backup", "copy"]):
             with open(path, "ab") as file:
                 file.write(bytes(2**16))
-            self.leave_journal(path, pages)
+            leave_journal(path, pages)
             status, _, err = self.command(JOBMAN, *command)
             self.assertEqual((0, ""), (status, err))
         self.assertOnly("jobman.db", "copy")
@@ -13216,7 +13215,7 @@ class CareTest(TemporaryFolder):
         path = self.path("jobman.db")
         for command in (["check"], ["backup", "copy"]):
             jobman.Store(path).close()
-            self.leave_journal(path, 0)
+            leave_journal(path, 0)
             status, out, err = self.command(JOBMAN, *command)
             self.assertEqual((1, ""), (status, out))
             self.assertIn("There is no database jobman.db", err)
@@ -13497,7 +13496,8 @@ SHIM = r"""
 #include <string.h>
 #include <sys/file.h>
 
-/* Locks that are given to everybody ($LOCKS is lie) or to nobody (fail). */
+/* Locks that are given to everybody ($LOCKS is lie) or to nobody (fail);
+   flock: only that fails. */
 static int pretend(void)
 {
     if (!strcmp(getenv("LOCKS"), "lie"))
@@ -13528,7 +13528,8 @@ static int is_about_locks(int command, void *argument)
         va_start(arguments, command);                                   \
         argument = va_arg(arguments, void *);                           \
         va_end(arguments);                                              \
-        if (is_about_locks(command, argument))                          \
+        if (is_about_locks(command, argument)                           \
+                && strcmp(getenv("LOCKS"), "flock"))                    \
             return pretend();                                           \
         return real(file, command, argument);                           \
     }
@@ -13639,6 +13640,16 @@ class FileSystemTest(TemporaryFolder):
                 open(self.path("file"), "rb") as unfit:
             self.assertEqual("work", jobman.try_locks(file))
             self.assertEqual("fail", jobman.try_locks(unfit))
+
+    def test_files_may_belong_to_whom_a_mount_maps_us_to(self):
+        os.chmod(self.folder, 0o777)
+        code = (
+            "import os, sys; sys.path.insert(0, %r); import jobman\n"
+            "if os.geteuid() == 0: os.setuid(65534)\n"
+            "os.geteuid = lambda: 12345\n"
+            "jobman.Store('jobs.db').close()" % HERE)
+        for _ in range(2):
+            self.assertEqual((0, "", ""), self.command("-c", code))
 
     def test_sqlite_is_without_a_second_connection_there(self):
         self.mounts("1 0 8:1 / / rw - nfs far rw\n")
@@ -13941,7 +13952,7 @@ class LyingLocksTest(FailingLocksTest):
     TAKE = (
         "import sys; sys.path.insert(0, %r); import jobman, time\n"
         "lock = jobman.ServerLock\n"
-        "lock.STALE, lock.LOOK = 1, 0.5\n"
+        "lock.STALE, lock.LOOK, lock.BEAT = 1, 0.5, 0.1\n"
         "sys.stdin.readline()\n"
         "try:\n"
         "    lock(jobman.DatabaseLocation('jobs.db'), shared=False)\n"
@@ -13951,10 +13962,13 @@ class LyingLocksTest(FailingLocksTest):
         "time.sleep(60)" % HERE
     )
 
-    def test_of_two_that_take_over_one_wins(self):
-        for n in range(3):
-            with open(self.path("jobs.db.lock"), "w") as file:
-                file.write("process %d on another host" % n)
+    def test_of_two_that_start_at_once_one_wins(self):
+        for new in (False, False, True, True, True):
+            if new:
+                jobman.remove(self.path("jobs.db.lock"))
+            else:
+                with open(self.path("jobs.db.lock"), "w") as file:
+                    file.write('{"host": "far"}')
             pair = [
                 self.spawn("-c", self.TAKE, stdin=subprocess.PIPE)
                 for _ in range(2)
@@ -14106,6 +14120,13 @@ class LockTest(TemporaryFolder):
             jobman.remove(self.path(name))
         self.assertEqual(b"precious", read(self.path("victim")))
 
+    def test_a_local_database_without_flock_is_refused(self):
+        shim = compile_shim(self.folder)
+        if not shim:
+            self.skipTest("no C compiler")
+        self.environment.update(LD_PRELOAD=shim, LOCKS="flock")
+        self.assertIn("No locks available", self.refused_start())
+
     def test_what_is_in_the_file_of_a_local_database_is_of_no_matter(self):
         for shared in (False, True):
             self.write(pid=os.getpid(), host=socket.gethostname())
@@ -14193,6 +14214,8 @@ class LockTest(TemporaryFolder):
         for pid in (process.pid, 10**20, None):
             self.write(**dict(here, pid=pid))
             self.taken(kind=StubbornLock)[0].close()
+        self.write(json.dumps({"host": socket.gethostname()}))
+        self.taken(kind=StubbornLock)[0].close()
 
     # To keep it
 
@@ -14287,6 +14310,17 @@ class LockTest(TemporaryFolder):
         lock.confirm()
         lock.check()
 
+    def test_nothing_is_changed_while_the_file_cannot_be_read(self):
+        self.make_exclusive()
+        lock = self.lock()
+        os.rename(self.lock_path, self.path("away"))
+        os.mkdir(self.lock_path)
+        with self.assertRaisesRegex(jobman.Unavailable, "directory"):
+            lock.check()
+        os.rmdir(self.lock_path)
+        os.rename(self.path("away"), self.lock_path)
+        lock.check()
+
     def test_a_local_server_needs_no_beat(self):
         lock = self.lock(clock=self.clock)
         self.clock.advance(10**6)
@@ -14323,7 +14357,8 @@ class LockTest(TemporaryFolder):
             os.unlink(self.lock_path)
             self.write()
             if not exclusive:
-                wait_for(lambda: store.lock.lost, "a look")
+                lock = store.lock
+                wait_for(lambda lock=lock: lock.lost, "a look")
             with self.assertRaisesRegex(jobman.Unavailable, "17 on far"):
                 store.set(7, *to_add({2: {"jobstage": 0}}))
             ran = []
