@@ -1029,12 +1029,10 @@ def copy_database(location, target, show=lambda size: None):
     draft = "%s.new.%s" % (target, secrets.token_hex(4))
     source = file_uri(location.path, readonly=True, vfs=location.vfs)
     try:
-        os.close(open_private(draft, os.O_EXCL))
+        os.close(open_private(draft))
         # only this process knows the draft, so it needs no locks
         copy = connect(draft, readonly=False, vfs="unix-none")
         with contextlib.closing(copy):
-            copy.execute("pragma journal_mode = off")
-            copy.execute("pragma synchronous = full")
             copy.execute("attach :source as source", {"source": source})
             copy.set_progress_handler(
                 lambda: show(os.path.getsize(draft)), 10**5)
@@ -1152,11 +1150,10 @@ class ServerLock:
 
         Raise Trouble if another server has it.
         """
-        new = not os.path.lexists(self.path)
         try:
-            self.file = open_private(self.path, os.O_EXCL if new else 0)
+            self.file, new = open_private(self.path, os.O_EXCL), True
         except FileExistsError:
-            return
+            self.file, new = open_private(self.path), False
         self.file_id = identity(self.file)
         self.lock_file()
         if self.location.exclusive and not new:
@@ -7202,7 +7199,8 @@ def open_snapshot(path):
         connection = connect(path, readonly=True, vfs=location.vfs)
         with contextlib.closing(connection):
             connection.execute("begin")
-            connection.execute("pragma user_version").fetchone()  # begin to read
+            # the snapshot is that of the first read
+            connection.execute("pragma user_version").fetchone()
             yield connection.execute
 
 

@@ -13949,33 +13949,35 @@ class LyingLocksTest(FailingLocksTest):
     locks = "lie"
     said = r"where locks exclude nobody:"
 
-    TAKE = (
-        "import sys; sys.path.insert(0, %r); import jobman, time\n"
-        "lock = jobman.ServerLock\n"
-        "lock.STALE, lock.LOOK, lock.BEAT = 1, 0.5, 0.1\n"
-        "sys.stdin.readline()\n"
-        "try:\n"
-        "    lock(jobman.DatabaseLocation('jobs.db'), shared=False)\n"
-        "except jobman.Trouble as trouble:\n"
-        "    sys.exit(str(trouble))\n"
-        "print('mine', flush=True)\n"
-        "time.sleep(60)" % HERE
-    )
+    TAKE = """
+import glob, os, sys, time
+sys.path.insert(0, %r)
+import jobman
+calls = []
 
-    def test_of_two_that_start_at_once_one_wins(self):
-        for new in (False, False, True, True, True):
-            if new:
-                jobman.remove(self.path("jobs.db.lock"))
-            else:
-                with open(self.path("jobs.db.lock"), "w") as file:
-                    file.write('{"host": "far"}')
-            pair = [
-                self.spawn("-c", self.TAKE, stdin=subprocess.PIPE)
-                for _ in range(2)
-            ]
-            for process in pair:
-                process.stdin.write(b"\n")
-                process.stdin.flush()
+def clock():
+    # each waits for the other once both have found the file silent
+    calls.append(1)
+    if len(calls) == 3:
+        open("ready-%%d" %% os.getpid(), "w").close()
+        while len(glob.glob("ready-*")) < 2:
+            time.sleep(0.01)
+    return 100 * len(calls)
+
+location = jobman.DatabaseLocation("jobs.db")
+try:
+    jobman.ServerLock(location, shared=False, clock=clock)
+except jobman.Trouble as trouble:
+    sys.exit(str(trouble))
+print("mine", flush=True)
+time.sleep(60)
+""" % HERE
+
+    def test_of_two_that_take_over_one_wins(self):
+        for _ in range(3):
+            with open(self.path("jobs.db.lock"), "w") as file:
+                file.write('{"host": "far"}')
+            pair = [self.spawn("-c", self.TAKE) for _ in range(2)]
             wait_for(lambda pair=pair: any(p.poll() for p in pair), "a loser")
             loser, winner = sorted(pair, key=lambda p: p.poll() is None)
             self.assertEqual(b"mine\n", winner.stdout.readline())
@@ -13983,6 +13985,8 @@ class LyingLocksTest(FailingLocksTest):
                 loser.stderr.read().decode(),
                 r"(?m)^Another server .*process %d on" % winner.pid)
             self.kill(winner)
+            for name in glob.glob(self.path("ready-*")):
+                os.unlink(name)
 
 
 class FastLock(jobman.ServerLock):
@@ -13997,12 +14001,6 @@ class PatientLock(FastLock):
     """A lock that waits for a sign of life, on a slow machine too."""
 
     STALE = PATIENCE
-
-
-class StubbornLock(FastLock):
-    """A lock that would wait for ever."""
-
-    STALE = math.inf
 
 
 class LockTest(TemporaryFolder):
@@ -14202,20 +14200,20 @@ class LockTest(TemporaryFolder):
         self.make_exclusive()
         process = self.spawn("-c", "import time; time.sleep(60)")
         here = {"pid": process.pid, "host": socket.gethostname()}
-        for seconds in (FastLock.STALE, 0):
-            self.write(**here)
+        began = time.monotonic()
+        self.write(**here)
+        lock, said = self.taken()
+        self.assertEqual("", said)
+        self.assertGreaterEqual(time.monotonic() - began, FastLock.STALE)
+        lock.close()
+        process.kill()
+        process.wait()
+        del here["pid"]
+        for more in ({"pid": process.pid}, {"pid": 10**20}, {"pid": "x"}, {}):
+            self.write(json.dumps(dict(here, **more)))
             began = time.monotonic()
-            lock, said = self.taken()
-            self.assertEqual("", said)
-            self.assertGreaterEqual(time.monotonic() - began, seconds)
-            lock.close()
-            process.kill()
-            process.wait()
-        for pid in (process.pid, 10**20, None):
-            self.write(**dict(here, pid=pid))
-            self.taken(kind=StubbornLock)[0].close()
-        self.write(json.dumps({"host": socket.gethostname()}))
-        self.taken(kind=StubbornLock)[0].close()
+            self.taken(kind=PatientLock)[0].close()
+            self.assertLess(time.monotonic() - began, PatientLock.STALE)
 
     # To keep it
 
