@@ -3274,6 +3274,13 @@ def read_files(value, name):
     return to_json([{key: file[key] for key in keys} for file in value])
 
 
+def bounded(items):
+    """Return `items`, of a request; raise Error 413 for too many."""
+    if len(items) > MAX_JOBS:
+        raise Error(413, "A request may have %d jobs." % MAX_JOBS)
+    return items
+
+
 def jobid_list(value, name):
     """Read a list of jobids; return it with each one once."""
     if type(value) is not list:
@@ -3345,13 +3352,6 @@ def read_object(request, *required):
         if name not in given:
             raise Error(400, "%s is missing." % name)
     return given
-
-
-def bounded(items):
-    """Return `items`, of a request; raise Error 413 for too many."""
-    if len(items) > MAX_JOBS:
-        raise Error(413, "A request may have %d jobs." % MAX_JOBS)
-    return items
 
 
 def read_optional(given, name, reader):
@@ -6409,12 +6409,12 @@ def stats_lines(figures):
             row += [None if parts[part] is None else took(parts[part])
                     for part in ("median", "p95")]
         row += ["%.2f" % (stage[name] / 3600)
-                for name in ("useful", "idle", "lost")]
+                for name in ("useful", "lost")]
         advised = stage.get("advised")
         rows.append([*row, advised and "%d min" % advised])
     yield from columns((
         "stage", "claims", "retries", "run median", "p95", "wait median",
-        "p95", "useful h", "idle h", "lost h", "lifetime advised"), rows)
+        "p95", "useful h", "lost h", "lifetime advised"), rows)
 
 
 def print_stats(options):
