@@ -1332,6 +1332,70 @@ class FairLock:
             os.close(file)
 
 
+# ------------------------------------------------------- states and moves ---
+
+UNENDED = ("waiting", "delayed", "blocked", "working")
+PUT_ASIDE = ("failed", "cancelled", "aborted")  # until a retry
+STATES = (*UNENDED, "done", *PUT_ASIDE)
+SWEEPS = {  # of many jobs: what an answer calls it, and the states it is for
+    "retry": ("retried", ("done", *PUT_ASIDE)),
+    "cancel": ("cancelled", (*UNENDED, "failed", "aborted")),
+    "release": ("released", ("working",)),
+    "forget": ("forgotten", ("done",)),
+}
+REJECTABLE = ("waiting", "delayed", "done", "failed")  # without a token
+
+
+def is_free(state, lease):
+    """Return whether a claim may take a job: the contract's *free*."""
+    return state in ("waiting", "done") or (
+        state == "working" and lease is None
+    )
+
+
+def dependency_end(state):
+    """Return what a parent's state says to its children.
+
+    "met": it is done; "unmet": it won't be, until a retry; None: neither.
+    """
+    if state == "done":
+        return "met"
+    return "unmet" if state in PUT_ASIDE else None
+
+
+def stage_state(stage, final):
+    """Return the state of a job that is put into `stage`."""
+    return "done" if final is not None and stage >= final else "waiting"
+
+
+def as_dict(row):
+    """Return a row as a dict; dict(row) would search for every name."""
+    return dict(zip(row.keys(), row))
+
+
+def after_move(job, now, **after):
+    """Return the values that SQL.MOVE writes, and those of the job before.
+
+    Unless `after` says otherwise, the claim, the lease and the expiry of
+    `job` (a dict of SQL.ANY_JOB) end, and its time in the stage begins now.
+    """
+    values = dict(
+        job, entered_at=now, expires_at=None, lease=None, claim=None,
+        old_stage=job["stage"], old_state=job["state"], old_claim=job["claim"],
+    )
+    values.update(after)
+    values["free"] = int(is_free(values["state"], values["lease"]))
+    return values
+
+
+def time_bucket(seconds):
+    """Return the number of the bucket that a time is counted in.
+
+    There are four to a doubling, and bucket 0 ends at a millisecond.
+    """
+    return max(0, math.ceil(4 * math.log2(max(seconds, 0.001) * 1000)))
+
+
 # ---------------------------------------------------------------- writer ---
 
 
@@ -1507,15 +1571,13 @@ class Writer:
         all the same, everything is rolled back and the others run again
         without it: that is rare, and cheaper than a savepoint for each.
         """
-        left, error = batch, None
+        left = batch
         try:
             while left and not self.commit_whole(left):
                 left = [each for each in left if not each.partial]
-        except sqlite3.Error as reason:
-            error = Unavailable(reason)
-        except Exception as reason:
-            error = reason
-        if error is not None:
+        except Exception as error:
+            if isinstance(error, sqlite3.Error):
+                error = Unavailable(error)
             for operation in batch:
                 operation.error = error
 
@@ -1677,7 +1739,8 @@ class WaitQueue:
             if self.closed:
                 return
             self.closed = True
-            waiters = {w: None for group in self.waiters.values() for w in group}
+            waiters = dict.fromkeys(
+                itertools.chain.from_iterable(self.waiters.values()))
         for n, waiter in enumerate(waiters, 1):
             waiter.wake()
             if n % self.AT_ONCE == 0:
@@ -1686,17 +1749,6 @@ class WaitQueue:
 
 # ----------------------------------------------------------------- store ---
 
-UNENDED = ("waiting", "delayed", "blocked", "working")
-PUT_ASIDE = ("failed", "cancelled", "aborted")  # until a retry
-STATES = (*UNENDED, "done", *PUT_ASIDE)
-SWEEPS = {  # of many jobs: what an answer calls it, and the states it is for
-    "retry": ("retried", ("done", *PUT_ASIDE)),
-    "cancel": ("cancelled", (*UNENDED, "failed", "aborted")),
-    "release": ("released", ("working",)),
-    "forget": ("forgotten", ("done",)),
-}
-REJECTABLE = ("waiting", "delayed", "done", "failed")  # without a token
-REPLACEABLE = "jobcmd", "filename", "files", "files_stage"  # by an update
 BLANK_REPORT = dict.fromkeys(("exit_code", "error", "stderr", "seconds"))
 LAPSES_SPENT = (
     "%d leases lapsed in this stage: its workers were not heard of in time."
@@ -1716,48 +1768,6 @@ AWAY_AFTER = 300  # seconds without a heartbeat until a worker doesn't count
 def delay_after(failures):
     """Return the seconds that a job waits after so many failures."""
     return min(600, 2 * 4 ** (min(failures, 10) - 1))
-
-
-def is_free(state, lease):
-    """Return whether a claim may take a job: the contract's *free*."""
-    return state in ("waiting", "done") or (
-        state == "working" and lease is None
-    )
-
-
-def dependency_end(state):
-    """Return what a parent's state says to its children.
-
-    "met": it is done; "unmet": it won't be, until a retry; None: neither.
-    """
-    if state == "done":
-        return "met"
-    return "unmet" if state in PUT_ASIDE else None
-
-
-def stage_state(stage, final):
-    """Return the state of a job that is put into `stage`."""
-    return "done" if final is not None and stage >= final else "waiting"
-
-
-def as_dict(row):
-    """Return a row as a dict; dict(row) would search for every name."""
-    return dict(zip(row.keys(), row))
-
-
-def after_move(job, now, **after):
-    """Return the values that SQL.MOVE writes, and those of the job before.
-
-    Unless `after` says otherwise, the claim, the lease and the expiry of
-    `job` (a dict of SQL.ANY_JOB) end, and its time in the stage begins now.
-    """
-    values = dict(
-        job, entered_at=now, expires_at=None, lease=None, claim=None,
-        old_stage=job["stage"], old_state=job["state"], old_claim=job["claim"],
-    )
-    values.update(after)
-    values["free"] = int(is_free(values["state"], values["lease"]))
-    return values
 
 
 def change(operation):
@@ -1825,14 +1835,6 @@ class Readers:
 def new_figures():
     """Return the figures of a stage without jobs."""
     return {"jobs": 0, "expired": 0, "states": dict.fromkeys(STATES, 0)}
-
-
-def time_bucket(seconds):
-    """Return the number of the bucket that a time is counted in.
-
-    There are four to a doubling, and bucket 0 ends at a millisecond.
-    """
-    return max(0, math.ceil(4 * math.log2(max(seconds, 0.001) * 1000)))
 
 
 def percentile(buckets, part):
@@ -3158,15 +3160,15 @@ def from_query(reader):
     return lambda text, name: reader(number(text), name)
 
 
-def reader(fits, needed, convert=None):
+def reader(is_valid, needed, convert=None):
     """Return a function that reads a value, named for its error.
 
-    It raises Error 400, which says what is `needed`, unless `fits(value)`;
-    `convert` makes of it what is kept.
+    It raises Error 400, which says what is `needed`, unless the value
+    `is_valid`. `convert`, if given, returns what is kept of it.
     """
 
     def read(value, name):
-        if not fits(value):
+        if not is_valid(value):
             raise Error(400, "%s must be %s." % (name, needed))
         return convert(value) if convert else value
 

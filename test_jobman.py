@@ -12832,13 +12832,19 @@ class CareTest(TemporaryFolder):
     def add(self, store, ids, **options):
         """Add jobs that are done in stage 4."""
         entry = dict({"jobstage": 0, "laststage": 4, "jobcmd": 1}, **options)
-        store.set(7, *to_add(dict.fromkeys(ids, entry)))
+        self.space = store.make_namespace(7)
+        store.add_jobs(self.space, *to_add(dict.fromkeys(ids, entry)))
 
     def do(self, store, stage, target, **given):
         """Claim a job and update it to another stage."""
-        job, = store.claim(7, [stage], **self.LENT)
-        store.update_job(7, job["jobid"], target, claim=job["claim"], **given)
+        job, = store.claim(self.space, [stage], **self.LENT)
+        self.update(store, job["jobid"], target, claim=job["claim"], **given)
         return job["jobid"]
+
+    def update(self, store, jobid, stage, **given):
+        """Update a job to a stage."""
+        update = dict(given, jobid=jobid, stage=stage)
+        self.assertEqual([None], store.update_jobs(self.space, [update]))
 
     def made(self, name="jobman.db"):
         """Make a database with jobs in several states; return its path."""
@@ -12847,9 +12853,9 @@ class CareTest(TemporaryFolder):
             self.add(store, range(100))
             for _ in range(10):
                 self.do(store, 0, 4)
-            store.cancel(7, ids=[50, 51])
-            for job in store.claim(7, [0], n=3, **self.LENT)[:2]:
-                store.fail_job(7, job["jobid"], claim=job["claim"])
+            store.cancel(self.space, ids=[50, 51])
+            for job in store.claim(self.space, [0], n=3, **self.LENT)[:2]:
+                store.fail_job(self.space, job["jobid"], claim=job["claim"])
         return self.path(name)
 
     def change(self, path, *statements):
@@ -13135,46 +13141,65 @@ class CareTest(TemporaryFolder):
             ("counts", "expired 2, there 0"),
         "insert into tally values (7, 9, 'working', 1, 0)":
             ("counts", "stage 9, working: counted 1, there 0"),
+        "update job set namespace = 99 where jobid = 60":
+            ("counts", "stage 0, waiting: counted 0, there 1"),
         "update job set free = -3 where jobid = 60":
-            ("free", "1 jobs are waiting and have -3 (job 60)"),
+            ("jobs", "1 jobs are free by mistake, or not (job 60)"),
+        "update job set free = 0 where jobid = 60":
+            ("jobs", "1 jobs are free by mistake, or not (job 60)"),
         "update job set free = 1 where state = 'working'":
-            ("free", "1 jobs are working and have 1"),
+            ("jobs", "1 jobs are free by mistake, or not"),
         "insert into attempt (job, claim, attempt, stage, started, ended,"
         " outcome) values (9999, 'x', 1, 0, 0, 0, 'done')":
             ("attempts", "1 attempts are of no job"),
         "update job set claim = null where state = 'working'":
             ("jobs", "1 jobs are working without a claim"),
-        "update job set origin = null where state = 'working'":
-            ("jobs", "1 jobs are working, claimed from nowhere"),
-        "update job set due = null where state = 'working'":
+        "update job set claimed_from = null where state = 'working'":
+            ("jobs", "1 jobs are working without a claim"),
+        "update job set claimed_to = null where state = 'working'":
+            ("jobs", "1 jobs are working without a claim"),
+        "update job set expires_at = null where state = 'working'":
             ("jobs", "1 jobs are working on half a lease"),
-        "update job set due = null where state = 'delayed'":
+        "update job set lease = null, free = 1 where state = 'working'":
+            ("jobs", "1 jobs are working on half a lease"),
+        "update job set expires_at = null where state = 'delayed'":
             ("jobs", "2 jobs are delayed for ever"),
-        "update job set due = 5 where jobid = 60":
-            ("jobs", "1 jobs are due for nothing (job 60)"),
+        "update job set expires_at = 5 where jobid = 60":
+            ("jobs", "1 jobs are waiting for no time (job 60)"),
         "update job set lease = 5 where jobid = 60":
             ("jobs", "1 jobs are on lease to nobody"),
         "update job set claim = 'x' where state = 'cancelled'":
             ("jobs", "2 jobs are claimed and put aside (job 50)"),
         "update job set laststage = 6 where state = 'done'":
             ("jobs", "10 jobs are done before the last stage"),
+        "update job set laststage = null where state = 'done'":
+            ("jobs", "10 jobs are done before the last stage"),
         "update job set laststage = 0 where jobid = 60":
             ("jobs", "1 jobs are waiting in the last stage (job 60)"),
-        "update job set missing = 1 where state = 'delayed'":
-            ("dependencies", "2 jobs wait for more or fewer than they know"),
-        "insert into dependency select row, row, 0 from job"
+        "update job set expired = 2 where jobid = 60;"
+        "update tally set expired = 2 where state = 'waiting'":
+            ("jobs", "1 jobs are expired by half (job 60)"),
+        "update job set unmet = 1 where jobid = 60;"
+        "insert into dependency select id, 1, 0 from job where jobid = 60":
+            ("jobs", "1 jobs are waiting, and for others too (job 60)"),
+        "update job set state = 'blocked', free = 0 where jobid = 60;"
+        "update tally set jobs = 84 where state = 'waiting';"
+        "insert into tally select namespace, 0, 'blocked', 1, 0 from job"
         " where jobid = 60":
-            ("dependencies", "1 jobs are waited for in another state"),
-        "insert into dependency select row, 10000, 1 from job"
-        " where state = 'done' limit 1":
-            ("dependencies", "1 jobs are waited for in another state"),
-        "insert into dependency select 10000, row, 1 from job"
-        " where state = 'done' limit 1":
-            ("dependencies", "1 jobs are waited for in another state"),
-        "update job set blame = 1 where jobid = 60":
-            ("jobs", "1 jobs are aborted and nobody to blame, or to blame"),
+            ("jobs", "1 jobs are blocked by nothing (job 60)"),
+        "update job set unmet = 1 where state = 'delayed'":
+            ("dependencies", "2 jobs wait for more or fewer than they count"),
+        "insert into dependency select id, 1, 0 from job where jobid = 2":
+            ("dependencies",
+             "1 jobs wait for more or fewer than they count (job 2)"),
+        "insert into dependency select id, 10000, 1 from job"
+        " where jobid = 60":
+            ("dependencies", "1 dependencies are of no job"),
+        "insert into dependency select 10000, id, 1 from job"
+        " where jobid = 60":
+            ("dependencies", "1 dependencies are of no job (id 10000)"),
         "drop table tally": ("schema", "there is no table tally"),
-        "drop index job_due": ("schema", "there is no index job_due"),
+        "drop index job_expiry": ("schema", "there is no index job_expiry"),
     }
 
     def test_each_damage_is_found_and_nothing_else(self):
@@ -13183,7 +13208,7 @@ class CareTest(TemporaryFolder):
             with self.subTest(damage):
                 name = "%d.db" % number
                 shutil.copy(path, self.path(name))
-                self.change(self.path(name), damage)
+                self.change(self.path(name), *damage.split(";"))
                 status, found = self.check(name)
                 self.assertEqual(1, status)
                 self.assertIn("wrong  ", found[said[0]])
@@ -13195,17 +13220,19 @@ class CareTest(TemporaryFolder):
         self.change(path, "update job set state = 'odd\n' where jobid = 60")
         status, found = self.check()
         self.assertEqual(1, status)
-        self.assertIn(r"1 jobs are odd\n and have 1", found["free"])
+        self.assertIn("1 jobs are in no state that there is (job 60)",
+                      found["jobs"])
+        self.assertIn(r"stage 0, odd\n: counted 0, there 1", found["counts"])
 
     # Old attempts
 
     def kept(self, store):
         """Return how many attempts each job has, after a round of ticks."""
         store.tick()
-        while store.ranges:
+        while store.prune_place is not None:
             store.tick()
-        found = rows(store.readers.path, "select jobid, attempt.row is not"
-                     " null as n from job left join attempt on job = job.row"
+        found = rows(store.readers.path, "select jobid, attempt.id is not"
+                     " null as n from job left join attempt on job = job.id"
                      " order by jobid")
         counts = dict.fromkeys([row["jobid"] for row in found], 0)
         for row in found:
@@ -13217,9 +13244,9 @@ class CareTest(TemporaryFolder):
         self.add(store, [1, 2, 3, 4])
         for _ in range(3):
             self.do(store, 0, 4)  # jobs 1, 2, 3
-        job, = store.claim(7, [0], **self.LENT)
-        store.fail_job(7, 4, claim=job["claim"])
-        store.cancel(7, ids=[4])
+        job, = store.claim(self.space, [0], **self.LENT)
+        store.fail_job(self.space, 4, claim=job["claim"])
+        store.cancel(self.space, ids=[4])
         self.clock.advance(2 * 86400)
         self.do(store, 4, 4)  # a job that is done again
         self.assertEqual({1: 2, 2: 1, 3: 1, 4: 1}, self.kept(store))
@@ -13234,15 +13261,15 @@ class CareTest(TemporaryFolder):
         store = self.store(keep_days=1, max_attempts=1)
         self.add(store, [1, 2, 3])
         self.do(store, 0, 2)
-        job, = store.claim(7, [0], **self.LENT)
-        store.fail_job(7, 2, claim=job["claim"])
-        job, = store.claim(7, [0], **self.LENT)
-        store.release_job(7, 3, claim=job["claim"])
+        job, = store.claim(self.space, [0], **self.LENT)
+        store.fail_job(self.space, 2, claim=job["claim"])
+        job, = store.claim(self.space, [0], **self.LENT)
+        store.release_job(self.space, 3, claim=job["claim"])
         self.clock.advance(10 * 86400)
         self.assertEqual({1: 1, 2: 1, 3: 1}, self.kept(store))
         self.assertEqual(
             ["waiting", "failed", "waiting"],
-            [store.job(7, jobid)[0]["state"] for jobid in (1, 2, 3)])
+            [store.job(self.space, jobid)[0]["state"] for jobid in (1, 2, 3)])
 
     def test_without_the_option_all_are_kept(self):
         store = self.store()
@@ -13258,17 +13285,17 @@ class CareTest(TemporaryFolder):
         """
         self.add(store, [1], jobcmd="first", filename="first")
         for stage, target in ((0, 2), (2, 3), (2, 4)):
-            job, = store.claim(7, [stage], **self.LENT)
-            store.fail_job(7, 1, claim=job["claim"])
+            job, = store.claim(self.space, [stage], **self.LENT)
+            store.fail_job(self.space, 1, claim=job["claim"])
             self.clock.advance(5)
             replaced = dict.fromkeys(given, '["to %d"]' % target)
             self.do(store, stage, target, **replaced)
             if target == 3:
-                store.update_job(7, 1, 2)
+                self.update(store, 1, 2)
             self.clock.advance(5)
 
     def test_a_retry_gives_back_what_it_would_have_without_the_option(self):
-        columns = "stage", "jobcmd", "filename", "files", "made"
+        columns = "stage", "jobcmd", "filename", "files", "files_stage"
         for number, given in enumerate((
             ["jobcmd"], ["filename"], ["files"], ["jobcmd", "files"]
         )):
@@ -13281,12 +13308,12 @@ class CareTest(TemporaryFolder):
                 self.assertEqual({1: 3 if days else 6}, self.kept(store))
                 seen = []
                 for _ in range(2):
-                    store.retry(7, ids=[1])
-                    seen += [store.job(7, 1)[0][name] for name in columns]
+                    store.retry(self.space, ids=[1])
+                    seen += [store.job(self.space, 1)[0][name] for name in columns]
                     if given[-1] == "files":
-                        store.reject_job(7, 1)
-                        seen += [store.job(7, 1)[0][name] for name in columns]
-                    store.update_job(7, 1, 4)
+                        store.reject_job(self.space, 1)
+                        seen += [store.job(self.space, 1)[0][name] for name in columns]
+                    self.update(store, 1, 4)
                 jobs.append(seen)
             self.assertEqual(*jobs)
             self.assertIn("to ", str(jobs))
@@ -13295,13 +13322,13 @@ class CareTest(TemporaryFolder):
         self.replace("PRUNED", 4)
         store = self.store(keep_days=1)
         self.add(store, range(21))
-        for job in store.claim(7, [0], n=9, **self.LENT):
-            store.update_job(7, job["jobid"], 4, claim=job["claim"])
+        for job in store.claim(self.space, [0], n=9, **self.LENT):
+            self.update(store, job["jobid"], 4, claim=job["claim"])
         self.clock.advance(1)
-        for job in store.claim(7, [0], n=9, **self.LENT):
-            store.fail_job(7, job["jobid"], claim=job["claim"])
-        store.cancel(7, stage=0)
-        store.set_lifetime(7, 0, 1)
+        for job in store.claim(self.space, [0], n=9, **self.LENT):
+            store.fail_job(self.space, job["jobid"], claim=job["claim"])
+        store.cancel(self.space, stage=0)
+        store.set_lifetime(self.space, 0, 1)
         self.clock.advance(86400 * 2)
         store.tick()
         left = len(rows(store.readers.path, "select 1 from attempt"))
@@ -13314,7 +13341,7 @@ class CareTest(TemporaryFolder):
         made = self.made()
         self.change(  # so much that it fits in no rest of a block
             made, "insert into attempt (job, claim, attempt, stage, started,"
-            " ended, outcome, stderr) select row, 'x', 1, 0, 1, 1, 'failed',"
+            " ended, outcome, stderr) select id, 'x', 1, 0, 1, 1, 'failed',"
             " hex(zeroblob(2000)) from job where state = 'done'")
         shutil.move(made, path)
         store = self.store(path, keep_days=1)
@@ -13342,7 +13369,7 @@ class CareTest(TemporaryFolder):
     def test_a_tick_within_the_hour_looks_at_no_job(self):
         store = self.store(keep_days=1)
         self.add(store, range(1000))
-        store.cancel(7, stage=0)
+        store.cancel(self.space, stage=0)
         self.clock.advance(86400 * 2)
         self.kept(store)
         self.clock.advance(60)
