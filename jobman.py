@@ -1434,8 +1434,8 @@ class Transaction:
             if dependency_end(state) != dependency_end(job["old_state"]):
                 self.ended[job["id"]] = -1  # tell its children, from the first
 
-    def spend(self, job, stage, kind, seconds):
-        """Add seconds that were spent on a job, or waited by it."""
+    def add_time(self, job, stage, kind, seconds):
+        """Add seconds that an attempt of a job took, or a claim waited for."""
         key = job["namespace"], stage, kind, time_bucket(seconds)
         total = self.spent.setdefault(key, [0, 0])
         total[0] += 1
@@ -2065,7 +2065,7 @@ class Store:
         seconds = values["seconds"]
         if seconds is None:
             seconds = max(0, tx.now - values["started"])
-        tx.spend(job, job["claimed_from"], outcome, seconds)
+        tx.add_time(job, job["claimed_from"], outcome, seconds)
 
     def interrupt(self, tx, job, outcome):
         """End the attempt of a job that is taken away while it runs."""
@@ -2291,9 +2291,9 @@ class Store:
         fresh = (
             job["state"] == "working" and job["stage"] != job["claimed_from"])
         waited = max(0, tx.now - job["entered_at"])
-        tx.spend(job, job["stage"], "claimed", waited)
+        tx.add_time(job, job["stage"], "claimed", waited)
         if job["attempt"] and not fresh:
-            tx.spend(job, job["stage"], "again", waited)
+            tx.add_time(job, job["stage"], "again", waited)
         return after_move(
             job, tx.now,
             stage=target,

@@ -647,6 +647,22 @@ class ContractTest(StoreCase):
         self.assertEqual(2, self.get(5)["jobid"])
         self.assertEqual({(1, "working"): 1, (6, "working"): 1}, self.states())
 
+    def test_a_broken_body_is_refused_with_the_reason(self):
+        job = '{"1": {"jobstage": 0, "jobcmd": %s}}'
+        for body, reason in (
+            (b"x\x9c" + b"\xff" * 9, "not intact zlib data"),
+            (zlib.compress(b"{}")[:-1], "not intact zlib data"),
+            (b"\xff", "not UTF-8"),
+            (b"{", "not JSON"),
+            ((job % "NaN").encode(), "not JSON"),
+            ((job % "-Infinity").encode(), "not JSON"),
+            ((job % "1e999").encode(), "too large"),
+        ):
+            with self.subTest(body=body):
+                reply = self.assertReply(400, self.call("/set", body))
+                self.assertIn(reason, reply.text)
+        self.assertEqual({}, self.states())
+
     def test_set_is_all_or_nothing(self):
         bad = (
             {"2": {}}, {"2": {"jobstage": "0"}}, {"2": {"jobstage": -1}},
@@ -2510,7 +2526,7 @@ class SweepTest(StoreCase):
         bad = (
             {}, {"all": False}, {"all": 1}, {"ids": None}, {"ids": 1},
             {"ids": ["1"]}, {"ids": [-1]}, {"state": "lost"}, {"stage": "0"},
-            {"id": [1]}, {"all": True, "ids": [1]}, {"all": True, "stage": 0},
+            {"id": [1]}, {"all": True, "stat": "failed"}, {"all": True, "ids": [1]}, {"all": True, "stage": 0},
         )
         for path in ("/retry", "/cancel"):
             for selector in bad:
