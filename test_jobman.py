@@ -2526,7 +2526,8 @@ class SweepTest(StoreCase):
         bad = (
             {}, {"all": False}, {"all": 1}, {"ids": None}, {"ids": 1},
             {"ids": ["1"]}, {"ids": [-1]}, {"state": "lost"}, {"stage": "0"},
-            {"id": [1]}, {"all": True, "stat": "failed"}, {"all": True, "ids": [1]}, {"all": True, "stage": 0},
+            {"id": [1]}, {"all": True, "stat": "failed"},
+            {"all": True, "ids": [1]}, {"all": True, "stage": 0},
         )
         for path in ("/retry", "/cancel"):
             for selector in bad:
