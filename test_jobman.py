@@ -14253,9 +14253,10 @@ class LockTest(TemporaryFolder):
 
     def test_a_database_that_is_moved_is_lost_and_has_all(self):
         process, address = self.serve("--db", "jobs.db")
-        answered = []
+        answered, end = [], time.monotonic() + PATIENCE
         with contextlib.suppress(OSError):  # it has ended
             for jobid in itertools.count(1):
+                self.assertLess(time.monotonic(), end)
                 jobs = packed({jobid: {"jobstage": 0}})
                 reply = exchange(
                     address, "POST", "/set", jobs, {"jobix": "7"})
