@@ -4010,22 +4010,6 @@ def self_renewing(page, seconds, *more):
     return page.replace(meta, "\n".join((meta, renew, *more)), 1)
 
 
-def html_row(cell, values):
-    """Return the markup of a row of a table; `cell` is that of each value."""
-    texts = ("" if value is None else str(value) for value in values)
-    return "<tr>%s</tr>" % "".join(cell % html.escape(t) for t in texts)
-
-
-def html_table(name, heads, rows):
-    """Return the markup of a heading and a table, none without rows."""
-    if not rows:
-        return ""
-    head = html_row('<th scope="col">%s</th>', heads)
-    lines = [html_row("<td>%s</td>", values) for values in rows]
-    return "\n".join(("<h2>%s</h2>" % name, "<table>", head, *lines,
-                      "</table>"))
-
-
 def span(period):
     """Return a number of seconds as a person says it: 4:05, 1:00:00."""
     minutes, rest = divmod(int(period + 0.5), 60)
@@ -4078,69 +4062,61 @@ def progress_line(figures):
     return line + "."
 
 
-def stage_rows(figures):
-    """Yield the cells of each stage, and of all together."""
-    for stage in [*figures["stages"], dict(figures["totals"], stage="all")]:
-        name = "%s%s" % (stage["stage"], ", paused" * stage.get("paused", 0))
-        took = stage.get("runtime") or {"median": None, "p90": None}
-        yield (
-            name, stage["jobs"], stage["expired"],
-            *(stage["states"][state] for state in STATES),
-            stage.get("lifetime") or "",
-            *("%.3g" % s if s else "" for s in (took["median"], took["p90"])),
-        )
+# The tables of a page without a script: a heading, the part of OVERVIEW and
+# its list that the rows come from, and the columns.
+JOB_CELLS = "jobid", "stage", "state", "since", "jobcmd", "filename"
+PLAIN_TABLES = (
+    ("Stages", "status", "stages", (
+        "stage", "paused", "jobs", "expired", *STATES, "lifetime", "median",
+        "p90")),
+    ("Workers", "workers", "workers", (
+        "name", "host", "stages", "slots", "busy", "done", "failed", "drain",
+        "quarantine", "heard")),
+    ("Failures", "failures", "groups", (
+        "jobs", "stage", "exit_code", "message", "host")),
+    ("Expired jobs", "expired", "jobs", JOB_CELLS),
+    ("Failed jobs", "failed", "jobs", JOB_CELLS),
+)
 
 
-def worker_rows(heard):
-    """Yield the cells of each worker that is there, or in quarantine."""
-    columns = "name", "host", "slots", "busy", "done", "failed", "quarantine"
-    for worker in heard["workers"]:
-        ago = heard["time"] - worker["heard"]
-        if worker["quarantine"] or ago <= 600:
-            yield (
-                *(worker[name] for name in columns),
-                "yes" if worker["drain"] else "",
-                ", ".join(map(str, worker["stages"] or ())),
-                span(ago) + " ago",
-            )
+def cell(name, value):
+    """Return the text of a value in a column of a table."""
+    if value is None or value is False:
+        return ""
+    if name in ("since", "heard"):
+        return clock_time(value)
+    if name == "stages":
+        return ", ".join(map(str, value))
+    if value is True:
+        return "yes"
+    if type(value) is float:
+        return "%.3g" % value
+    return (value if type(value) is str else to_json(value))[:200]
 
 
-def job_rows(page):
-    """Yield the cells of each job of a page."""
-    for job in page["jobs"]:
-        command = job["jobcmd"]
-        command = command if type(command) is str else to_json(command)
-        yield (job["jobid"], job["stage"], job["state"],
-               clock_time(job["since"]), command[:200], job["filename"])
+def html_table(heading, names, rows):
+    """Return the markup of dicts as a table under a heading."""
+    lines = ["<h2>%s</h2>" % heading, "<table>", "<tr>%s</tr>" % "".join(
+        '<th scope="col">%s</th>' % name for name in names)]
+    for row in rows:
+        row = {**row, **row.get("states", {}), **(row.get("runtime") or {})}
+        lines.append("<tr>%s</tr>" % "".join(
+            "<td>%s</td>" % html.escape(cell(name, row.get(name)))
+            for name in names))
+    return "\n".join([*lines, "</table>"])
 
 
 def plain_view(seen):
     """Return an overview as a page without a script."""
-    figures, pace = seen["status"], seen["hour"]
+    figures = seen["status"]
     line = progress_line(figures)
-    job_heads = "job", "stage", "state", "there since", "command", "file"
-    reasons = "jobs", "stage", "exit_code", "message", "host"
-    tables = (
-        ("Stages", ("stage", "jobs", "expired", *STATES, "lifetime in minutes",
-                    "median of seconds", "nine in ten within"),
-         stage_rows(figures)),
-        ("Workers", ("worker", "host", "slots", "busy", "done", "failed",
-                     "quarantine", "drained", "stages", "heard"),
-         worker_rows(seen["workers"])),
-        ("Expired jobs", job_heads, job_rows(seen["expired"])),
-        ("Failures", reasons, (
-            [group[name] for name in reasons]
-            for group in seen["failures"]["groups"])),
-        ("Failed jobs", job_heads, job_rows(seen["failed"])),
-    )
+    tables = [
+        html_table(heading, names, seen[part][rows])
+        for heading, part, rows, names in PLAIN_TABLES if seen[part][rows]
+    ]
     return plain("\n".join((
-        "<h1>jobman %s</h1>" % figures["version"],
-        "<p>%s<p>In the last hour %d attempts and %d jobs became done, of"
-        " these %d and %d in the last full minute." % (
-            line, sum(pace["updates"]), sum(pace["done"]),
-            pace["updates"][-2], pace["done"][-2]),
-        "<p>As of %s." % clock_time(figures["time"]),
-        *(html_table(name, heads, list(rows)) for name, heads, rows in tables),
+        "<h1>jobman %s</h1>" % figures["version"], "<p>%s" % line,
+        "<p>As of %s." % clock_time(figures["time"]), *tables,
     )), "jobman: " + line)
 
 
@@ -4200,11 +4176,11 @@ def get_lifetime_page(store, request):
     """Show the lifetimes of the caller's stages in minutes."""
     if not page_caller(store, request):
         return login_page(request, "lifetime", "lifetimes")
-    rows = list(store.lifetimes(request.namespace).items())
-    heads = "stage", "lifetime in minutes"
+    rows = [{"stage": stage, "minutes": minutes} for stage, minutes
+            in store.lifetimes(request.namespace).items()]
     return page_response(plain(
-        html_table("Lifetimes", heads, rows)
-        or "<p>No stage has a lifetime.</p>"))
+        html_table("Lifetimes", ("stage", "minutes"), rows) if rows
+        else "<p>No stage has a lifetime.</p>"))
 
 
 # ---------------------------------------------------------------- routes ---

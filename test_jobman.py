@@ -1004,11 +1004,9 @@ class ContractTest(StoreCase):
         page = self.call("/get?plain=1").text
         for text in (
             '<meta http-equiv="refresh" content="10">',
-            "33 %: 1 of 3 jobs done", cells(0, 2, 1, 1, 0),
-            "In the last hour 1 attempts and 1 jobs became done, of these 1"
-            " and 1 in the last full minute.", cells(1, "0.001", "0.001"),
-            cells("1, paused", 0), "<h2>Expired jobs</h2>",
-            cells(3, 0, "waiting", "2020-")[:-5],
+            "33 %: 1 of 3 jobs done", cells(0, "", 2, 1, 1),
+            cells(1, "0.001", "0.001"), cells(1, "yes", 0, 0),
+            "<h2>Expired jobs</h2>", cells(3, 0, "waiting", "2020-")[:-5],
             cells("late", "out&lt;1&gt;"), "<h2>Failures</h2>",
             cells(1, 0, 3, "&lt;i&gt;bad&lt;/i&gt;"),
             "<h2>Failed jobs</h2>", "&lt;b&gt;\\udcff", "left, until 2020-",
@@ -1034,26 +1032,22 @@ class ContractTest(StoreCase):
             reply = exchange(self.address, "GET", path, headers=headers)
             self.assertReply(403, reply)
 
-    def test_the_page_shows_the_workers_there_are(self):
+    def test_the_plain_page_shows_the_workers(self):
         def beat(name, **about):
             beat = dict(about, worker=name, lease=60, claims=[])
             self.assertReply(200, self.post("/heartbeat", beat))
 
         beat("hurt", quarantine="<b>no disk</b>", slots=0)
-        beat("silent")
-        self.assertIn("<td>silent</td>", self.call("/get?plain=1").text)
         self.clock.advance(601)
         beat("<i>busy", host="node7", stages=[2, 0], slots=16, busy=3)
         self.ok("/drain/<i>busy", {})
-        self.clock.advance(2)
         page = self.call("/get?plain=1").text
-        self.assertNotIn("silent", page)
         self.assertNotIn("None", page)
         for cells in (
-            ("&lt;i&gt;busy", "node7", 16, 3, "", "", "", "yes", "2, 0",
-             "0:02 ago"),
-            ("hurt", "", 0, "", "", "", "&lt;b&gt;no disk&lt;/b&gt;", "", "",
-             "10:03 ago"),
+            ("&lt;i&gt;busy", "node7", "2, 0", 16, 3, "", "", "yes", "",
+             jobman.clock_time(self.clock.now)),
+            ("hurt", "", "", 0, "", "", "", "", "&lt;b&gt;no disk&lt;/b&gt;",
+             jobman.clock_time(self.clock.now - 601)),
         ):
             row = "<tr>%s</tr>" % "".join("<td>%s</td>" % c for c in cells)
             self.assertIn(row, page)
