@@ -3689,7 +3689,8 @@ class WaitTest(StoreCase):
         return answer
 
     def listening(self, n):
-        wait_for(lambda: self.store.wait_queue.waiting == n, "%d long polls" % n)
+        wait_for(lambda: self.store.wait_queue.waiting == n,
+                 "%d long polls" % n)
 
     def test_a_long_poll_is_answered_when_a_job_comes(self):
         answer = self.ask("/get/0?wait=60")
@@ -4271,10 +4272,10 @@ class AtOnceTest(StoreCase):
     """Many requests at one time."""
 
     def test_a_slow_page_keeps_no_claim_waiting(self):
-        go, real = threading.Event(), jobman.glance
+        go, real = threading.Event(), jobman.overview
         self.addCleanup(go.set)
-        self.addCleanup(setattr, jobman, "glance", real)
-        jobman.glance = lambda *args: go.wait(PATIENCE) and real(*args)
+        self.addCleanup(setattr, jobman, "overview", real)
+        jobman.overview = lambda *args: go.wait(PATIENCE) and real(*args)
         self.set_jobs([1])
         login = base64.b64encode(b":4711").decode()
         pages = []
@@ -7517,8 +7518,8 @@ class WorkerCase(TemporaryFolder):
 
     def attempts(self, jobid=1):
         """Return the attempts of a job as they stand in the database."""
-        query = "select * from attempt where job = ? order by row"
-        job = self.job(jobid)["row"]
+        query = "select * from attempt where job = ? order by id"
+        job = self.job(jobid)["id"]
         return rows(self.path("jobman.db"), query, job)
 
     def outcomes(self, jobid=1):
@@ -11383,14 +11384,13 @@ a       node1  0           4     4     9       1  3:21 ago  silent
         self.assertEqual(
             re.split(" {2,}", heads),
             ["stage", "claims", "retries", "run median", "p95",
-             "wait median", "p95", "useful h", "idle h", "lost h",
-             "lifetime advised"])
+             "wait median", "p95", "useful h", "lost h", "lifetime advised"])
         self.assertEqual(["0", "2", "0"], [c.strip() for c in cells[:3]])
         self.assertEqual(jobman.took(stage["run"]["p95"]), cells[4])
         self.assertEqual(jobman.took(stage["wait"]["median"]), cells[5])
-        self.assertEqual(["2.00", "0.00", "0.00"], cells[7:10])
-        self.assertEqual("%d min" % stage["advised"], cells[10])
-        self.assertRegex(total, r"^all +2 +0 +2\.00 +0\.00 +0\.00$")
+        self.assertEqual(["2.00", "0.00"], cells[7:9])
+        self.assertEqual("%d min" % stage["advised"], cells[9])
+        self.assertRegex(total, r"^all +2 +0 +2\.00 +0\.00$")
 
     def test_stats_of_nothing(self):
         _, total = self.look("stats").splitlines()
@@ -12420,7 +12420,7 @@ class StartTest(TemporaryFolder):
         page = read(self.path("out", "deep", "status.html")).decode()
         data = re.search('id="snapshot">(.*?)</script>', page, re.S).group(1)
         seen = json.loads(data)
-        self.assertEqual([name for name, _, _ in jobman.GLANCE], list(seen))
+        self.assertEqual([name for name, _, _ in jobman.OVERVIEW], list(seen))
         self.assertEqual(1, seen["status"]["totals"]["states"]["failed"])
         self.assertEqual("</script><i>", seen["failed"]["jobs"][0]["jobcmd"])
         self.assertIn('<meta http-equiv="refresh" content="60">', page)
@@ -12864,7 +12864,7 @@ class CareTest(TemporaryFolder):
             self.add(store, range(100))
             for _ in range(10):
                 self.do(store, 0, 4)
-            store.cancel(self.space, ids=[50, 51])
+            store.sweep(self.space, "cancel", ids=[50, 51])
             for job in store.claim(self.space, [0], n=3, **self.LENT)[:2]:
                 store.fail_job(self.space, job["jobid"], claim=job["claim"])
         return self.path(name)
@@ -13257,7 +13257,7 @@ class CareTest(TemporaryFolder):
             self.do(store, 0, 4)  # jobs 1, 2, 3
         job, = store.claim(self.space, [0], **self.LENT)
         store.fail_job(self.space, 4, claim=job["claim"])
-        store.cancel(self.space, ids=[4])
+        store.sweep(self.space, "cancel", ids=[4])
         self.clock.advance(2 * 86400)
         self.do(store, 4, 4)  # a job that is done again
         self.assertEqual({1: 2, 2: 1, 3: 1, 4: 1}, self.kept(store))
@@ -13319,13 +13319,13 @@ class CareTest(TemporaryFolder):
                 self.assertEqual({1: 3 if days else 6}, self.kept(store))
                 seen = []
                 for _ in range(2):
-                    store.retry(self.space, ids=[1])
-                    seen += [store.job(self.space, 1)[0][name] for name in columns]
+                    store.sweep(self.space, "retry", ids=[1])
+                    seen.append(store.job(self.space, 1)[0])
                     if given[-1] == "files":
                         store.reject_job(self.space, 1)
-                        seen += [store.job(self.space, 1)[0][name] for name in columns]
+                        seen.append(store.job(self.space, 1)[0])
                     self.update(store, 1, 4)
-                jobs.append(seen)
+                jobs.append([[job[name] for name in columns] for job in seen])
             self.assertEqual(*jobs)
             self.assertIn("to ", str(jobs))
 
@@ -13338,7 +13338,7 @@ class CareTest(TemporaryFolder):
         self.clock.advance(1)
         for job in store.claim(self.space, [0], n=9, **self.LENT):
             store.fail_job(self.space, job["jobid"], claim=job["claim"])
-        store.cancel(self.space, stage=0)
+        store.sweep(self.space, "cancel", stage=0)
         store.set_lifetime(self.space, 0, 1)
         self.clock.advance(86400 * 2)
         store.tick()
@@ -13380,7 +13380,7 @@ class CareTest(TemporaryFolder):
     def test_a_tick_within_the_hour_looks_at_no_job(self):
         store = self.store(keep_days=1)
         self.add(store, range(1000))
-        store.cancel(self.space, stage=0)
+        store.sweep(self.space, "cancel", stage=0)
         self.clock.advance(86400 * 2)
         self.kept(store)
         self.clock.advance(60)
@@ -14271,14 +14271,14 @@ class LockTest(TemporaryFolder):
             if exclusive:
                 self.make_exclusive()
             store = self.store()
-            store.set(7, *to_add({1: {"jobstage": 0}}))
+            store.add_jobs(store.namespace, *to_add({1: {"jobstage": 0}}))
             os.unlink(self.lock_path)
             self.write()
             if not exclusive:
                 lock = store.lock
                 wait_for(lambda lock=lock: lock.lost, "a look")
             with self.assertRaisesRegex(jobman.Unavailable, "17 on far"):
-                store.set(7, *to_add({2: {"jobstage": 0}}))
+                store.add_jobs(store.namespace, *to_add({2: {"jobstage": 0}}))
             ran = []
             with self.assertRaises(jobman.Unavailable):
                 store.writer.run(ran.append)
@@ -14294,7 +14294,8 @@ class LockTest(TemporaryFolder):
         store = self.store()
 
         def lose(tx):
-            store.add(tx, 7, *to_add({1: {"jobstage": 0}}))
+            store.insert_jobs(
+                tx, store.namespace, *to_add({1: {"jobstage": 0}}))
             os.unlink(self.lock_path)
 
         with self.assertRaisesRegex(jobman.Unavailable, "removed"):
@@ -14305,7 +14306,7 @@ class LockTest(TemporaryFolder):
     def test_who_lost_it_leaves_the_newer_ones_journal(self):
         self.make_exclusive()
         store = self.store()
-        store.set(7, *to_add({1: {"jobstage": 0}}))
+        store.add_jobs(store.namespace, *to_add({1: {"jobstage": 0}}))
         path = self.path("jobs.db-journal")
         older = os.stat(path).st_ino
         os.unlink(self.lock_path)
@@ -14491,7 +14492,8 @@ class TlsSocketTest(Certified, SocketTest):
         return client
 
     def listening(self, n):
-        wait_for(lambda: self.store.wait_queue.waiting == n, "%d long polls" % n)
+        wait_for(lambda: self.store.wait_queue.waiting == n,
+                 "%d long polls" % n)
 
     def test_one_connection_serves_many_calls(self):
         client = self.client()
@@ -15985,7 +15987,7 @@ class ChaosTest(SeededCase):
         database = self.path("jobman.db")
         attempts = rows(
             database, "select jobid, attempt.stage, attempt.claim, outcome,"
-            " attempt.worker from attempt join job on job.row = attempt.job")
+            " attempt.worker from attempt join job on job.id = attempt.job")
         done = {
             (each["jobid"], each["stage"]): each["claim"] for each in attempts
             if each["outcome"] == "done"
@@ -16108,7 +16110,7 @@ class SlurmTest(TemporaryFolder):
     def outcomes(self):
         """Return how the attempts ended, for each job in turn."""
         query = ("select jobid, outcome from attempt join job"
-                 " on attempt.job = job.row order by attempt.row")
+                 " on attempt.job = job.id order by attempt.id")
         found = {}
         for row in rows(self.path("jobman.db"), query):
             found.setdefault(row["jobid"], []).append(row["outcome"])
@@ -17270,7 +17272,7 @@ class BrowserTest(StoreCase):
 
     def test_100000_jobs_are_paged_by_the_server(self):
         job = {"jobstage": 0, "jobcmd": "c"}
-        self.store.set(self.jobix, *to_add(
+        self.store.add_jobs(self.namespace, *to_add(
             dict.fromkeys(range(1, 10**5 + 1), job)))
         self.show()
         self.see("#jobs caption", "1 to 100 of 100,000 jobs")
@@ -18123,7 +18125,7 @@ class BrowserTest(StoreCase):
     def test_a_snapshot_is_shown_without_a_server(self):
         self.pipeline()
         path = jobman.write_snapshot(
-            self.folder, jobman.glance(self.store, self.jobix))
+            self.folder, jobman.overview(self.store, self.namespace))
         self.origin = "file://" + self.folder
         self.browser.open("file://" + path)
         self.see("#message", "A snapshot of")
@@ -18140,7 +18142,7 @@ class BrowserTest(StoreCase):
         job = self.get(0, worker=urllib.parse.quote(HOSTILE))
         self.fail(job, stderr=HOSTILE)
         path = jobman.write_snapshot(
-            self.folder, jobman.glance(self.store, self.jobix))
+            self.folder, jobman.overview(self.store, self.namespace))
         self.origin = "file://" + self.folder
         self.browser.open("file://" + path)
         self.see("#failures", HOSTILE)
