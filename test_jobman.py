@@ -6326,7 +6326,7 @@ class CostTest(StoreCase):
         self.ok("/cancel", {"ids": list(range(8000, 12000))})
         self.assertLess(self.costs()["claim"], few * 1.2 + 50)
 
-    PIECES = "STATE", "ANY_JOB", "WHOLE_JOB", "IN_STAGE"  # of statements
+    PIECES = "STATE", "ANY_JOB", "WHOLE_JOB", "IN_STAGE", "NEW_JOB"
     RARE = "UNFINISHED_PARENTS",  # at a start
     INDEXES = {  # by which a statement finds jobs: which statements
         "job_queue": ("FREE", "COUNT_FREE"),
@@ -6346,6 +6346,8 @@ class CostTest(StoreCase):
 
     def plan(self, sql):
         """Return SQLite's plan of a statement, lines in its words."""
+        if sql == jobman.SQL.ADD_JOBS:
+            sql += jobman.SQL.NEW_JOB
         values = dict.fromkeys(re.findall(r":(\w+)", sql), 1)
         plan = self.store.writer.connection.execute(
             "explain query plan " + sql, values or [1] * sql.count("?"))
