@@ -886,8 +886,10 @@ class ContractTest(StoreCase):
         self.clock.advance(50)
         self.get(0)
         self.clock.advance(11)
-        answer = self.ok("/check_stages/2/0")
-        self.assertEqual({self.FINE: 0, self.MOVED: 1}, answer)
+        reply = self.assertReply(200, self.call("/check_stages/2/0"))
+        self.assertEqual(
+            '{"Are all simulations within time frame?": 0,'
+            ' "n_bad_jobs were degraded:": 1}', reply.text)
         self.assertEqual(
             {(0, "waiting"): 2, (1, "working"): 1}, self.states()
         )
@@ -1060,6 +1062,109 @@ class ContractTest(StoreCase):
         self.assertEqual(16, self.ok("/lifetime/3"))
         self.assertEqual(0, self.ok("/lifetime/3", jobix=1))
         self.assertIn("<td>16</td>", self.call("/lifetime").text)
+
+    def test_the_page_of_lifetimes_shows_them_to_their_owner_alone(self):
+        self.ok("/init/15/0")
+        link, none = 'href="lifetime?plain=1"', "No stage has a lifetime."
+        table = "<td>0</td><td>15</td></tr>\n<tr><td>1</td><td>0</td>"
+        asked = "The password is your jobix."
+        basic = {
+            who: {"Authorization": "Basic " + base64.b64encode(
+                b"anybody:%d" % who).decode()} for who in (4711, 1)}
+        for query, headers, status, text in (
+            ("", {"jobix": "4711"}, 200, table),
+            ("?plain=1", {"jobix": "4711"}, 200, table),
+            ("", basic[4711], 200, table),
+            ("?plain=1", basic[4711], 200, table),
+            ("", {"jobix": "1"}, 200, none),
+            ("?plain=1", basic[1], 200, none),
+            ("", {}, 200, link),
+            ("", {"jobix": "x"}, 200, link),
+            ("?plain=0", {}, 200, link),
+            ("?plain=1", {}, 401, asked),
+            ("?plain=1", {"Authorization": "Basic x"}, 401, asked),
+        ):
+            with self.subTest(query=query, headers=headers):
+                reply = exchange(self.address, "GET", "/lifetime" + query,
+                                 headers=headers)
+                self.assertEqual(status, reply.status)
+                self.assertEqual(
+                    [text], [each for each in (table, none, link, asked)
+                             if each in reply.text])
+                self.assertEqual(
+                    'Basic realm="jobix as password"' if status == 401
+                    else None, reply.headers.get("www-authenticate"))
+
+    def test_an_empty_body_is_refused_where_something_is_needed(self):
+        self.set_jobs([1])
+        for path in ("/set", "/submit", "/update_jobs", "/heartbeat"):
+            for body in (b"", zlib.compress(b""), b" "):
+                reply = self.assertReply(400, self.call(path, body))
+                self.assertIn("JSON", reply.text)
+        self.assertReply(400, self.call("/retry", b""))  # names no jobs
+        self.assertReply(200, self.call("/update_job/1/2", b""))
+        self.assertEqual({(2, "waiting"): 1}, self.states())
+
+    def test_a_body_of_no_length_is_411(self):
+        for path in ("/set", "/submit", "/update_jobs", "/update_job/1/2"):
+            connection = http.client.HTTPConnection(
+                *self.address, timeout=PATIENCE)
+            if self.tls:
+                connection = http.client.HTTPSConnection(
+                    *self.address, timeout=PATIENCE, context=self.tls)
+            with contextlib.closing(connection):
+                connection.putrequest("POST", path)
+                connection.putheader("jobix", "4711")
+                connection.endheaders()
+                self.assertReply(411, Reply(connection.getresponse()))
+
+    def test_leading_slashes_count_as_one(self):
+        self.assertReply(200, self.post("//set", {1: {"jobstage": 0}}))
+        job = self.ok("///get/0?lease=60")
+        path = "//update_job/1/2?claim=" + job["claim"]
+        self.assertReply(200, self.call(path))
+        self.assertEqual(self.ok("/status"), self.ok("//status"))
+        self.assertIn("jobman", exchange(self.address, "GET", "//").text)
+        self.assertReply(404, self.call("/status/"))
+        self.assertReply(400, self.call("/get//0"))
+        self.assertEqual({(2, "waiting"): 1}, self.states())
+
+    def test_only_a_call_that_may_change_something_makes_a_namespace(self):
+        def made():
+            with contextlib.closing(self.look()) as db:
+                return db.execute(
+                    "select count(*) from namespace where jobix = 4711"
+                ).fetchone()[0]
+
+        for method, pattern, endpoint in jobman.ROUTES:
+            path = re.sub("<[^>]*>", "1", pattern)
+            if endpoint in jobman.READING:
+                status = 404 if pattern == "/job/<jobid>" else 200
+                self.assertEqual(status, self.call(path).status, path)
+        self.assertEqual(0, made())
+        self.assertEqual({}, self.ok("/init"))
+        self.assertEqual("nada", self.ok("/get/0"))
+        self.assertEqual(1, made())
+        self.set_jobs([1])
+        self.assertEqual(1, made())
+        self.restart()
+        self.assertEqual(1, self.get(0)["jobid"])
+
+    def test_a_jobix_can_be_changed_without_touching_its_jobs(self):
+        self.set_jobs([1, 2])
+        self.ok("/pause/4", {})
+        job = self.get(0, lease=60)
+        before = self.ok("/status"), self.ok("/jobs")
+        self.closing.close()
+        with contextlib.closing(self.look()) as db:
+            db.execute("update namespace set jobix = 5 where jobix = 4711")
+            db.commit()
+        self.open()
+        self.assertEqual(0, self.ok("/status")["totals"]["jobs"])
+        self.jobix = 5
+        self.assertEqual(before, (self.ok("/status"), self.ok("/jobs")))
+        self.assertReply(200, self.update(job, 2))
+        self.assertEqual(5, self.get(0)["jobix"])
 
     def test_numbers_out_of_range_are_400(self):
         paths = (
