@@ -1673,7 +1673,7 @@ class Waiter:
 class WaitQueue:
     """Wake one long poll for each job that becomes free in its stage.
 
-    A key is (jobix, stage). At most `limit` long polls wait at a time.
+    A key is (namespace, stage). At most `limit` long polls wait at a time.
     """
 
     AT_ONCE = 10  # waiters that close() wakes before it pauses
