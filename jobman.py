@@ -787,7 +787,9 @@ def try_locks(file):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return "fail"
-    child = os.fork()
+    with warnings.catch_warnings():  # of threads: the child needs none
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
     if child == 0:
         status = 1
         try:
@@ -7943,9 +7945,7 @@ def look_at_database(patient):
         raise Trouble("Nothing can be written in %s, and a database has files"
                       " beside it; name another" % folder)
     version = inspect(path)
-    with warnings.catch_warnings():  # of a fork in a thread
-        warnings.simplefilter("ignore")
-        patient.location = DatabaseLocation(path)
+    patient.location = DatabaseLocation(path)
     if version == 0:
         return "%s isn't there yet; serve makes it" % path
     need_owner(path, patient.location.owner)

@@ -14334,6 +14334,19 @@ class LockTest(TemporaryFolder):
         lock.confirm()
         lock.check()
 
+    def test_it_beats_on_when_it_could_not_for_a_while(self):
+        self.make_exclusive()
+
+        class Hasty(FastLock):
+            BEAT = 0.01
+
+        lock = self.lock(kind=Hasty)
+        good, lock.file = lock.file, os.open(self.lock_path, os.O_RDONLY)
+        self.addCleanup(os.close, lock.file)
+        wait_for(lambda: lock.clock() - lock.confirmed_at > 0.3, "a fault")
+        lock.file, first = good, self.beat()
+        wait_for(lambda: self.beat() > first, "a beat")
+
     def test_nothing_is_changed_while_the_file_cannot_be_read(self):
         self.make_exclusive()
         lock = self.lock()
