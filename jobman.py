@@ -1678,20 +1678,18 @@ class WaitQueue:
     A key is (namespace, stage). At most `limit` long polls wait at a time.
     """
 
-    AT_ONCE = 10  # waiters that close() wakes before it pauses
-
     def __init__(self, limit):
         self.mutex = threading.Lock()  # guards everything below
         self.waiters = {}  # {key: {Waiter: None}}, oldest first
-        self.limit = limit
         self.waiting = 0
+        self.limit = limit
         self.closed = False
 
     @contextlib.contextmanager
     def join(self, keys):
         """Add a Waiter for `keys` and yield it; yield None beyond the limit.
 
-        A wake-up that it hasn't used goes to the next waiter.
+        If it was woken and hasn't used that, the next waiter is woken.
         """
         with self.mutex:
             full = self.closed or self.waiting >= self.limit
@@ -1711,9 +1709,10 @@ class WaitQueue:
         with self.mutex:
             self.waiting -= 1
             for key in keys:
-                del self.waiters[key][waiter]
-                if not self.waiters[key]:
-                    del self.waiters[key]
+                waiters = self.waiters.get(key, {})
+                waiters.pop(waiter, None)
+                if not waiters:
+                    self.waiters.pop(key, None)
         if waiter.woken and not waiter.used:
             for key in keys:
                 self.wake(key)
@@ -1721,7 +1720,7 @@ class WaitQueue:
     def wake(self, key, n=1):
         """Wake up to `n` waiters of `key`, oldest first."""
         with self.mutex:
-            for waiter in () if self.closed else self.waiters.get(key, ()):
+            for waiter in self.waiters.get(key, ()):
                 if n <= 0:
                     break
                 n -= waiter.wake()
@@ -1732,21 +1731,14 @@ class WaitQueue:
             return list(self.waiters)
 
     def close(self):
-        """Wake all waiters; nobody waits from now on.
-
-        They are woken a few at a time: thousands of threads at once would
-        spend their time in contention for the interpreter's lock.
-        """
+        """Wake all waiters; nobody waits from now on."""
         with self.mutex:
-            if self.closed:
-                return
             self.closed = True
-            waiters = dict.fromkeys(
-                itertools.chain.from_iterable(self.waiters.values()))
-        for n, waiter in enumerate(waiters, 1):
+            waiters = set().union(*self.waiters.values())
+            self.waiters.clear()
+        for waiter in waiters:
             waiter.wake()
-            if n % self.AT_ONCE == 0:
-                time.sleep(0.001)
+            time.sleep(0.0001)  # all at once would fight for Python's lock
 
 
 # ----------------------------------------------------------------- store ---
