@@ -110,7 +110,7 @@ class Error(Exception):
         }
 
 
-class Trouble(Exception):
+class CommandError(Exception):
     """End a command with one sentence to its user and exit status 1."""
 
 
@@ -873,7 +873,7 @@ def connect(path, *, readonly, vfs="unix"):
 
 @contextlib.contextmanager
 def translate_errors(path):
-    """Turn an error of SQLite or the system into Trouble about `path`."""
+    """Turn an error of SQLite or the system into CommandError about `path`."""
     try:
         yield
     except Unavailable as error:
@@ -882,14 +882,14 @@ def translate_errors(path):
         reason = cause(error)
     else:
         return
-    raise Trouble("The database %s can't be used: %s." % (path, reason))
+    raise CommandError("The database %s can't be used: %s." % (path, reason))
 
 
 def inspect(path):
     """Return the schema version of the database at `path`, 0 for a new one.
 
     Only the file's header is read (https://sqlite.org/fileformat.html,
-    section 1.3), which changes nothing. Raise Trouble if the file isn't a
+    section 1.3), which changes nothing. Raise CommandError if the file isn't a
     jobman database, or was made by a newer version.
     """
     head = b""
@@ -899,12 +899,12 @@ def inspect(path):
     if not head:
         return 0
     if head[:16] != b"SQLite format 3\0":
-        raise Trouble("%s is not a database." % path)
+        raise CommandError("%s is not a database." % path)
     if int.from_bytes(head[68:72], "big") != APPLICATION_ID:
-        raise Trouble("%s is a database of another program." % path)
+        raise CommandError("%s is a database of another program." % path)
     version = int.from_bytes(head[60:64], "big")
     if version > SCHEMA_VERSION:
-        raise Trouble(
+        raise CommandError(
             "%s was made by a newer jobman (schema %d, this one knows %d);"
             " use that one." % (path, version, SCHEMA_VERSION)
         )
@@ -912,24 +912,26 @@ def inspect(path):
 
 
 def refuse_leftovers(*paths):
-    """Raise Trouble if there is a file that SQLite would take for ours."""
+    """Raise CommandError if SQLite would take some file for ours."""
     for path in filter(os.path.lexists, paths):
-        raise Trouble("%s is there already; move it away, or name a new file."
-                      % path)
+        raise CommandError(
+            "%s is there already; move it away, or name a new file."
+            % path)
 
 
-def need_owner(path, owner):
-    """Raise Trouble if a file belongs to another user.
+def require_owner(path, owner):
+    """Raise CommandError if a file belongs to another user.
 
     The owner of a database can read its jobix, and so run commands as us.
     """
     if os.stat(path).st_uid not in (owner, os.geteuid(), 0):
-        raise Trouble("%s belongs to another user; name another file." % path)
+        raise CommandError(
+            "%s belongs to another user; name another file." % path)
 
 
-def need_own(path, owner):
-    """Raise Trouble if a file isn't ours; make it private to us."""
-    need_owner(path, owner)
+def require_own(path, owner):
+    """Raise CommandError if a file isn't ours; make it private to us."""
+    require_owner(path, owner)
     status = os.stat(path)
     if status.st_mode & 0o077 and status.st_uid == os.geteuid():
         os.chmod(path, 0o600)
@@ -961,7 +963,7 @@ def clear_journal(connection):
 def open_writer(location):
     """Return the connection that changes a database; create it if needed.
 
-    Raise Trouble, and leave the file untouched, if it can't be used. One
+    Raise CommandError, and leave the file untouched, if it can't be used. One
     transaction creates the tables and sets the version: a file without a
     version is new, or a server was killed in that transaction.
     """
@@ -973,7 +975,7 @@ def open_writer(location):
                 location.file + "-wal", location.file + "-journal")
             os.close(open_private(location.file))
             undo.callback(remove, location.file)
-        need_own(path, location.owner)
+        require_own(path, location.owner)
         if location.exclusive:
             recover(location)
         connection = connect(path, readonly=False, vfs=location.vfs)
@@ -1025,7 +1027,7 @@ def copy_database(location, target, show=lambda size: None):
     The copy is a snapshot in one file of mode 0600. It gets its name when it
     is complete, so a full disk leaves nothing behind. `show` is called from
     time to time with the bytes written. Return the number of jobs. Raise
-    Trouble if the copy can't be made.
+    CommandError if the copy can't be made.
     """
     refuse_leftovers(target, target + "-wal", target + "-journal")
     draft = "%s.new.%s" % (target, secrets.token_hex(4))
@@ -1042,7 +1044,7 @@ def copy_database(location, target, show=lambda size: None):
             jobs = copy.execute(SQL.WHOLE_JOBS).fetchone()[0]
         os.replace(draft, target)
     except (sqlite3.Error, OSError) as error:
-        raise Trouble("The database %s can't be copied to %s: %s." % (
+        raise CommandError("The database %s can't be copied to %s: %s." % (
             location.path, target, cause(error)
         )) from None
     finally:
@@ -1120,7 +1122,7 @@ class ServerLock:
 
     def __init__(self, location, *, shared, clock=time.monotonic):
         if shared and location.exclusive:
-            raise Trouble(
+            raise CommandError(
                 "%s, so servers can't share it: put it on a local file system"
                 " (such as /tmp or /dev/shm, or a disk of this host), or run"
                 " only one server, without --shared." % location.describe()
@@ -1150,7 +1152,7 @@ class ServerLock:
     def take(self):
         """Take the file, unless its last holder removes it meanwhile.
 
-        Raise Trouble if another server has it.
+        Raise CommandError if another server has it.
         """
         try:
             self.file, new = open_private(self.path, os.O_EXCL), True
@@ -1183,10 +1185,10 @@ class ServerLock:
                 raise
 
     def refusal(self, holder):
-        """Return the Trouble that another server has the database."""
+        """Return the CommandError that another server has the database."""
         advice = "." if self.location.exclusive else \
             ", or use another --db, or serve it twice with --shared."
-        return Trouble(
+        return CommandError(
             "Another server has the database %s (%s): end that one first%s"
             % (self.location.path, name_holder(holder), advice)
         )
@@ -1194,7 +1196,7 @@ class ServerLock:
     def await_silence(self):
         """Return when the last holder is known to have ended.
 
-        Raise Trouble if it shows a sign of life within STALE seconds.
+        Raise CommandError if it shows a sign of life within STALE seconds.
         """
         holder = read_holder(self.location)
         running = is_running(holder)
@@ -1276,11 +1278,12 @@ class ServerLock:
         if self.location.exclusive and age > self.LIMIT:
             raise Unavailable("another server may have its database")
 
-    def need(self):
-        """Raise Trouble if the database is lost."""
+    def require(self):
+        """Raise CommandError if the database is lost."""
         if self.lost:
-            raise Trouble("This server has lost the database %s, and ends: %s."
-                          % (self.location.path, self.lost))
+            raise CommandError(
+                "This server has lost the database %s, and ends: %s."
+                % (self.location.path, self.lost))
 
     # Giving it up
 
@@ -4392,7 +4395,7 @@ def write_access(path, url, store, fingerprint=None):
     try:
         replace_file(path, utf8(to_json(access) + "\n"), 0o600)
     except OSError as error:
-        raise Trouble(
+        raise CommandError(
             "The access file %s can't be written: %s." % (path, error.strerror)
         ) from None
     return access
@@ -4440,10 +4443,10 @@ def own_certificate(path):
     """Return the name of the file `path`.key, made if it isn't there."""
     key = path + ".key"
     if os.path.exists(key):
-        need_own(key, os.geteuid())
+        require_own(key, os.geteuid())
         return key
     if shutil.which("openssl") is None:
-        raise Trouble(
+        raise CommandError(
             "--tls needs the program openssl, which isn't here; a certificate"
             " that was made elsewhere can be given by --certfile."
         )
@@ -4456,7 +4459,8 @@ def own_certificate(path):
         reason = error.strerror
     else:
         return key
-    raise Trouble("The certificate %s.crt can't be made: %s." % (path, reason))
+    raise CommandError(
+        "The certificate %s.crt can't be made: %s." % (path, reason))
 
 
 def read_fingerprint(certfile):
@@ -4487,7 +4491,7 @@ def load_certificate(context, certfile, keyfile):
 
 
 def tls_context(certfile, keyfile):
-    """Return an SSLContext for a server with a certificate, or Trouble.
+    """Return an SSLContext for a server with a certificate, or CommandError.
 
     The key is in `keyfile`, or with the certificate where that is None.
     Python may have been built without ssl, so nothing but TLS needs it.
@@ -4495,7 +4499,7 @@ def tls_context(certfile, keyfile):
     try:
         import ssl
     except ImportError:
-        raise Trouble(
+        raise CommandError(
             "This Python has no ssl module, so it can't speak TLS."
         ) from None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -4510,7 +4514,7 @@ def tls_context(certfile, keyfile):
 
 
 def credentials(options):
-    """Return (SSLContext, fingerprint), each None without TLS; or Trouble."""
+    """Return (SSLContext, fingerprint), each None without TLS."""
     certfile = options.certfile
     if options.tls:
         certfile = own_certificate(options.db)
@@ -4521,7 +4525,7 @@ def credentials(options):
         return context, read_fingerprint(certfile)
     except (OSError, ValueError) as error:
         reason = cause(error)
-        raise Trouble(
+        raise CommandError(
             "The certificate %s can't be used: %s." % (certfile, reason)
         ) from None
 
@@ -5080,10 +5084,10 @@ class Server(ThreadingHTTPServer):
 
 
 def read_jobix(text, source):
-    """Return the jobix that a text is; raise Trouble where it is none."""
+    """Return the jobix that a text is; raise CommandError where it is none."""
     jobix = number(text.strip())
     if type(jobix) is not int or not 0 <= jobix <= MAX_JOBIX:
-        raise Trouble("%s holds no number from 0 to 2^63-1." % source)
+        raise CommandError("%s holds no number from 0 to 2^63-1." % source)
     return jobix
 
 
@@ -5128,8 +5132,8 @@ class Application:
             if self.store is None:
                 try:
                     self.store = self.make()
-                except Trouble as trouble:
-                    print(trouble, file=sys.stderr)
+                except CommandError as error:
+                    print(error, file=sys.stderr)
                     raise Unavailable("it can't start, see its log") from None
                 self.store.keep_ticking()
                 atexit.register(self.close)
@@ -5154,10 +5158,11 @@ class Application:
             store.close()
 
     def make(self):
-        """Return a Store as the environment describes it, or Trouble."""
+        """Return a Store as the environment describes it, or CommandError."""
         waiters = number(os.environ.get("JOBMAN_WAITERS", "2"))
         if type(waiters) is not int:
-            raise Trouble("JOBMAN_WAITERS must be a number of long polls.")
+            raise CommandError(
+                "JOBMAN_WAITERS must be a number of long polls.")
         store = Store(
             os.environ.get("JOBMAN_DB", "jobman.db"), shared=True,
             waiters=waiters, jobix=given_jobix(),
@@ -5214,7 +5219,7 @@ def snapshot_page(seen):
 
 
 def write_snapshot(folder, seen):
-    """Write status.html, as `seen` at a glance; return its path, or Trouble.
+    """Write status.html, an overview as it was `seen`; return its path.
 
     The umask decides who may read it.
     """
@@ -5222,7 +5227,7 @@ def write_snapshot(folder, seen):
     try:
         replace_file(path, utf8(snapshot_page(seen)), 0o666)
     except OSError as error:
-        raise Trouble(
+        raise CommandError(
             "The snapshot %s can't be written: %s." % (path, error.strerror)
         ) from None
     return path
@@ -5236,9 +5241,9 @@ def keep_snapshots(store, folder, ending):
         try:
             write_snapshot(folder, overview(store, store.namespace))
             told = None
-        except (Trouble, Error, sqlite3.Error) as trouble:
-            if str(trouble) != told:  # the disk may be full for hours
-                told = str(trouble)
+        except (CommandError, Error, sqlite3.Error) as error:
+            if str(error) != told:  # the disk may be full for hours
+                told = str(error)
                 say("jobman.py: %s" % told)
 
 
@@ -5254,7 +5259,7 @@ def listen(host, port):
             port, host, cause(error))
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             line += " Give another --port; 0 is any that is free."
-        raise Trouble(line) from None
+        raise CommandError(line) from None
 
 
 def is_local(server):
@@ -5385,12 +5390,12 @@ def own_jobix(options):
     try:
         with open(path) as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
-                raise Trouble(
+                raise CommandError(
                     "Others can read %s: chmod 600 it, and put a new number"
                     " there if somebody may have." % path)
             return read_jobix(file.read(100), path)
     except OSError as error:
-        raise Trouble("%s: %s." % (path, error.strerror)) from None
+        raise CommandError("%s: %s." % (path, error.strerror)) from None
     except UnicodeDecodeError:
         return read_jobix("", path)
 
@@ -5418,7 +5423,7 @@ def serve(options):
         if not server.tls and not is_local(server):
             say(PLAIN_HTTP)
         while not ending.wait(1):  # a signal just before it goes unheard
-            server.store.lock.need()
+            server.store.lock.require()
     return 0
 
 
@@ -5426,23 +5431,23 @@ def serve(options):
 
 
 def worker_script():
-    """Return the path of worker.py; raise Trouble where it is missing."""
+    """Return the path of worker.py; raise CommandError where it is missing."""
     script = beside("worker.py")
     if not os.path.exists(script):
-        raise Trouble("%s is needed; copy it there." % script)
+        raise CommandError("%s is needed; copy it there." % script)
     return script
 
 
 @contextlib.contextmanager
 def using_worker():
-    """Hand out worker.py as a module; its Trouble becomes ours."""
+    """Hand out worker.py as a module; its CommandError becomes ours."""
     sys.path.insert(0, os.path.dirname(worker_script()))
     worker = importlib.import_module("worker")
     del sys.path[0]
     try:
         yield worker
     except worker.Trouble as trouble:
-        raise Trouble(printable(str(trouble))) from None
+        raise CommandError(printable(str(trouble))) from None
 
 
 @contextlib.contextmanager
@@ -6211,14 +6216,14 @@ def standing_of(client, ranges):
     """Yield how jobs stand: how many haven't ended, and states of the rest.
 
     Only the first that hasn't ended is looked at, again and again; those
-    after it count as such. At last none is left. Raises Trouble when there
-    is no job in one of the ranges.
+    after it count as such. At last none is left. Raises CommandError when
+    there is no job in one of the ranges.
     """
     seen, jobs = Counter(), sum(map(len, ranges))
     for ids in ranges:
         before, place = sum(seen.values()), first_open(client, ids, seen)
         if place is None and sum(seen.values()) == before:
-            raise Trouble("There is no job %s." % (
+            raise CommandError("There is no job %s." % (
                 ids[0] if len(ids) == 1
                 else "from %d to %d" % (ids[0], ids[-1])))
         while place is not None:
@@ -6238,9 +6243,9 @@ def standing_of_all(client):
 
 
 def await_end(client, standing, end, progress):
-    """Wait until no job is left; return the states. Raises Trouble at `end`.
+    """Wait until no job is left; return the states.
 
-    `end` and all of our pauses are by the monotonic clock.
+    Raises CommandError at `end`, a moment of the monotonic clock.
     """
     pause, ended_before = 0.05, None
     for left, seen in standing:
@@ -6255,7 +6260,8 @@ def await_end(client, standing, end, progress):
                           ended - ended_before)
         now = time.monotonic()
         if now >= end:
-            raise Trouble("The time is over, and not all jobs have ended.")
+            raise CommandError(
+                "The time is over, and not all jobs have ended.")
         client.patience = None if end == math.inf else end - now
         pause = min(2, 1.3 * pause)
         time.sleep(min(pause, end - now))
@@ -6493,7 +6499,7 @@ def logs(options):
     except FileNotFoundError:
         pieces = []
     if not pieces:
-        raise Trouble("Nothing that job %d has printed is in %s." % (
+        raise CommandError("Nothing that job %d has printed is in %s." % (
             options.jobid, folder))
     shown = None
     for began, stage, attempt, stream, offset, length, path in pieces:
@@ -6589,7 +6595,8 @@ def open_items(options):
     try:
         return open(source, "rb", buffering=0, closefd=source != 0)
     except OSError as error:
-        raise Trouble("Can't read %s: %s." % (name, error.strerror)) from None
+        raise CommandError(
+            "Can't read %s: %s." % (name, error.strerror)) from None
 
 
 def read_items(options, source):
@@ -6752,14 +6759,15 @@ def follow(this, worker, progress, ending):
         if ending.wait(0.05):
             raise Interrupted("Interrupted", ending.number)
         over, *figures = this.figures()
-        this.store.lock.need()
+        this.store.lock.require()
         if this.error:
-            raise Trouble("The jobs can't be added: %s" % this.error)
+            raise CommandError("The jobs can't be added: %s" % this.error)
         status = worker.process.poll()
         if status == 128 + signal.SIGPIPE:
             raise Interrupted("Nobody reads the output", signal.SIGPIPE)
         if status is not None and not over:
-            raise Trouble("The worker has ended; start the run once more.")
+            raise CommandError(
+                "The worker has ended; start the run once more.")
         progress.show(*figures)
     return figures
 
@@ -6820,15 +6828,15 @@ PART_SIZE = 2**20  # characters of them
 
 
 def agree(options, what):
-    """Ask whether to do `what`; raise Trouble where that isn't wanted."""
+    """Ask whether to do `what`; raise CommandError where that isn't wanted."""
     if options.yes:
         return
     if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
-        raise Trouble("That would %s; say --yes to do it." % what)
+        raise CommandError("That would %s; say --yes to do it." % what)
     sys.stderr.write("%s? [y/N] " % (what[0].upper() + what[1:]))
     sys.stderr.flush()
     if sys.stdin.buffer.readline().strip().lower() not in (b"y", b"yes"):
-        raise Trouble("Nothing was changed.")
+        raise CommandError("Nothing was changed.")
 
 
 def read_selection(text):
@@ -6955,8 +6963,9 @@ def set_lifetimes(options):
         found = client.init(*options.minutes)
     report(options, found, lifetime_lines(found))
     if options.minutes and found != dict(enumerate(options.minutes)):
-        raise Trouble("There were lifetimes already, and they stay: change one"
-                      " with `lifetime STAGE MINUTES`.")
+        raise CommandError(
+            "There were lifetimes already, and they stay: change one"
+            " with `lifetime STAGE MINUTES`.")
     return 0
 
 
@@ -6995,7 +7004,7 @@ def carried(options):
     try:
         folder = os.path.abspath(options.cwd or ".")
     except FileNotFoundError:
-        raise Trouble("This folder is gone; say --cwd DIR.") from None
+        raise CommandError("This folder is gone; say --cwd DIR.") from None
     entry["cwd"] = from_utf8(os.fsencode(folder))
     entry["after"] = list(itertools.chain.from_iterable(options.after)) or None
     return dict(
@@ -7041,7 +7050,7 @@ def jobs_to_submit(options):
 
 
 def read_json(name):
-    """Return the JSON value in a file, `-`: on standard input, or Trouble."""
+    """Return the JSON value in a file, `-`: on standard input."""
     try:
         with open(0 if name == "-" else name, "rb") as file:
             jobs = from_json(file.read().decode("utf-8-sig"))
@@ -7049,7 +7058,8 @@ def read_json(name):
             raise Error(400, "It must be an object or a list.")
         return jobs
     except (OSError, UnicodeDecodeError, Error) as error:
-        raise Trouble("Can't read jobs in %s: %s" % (name, cause(error))) \
+        raise CommandError(
+            "Can't read jobs in %s: %s" % (name, cause(error))) \
             from None
 
 
@@ -7077,12 +7087,12 @@ def parents_first(jobs):
 
 
 def set_from_json(client, jobs):
-    """Add jobs under their own ids, those that there aren't yet; or Trouble.
+    """Add jobs under their own ids, those that there aren't yet.
 
     Returns ranges of their ids.
     """
     if not all(re.match("[0-9]{1,16}$", jobid) for jobid in jobs):
-        raise Trouble("Jobs in a JSON object need numbers for names.")
+        raise CommandError("Jobs in a JSON object need numbers for names.")
     client.set(parents_first(jobs))
     ranges = []
     add_ids(ranges, sorted(map(int, jobs)))
@@ -7101,7 +7111,7 @@ def submit_parts(client, options, jobs, total):
             while part:
                 ids = client.submit("%s/%d" % (key, done), part)
                 if not 0 < len(ids) <= len(part):
-                    raise Trouble("--key %s was used for other jobs; take"
+                    raise CommandError("--key %s was used for other jobs; take"
                                   " another one." % shlex.quote(key))
                 add_ids(ranges, ids)
                 done += len(ids)
@@ -7110,7 +7120,7 @@ def submit_parts(client, options, jobs, total):
                 shown = bar(min(1, done / total)) if total else ""
                 sys.stderr.write("\r%s %d jobs\033[K\r" % (shown, done))
     except BaseException as error:
-        refused = isinstance(error, Trouble) or hasattr(error, "status")
+        refused = isinstance(error, CommandError) or hasattr(error, "status")
         if done or not refused:  # if not, it may be in
             say("%s added; the same command with --key %s adds the rest, and"
                 " none twice." % (number_of(done, "job"), shlex.quote(key)))
@@ -7160,7 +7170,7 @@ def exclusive_access(path):
                 with contextlib.closing(connection):
                     connection.execute("select * from sqlite_master")
         if not inspect(path):  # killed as it created it
-            raise Trouble("There is no database %s." % path)
+            raise CommandError("There is no database %s." % path)
         yield location
 
 
@@ -7324,7 +7334,7 @@ class BenchClient:
         """Read what has come; return False at the end of the talk."""
         more = self.socket.recv(2**18)
         if not more:
-            raise Trouble("The server of the bench has hung up.")
+            raise CommandError("The server of the bench has hung up.")
         self.answer += more
         head, end, body = self.answer.partition(b"\r\n\r\n")
         length = CONTENT_LENGTH.search(head + b"\r\n") if end else None
@@ -7332,7 +7342,7 @@ class BenchClient:
             return True
         self.answer = b""
         if head[9:12] != b"200":
-            raise Trouble("The server of the bench said: %s"
+            raise CommandError("The server of the bench said: %s"
                           % printable(body.decode("utf-8", "replace")))
         text = body.decode("ascii")
         return self.ask(text if b"\r\nContent-Type: text" in head
@@ -7426,7 +7436,7 @@ def bench_server(folder):
         stdout=subprocess.PIPE)
     try:
         if not process.stdout.readline():
-            raise Trouble("The server of the bench didn't start.")
+            raise CommandError("The server of the bench didn't start.")
         with open(access) as file:
             yield json.load(file)
     finally:
@@ -7472,7 +7482,7 @@ def bench(options):
     try:
         scratch = tempfile.mkdtemp(prefix=".jobman-", dir=options.folder)
     except OSError as error:
-        raise Trouble("Can't make a folder in %s: %s." % (
+        raise CommandError("Can't make a folder in %s: %s." % (
             options.folder, error.strerror)) from None
     found = {}
     with contextlib.ExitStack() as undo:
@@ -7629,19 +7639,19 @@ class Patient:
         self.worker = self.client = self.location = None
         self.here = self.met = self.known = self.version = self.clock = None
         self.about = {}
-        self.troubles = (Trouble, OSError, ValueError)
+        self.troubles = (CommandError, OSError, ValueError)
 
     def at(self):
         """Return where the server should be, as HOST:PORT."""
         return "%s:%d" % self.client.address
 
     def ask(self, path, *names):
-        """Return values of the object that the server answers, or Trouble."""
+        """Return values of the object that the server answers."""
         try:
             value = self.client.call("GET", path, timeout=LONGEST_LOOK - 1)
             return [value[name] for name in names]
         except (LookupError, TypeError, ValueError):
-            raise Trouble(
+            raise CommandError(
                 "What answers at %s is no jobman; look at the address in %s"
                 % (self.at(), self.source())) from None
 
@@ -7651,7 +7661,7 @@ class Patient:
 
 
 def within(seconds, act, *arguments):
-    """Return what a function returns; raise Trouble when that takes long.
+    """Return what a function returns; raise CommandError when that takes long.
 
     Its thread is left alone then.
     """
@@ -7670,8 +7680,9 @@ def within(seconds, act, *arguments):
     except RuntimeError:  # there can be no more threads
         run()
     if not end.done():
-        raise Trouble("It takes more than %.3g s to find out; ask who runs"
-                      " this host" % seconds)
+        raise CommandError(
+            "It takes more than %.3g s to find out; ask who runs"
+            " this host" % seconds)
     return end.result()
 
 
@@ -7679,7 +7690,7 @@ def look_at_python(patient):
     """Return which Python this is."""
     version, found = sys.version.split()[0], sys.version_info[:2]
     if found < OLDEST_PYTHON:
-        raise Trouble("This is %s; run it by Python %d.%d or later" % (
+        raise CommandError("This is %s; run it by Python %d.%d or later" % (
             version, *OLDEST_PYTHON))
     return "%s, %s" % (version, sys.executable)
 
@@ -7687,8 +7698,9 @@ def look_at_python(patient):
 def look_at_sqlite(patient):
     """Return which SQLite that has."""
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
-        raise Trouble("This is %s; use a Python with SQLite %d.%d.%d or later"
-                      % (sqlite3.sqlite_version, *OLDEST_SQLITE))
+        raise CommandError(
+            "This is %s; use a Python with SQLite %d.%d.%d or later"
+            % (sqlite3.sqlite_version, *OLDEST_SQLITE))
     return sqlite3.sqlite_version
 
 
@@ -7698,7 +7710,7 @@ def look_at_programs(patient):
         patient.worker = worker
         patient.troubles += worker.Trouble,
     if worker.__version__ != __version__:
-        raise Trouble(
+        raise CommandError(
             "worker.py is %s and jobman.py %s; copy both of one version here"
             % (worker.__version__, __version__))
     return "jobman.py and worker.py %s" % __version__
@@ -7715,7 +7727,7 @@ def look_at_files(patient):
     slots = slots_here()
     needed = patient.worker.files_needed(slots) if patient.worker else 0
     if 0 <= most < needed:
-        raise Trouble(
+        raise CommandError(
             "A process may open %d, and a worker of %s needs %d; raise the"
             " hard limit (ulimit -Hn) or use fewer --slots" % (
                 most, number_of(slots, "slot"), needed))
@@ -7734,7 +7746,7 @@ def look_at_processes(patient):
     there, slots = threads_of(os.getuid()), slots_here()
     needed = 20 + 4 * slots  # a worker and its threads; a command has some
     if most - there < needed:
-        raise Trouble(
+        raise CommandError(
             "You may have %d with their threads, and have %d; a worker of %s"
             " needs about %d: raise the limit (ulimit -u) or use fewer --slots"
             % (most, there, number_of(slots, "slot"), needed))
@@ -7742,22 +7754,24 @@ def look_at_processes(patient):
 
 
 def room(folder, advice):
-    """Return how much is free on a folder's disk; Trouble: too little.
+    """Return how much is free on a folder's disk; CommandError: too little.
 
     A folder that isn't there is to be made in the one above it.
     """
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        raise Trouble("Nothing can be written in %s; %s" % (folder, advice))
+        raise CommandError(
+            "Nothing can be written in %s; %s" % (folder, advice))
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
     if free < LEAST_FREE:
-        raise Trouble("Only %.1f MB are free at %s; make space, or %s" % (
+        raise CommandError("Only %.1f MB are free at %s; make space, or %s" % (
             free / 1e6, folder, advice))
     if disk.f_files and not disk.f_favail:
-        raise Trouble("There can be no more files at %s; remove some, or %s"
-                      % (folder, advice))
+        raise CommandError(
+            "There can be no more files at %s; remove some, or %s"
+            % (folder, advice))
     return "%.1f GB are free at %s" % (free / 1e9, folder)
 
 
@@ -7782,11 +7796,12 @@ def look_at_allocation(patient):
     with contextlib.suppress(ValueError):  # it says what nobody understands
         left = patient.worker.allocation_left(os.environ)
     if left is None:
-        raise Trouble("%s doesn't say how long this batch job has; give"
+        raise CommandError("%s doesn't say how long this batch job has; give"
                       " worker.py a --time-limit" % kind)
     if left < LEAST_LEFT:
-        raise Trouble("This batch job has %d s left, too few for a worker;"
-                      " ask %s for more time" % (left, kind))
+        raise CommandError(
+            "This batch job has %d s left, too few for a worker;"
+            " ask %s for more time" % (left, kind))
     return "%s leaves this batch job %s" % (kind, span(left))
 
 
@@ -7810,14 +7825,14 @@ def look_at_address(patient):
     try:
         found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise Trouble(
+        raise CommandError(
             "%s is no name that this host knows (%s); have serve name another"
             " by --url" % (host, cause(error))) from None
     address = found[0][4][0]
     home = patient.about.get("host")
     is_loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
     if is_loopback and home not in (None, socket.gethostname()):
-        raise Trouble(
+        raise CommandError(
             "The server listens to its own host %s alone; start it with --host"
             " 0.0.0.0 --tls" % home)
     patient.met = False
@@ -7831,10 +7846,11 @@ def look_at_connection(patient):
     try:
         socket.create_connection(patient.client.address, 4).close()
     except ConnectionRefusedError:
-        raise Trouble("No server listens at %s; start it there, with the same"
-                      " access file" % patient.at()) from None
+        raise CommandError(
+            "No server listens at %s; start it there, with the same"
+            " access file" % patient.at()) from None
     except OSError as error:
-        raise Trouble(
+        raise CommandError(
             "%s isn't reached (%s); look for a firewall, or have serve name"
             " another address by --url" % (patient.at(), cause(error))
         ) from None
@@ -7849,11 +7865,11 @@ def look_at_certificate(patient):
     try:
         patient.client.connect(4)
     except patient.worker.Impostor as error:
-        raise Trouble(
+        raise CommandError(
             "At %s is another server than ours (%s); end it, or use its access"
             " file" % (patient.at(), error)) from None
     except OSError as error:
-        raise Trouble(
+        raise CommandError(
             "At %s nobody speaks TLS (%s); start serve with --tls, or give"
             " it an --url with http:" % (patient.at(), error)) from None
     patient.known = True
@@ -7871,8 +7887,9 @@ def look_at_server(patient):
     try:
         patient.version, = patient.ask("/health", "version")
     except patient.worker.Unreachable as error:
-        raise Trouble("%s Look at its standard error, and at the address in %s"
-                      % (error, patient.source())) from None
+        raise CommandError(
+            "%s Look at its standard error, and at the address in %s"
+            % (error, patient.source())) from None
     return "it answers, and so does its database"
 
 
@@ -7884,7 +7901,7 @@ def look_at_jobix(patient):
     except patient.worker.Refused as refused:
         if refused.status != 403:
             raise
-        raise Trouble("The server takes another jobix than ours; use the"
+        raise CommandError("The server takes another jobix than ours; use the"
                       " access file that it wrote") from None
     ended = time.time()
     patient.clock = (began + ended) / 2 - there, (ended - began) / 2
@@ -7894,7 +7911,7 @@ def look_at_jobix(patient):
 def look_at_version(patient):
     """Return which version the server has."""
     if patient.version != __version__:
-        raise Trouble(
+        raise CommandError(
             "The server is jobman %s, this is %s; run the same files on both"
             " sides" % (patient.version, __version__))
     return "the server is jobman %s, too" % __version__
@@ -7904,7 +7921,7 @@ def look_at_clock(patient):
     """Return how far this host's clock is from the server's."""
     ahead, doubt = patient.clock
     if abs(ahead) - doubt > CLOCKS_APART:
-        raise Trouble(
+        raise CommandError(
             "This host's clock is %s %s the server's; leases don't mind, but"
             " have it set right, for times in logs and of files" % (
                 took(abs(ahead)), "ahead of" if ahead > 0 else "behind"))
@@ -7916,8 +7933,9 @@ def look_at_proxies(patient):
     there = [name for name in sorted(os.environ)
              if name.lower() in PROXIES and os.environ[name]]
     if there and patient.met is False:
-        raise Trouble("%s is set, but jobman uses no proxy; run it where the"
-                      " server is reached without one" % ", ".join(there))
+        raise CommandError(
+            "%s is set, but jobman uses no proxy; run it where the"
+            " server is reached without one" % ", ".join(there))
     return "%s is set; jobman doesn't use it" % ", ".join(there) if there \
         else "none is set"
 
@@ -7931,20 +7949,23 @@ def look_at_database(patient):
         return None
     folder = os.path.dirname(os.path.realpath(path))
     if os.path.isdir(path) or not os.path.isdir(folder):
-        raise Trouble("%s can't be a database; name a file in a folder that"
-                      " is there" % path)
+        raise CommandError(
+            "%s can't be a database; name a file in a folder that"
+            " is there" % path)
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise Trouble("Nothing can be written in %s, and a database has files"
-                      " beside it; name another" % folder)
+        raise CommandError(
+            "Nothing can be written in %s, and a database has files"
+            " beside it; name another" % folder)
     version = inspect(path)
     patient.location = DatabaseLocation(path)
     if version == 0:
         return "%s isn't there yet; serve makes it" % path
-    need_owner(path, patient.location.owner)
+    require_owner(path, patient.location.owner)
     if not os.access(path, os.W_OK):
-        raise Trouble("%s can't be written; chmod u+w it" % path)
+        raise CommandError("%s can't be written; chmod u+w it" % path)
     if os.stat(path).st_mode & 0o077:
-        raise Trouble("Others can read %s, and its jobix; chmod 600 it" % path)
+        raise CommandError(
+            "Others can read %s, and its jobix; chmod 600 it" % path)
     return "%s, schema %d" % (path, version)
 
 
@@ -7952,7 +7973,7 @@ def look_at_locks(patient):
     """Return what file system the database is on."""
     location = patient.location
     if location.locks != "work":
-        raise Trouble("%s; use a disk of this host" % location.describe())
+        raise CommandError("%s; use a disk of this host" % location.describe())
     note = " (a network file system, so only one server may have it)"
     return "%s, where locks work%s" % (
         location.describe(), note if location.exclusive else "")
@@ -7992,7 +8013,7 @@ def look_at_holder(patient):
     shared = os.path.exists(location.file + ".gate")
     if not shared and None not in ours and ours != [
             holder.get("host"), holder.get("pid")]:
-        raise Trouble(
+        raise CommandError(
             "%s serves %s, but %s is of process %s on %s; name the access file"
             " that goes with it" % (
                 name, location.path, patient.access, ours[1], ours[0]))
@@ -8631,7 +8652,7 @@ def main(arguments=None):
     except BrokenPipeError:  # as by `| head`: no error
         give_up_output()
         return 0
-    except (Trouble, Error, sqlite3.Error, OSError) as trouble:
+    except (CommandError, Error, sqlite3.Error, OSError) as trouble:
         say("jobman.py: %s" % trouble)
         give_up_output()
         return 1

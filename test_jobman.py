@@ -374,7 +374,7 @@ def together(store, *acts):
         threads.append(threading.Thread(
             target=run, args=(number, act), daemon=True))
         threads[-1].start()
-        wait_for(lambda: len(writer.queue) > number, "its place")
+        wait_for(lambda n=number: len(writer.queue) > n, "its place")
     go.set()
     for thread in threads:
         thread.join(PATIENCE)
@@ -1136,7 +1136,7 @@ class ContractTest(StoreCase):
                     "select count(*) from namespace where jobix = 4711"
                 ).fetchone()[0]
 
-        for method, pattern, endpoint in jobman.ROUTES:
+        for _, pattern, endpoint in jobman.ROUTES:
             path = re.sub("<[^>]*>", "1", pattern)
             if endpoint in jobman.READING:
                 status = 404 if pattern == "/job/<jobid>" else 200
@@ -6091,7 +6091,7 @@ class TogetherTest(StoreCase):
         self.assertEqual([503, 503], outcomes)
         self.assertEqual({(0, "waiting"): 2}, self.states())
         for stale in ({"stage": 3}, {"state": "x"}, {"claim": "y"}):
-            def move(tx):
+            def move(tx, stale=stale):
                 job = dict(self.store.find(tx, namespace, 1), **stale)
                 self.store.move(tx, job, stage=5, state="waiting")
 
@@ -7005,7 +7005,7 @@ class KillTest(CrashCase):
         """Assert that a database that was begun is whole or still empty."""
         try:
             self.assertSound(self.db)
-        except jobman.Trouble as trouble:
+        except jobman.CommandError as trouble:
             self.assertIn("There is no database", str(trouble))
             self.assertEqual(b"", read(self.db))
 
@@ -7086,8 +7086,8 @@ class KillTest(CrashCase):
     def test_with_children_still_to_be_told(self):
         self.begin(self.make_folder())
         jobs = {0: {"jobstage": 0, "laststage": 2}}
-        jobs.update(dict.fromkeys(
-            range(1, 35), {"jobstage": 0, "after": [0]}))
+        jobs.update(
+            (i, {"jobstage": 0, "after": [0]}) for i in range(1, 35))
         for path, value, before, after in (
             ("/set", jobs, "blocked", "blocked"),
             ("/cancel", {"ids": [0]}, "blocked", "aborted"),
@@ -7104,7 +7104,8 @@ class KillTest(CrashCase):
             self.assertEqual({before, after}, self.children())
             for chunk in (10, 5000):  # some are told at a start, some later
                 self.start("jobman.CHUNK = %d\n" % chunk)
-                wait_for(lambda: self.children() == {after}, "all told")
+                wait_for(lambda told=after: self.children() == {told},
+                         "all told")
                 self.kill()
             self.assertSound(self.db)
         self.wrong = False
@@ -12789,7 +12790,7 @@ class StartTest(TemporaryFolder):
         path = self.path("jobs.db")
         first, second = (jobman.Store(path, shared=True) for _ in range(2))
         first.close()
-        self.assertRaises(jobman.Trouble, jobman.Store, path)
+        self.assertRaises(jobman.CommandError, jobman.Store, path)
         second.close()
         self.assertEqual(["jobs.db"], os.listdir(self.folder))
 
@@ -12809,7 +12810,7 @@ class StartTest(TemporaryFolder):
 
         ended = []
         with contextlib.closing(Late(location, shared=False)):
-            with self.assertRaises(jobman.Trouble):
+            with self.assertRaises(jobman.CommandError):
                 jobman.ServerLock(location, shared=False)
         self.assertEqual([], os.listdir(self.folder))
 
@@ -13631,7 +13632,7 @@ class FileSystemTest(TemporaryFolder):
             self.assertEqual("nfs", location.kind)
             self.assertEqual(os.path.join(real, "jobs.db"), location.file)
         with contextlib.closing(jobman.Store(self.path("link", "jobs.db"))):
-            with self.assertRaises(jobman.Trouble):
+            with self.assertRaises(jobman.CommandError):
                 jobman.Store(self.path("jobs.db"))
 
     def test_what_other_hosts_may_write_to_is_had_alone(self):
@@ -13993,7 +13994,7 @@ def clock():
 location = jobman.DatabaseLocation("jobs.db")
 try:
     jobman.ServerLock(location, shared=False, clock=clock)
-except jobman.Trouble as trouble:
+except jobman.CommandError as trouble:
     sys.exit(str(trouble))
 print("mine", flush=True)
 time.sleep(60)
@@ -14139,7 +14140,7 @@ class LockTest(TemporaryFolder):
             file.write("precious")
         for name in ("jobs.db.lock", "jobs.db.gate", "jobs.db.turn"):
             os.symlink(self.path("victim"), self.path(name))
-            with self.assertRaisesRegex(jobman.Trouble, "symbolic"):
+            with self.assertRaisesRegex(jobman.CommandError, "symbolic"):
                 jobman.Store(self.path("jobs.db"), shared=True)
             jobman.remove(self.path(name))
         self.assertEqual(b"precious", read(self.path("victim")))
@@ -14172,7 +14173,8 @@ class LockTest(TemporaryFolder):
             return time.monotonic()
 
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            with self.assertRaisesRegex(jobman.Trouble, "process 17 on far"):
+            with self.assertRaisesRegex(
+                    jobman.CommandError, "process 17 on far"):
                 PatientLock(self.location, shared=False, clock=watching)
         self.assertRegex(
             said.getvalue(), r"\Ajobman\.py: process 17 on far .*\n\Z")
@@ -14261,8 +14263,8 @@ class LockTest(TemporaryFolder):
         self.assertEqual(before, read(self.lock_path))
         with self.assertRaisesRegex(jobman.Unavailable, "process 17 on far"):
             lock.check()
-        with self.assertRaisesRegex(jobman.Trouble, "process 17 on far"):
-            lock.need()
+        with self.assertRaisesRegex(jobman.CommandError, "process 17 on far"):
+            lock.require()
         lock.close()
         self.assertEqual(before, read(self.lock_path))
 
@@ -15117,7 +15119,7 @@ class DoctorTest(Certified, CommandCase):
     def test_what_takes_too_long_is_left_alone(self):
         never = threading.Event()
         self.addCleanup(never.set)
-        with self.assertRaisesRegex(jobman.Trouble, "more than 0.01 s"):
+        with self.assertRaisesRegex(jobman.CommandError, "more than 0.01 s"):
             jobman.within(0.01, never.wait)
         with self.assertRaises(ZeroDivisionError):
             jobman.within(PATIENCE, lambda: 1 / 0)
