@@ -1681,9 +1681,12 @@ class WaitQueue:
     A key is (namespace, stage). At most `limit` long polls wait at a time.
     """
 
+    AT_ONCE = 50  # waiters that are woken at once
+
     def __init__(self, limit):
         self.mutex = threading.Lock()  # guards everything below
         self.waiters = {}  # {key: {Waiter: None}}, oldest first
+        self.more = {}  # {key: how many are still to be woken}
         self.waiting = 0
         self.limit = limit
         self.closed = False
@@ -1716,17 +1719,32 @@ class WaitQueue:
                 waiters.pop(waiter, None)
                 if not waiters:
                     self.waiters.pop(key, None)
+                    self.more.pop(key, None)
+                elif waiter.woken and self.more.get(key):
+                    self.more[key] -= 1
+                    self.wake_oldest(key, 1)
         if waiter.woken and not waiter.used:
             for key in keys:
                 self.wake(key)
 
     def wake(self, key, n=1):
-        """Wake up to `n` waiters of `key`, oldest first."""
+        """Wake up to `n` waiters of `key`, oldest first.
+
+        Of many, each one that leaves wakes the next: thousands of threads
+        at once would spend their time in contention for Python's lock.
+        """
+        now = min(n, self.AT_ONCE)
         with self.mutex:
-            for waiter in self.waiters.get(key, ()):
-                if n <= 0:
-                    break
-                n -= waiter.wake()
+            if key in self.waiters:
+                self.more[key] = self.more.get(key, 0) + n - now
+                self.wake_oldest(key, now)
+
+    def wake_oldest(self, key, n):
+        """Wake up to `n` waiters of `key`; called with the mutex held."""
+        for waiter in self.waiters[key]:
+            if n <= 0:
+                break
+            n -= waiter.wake()
 
     def keys(self):
         """Return the keys that long polls wait for."""

@@ -1285,6 +1285,16 @@ class ContractTest(StoreCase):
         self.assertEqual(0, self.ok("/status")["totals"]["expired"])
         self.assertCounts()
 
+    def test_leading_slashes_count_as_one(self):
+        self.set_jobs([1, 2])
+        self.assertEqual(1, self.ok("//get/0")["jobid"])
+        self.ok("///pause/0", {})
+        self.assertEqual("nada", self.get(0))
+        self.ok("//resume/0", {})
+        self.assertEqual(2, self.ok("//get/0")["jobid"])
+        self.assertIn("This is jobman", self.call("//").text)
+        self.assertReply(400, self.call("/get//0"))
+
 
 class WsgiContractTest(ContractTest):
     """The same through the WSGI door, its conduct validated."""
@@ -3911,6 +3921,31 @@ class WaitTest(StoreCase):
             self.assertEqual((True, True), (one.woken, two.woken))
         self.assertEqual(([], 0), (queue.keys(), queue.waiting))
 
+    def test_many_are_woken_one_after_the_other(self):
+        queue, key = jobman.WaitQueue(99), (1, 0)
+        queue.AT_ONCE = 2
+        polls = [queue.join([key]) for _ in range(9)]
+        waiters = [poll.__enter__() for poll in polls]
+        queue.wake(key, 8)
+        for n, (poll, waiter) in enumerate(zip(polls, waiters)):
+            self.assertEqual(min(n + 2, 8), sum(w.woken for w in waiters))
+            waiter.used = True
+            poll.__exit__(None, None, None)
+        with queue.join([key]) as last:  # of which nothing is left over
+            with queue.join([key]):
+                queue.wake(key)
+            self.assertTrue(last.woken)
+            with queue.join([key]) as new:
+                pass
+        self.assertFalse(new.woken)
+
+    def test_all_get_a_job_where_many_come_at_once(self):
+        self.store.wait_queue.AT_ONCE = 2
+        answers = [self.ask("/get/0?wait=60") for _ in range(30)]
+        self.listening(30)
+        self.set_jobs(range(30))
+        self.assertEqual(set(range(30)), {a()["jobid"] for a in answers})
+
     def test_an_unused_wake_up_is_passed_on(self):
         queue, key = jobman.WaitQueue(9), (1, 0)
         with queue.join([key]) as last:
@@ -4085,12 +4120,14 @@ class SocketTest(StoreCase):
         self.store.open_to_all = False
         head = (b"POST /%s HTTP/1.1\r\nHost: x\r\njobix: 1\r\n"
                 b"Content-Length: 1000\r\n\r\n")
+        expect = head[:-2] + b"Expect: 100-continue\r\n\r\n"
         for path, status in ((b"set", 403), (b"health", 405), (b"x", 404)):
-            with self.dial() as client:
-                client.sendall(head % path)
-                reply = client.recv(65536)
-            self.assertIn(b" %d " % status, reply[:13])
-            self.assertIn(b"Connection: close", reply)
+            for asked in (head, expect):
+                with self.dial() as client:
+                    client.sendall(asked % path)
+                    reply = client.recv(65536)
+                self.assertIn(b" %d " % status, reply[:13])
+                self.assertIn(b"Connection: close", reply)
 
     def test_who_asks_first_is_told_to_go_on(self):
         with self.dial() as client:
@@ -4355,6 +4392,75 @@ class SocketTest(StoreCase):
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
             self.assertEqual(bound, jobman.connections_bound())
 
+    def test_their_bound_leaves_threads_for_the_rest(self):
+        code = """if 1:
+            import os, resource, sys
+            sys.path.insert(0, %r)
+            import jobman
+            if not os.geteuid():  # root isn't bound
+                os.setuid(2**16 - 3)
+            most = jobman.threads_of(os.getuid()) + %d
+            resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
+            print(jobman.connections_bound())"""
+        for threads, bound in ((150, 100), (10, 1)):
+            done = self.command("-c", code % (HERE, threads))
+            self.assertEqual((0, ""), done[::2])
+            self.assertLessEqual(abs(int(done[1]) - bound), 20)
+
+    def test_cgroups_bound_connections(self):
+        before = jobman.connections_bound()
+        for name in ("own", "a/b/pids.current", "a/pids.current"):
+            os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
+            with open(self.path(name), "w") as file:
+                file.write("7\n")
+        self.replace("OWN_CGROUPS", self.path("own"))
+        self.replace("CGROUPS", {"pids": self.folder, "": self.folder})
+        for line in ("3:pids:/a/b", "0::/a/b"):
+            with open(self.path("own"), "w") as file:
+                file.write("1:cpu:/z\n%s\n" % line)
+            for inner, outer, bound in (
+                ("max", "max", before), ("157", "max", 100),
+                ("max", "107", 50), ("9", "107", 1),
+            ):
+                for name, most in (("a/b", inner), ("a", outer)):
+                    with open(self.path(name, "pids.max"), "w") as file:
+                        file.write(most + "\n")
+                self.assertEqual(bound, jobman.connections_bound())
+
+    def test_long_polls_leave_connections_for_others(self):
+        few = changed("jobman", "import resource\n"
+                      "resource.setrlimit(resource.RLIMIT_NOFILE, (150, 150))")
+        _, address = self.serve("--open", start=few)
+        polls = [socket.create_connection(address, PATIENCE)
+                 for _ in range(45)]
+        self.addCleanup(lambda: [poll.close() for poll in polls])
+        for poll in polls:
+            poll.sendall(b"GET /get/0?wait=60 HTTP/1.1\r\n"
+                         b"Host: localhost\r\njobix: 1\r\n\r\n")
+        cut = [select.select(polls, (), (), PATIENCE)[0]]
+        wait_for(lambda: cut.append(select.select(polls, (), (), 0)[0])
+                 or len(cut[-1]) == 5, "five that are answered at once")
+        self.assertEqual(200, exchange(address, "GET", "/health").status)
+        self.assertEqual(5, len(select.select(polls, (), (), 0)[0]))
+
+    def test_threads_are_used_again(self):
+        before = jobman.threads_of(os.getuid())
+        for _ in range(100):
+            self.call("/health")
+        self.assertLess(jobman.threads_of(os.getuid()), before + 50)
+        self.assertLess(self.door.server.parked, 20)
+
+    def test_a_stop_takes_no_time_where_nobody_is(self):
+        took = []
+        for _ in range(5):
+            self.call("/health")
+            wait_for(lambda: not self.door.server.open, "its end")
+            began = time.monotonic()
+            self.closing.close()
+            took.append(time.monotonic() - began)
+            self.open()
+        self.assertLess(min(took), 0.1)
+
     def test_where_no_thread_can_be_started_the_answer_is_503(self):
         if not self.tls:
             with self.without_threads():
@@ -4415,6 +4521,28 @@ class AtOnceTest(StoreCase):
             jobs = {claim.result()["jobid"] for claim in claims}
         self.assertEqual(set(range(20)), jobs)
         self.assertEqual([20], [n for n in commits if n > 1])
+
+    def test_few_large_bodies_are_in_memory_at_a_time(self):
+        self.store.large_bodies = threading.BoundedSemaphore(2)
+        large = {i: {"jobstage": 0, "jobcmd": os.urandom(999).hex()}
+                 for i in range(100)}
+        go, writer = self.lead(), self.store.writer
+        with concurrent.futures.ThreadPoolExecutor(9) as pool:
+            sets = [pool.submit(self.post, "/set", large) for _ in range(6)]
+            wait_for(lambda: len(self.door.server.busy) == 6, "the requests")
+            small = pool.submit(self.post, "/set", {7: {"jobstage": 0}})
+            wait_for(lambda: len(writer.queue) == 3, "two and the small one")
+            self.assertEqual(7, len(self.door.server.busy))
+            go.set()
+            for reply in (*sets, small):
+                self.assertReply(200, reply.result())
+        with contextlib.ExitStack() as held:
+            for _ in range(2):
+                held.enter_context(self.store.large_bodies)
+            self.replace("MAX_WAIT", 0.1)
+            reply = self.assertReply(503, self.post("/set", large))
+            self.assertEqual("1", reply.headers["retry-after"])
+        self.assertReply(200, self.post("/set", large))
 
     def test_requests_that_come_at_once_are_answered_in_order(self):
         self.set_jobs([1, 2])
@@ -5404,6 +5532,7 @@ class FuzzTest(SeededCase):
     def settle(self, **more):
         """Wait until it has no more of them than before and `more`."""
         more = Counter(more, fd=3 * jobman.Readers.KEPT)
+        more["task"] += jobman.Server.PARKED
         wait_for(lambda: not self.level() - self.before - more,
                  "threads to end, and files to be closed")
 
