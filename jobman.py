@@ -1422,6 +1422,7 @@ class Transaction:
         self.done = defaultdict(int)  # jobs that became done, by namespace
         self.spent = {}  # [n, seconds] by (namespace, stage, kind, bucket)
         self.ended = OrderedDict()  # parents: see Store.propagate()
+        self.met = set()  # those of them that were done, if only for a moment
 
     def move(self, moves):
         """Write and count moves of jobs, as after_move() returns them."""
@@ -1438,6 +1439,8 @@ class Transaction:
                 self.freed[namespace, job["stage"]] += 1
             if dependency_end(state) != dependency_end(job["old_state"]):
                 self.ended[job["id"]] = -1  # tell its children, from the first
+                if state == "done":
+                    self.met.add(job["id"])
 
     def add_time(self, job, stage, kind, seconds):
         """Add seconds that an attempt of a job took, or a claim waited for."""
@@ -2158,6 +2161,8 @@ class Store:
             return
         parent = tx.execute(SQL.JOB_BY_ID, {"id": parent}).fetchone()
         end = dependency_end(parent["state"])
+        if parent["id"] in tx.met:
+            end = "met"
         for child, in children:
             if end == "met":
                 edge = {"child": child, "parent": parent["id"]}
