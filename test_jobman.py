@@ -6226,6 +6226,22 @@ class TogetherTest(StoreCase):
         self.assertEqual([None], self.commit(self.update(1, 2)))
         self.assertEqual({(2, "waiting"): 1}, self.states())
 
+    def test_a_parent_that_is_done_for_a_moment_holds_up_no_child(self):
+        for jobid, acts in (
+            (1, ["retry_one"]), (11, ["retry_one", "cancel_one"]),
+        ):
+            self.set_jobs([jobid], laststage=2, priority=1)
+            self.set_jobs([jobid + 1], after=[jobid])
+            self.assertEqual(jobid, self.lend()["jobid"])
+            self.assertEqual([None] + [1] * len(acts), self.commit(
+                self.update(jobid, 2),
+                *(self.sweep(act, jobid) for act in acts)))
+            state = "cancelled" if len(acts) > 1 else "waiting"
+            self.assertEqual([state, "waiting"], [
+                self.ok("/job/%d" % each)["state"]
+                for each in (jobid, jobid + 1)])
+            self.ok("/cancel", {"all": True})
+
     def test_children_are_told_in_the_commit_that_ends_their_parent(self):
         self.set_jobs([1], laststage=2)
         self.set_jobs([2], after=[1])
