@@ -16273,7 +16273,8 @@ class ChaosTest(SeededCase):
 
     def check_files(self):
         """Check that each output is what its checksum says."""
-        found = rows(self.path("jobman.db"), "select files, files_stage from job")
+        query = "select files, files_stage from job"
+        found = rows(self.path("jobman.db"), query)
         for job in found:
             file, = json.loads(job["files"])
             self.assertEqual(2, job["files_stage"])
