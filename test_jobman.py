@@ -8440,7 +8440,8 @@ class SlotsTest(WorkerCase):
         self.add("echo $$ >> pids; sleep 60")
         worker = self.start()
         self.pids(1)
-        self.assertAlmostEqual(time.time() + 120, self.job()["due"], delta=20)
+        self.assertAlmostEqual(
+            time.time() + 120, self.job()["expires_at"], delta=20)
         worker.kill()
 
     def test_long_command_keeps_its_lease_beside_many_short_ones(self):
