@@ -1684,7 +1684,7 @@ class WaitQueue:
     A key is (namespace, stage). At most `limit` long polls wait at a time.
     """
 
-    AT_ONCE = 50  # waiters that are woken at once
+    AT_ONCE = 100  # waiters that are woken at once
 
     def __init__(self, limit):
         self.mutex = threading.Lock()  # guards everything below
@@ -4967,6 +4967,7 @@ class Server(ThreadingHTTPServer):
     block_on_close = False  # stop() waits, and not for ever
     request_queue_size = 4096  # a thousand workers may start at once
     PARKED = 32  # threads kept for the next connections
+    SWITCH = 2e-5  # seconds of the switch interval, for each connection
     REJECTED = 50  # connections kept open for a while after a 503
     GRACE = 0.5  # seconds for one more request, as it stops
     END = 4.5  # seconds until it stops in any case
@@ -5009,9 +5010,14 @@ class Server(ThreadingHTTPServer):
         return connection, address
 
     def process_request(self, request, client_address):
-        """Give a connection to a parked or a new thread, or answer 503."""
+        """Give a connection to a parked or a new thread, or answer 503.
+
+        Threads that want Python's lock wake once each switch interval. With
+        5 ms, 6,000 that had a request at one time did nothing else.
+        """
         with self.changes:
             self.open.add(request)
+            sys.setswitchinterval(max(0.005, len(self.open) * self.SWITCH))
             full = len(self.open) > self.limit
             park = self.parked > 0 and not full
             self.parked -= park

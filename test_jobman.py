@@ -6382,28 +6382,24 @@ def be_a_crowd(options):
     print(json.dumps(crowd.report()))
 
 
-@long
-class IdleTest(TemporaryFolder):
-    """Two thousand long polls, and two hundred clients that work."""
+class CrowdCase(TemporaryFolder):
+    """A server, and crowds of clients in processes of their own."""
 
-    IDLE, WORKING, SECONDS = 2000, 200, 60
-    JOBS = 1000
-    SLOWEST = 5  # seconds
     FEW_FILES = changed(
         "jobman", "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE,"
         " (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))")
 
-    def setUp(self):
-        super().setUp()
+    def start(self, clients):
+        """Start a server for so many clients."""
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= most < self.IDLE + self.WORKING + 500:
+        if 0 <= most < clients + 500:
             self.skipTest("a process may open %d files at most" % most)
         self.server, self.address = self.serve(start=self.FEW_FILES)
-        self.set_jobs(0, self.JOBS, 0)
-        self.idle = self.crowd(idle=self.IDLE)
-        self.working = self.crowd(working=self.WORKING)
+
+    def connected(self, clients):
+        """Wait until so many clients are connected."""
         files = "/proc/%d/fd" % self.server.pid
-        wait_for(lambda: len(os.listdir(files)) > self.IDLE + self.WORKING,
+        wait_for(lambda: len(os.listdir(files)) > clients,
                  "a connection for each")
 
     def set_jobs(self, first, n, stage):
@@ -6430,6 +6426,23 @@ class IdleTest(TemporaryFolder):
         report = json.loads(out)
         self.assertEqual([], report["faults"][:5])
         return report
+
+
+@long
+class IdleTest(CrowdCase):
+    """Two thousand long polls, and two hundred clients that work."""
+
+    IDLE, WORKING, SECONDS = 2000, 200, 60
+    JOBS = 1000
+    SLOWEST = 5  # seconds
+
+    def setUp(self):
+        super().setUp()
+        self.start(self.IDLE + self.WORKING)
+        self.set_jobs(0, self.JOBS, 0)
+        self.idle = self.crowd(idle=self.IDLE)
+        self.working = self.crowd(working=self.WORKING)
+        self.connected(self.IDLE + self.WORKING)
 
     def assertUpdated(self, tokens):
         """Assert that these updates are in the database, and no others."""
@@ -6467,6 +6480,30 @@ class IdleTest(TemporaryFolder):
         self.assertEqual([], reports[0]["jobs"])
         self.assertGreaterEqual(len(reports[0]["times"]), self.IDLE)
         self.assertUpdated(reports[1]["updated"])
+        self.assertLess(took, 5)
+
+
+@long
+class ManyPollsTest(CrowdCase):
+    """Nine thousand long polls, a thread each."""
+
+    POLLS = 9000
+
+    def test_a_signal_to_end_cuts_none_of_them(self):
+        self.start(self.POLLS * 5 // 4)
+        idle = self.crowd(idle=self.POLLS)
+        self.connected(self.POLLS)
+        time.sleep(2)
+        self.assertLess(most_memory(self.server), self.POLLS * 60 * 2**10)
+        began = time.monotonic()
+        self.server.terminate()
+        status, _, err = self.finish(self.server)
+        took = time.monotonic() - began
+        self.assertEqual((0, ""), (status, err))
+        report = self.report(idle)
+        self.assertGreaterEqual(len(report["times"]), self.POLLS)
+        print("%d long polls were answered within %.1f s of a signal to end"
+              % (self.POLLS, took), file=sys.stderr)
         self.assertLess(took, 5)
 
 
