@@ -18393,9 +18393,10 @@ class BrowserTest(StoreCase):
         with contextlib.closing(sqlite3.connect(self.path("jobs.db"))) as db:
             db.execute("pragma wal_autocheckpoint = 0")
             copy = (
-                "insert into job (jobix, jobid, stage, state, free, priority,"
-                " since, jobcmd) select jobix, jobid + ?, stage, state, free,"
-                " priority, since, jobcmd from job order by jobid limit ?")
+                "insert into job (namespace, jobid, stage, state, free,"
+                " priority, entered_at, jobcmd) select namespace, jobid + ?,"
+                " stage, state, free, priority, entered_at, jobcmd from job"
+                " order by jobid limit ?")
             with db:
                 db.execute("update tally set jobs = jobs * ?", (wanted // n,))
                 while n < wanted:
