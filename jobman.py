@@ -54,6 +54,7 @@ import socket
 import socketserver
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -3554,14 +3555,17 @@ def claim_json(jobix, job):
     return splice(shown, texts)
 
 
+CLAIM_OPTIONS = {
+    "worker": label,
+    "wait": from_query(seconds),
+    "lease": from_query(period),
+    "n": from_query(integer(1, 10**25)),
+}
+
+
 def get_job_claim(store, request, stages, nextstage=None):
     """Claim a job, or several; wait for one if asked to."""
-    given = request.options(
-        worker=label,
-        wait=from_query(seconds),
-        lease=from_query(period),
-        n=from_query(integer(1, 10**25)),
-    )
+    given = request.options(**CLAIM_OPTIONS)
     if nextstage is None:
         STAGE(max(stages) + 1, "the stage that a claim leads to")
     n, wait = given.pop("n"), given.pop("wait") or 0
@@ -4604,15 +4608,21 @@ FIGURES = re.compile(r"\[.*\]|[0-9]+(\.[0-9]+){3}|")
 SITE = re.compile("https?://([^/?]*)", re.I)
 
 
-def set_timeout(connection, end):
-    """Make the next call on a socket raise socket.timeout at `end`.
+TIMED_OUT = socket.timeout, BlockingIOError  # of TLS, and of plain sockets
 
-    That is a moment of time.monotonic(). Raises it now if that is over.
+
+def limit_calls(connection, seconds):
+    """Let no call on a socket last longer than so many seconds.
+
+    A plain socket gets its timeout from the kernel, once: settimeout() would
+    cost two more system calls for each one.
     """
-    left = end - time.monotonic()
-    if left <= 0:
-        raise socket.timeout("timed out")
-    connection.settimeout(left)
+    if hasattr(connection, "unwrap"):  # TLS would call again for ever
+        return connection.settimeout(seconds)
+    whole, part = divmod(seconds, 1)
+    timeval = struct.pack("ll", int(whole), int(part * 1e6))
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        connection.setsockopt(socket.SOL_SOCKET, option, timeval)
 
 
 class SocketInput(io.RawIOBase):
@@ -4631,8 +4641,10 @@ class SocketInput(io.RawIOBase):
         return True
 
     def readinto(self, buffer):
-        set_timeout(self.connection, self.end)
-        return self.connection.recv_into(buffer)
+        while time.monotonic() < self.end:
+            with contextlib.suppress(*TIMED_OUT):
+                return self.connection.recv_into(buffer)
+        raise socket.timeout("timed out")
 
 
 def receive_head(file):
@@ -4764,6 +4776,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     LINGER = 2  # seconds to read on after a refusal
     PATIENCE = 60  # seconds for a body or a response, beside
     SLOWEST = 2**16  # bytes a second
+    CALL = 5  # seconds until a call on a socket looks at its deadline
 
     def setup(self):
         """Prepare the connection; called first in its thread."""
@@ -4776,6 +4789,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except OSError:
                 self.linger()  # so that the client sees the alert
                 raise
+        limit_calls(self.connection, min(
+            self.CALL, self.FIRST, self.IDLE, self.HEAD, self.PATIENCE))
         self.input = SocketInput(self.connection)
         self.rfile = io.BufferedReader(self.input, 4096)
         self.wfile = io.BytesIO()  # unused, but http.server closes it
@@ -4859,8 +4874,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end = time.monotonic() + self.PATIENCE + len(data) / self.SLOWEST
         left = memoryview(data)
         while left:
-            set_timeout(self.connection, end)
-            left = left[self.connection.send(left) :]
+            with contextlib.suppress(*TIMED_OUT):
+                left = left[self.connection.send(left) :]
+            if left and time.monotonic() >= end:
+                raise socket.timeout("timed out")
 
     def linger(self):
         """Read on for a moment after a refusal.
@@ -4872,8 +4889,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end_tls(self.connection)
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            while True:
-                set_timeout(self.connection, end)
+            while time.monotonic() < end:
+                self.connection.settimeout(end - time.monotonic())
                 if not self.connection.recv(65536):
                     break
 
