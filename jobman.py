@@ -65,7 +65,7 @@ import traceback
 import types
 import warnings
 import zlib
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 

@@ -14871,6 +14871,12 @@ class TlsSocketTest(Certified, SocketTest):
         with SocketTest.dial(self) as client:
             self.assertEqual(b"", client.recv(100))
 
+    def test_the_end_does_not_wait_for_the_clients(self):
+        with self.dial() as client:
+            client.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+            self.assertIn(b" 200 ", client.recv(100)[:13])
+            wait_for(lambda: not self.door.server.open, "its end")
+
     def test_nothing_older_than_tls_1_2_is_spoken(self):
         ours = worker.tls_context(digest(self.certfile))
         with warnings.catch_warnings():
