@@ -65,7 +65,7 @@ import traceback
 import types
 import warnings
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
@@ -89,7 +89,8 @@ MAX_CONNECTIONS = 20000
 FILES_KEPT = 100  # of those that a process may open, not for connections
 THREADS_KEPT = 50  # of those that it may start, not for connections
 LARGE_BODY = 2**14  # bytes from which a body counts as large
-LARGE_BODIES = 4  # requests with one that are handled at a time
+LARGE_BODIES = 4  # of them that are in memory and parsed at a time
+RECEIVED_FIRST = 2**20  # bytes of a body that is received before its turn
 WRONG_JOBIX_PAUSE = 0.2  # seconds until a wrong jobix is refused
 MAX_NAME = 255  # characters of a worker's name or a submission's key
 MAX_REPORT = 4096  # characters kept of an attempt's error and stderr
@@ -210,16 +211,12 @@ def inflate(body):
 
 
 def is_zipped(body):
-    """Return whether `body` is zlib data or gzip data.
+    """Return whether `body` is zlib data or gzip data, as no JSON text is.
 
     The bytes decide, not the headers: existing clients send zlib data and
-    call it gzip. RFC 1950 and RFC 1952 give the first bytes of each.
+    call it gzip. RFC 1950 and RFC 1952 give the first byte of each.
     """
-    return body[:2] == b"\x1f\x8b" or (
-        len(body) > 1
-        and body[0] & 15 == 8
-        and (body[0] * 256 + body[1]) % 31 == 0
-    )
+    return body[:1] in (b"\x78", b"\x1f")
 
 
 def unpack(body):
@@ -403,7 +400,7 @@ class SQL:
             and free = 1 and not exists (select 1 from stage
                 where stage.namespace = :namespace and stage.stage = :stage
                 and paused)
-            limit 1000)"""
+            limit 20000)"""
     # one range of job_expiry; SQLite 3.7.17 would walk over the nulls, too
     OVERDUE = ANY_JOB + """
         where expires_at > 0 and expires_at <= :now
@@ -473,7 +470,7 @@ class SQL:
             and state in ('failed', 'cancelled', 'aborted') limit 1"""
     # at a start: parents whose end a killed server has told to some only
     UNFINISHED_PARENTS = """
-        select distinct parent from dependency
+        select distinct parent, job.state from dependency
         cross join job on job.id = parent
         cross join job as follower on follower.id = child
         where met = 0 and case
@@ -1319,23 +1316,28 @@ class FairLock:
     """
 
     def __init__(self, path, *, shared):
-        suffixes = (".gate", ".turn") if shared else ()
-        self.files = [open_private(path + suffix) for suffix in suffixes]
+        self.shared = shared
+        if shared:
+            self.gate = open_private(path + ".gate")
+            self.turn = open_private(path + ".turn")
 
     def __enter__(self):
-        for file in self.files:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        for gate in self.files[:1]:
-            fcntl.flock(gate, fcntl.LOCK_UN)
+        if self.shared:
+            fcntl.flock(self.gate, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(self.turn, fcntl.LOCK_EX)
+            finally:
+                fcntl.flock(self.gate, fcntl.LOCK_UN)
 
     def __exit__(self, *_):
-        for turn in self.files[1:]:
-            fcntl.flock(turn, fcntl.LOCK_UN)
+        if self.shared:
+            fcntl.flock(self.turn, fcntl.LOCK_UN)
 
     def close(self):
         """Close the files."""
-        for file in self.files:
-            os.close(file)
+        if self.shared:
+            os.close(self.gate)
+            os.close(self.turn)
 
 
 # ------------------------------------------------------- states and moves ---
@@ -1360,9 +1362,9 @@ def is_free(state, lease):
 
 
 def dependency_end(state):
-    """Return what a parent's state says to its children.
+    """Return how a parent's state affects its children.
 
-    "met": it is done; "unmet": it won't be, until a retry; None: neither.
+    "met": it is done; "unmet": it won't be, until a retry; None: not yet.
     """
     if state == "done":
         return "met"
@@ -1422,8 +1424,7 @@ class Transaction:
         self.freed = defaultdict(int)  # jobs set free, by (namespace, stage)
         self.done = defaultdict(int)  # jobs that became done, by namespace
         self.spent = {}  # [n, seconds] by (namespace, stage, kind, bucket)
-        self.ended = OrderedDict()  # parents: see Store.propagate()
-        self.met = set()  # those of them that were done, if only for a moment
+        self.ended = OrderedDict()  # (end, last child told) by parent
 
     def move(self, moves):
         """Write and count moves of jobs, as after_move() returns them."""
@@ -1438,10 +1439,17 @@ class Transaction:
             self.expired[before] -= job["expired"]
             if job["free"]:
                 self.freed[namespace, job["stage"]] += 1
-            if dependency_end(state) != dependency_end(job["old_state"]):
-                self.ended[job["id"]] = -1  # tell its children, from the first
-                if state == "done":
-                    self.met.add(job["id"])
+            end = dependency_end(state)
+            if end != dependency_end(job["old_state"]):
+                self.announce(job["id"], end)
+
+    def announce(self, parent, end, after=-1):
+        """Have Store.propagate() tell a job's children that follow `after`.
+
+        Once a parent was done its edges are met, whatever happens to it then.
+        """
+        if self.ended.get(parent, (None,))[0] != "met":
+            self.ended[parent] = end, after
 
     def add_time(self, job, stage, kind, seconds):
         """Add seconds that an attempt of a job took, or a claim waited for."""
@@ -1584,11 +1592,14 @@ class Writer:
         try:
             while left and not self.commit_whole(left):
                 left = [each for each in left if not each.partial]
-        except Exception as error:
-            if isinstance(error, sqlite3.Error):
-                error = Unavailable(error)
+        except BaseException as error:
+            failure = error
+            if isinstance(error, (sqlite3.Error, OSError)):
+                failure = Unavailable(cause(error))
             for operation in batch:
-                operation.error = error
+                operation.error = failure
+            if not isinstance(error, Exception):
+                raise
 
     def commit_whole(self, batch):
         """Commit the operations of `batch`; return False if one is partial."""
@@ -1737,10 +1748,11 @@ class WaitQueue:
         Of many, each one that leaves wakes the next: thousands of threads
         at once would spend their time in contention for Python's lock.
         """
-        now = min(n, self.AT_ONCE)
         with self.mutex:
             if key in self.waiters:
-                self.more[key] = self.more.get(key, 0) + n - now
+                n = min(n, len(self.waiters[key]))
+                now = min(n, self.AT_ONCE)
+                self.more[key] = n - now
                 self.wake_oldest(key, now)
 
     def wake_oldest(self, key, n):
@@ -1779,7 +1791,7 @@ ATTEMPTS_SHOWN = 100  # of one job, the last
 JSON_COLUMNS = "jobcmd", "filename", "files", "cwd", "outputs"
 ROWS_AT_ONCE = 70  # 999 variables: SQLite's limit before 3.32
 CHUNK = 5000  # jobs that one transaction of a sweeping change moves
-PRUNED = 1000  # attempts that one transaction looks at, one a tick
+PRUNED = 1000  # attempts that one transaction looks at
 PRUNE_EVERY = 3600  # seconds
 AWAY_AFTER = 300  # seconds without a heartbeat until a worker doesn't count
 
@@ -1824,31 +1836,34 @@ class Readers:
 
     def __init__(self, path):
         self.path = path
-        self.idle = deque()
+        self.idle = queue.LifoQueue()
+        for _ in range(self.KEPT):
+            self.idle.put(None)  # to be opened
 
     @contextlib.contextmanager
     def reading(self):
         """Hand out a connection with a snapshot of the database."""
+        connection = self.idle.get()
         try:
-            connection = self.idle.pop()
-        except IndexError:
-            connection = connect(self.path, readonly=True)
-        try:
+            connection = connection or connect(self.path, readonly=True)
             connection.execute("begin")
             yield connection
             connection.execute("rollback")
         except BaseException:
-            connection.close()
+            if connection:
+                connection.close()
+            connection = None
             raise
-        if len(self.idle) < self.KEPT:
-            self.idle.append(connection)
-        else:
-            connection.close()
+        finally:
+            self.idle.put(connection)
 
     def close(self):
         """Close the idle connections."""
-        while self.idle:
-            self.idle.pop().close()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                connection = self.idle.get_nowait()
+                if connection:
+                    connection.close()
 
 
 def new_figures():
@@ -1929,8 +1944,7 @@ class Store:
         self.max_attempts = max_attempts
         self.max_lapses = max_lapses
         self.keep_days = keep_days
-        self.prune_place = None  # id of the last attempt looked at, in a round
-        self.pruned_at = -math.inf  # when the last round began
+        self.pruned_at = -math.inf  # when prune() was run
         self.shared = shared
         self.open_to_all = open_to_all
         self.namespaces = {}  # ids of those in use, by jobix
@@ -1939,10 +1953,10 @@ class Store:
         self.large_bodies = threading.BoundedSemaphore(LARGE_BODIES)
         self.ending = threading.Event()
         self.ticker = None
-        self.readers = Readers(path)
         inspect(path)  # before a lock file is made beside it
         with translate_errors(path), contextlib.ExitStack() as undo:
             self.location = DatabaseLocation(path)
+            self.readers = Readers(self.location.file)
             self.lock = ServerLock(self.location, shared=shared)
             undo.callback(self.lock.close)
             fair_lock = FairLock(self.location.file, shared=shared)
@@ -1982,11 +1996,11 @@ class Store:
         killed server didn't come to are told of their parents' end.
         """
         tx.execute(SQL.RENEW_ALL, {"now": tx.now})
-        for parent, in tx.execute(SQL.UNFINISHED_PARENTS).fetchall():
-            tx.ended[parent] = -1
+        for parent, state in tx.execute(SQL.UNFINISHED_PARENTS).fetchall():
+            tx.announce(parent, dependency_end(state))
 
     def after_commit(self, tx):
-        """Keep what is left to tell, and wake long polls for freed jobs."""
+        """Keep unfinished propagation, wake long polls for freed jobs."""
         self.unfinished = tx.ended
         for key, n in tx.freed.items():
             self.wait_queue.wake(key, n)
@@ -2127,23 +2141,23 @@ class Store:
     # Jobs wait for others
 
     def propagate(self, tx):
-        """Tell the children of jobs in `tx.ended` what became of those.
+        """Propagate the ends of the parents in `tx.ended` to their children.
 
         An edge is met once and for all when the parent is done. While a
         parent is put aside its blocked children are aborted, and theirs.
-        `tx.ended` has for each parent the last child that was told: after
-        CHUNK children the rest stays there, for the next commit.
+        After CHUNK children the rest stays in `tx.ended`, for the next commit.
         """
         left = CHUNK
         while tx.ended and left > 0:
             revived = OrderedDict()  # each once, whatever its parents do
             while tx.ended and left > 0:
-                parent, after = tx.ended.popitem(last=False)
+                parent, (end, after) = tx.ended.popitem(last=False)
                 key = {"parent": parent, "after": after, "limit": left}
                 children = tx.execute(SQL.CHILDREN, key).fetchall()
-                self.tell_children(tx, parent, children, revived)
+                for child, in children:
+                    self.tell_child(tx, child, parent, end, revived)
                 if len(children) == left:
-                    tx.ended[parent] = children[-1]["child"]
+                    tx.announce(parent, end, child)
                 left -= 1 + len(children)
             for child in revived:
                 job = as_dict(
@@ -2152,32 +2166,24 @@ class Store:
                 if job["state"] == "aborted" != state:
                     self.move(tx, job, state=state)
 
-    def tell_children(self, tx, parent, children, revived):
-        """Do what one parent's state means for some of its children.
+    def tell_child(self, tx, child, parent, end, revived):
+        """Do what the end of a parent means for one child.
 
-        The ids of aborted children of a parent that isn't put aside any more
-        are added to `revived`: another parent may still be.
+        If the parent isn't put aside any more, the id of an aborted child is
+        added to `revived`: another parent may still be.
         """
-        if not children:
-            return
-        parent = tx.execute(SQL.JOB_BY_ID, {"id": parent}).fetchone()
-        end = dependency_end(parent["state"])
-        if parent["id"] in tx.met:
-            end = "met"
-        for child, in children:
-            if end == "met":
-                edge = {"child": child, "parent": parent["id"]}
-                tx.execute(SQL.MEET, edge)
-                tx.execute(SQL.MEET_ONE, edge)
-            job = as_dict(tx.execute(SQL.JOB_BY_ID, {"id": child}).fetchone())
-            if end == "unmet":
-                if job["state"] == "blocked":
-                    self.move(tx, job, state="aborted")
-            elif job["state"] == "aborted":
-                revived[child] = True
-            elif job["state"] == "blocked" and not job["unmet"]:
-                self.move(tx, job, state=stage_state(
-                    job["stage"], job["final"]))
+        if end == "met":
+            edge = {"child": child, "parent": parent}
+            tx.execute(SQL.MEET, edge)
+            tx.execute(SQL.MEET_ONE, edge)
+        job = as_dict(tx.execute(SQL.JOB_BY_ID, {"id": child}).fetchone())
+        if end == "unmet":
+            if job["state"] == "blocked":
+                self.move(tx, job, state="aborted")
+        elif job["state"] == "aborted":
+            revived[child] = True
+        elif job["state"] == "blocked" and not job["unmet"]:
+            self.move(tx, job, state=stage_state(job["stage"], job["final"]))
 
     def follow(self, tx, namespace, jobid, parents):
         """Let a new job wait for others; raise Error 400 without one of them.
@@ -2678,14 +2684,22 @@ class Store:
         }[action]
         _, states = SWEEPS[action]
         states = [known for known in states if state in (None, known)]
-        if ids is not None:
-            return self.sweep_ids(namespace, act, ids, states, stage)
-        found = self.ids_in(namespace, states, stage)
+        if ids is None:
+            ids = self.ids_in(namespace, states, stage)
+        else:
+            self.require_jobs(namespace, ids)
         return sum(
-            self.sweep_ids(
-                namespace, act, found[i : i + CHUNK], states, stage)
-            for i in range(0, len(found), CHUNK)
+            self.sweep_ids(namespace, act, ids[i : i + CHUNK], states, stage)
+            for i in range(0, len(ids), CHUNK)
         )
+
+    @query
+    def require_jobs(self, execute, namespace, ids):
+        """Raise Error 404 when one of the jobs `ids` doesn't exist."""
+        for jobid in ids:
+            key = {"namespace": namespace, "jobid": jobid}
+            if not execute(SQL.JOB, key).fetchone():
+                raise Error(404, "There is no job %d." % jobid)
 
     @query
     def ids_in(self, execute, namespace, states, stage):
@@ -2712,12 +2726,14 @@ class Store:
     @change
     def sweep_ids(self, tx, namespace, act, ids, states, stage):
         """Do `act` to those of the jobs `ids` that fit; count them."""
-        jobs = [self.find(tx, namespace, jobid) for jobid in ids]
-        return sum(
-            act(tx, job)
-            for job in jobs
-            if job["state"] in states and stage in (None, job["stage"])
-        )
+        done = 0
+        for jobid in ids:
+            key = {"namespace": namespace, "jobid": jobid}
+            job = tx.execute(SQL.JOB, key).fetchone()
+            if job and job["state"] in states \
+                    and stage in (None, job["stage"]):
+                done += act(tx, as_dict(job))
+        return done
 
     def retry_one(self, tx, job):
         """Let an ended job run again; return how many did: 1 or 0."""
@@ -2969,7 +2985,8 @@ class Store:
 
     @query
     def health(self, execute):
-        """Read one row; raise sqlite3.Error when the database is ill."""
+        """Raise Unavailable or sqlite3.Error when the database is ill."""
+        self.lock.check()
         execute(SQL.NAMESPACE, {"id": self.namespace}).fetchone()
 
     # What happens by itself
@@ -2982,8 +2999,12 @@ class Store:
     def tick_on(self):
         """Tick until the Store is closed."""
         while not self.ending.wait(self.TICK[self.shared]):
-            with contextlib.suppress(Error, sqlite3.Error):
-                self.tick()  # a full disk: once more at the next tick
+            try:
+                self.tick()
+            except (Error, sqlite3.Error):
+                pass  # a full disk: once more at the next tick
+            except Exception:
+                traceback.print_exc()
 
     def tick(self):
         """Do what time alone brings about.
@@ -2994,13 +3015,14 @@ class Store:
         freed, and prunes.
         """
         overdue, stale = self.behind()
-        while overdue or stale or self.unfinished:
+        while not self.ending.is_set() and (
+                overdue or stale or self.unfinished):
             self.catch_up(stale)
             overdue, stale = self.behind()
         if self.shared:
             self.wake_for_others(self.wait_queue.keys())
         if self.keep_days is not None:
-            self.prune_on()
+            self.prune()
 
     @query
     def behind(self, execute):
@@ -3029,21 +3051,18 @@ class Store:
             free = execute(SQL.COUNT_FREE, key).fetchone()[0]
             self.wait_queue.wake((namespace, stage), free)
 
-    def prune_on(self):
-        """Prune some attempts; begin a new round every hour.
-
-        A full disk raises, and the next call goes on from there.
+    def prune(self):
+        """Delete the spent attempts of jobs that ended long ago, every hour.
         """
-        now = self.clock()
-        if self.prune_place is None:
-            if 0 <= now - self.pruned_at < PRUNE_EVERY:
-                return
-            self.pruned_at, self.prune_place = now, 0
-        before = self.pruned_at - self.keep_days * 86400
-        self.prune_place = self.prune(self.prune_place, before)
+        now, after = self.clock(), 0
+        if not 0 <= now - self.pruned_at < PRUNE_EVERY:
+            self.pruned_at = now
+            before = now - self.keep_days * 86400
+            while after is not None and not self.ending.is_set():
+                after = self.prune_some(after, before)
 
     @change
-    def prune(self, tx, after, before):
+    def prune_some(self, tx, after, before):
         """Delete spent attempts of jobs that ended `before`.
 
         Of the PRUNED attempts that follow the id `after`; returns the id to
@@ -4347,6 +4366,8 @@ def body_in_memory(store, request):
     Only a few large ones at a time: inflated and parsed, each can take
     hundreds of MiB. Raises Error 503 if none of them ends in time.
     """
+    if request.length <= RECEIVED_FIRST:  # a slow sender holds up nobody
+        request.load()
     large = request.length >= LARGE_BODY
     if large and not store.large_bodies.acquire(timeout=MAX_WAIT):
         raise Unavailable("it has too many large requests")
@@ -5034,7 +5055,8 @@ class Server(ThreadingHTTPServer):
         """
         with self.changes:
             self.open.add(request)
-            sys.setswitchinterval(max(0.005, len(self.open) * self.SWITCH))
+            sys.setswitchinterval(
+                min(0.05, max(0.005, len(self.open) * self.SWITCH)))
             full = len(self.open) > self.limit
             park = self.parked > 0 and not full
             self.parked -= park
@@ -5098,7 +5120,7 @@ class Server(ThreadingHTTPServer):
         idle connections are closed.
         """
         self.ending, end = True, time.monotonic() + self.END
-        self.close_door()
+        self.close_listener(end)
         self.store.wake_all()
         with self.changes:
             self.changes.wait_for(lambda: not self.open, self.GRACE)
@@ -5110,11 +5132,11 @@ class Server(ThreadingHTTPServer):
                 lambda: not self.open, max(0, end - time.monotonic()))
         self.store.close()
 
-    def close_door(self):
+    def close_listener(self, end):
         """Accept the connections of the backlog, and none after them."""
         self.socket.setblocking(False)
         with contextlib.suppress(OSError):
-            while True:
+            while time.monotonic() < end:
                 self.process_request(*self.get_request())
         self.socket.shutdown(socket.SHUT_RDWR)  # wakes serve_forever()
         self.shutdown()
@@ -5365,11 +5387,13 @@ def serving(options, access_file, jobix=None):
 def until_signal():
     """Return an Event that a signal to end sets; it keeps the `number`."""
     ending = threading.Event()
+    ending.number = None
 
     def end(number, _):
         ending.number = number
-        # in a thread, for we may have interrupted who holds its lock
-        threading.Thread(target=ending.set).start()
+        # in a thread: the one interrupted here may hold the Event's lock
+        with contextlib.suppress(RuntimeError):  # there can be no more
+            threading.Thread(target=ending.set).start()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
@@ -5468,7 +5492,7 @@ def serve(options):
         print(announcement(options, access_file, access), flush=True)
         if not server.tls and not is_local(server):
             say(PLAIN_HTTP)
-        while not ending.wait(1):  # a signal just before it goes unheard
+        while not (ending.wait(1) or ending.number):
             server.store.lock.require()
     return 0
 

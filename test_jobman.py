@@ -417,7 +417,8 @@ class StoreCase(TemporaryFolder):
             steps[0] += 1
 
         def count(call):
-            for connection in [writer.connection, *self.store.readers.idle]:
+            readers = filter(None, self.store.readers.idle.queue)
+            for connection in [writer.connection, *readers]:
                 connection.set_progress_handler(call, 1)
 
         writer.run(lambda tx: count(step))
@@ -4434,11 +4435,10 @@ class SocketTest(StoreCase):
         self.assertEqual(5, len(select.select(polls, (), (), 0)[0]))
 
     def test_threads_are_used_again(self):
-        before = jobman.threads_of(os.getuid())
+        before = threading.active_count()
         for _ in range(100):
             self.call("/health")
-        self.assertLess(jobman.threads_of(os.getuid()), before + 50)
-        self.assertLess(self.door.server.parked, 20)
+        self.assertLess(threading.active_count(), before + 20)
 
     def test_a_stop_takes_no_time_where_nobody_is(self):
         took = []
@@ -13521,10 +13521,8 @@ class CareTest(TemporaryFolder):
     # Old attempts
 
     def kept(self, store):
-        """Return how many attempts each job has, after a round of ticks."""
+        """Return how many attempts each job has, after a tick."""
         store.tick()
-        while store.prune_place is not None:
-            store.tick()
         found = rows(store.readers.path, "select jobid, attempt.id is not"
                      " null as n from job left join attempt on job = job.id"
                      " order by jobid")
@@ -13867,7 +13865,7 @@ class FileSystemTest(TemporaryFolder):
                  ("locking_mode", "journal_mode", "synchronous")])
             spill = execute("pragma cache_spill").fetchone()
             self.assertIn(spill and spill[0], (0, None))  # None before 3.8
-            self.assertEqual([], list(store.readers.idle))
+            self.assertEqual({None}, set(store.readers.idle.queue))
         self.assertEqual(
             {"jobs.db", "mountinfo"}, set(os.listdir(self.folder)))
 
