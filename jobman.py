@@ -1859,11 +1859,14 @@ class Readers:
 
     def close(self):
         """Close the idle connections."""
+        idle = []
         with contextlib.suppress(queue.Empty):
             while True:
-                connection = self.idle.get_nowait()
-                if connection:
-                    connection.close()
+                idle.append(self.idle.get_nowait())
+        for connection in idle:
+            if connection:
+                connection.close()
+            self.idle.put(None)
 
 
 def new_figures():
