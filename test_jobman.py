@@ -4129,6 +4129,10 @@ class SocketTest(StoreCase):
                              client.recv(100))
             client.sendall(b"{}")
             self.assertIn(b" 200 ", client.recv(100)[:13])
+        reply = self.say(  # HTTP/1.0 doesn't know that answer
+            b"POST /set HTTP/1.0", b"jobix: 4711", b"Content-Length: 4",
+            b"Expect: 100-continue", b"", b"{}")
+        self.assertTrue(reply.startswith(b"HTTP/1.1 200 "), reply)
 
     def test_a_connection_that_breaks_in_a_body_is_no_fault_of_ours(self):
         head = b"POST /set HTTP/1.1\r\nHost: localhost\r\njobix: 1\r\n" \
