@@ -3537,7 +3537,9 @@ def claim_in_time(store, request, stages, claim, wait):
             if jobs or waiter is None:
                 return jobs
             woken = waiter.wait(end - time.monotonic())
-            if not woken or store.wait_queue.closed or request.gone():
+            if not woken or request.gone():
+                return []
+            if store.wait_queue.closed:  # thousands would claim once more
                 return []
             jobs = claim()
             if jobs:
@@ -4914,7 +4916,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             while time.monotonic() < end:
-                self.connection.settimeout(end - time.monotonic())
+                self.connection.settimeout(max(0.01, end - time.monotonic()))
                 if not self.connection.recv(65536):
                     break
 
@@ -5004,8 +5006,7 @@ class Server(ThreadingHTTPServer):
     are the connections, and those of them that are inside a request.
     """
 
-    daemon_threads = True
-    block_on_close = False  # stop() waits, and not for ever
+    daemon_threads = True  # stop() waits for them, and not for ever
     request_queue_size = 4096  # a thousand workers may start at once
     PARKED = 32  # threads kept for the next connections
     SWITCH = 2e-5  # seconds of the switch interval, for each connection

@@ -3900,8 +3900,9 @@ class WaitTest(StoreCase):
     def test_a_server_that_ends_answers_its_long_polls(self):
         answer = self.ask("/get/0?wait=60")
         self.listening(1)
-        self.closing.close()
+        self.store.wake_all()
         self.assertEqual("nada", answer())
+        self.assertEqual("nada", self.get(0, wait=60))  # and from then on
 
     def test_as_many_are_woken_as_there_are_jobs(self):
         queue, key = jobman.WaitQueue(9), (1, 0)
@@ -3922,13 +3923,14 @@ class WaitTest(StoreCase):
             self.assertEqual(min(n + 2, 8), sum(w.woken for w in waiters))
             waiter.used = True
             poll.__exit__(None, None, None)
-        with queue.join([key]) as last:  # of which nothing is left over
-            with queue.join([key]):
-                queue.wake(key)
-            self.assertTrue(last.woken)
-            with queue.join([key]) as new:
-                pass
-        self.assertFalse(new.woken)
+        with queue.join([key]) as only:
+            queue.wake(key, 9)  # of which nothing is left over
+            only.used = True
+        with queue.join([key]) as last:
+            with queue.join([key]) as first:
+                first.wake()
+                first.used = True
+            self.assertFalse(last.woken)
 
     def test_all_get_a_job_where_many_come_at_once(self):
         self.store.wait_queue.AT_ONCE = 2
@@ -4443,6 +4445,11 @@ class SocketTest(StoreCase):
         for _ in range(100):
             self.call("/health")
         self.assertLess(threading.active_count(), before + 20)
+        before = threading.active_count()
+        ended = self.door.server.parked + 2  # and those that accept and tick
+        self.closing.close()
+        wait_for(lambda: threading.active_count() <= before - ended,
+                 "the end of those without a connection")
 
     def test_a_stop_takes_no_time_where_nobody_is(self):
         took = []
