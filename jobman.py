@@ -8,10 +8,10 @@ file is the server and the command line, worker.py beside it runs the jobs.
     python3 jobman.py run 'COMMAND {}' ::: ITEM ...  a whole run in one command
     python3 jobman.py sbatch --nodes 4 --time 8h     workers for Slurm; or pbs
 
-What there is to see is at the server's /get, a page that is dashboard.html.
+The server's page, dashboard.html, is at /get.
 
 It needs Python 3.6 or later and SQLite 3.7.17 or later, nothing else.
-A request goes this way: front door, answer, endpoint, Store, Writer.
+A request passes Handler, respond(), an endpoint, Store and Writer.
 The manual is README.md.
 """
 
@@ -86,10 +86,10 @@ MAX_VALUES = 4000000  # brackets and commas in a body: they take memory
 MAX_JOBS = 250000  # in one request
 MAX_DEPTH = 200  # of nested lists and objects in a jobcmd
 MAX_CONNECTIONS = 20000
-FILES_KEPT = 100  # of those that a process may open, not for connections
-THREADS_KEPT = 50  # of those that it may start, not for connections
+FILES_KEPT = 100  # descriptors that connections leave to everything else
+THREADS_KEPT = 50  # threads that they leave to everything else
 LARGE_BODY = 2**14  # bytes from which a body counts as large
-LARGE_BODIES = 4  # of them that are in memory and parsed at a time
+LARGE_BODIES = 4  # large bodies that are parsed at a time
 RECEIVED_FIRST = 2**20  # bytes of a body that is received before its turn
 WRONG_JOBIX_PAUSE = 0.2  # seconds until a wrong jobix is refused
 MAX_NAME = 255  # characters of a worker's name or a submission's key
@@ -126,7 +126,7 @@ class Unavailable(Error):
 
 
 def cause(error):
-    """Return what went wrong: the system's words alone, where it has some."""
+    """Return an error's strerror if it has one, else the error itself."""
     return getattr(error, "strerror", None) or error
 
 
@@ -178,7 +178,7 @@ def unique(pairs):
     """Return the object of a JSON text, whose keys stand there once each."""
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise Error(400, "A key stands twice in an object.")
+        raise Error(400, "An object has a key twice.")
     return value
 
 
@@ -351,7 +351,7 @@ create table submission (
 
 
 class SQL:
-    """Every statement that runs on an open database."""
+    """The statements of the Store, the Writer and check."""
 
     SETTING = "select value from setting where name = :name"
     SET_SETTING = "insert into setting values (:name, :value)"
@@ -694,27 +694,28 @@ class SQL:
         select case
             when state not in ('waiting', 'delayed', 'blocked', 'working',
                 'done', 'failed', 'cancelled', 'aborted')
-                then 'in no state that there is'
+                then 'in an unknown state'
             when free != (state in ('waiting', 'done') or state = 'working'
-                and lease is null) then 'free by mistake, or not'
+                and lease is null) then 'free by mistake, or not free'
             when state = 'working' and (claim is null
                 or claimed_from is null or claimed_to is null)
                 then 'working without a claim'
             when state = 'working' and (expires_at is null)
-                != (lease is null) then 'working on half a lease'
+                != (lease is null) then 'on a lease without an end'
             when state = 'delayed' and expires_at is null
-                then 'delayed for ever'
+                then 'delayed without an end'
             when state not in ('working', 'delayed')
-                and expires_at is not null then 'waiting for no time'
+                and expires_at is not null
+                then 'given an end without a lease or delay'
             when state != 'working' and lease is not null
-                then 'on lease to nobody'
+                then 'on a lease without a worker'
             when state in ('delayed', 'failed', 'cancelled', 'aborted')
-                and claim is not null then 'claimed and put aside'
+                and claim is not null then 'claimed after their end'
             when state = 'done' and (final is null or stage < final)
                 then 'done before the last stage'
             when state = 'waiting' and stage >= final
                 then 'waiting in the last stage'
-            when expired not in (0, 1) then 'expired by half'
+            when expired not in (0, 1) then 'neither expired nor not'
             when state = 'waiting' and unmet > 0
                 then 'waiting, and for others too'
             when state in ('blocked', 'aborted') and unmet = 0
@@ -779,7 +780,7 @@ def find_mount(folder):
 def try_locks(file):
     """Return whether POSIX locks on a file "work", "fail" or "lie".
 
-    A process isn't refused a lock that it has, so a child asks for it, too.
+    A process is always granted a lock that it holds, so a child tries it.
     """
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -831,7 +832,7 @@ class DatabaseLocation:
             text += " (%s)" % self.source
         if self.locks != "work":
             text += ", where locks " + (
-                "fail" if self.locks == "fail" else "exclude nobody")
+                "fail" if self.locks == "fail" else "have no effect")
         return text
 
 
@@ -1056,7 +1057,7 @@ LOCK_LENGTH = 512  # bytes of a lock file, which is never truncated
 
 
 def identity(path):
-    """Return what tells a file from all others, None if there is no file."""
+    """Return the device and inode of a file, None if there is no file."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -1167,7 +1168,7 @@ class ServerLock:
         self.confirmed_at = self.clock()
         self.write()
         if self.location.exclusive and not new:
-            time.sleep(self.LOOK)  # another server may take it over as well
+            time.sleep(self.LOOK)  # another server may be taking it over, too
             if not self.holds_file():
                 raise self.refusal(read_holder(self.location))
 
@@ -1311,8 +1312,8 @@ class FairLock:
     """Make the processes that share a database take turns.
 
     SQLite's own lock is unfair: it may starve a process for minutes. Here a
-    process holds the gate while it waits for its turn. The one whose turn
-    ends finds the gate closed if it wants another, and so comes after it.
+    process holds the gate while it waits for its turn. One that wants another
+    turn finds the gate closed, and queues behind the waiting process.
     """
 
     def __init__(self, path, *, shared):
@@ -1492,7 +1493,7 @@ class PartialWrite(Exception):
 class Operation:
     """A change on its way through the Writer, and its result or error.
 
-    `ready` is released when its thread shall lead, or when it is over.
+    `ready` is released when it is over, or when its thread must lead.
     """
 
     __slots__ = ("act", "error", "over", "partial", "ready", "result")
@@ -1572,11 +1573,11 @@ class Writer:
             self.commit(batch)
         finally:
             with self.mutex:
-                heir = self.queue[0] if self.queue else None
-                self.leading = heir is not None
+                leader = self.queue[0] if self.queue else None
+                self.leading = leader is not None
                 self.idle.notify_all()
-            if heir:
-                heir.ready.release()
+            if leader:
+                leader.ready.release()
             for operation in batch:
                 operation.over = True
                 operation.ready.release()
@@ -1768,14 +1769,14 @@ class WaitQueue:
             return list(self.waiters)
 
     def close(self):
-        """Wake all waiters; nobody waits from now on."""
+        """Wake all waiters, and refuse new ones."""
         with self.mutex:
             self.closed = True
             waiters = set().union(*self.waiters.values())
             self.waiters.clear()
         for waiter in waiters:
             waiter.wake()
-            time.sleep(0.0001)  # all at once would fight for Python's lock
+            time.sleep(0.0001)  # waking all at once causes GIL contention
 
 
 # ----------------------------------------------------------------- store ---
@@ -1924,7 +1925,7 @@ class Spent:
 
 
 class Store:
-    """The jobs and everything that can happen to them.
+    """The jobs, and all operations on them.
 
     Methods speak the contract's words; `namespace` is the id that admit()
     returns for a jobix. Those marked `change` go through the Writer, are on
@@ -1979,7 +1980,7 @@ class Store:
             undo.pop_all()
 
     def wake_all(self):
-        """Answer the long polls, now and from now on."""
+        """Answer all long polls at once, present and future."""
         self.ending.set()
         self.wait_queue.close()
 
@@ -2109,10 +2110,9 @@ class Store:
             self.end_attempt(tx, job, outcome)
 
     def begin(self, tx):
-        """Do what every commit begins with.
+        """Begin a commit: lapse overdue leases, end delays that are over.
 
-        Leases lapse and delays end whose time has come; what propagate() has
-        left is taken up again.
+        What propagate() has left is taken up again.
         """
         tx.ended.update(self.unfinished)
         values = {"now": tx.now, "limit": CHUNK}
@@ -2141,7 +2141,7 @@ class Store:
         self.move(tx, job, stage=stage, state=state, claim=claim,
                   lapses=lapses)
 
-    # Jobs wait for others
+    # Dependencies
 
     def propagate(self, tx):
         """Propagate the ends of the parents in `tx.ended` to their children.
@@ -2189,7 +2189,7 @@ class Store:
             self.move(tx, job, state=stage_state(job["stage"], job["final"]))
 
     def follow(self, tx, namespace, jobid, parents):
-        """Let a new job wait for others; raise Error 400 without one of them.
+        """Make a new job depend on others; raise Error 400 if one is missing.
         """
         job = self.find(tx, namespace, jobid)
         edges = [{"namespace": namespace, "child": job["id"], "parent": parent}
@@ -2206,7 +2206,7 @@ class Store:
         if state != job["state"]:
             self.move(tx, job, state=state)
 
-    # Jobs come in
+    # Adding jobs
 
     def insert_jobs(self, tx, namespace, ids, jobs):
         """Add jobs with these ids; leave existing ones as they are.
@@ -2285,7 +2285,7 @@ class Store:
         self.insert_jobs(tx, namespace, range(last + 1, first), new)
         return given
 
-    # Jobs are claimed
+    # Claiming jobs
 
     @change
     def claim(
@@ -2295,7 +2295,7 @@ class Store:
 
         A job moves to the stage `target`, or one up without it. `worker` is
         a name or None, `lease` is in seconds or None. Returns the jobs as
-        they are in the claim, dicts of SQL.ANY_JOB.
+        they are in the claim, dicts of SQL.WHOLE_JOB.
         """
         jobs = []
         for stage in dict.fromkeys(stages):
@@ -2339,7 +2339,7 @@ class Store:
             lapses=0 if fresh else job["lapses"],
         )
 
-    # An attempt ends
+    # Ending attempts
 
     @change
     def update_jobs(self, tx, namespace, updates):
@@ -2518,7 +2518,7 @@ class Store:
         if job["claim"] is None:
             raise Error(409, "Nobody has claimed job %d." % job["jobid"])
 
-    # Workers say how they are
+    # Heartbeats
 
     @change
     def heartbeat(self, tx, namespace, *, claims, lease, worker):
@@ -2569,7 +2569,7 @@ class Store:
         if not tx.execute(SQL.DRAIN, values).rowcount:
             raise Error(404, "There is no worker %s." % name)
 
-    # Stages are paused, and have lifetimes
+    # Stages
 
     @change
     def pause(self, tx, namespace, stage, *, paused):
@@ -2670,7 +2670,7 @@ class Store:
                       lapses=0)
         return not marked, len(moving)
 
-    # Jobs are retried, cancelled, released, forgotten
+    # Retrying, cancelling, releasing, forgetting
 
     def sweep(self, namespace, action, *, ids=None, stage=None, state=None):
         """Do an action of SWEEPS to the selected jobs; return how many.
@@ -2739,7 +2739,7 @@ class Store:
         return done
 
     def retry_one(self, tx, job):
-        """Let an ended job run again; return how many did: 1 or 0."""
+        """Retry an ended job; return 1, or 0 if it can't be."""
         done = job["state"] == "done"
         stage = job["claimed_from"] if done else job["stage"]
         if stage is None:  # nobody ever claimed it
@@ -2774,7 +2774,7 @@ class Store:
         tx.expired[group] -= job["expired"]
         return 1
 
-    # What there is
+    # Figures and pages
 
     @query
     def status(self, execute, namespace):
@@ -2992,7 +2992,7 @@ class Store:
         self.lock.check()
         execute(SQL.NAMESPACE, {"id": self.namespace}).fetchone()
 
-    # What happens by itself
+    # Periodic work
 
     def keep_ticking(self):
         """Start a thread that ticks about once a second."""
@@ -3012,7 +3012,7 @@ class Store:
     def tick(self):
         """Do what time alone brings about.
 
-        Requests let leases lapse for themselves: the tick wakes the long
+        Each commit lapses overdue leases by itself: the tick wakes the long
         polls that wait for those jobs. It marks the expired, goes on with
         what propagate() left, wakes long polls for jobs that other processes
         freed, and prunes.
@@ -3154,7 +3154,7 @@ class Request:
             if name not in readers:
                 raise Error(400, "There is no option %.80r here." % name)
             if values[name] is not None:
-                raise Error(400, "The option %s stands twice." % name)
+                raise Error(400, "The option %s is given twice." % name)
             values[name] = readers[name](text, name)
         return values
 
@@ -3333,7 +3333,7 @@ def jobid_list(value, name):
     return list(dict.fromkeys(JOBID(jobid, name) for jobid in bounded(value)))
 
 
-# What a job may carry in /set: each key with its reader.
+# Fields of a job in /set, each with its reader.
 CARRIES = {
     "jobstage": STAGE,
     "jobcmd": anything,
@@ -3348,7 +3348,7 @@ CARRIES = {
 }
 BLANK = dict(dict.fromkeys(CARRIES), priority=0)
 
-# What a worker may say of itself, each key with its reader.
+# Fields of a heartbeat, each with its reader.
 ABOUT_WORKER = {
     "host": label,
     "stages": stages_served,
@@ -3422,19 +3422,19 @@ def read_time(value):
         return seconds(value, "seconds")
 
 
-# What an attempt's end may say of itself, each key with its reader.
+# Fields of the report on an ended attempt, each with its reader.
 REPORTS = {
     "exit_code": read_status,
     "error": read_tail,
     "stderr": read_tail,
     "seconds": read_time,
 }
-# What an update may bring, each key with its reader.
+# Fields of an update, each with its reader.
 RESULTS = {"filename": string, "jobcmd": anything, "files": read_files}
 
 
 def read_report(given):
-    """Return what an attempt's end says of itself, as columns."""
+    """Return the report on an ended attempt, as columns."""
     return {
         name: read(given[name])
         for name, read in REPORTS.items() if name in given
@@ -3505,7 +3505,7 @@ def post_set(store, request):
     jobs = read_jobs(bounded(given).values())
     ids = [JOBID(number(jobid), "jobid") for jobid in given]
     if len(set(ids)) != len(ids):
-        raise Error(400, "A jobid stands twice.")
+        raise Error(400, "A jobid is given twice.")
     require_order(ids, jobs)
     store.add_jobs(request.namespace, ids, jobs)
     return Response.text("Accepted to %d!" % request.jobix)
@@ -3644,7 +3644,7 @@ def post_update_jobs(store, request):
 
 
 def post_fail_job(store, request, jobid):
-    """Take note that an attempt failed."""
+    """Record a failed attempt."""
     given = request.options(claim=token)
     given["report"] = read_report(read_object(request))
     return Response.json(store.fail_job(request.namespace, jobid, **given))
@@ -3747,8 +3747,8 @@ def post_sweep(store, request):
 def tagged(request, text, same=None):
     """Answer with JSON text, or with 304 when the caller has it already.
 
-    `same` is what has to be the same for that, if not all of it. RFC 9110
-    has the headers; the tag is weak, for `same` may leave something out.
+    `same` is the text that the tag covers, by default all of it; since it may
+    leave something out, the tag is weak. RFC 9110 has the headers.
     """
     same = text if same is None else same
     tag = 'W/"%s"' % hashlib.sha256(same.encode("ascii")).hexdigest()[:24]
@@ -3758,7 +3758,7 @@ def tagged(request, text, same=None):
 
 
 def timed(request, now, value):
-    """Answer as `tagged` with `value` and the time, which alone isn't news."""
+    """Answer as tagged() with `value` and the time, which the tag ignores."""
     text = to_json(value)
     return tagged(request, '{"time": %s, %s' % (to_json(now), text[1:]), text)
 
@@ -4214,7 +4214,7 @@ def get_dashboard(store, request):
 
 
 def get_greeting(store, request):
-    """Say who is here; a browser gets the dashboard."""
+    """Return a greeting; a browser gets the dashboard."""
     if "text/html" in request.headers.get("accept", ""):
         return get_dashboard(store, request)
     return Response.text("This is jobman %s, a job manager." % __version__)
@@ -4346,13 +4346,13 @@ def find_route(request):
 
 
 def error_response(error):
-    """Return the Response that an Error is."""
+    """Convert an Error into a Response."""
     headers = list(error.headers.items())
     return Response.json({"error": str(error)}, error.status, headers)
 
 
 def authorize(store, request, endpoint):
-    """Let the sender of a request use an endpoint; or raise Error 403.
+    """Check that the caller may use an endpoint; raise Error 403.
 
     A jobix that is new to an open server gets its namespace here.
     """
@@ -4744,14 +4744,14 @@ def check_host(host, names):
     """Raise Error 421 for a name that isn't among `names`, our own.
 
     Another site's name can be led to our address (DNS rebinding): then a
-    browser takes us for that site, and its pages may call us. No address in
-    figures is a name, and `localhost` is nobody else's (RFC 6761).
+    browser takes us for that site, and its pages may call us. A numeric
+    address needs no check, nor does `localhost` (RFC 6761).
     """
     name = name_of(host)
     if not FIGURES.fullmatch(name) and name not in names:
         if not re.fullmatch(r"(.*\.)?localhost", name):
-            raise Error(421, "This server doesn't know itself as %s: start it"
-                        " with that name in --url, or use another." % name)
+            raise Error(421, "%s is not a name of this server: start it with"
+                        " that name in --url, or use another." % name)
 
 
 def check_origin(headers, host, names):
@@ -4800,8 +4800,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     IDLE = 300  # seconds until another request
     HEAD = 20  # seconds for a request line and its headers
     LINGER = 2  # seconds to read on after a refusal
-    PATIENCE = 60  # seconds for a body or a response, beside
-    SLOWEST = 2**16  # bytes a second
+    PATIENCE = 60  # seconds for a body or a response, and for its size …
+    SLOWEST = 2**16  # … a second for so many bytes
     CALL = 5  # seconds until a call on a socket looks at its deadline
 
     def setup(self):
@@ -4928,7 +4928,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def own_names():
-    """Return by what names this host may be called, as far as it knows."""
+    """Return this host's own names, with and without a domain."""
     name = socket.gethostname().lower()
     return frozenset((name, name.partition(".")[0]))
 
@@ -5279,7 +5279,7 @@ SNAPSHOT_EVERY = 60  # seconds
 
 
 def snapshot_page(seen):
-    """Return what was seen at a glance as a page that needs no server."""
+    """Return an overview as a page that needs no server."""
     page = dashboard_file()
     if page is None or SLOT not in page:
         page = plain_view(seen)
@@ -5424,8 +5424,8 @@ Add a job, then run what waits, here or on any node that sees this home:
 
 
 PLAIN_HTTP = (
-    "jobman.py: This is plain HTTP: who can read the network's traffic can"
-    " read the jobix, and use it (see --tls)."
+    "jobman.py: This is plain HTTP: anyone who can read the network's"
+    " traffic can read the jobix, and use it (see --tls)."
 )
 
 
@@ -5465,8 +5465,8 @@ def own_jobix(options):
         with open(path) as file:
             if os.fstat(file.fileno()).st_mode & 0o077:
                 raise CommandError(
-                    "Others can read %s: chmod 600 it, and put a new number"
-                    " there if somebody may have." % path)
+                    "Others can read %s: chmod 600 it, and replace the number"
+                    " if somebody may have read it." % path)
             return read_jobix(file.read(100), path)
     except OSError as error:
         raise CommandError("%s: %s." % (path, error.strerror)) from None

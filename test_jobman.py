@@ -13449,11 +13449,11 @@ class CareTest(TemporaryFolder):
         "update job set namespace = 99 where jobid = 60":
             ("counts", "stage 0, waiting: counted 0, there 1"),
         "update job set free = -3 where jobid = 60":
-            ("jobs", "1 jobs are free by mistake, or not (job 60)"),
+            ("jobs", "1 jobs are free by mistake, or not free (job 60)"),
         "update job set free = 0 where jobid = 60":
-            ("jobs", "1 jobs are free by mistake, or not (job 60)"),
+            ("jobs", "1 jobs are free by mistake, or not free (job 60)"),
         "update job set free = 1 where state = 'working'":
-            ("jobs", "1 jobs are free by mistake, or not"),
+            ("jobs", "1 jobs are free by mistake, or not free"),
         "insert into attempt (job, claim, attempt, stage, started, ended,"
         " outcome) values (9999, 'x', 1, 0, 0, 0, 'done')":
             ("attempts", "1 attempts are of no job"),
@@ -13464,17 +13464,17 @@ class CareTest(TemporaryFolder):
         "update job set claimed_to = null where state = 'working'":
             ("jobs", "1 jobs are working without a claim"),
         "update job set expires_at = null where state = 'working'":
-            ("jobs", "1 jobs are working on half a lease"),
+            ("jobs", "1 jobs are on a lease without an end"),
         "update job set lease = null, free = 1 where state = 'working'":
-            ("jobs", "1 jobs are working on half a lease"),
+            ("jobs", "1 jobs are on a lease without an end"),
         "update job set expires_at = null where state = 'delayed'":
-            ("jobs", "2 jobs are delayed for ever"),
+            ("jobs", "2 jobs are delayed without an end"),
         "update job set expires_at = 5 where jobid = 60":
-            ("jobs", "1 jobs are waiting for no time (job 60)"),
+            ("jobs", "1 jobs are given an end without a lease or delay"),
         "update job set lease = 5 where jobid = 60":
-            ("jobs", "1 jobs are on lease to nobody"),
+            ("jobs", "1 jobs are on a lease without a worker"),
         "update job set claim = 'x' where state = 'cancelled'":
-            ("jobs", "2 jobs are claimed and put aside (job 50)"),
+            ("jobs", "2 jobs are claimed after their end (job 50)"),
         "update job set laststage = 6 where state = 'done'":
             ("jobs", "10 jobs are done before the last stage"),
         "update job set laststage = null where state = 'done'":
@@ -13483,7 +13483,7 @@ class CareTest(TemporaryFolder):
             ("jobs", "1 jobs are waiting in the last stage (job 60)"),
         "update job set expired = 2 where jobid = 60;"
         "update tally set expired = 2 where state = 'waiting'":
-            ("jobs", "1 jobs are expired by half (job 60)"),
+            ("jobs", "1 jobs are neither expired nor not (job 60)"),
         "update job set unmet = 1 where jobid = 60;"
         "insert into dependency select id, 1, 0 from job where jobid = 60":
             ("jobs", "1 jobs are waiting, and for others too (job 60)"),
@@ -13525,7 +13525,7 @@ class CareTest(TemporaryFolder):
         self.change(path, "update job set state = 'odd\n' where jobid = 60")
         status, found = self.check()
         self.assertEqual(1, status)
-        self.assertIn("1 jobs are in no state that there is (job 60)",
+        self.assertIn("1 jobs are in an unknown state (job 60)",
                       found["jobs"])
         self.assertIn(r"stage 0, odd\n: counted 0, there 1", found["counts"])
 
@@ -14158,7 +14158,7 @@ class LyingLocksTest(FailingLocksTest):
     """On a file system where locks are given to everybody."""
 
     locks = "lie"
-    said = r"where locks exclude nobody:"
+    said = r"where locks have no effect:"
 
     TAKE = """
 import glob, os, sys, time
@@ -15773,7 +15773,7 @@ class DoctorTest(Certified, CommandCase):
         shim = compile_shim(self.folder)
         if not shim:
             self.skipTest("no C compiler")
-        for locks, said in (("fail", "fail"), ("lie", "exclude nobody")):
+        for locks, said in (("fail", "fail"), ("lie", "have no effect")):
             self.environment.update(LD_PRELOAD=shim, LOCKS=locks)
             found = self.examine("--db", "new.db")
             self.assertWrong(
