@@ -2892,6 +2892,43 @@ class SweepTest(StoreCase):
         self.assertEqual([], figures["stages"])
         self.assertEqual(0, figures["totals"]["jobs"])
 
+    def test_a_server_that_lost_its_database_is_not_well(self):
+        self.store.lock.lost = "another server has it"
+        reply = exchange(self.address, "GET", "/health")
+        self.assertReply(503, reply)
+
+    def test_a_fault_does_not_end_the_ticks(self):
+        ticks = []
+
+        def tick():
+            ticks.append(1)
+            raise OSError("no locks available")
+
+        self.store.TICK, self.store.tick = {False: 0.01}, tick
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            wait_for(lambda: len(ticks) > 2, "more ticks")
+            self.closing.close()
+        self.assertIn("no locks available", said.getvalue())
+
+    def test_a_job_that_is_gone_meanwhile_is_passed_over(self):
+        self.set_jobs([1, 2], laststage=0)
+        real = self.store.ids_in
+        self.store.ids_in = lambda *args: [*real(*args), 3]
+        self.assertEqual({"forgotten": 2}, self.ok("/forget", {"all": True}))
+
+    def test_readers_are_bounded_and_wait_for_one_another(self):
+        self.set_jobs([1])
+        self.ok("/status")  # from now on the namespace is known
+        with contextlib.ExitStack() as reading:
+            for _ in range(jobman.Readers.KEPT):
+                reading.enter_context(self.store.readers.reading())
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                status = pool.submit(self.ok, "/status")
+                self.set_jobs([2])
+                self.assertFalse(status.done())
+                reading.close()
+                self.assertEqual(2, status.result()["totals"]["jobs"])
+
     def test_health_looks_at_the_database(self):
         reply = exchange(self.address, "GET", "/health")
         self.assertEqual("ok", self.assertReply(200, reply).json()["status"])
@@ -3282,6 +3319,29 @@ class DependencyTest(StoreCase):
         self.assertEqual(
             {(0, "waiting"): n - 1, (2, "done"): 1}, self.states())
         self.assertCounts()
+
+    def test_edges_are_met_though_the_parent_runs_again_meanwhile(self):
+        self.replace("CHUNK", 3)
+        self.store.ending.set()  # no tick comes between
+        self.add({0: []})
+        self.add({i: [0] for i in range(1, 12)})
+        self.finish(0)
+        self.call("/update_job/0/0")
+        for _ in range(4):
+            self.ok("/pause/9", {})
+        self.assertEqual({(0, "waiting"): 12}, self.states())
+
+    def test_a_server_that_ends_leaves_the_rest_to_the_next(self):
+        self.add({0: []})
+        self.add({i: [0] for i in range(1, 12)})
+        self.replace("CHUNK", 3)
+        self.store.ending.set()
+        self.ok("/cancel", {"ids": [0]})
+        self.store.tick()
+        self.assertTrue(self.store.unfinished)
+        self.restart()
+        self.assertEqual(
+            {(0, "aborted"): 11, (0, "cancelled"): 1}, self.states())
 
     def ends(self):
         """Yield ways for a parent's end and its children's state then.
@@ -3939,6 +3999,16 @@ class WaitTest(StoreCase):
         self.set_jobs(range(30))
         self.assertEqual(set(range(30)), {a()["jobid"] for a in answers})
 
+    def test_no_more_wake_ups_are_due_than_there_are_waiters(self):
+        queue, key = jobman.WaitQueue(9), (1, 0)
+        queue.AT_ONCE = 1
+        with queue.join([key]) as one, queue.join([key]) as two:
+            queue.wake(key, 1000)
+            queue.wake(key, 1000)
+            self.assertEqual((True, True), (one.woken, two.woken))
+            self.assertEqual({key: 1}, queue.more)
+        self.assertEqual({}, queue.more)
+
     def test_an_unused_wake_up_is_passed_on(self):
         queue, key = jobman.WaitQueue(9), (1, 0)
         with queue.join([key]) as last:
@@ -4525,6 +4595,7 @@ class AtOnceTest(StoreCase):
 
     def test_few_large_bodies_are_in_memory_at_a_time(self):
         self.store.large_bodies = threading.BoundedSemaphore(2)
+        self.set_jobs([0])  # so that there is a namespace
         large = {i: {"jobstage": 0, "jobcmd": os.urandom(999).hex()}
                  for i in range(100)}
         go, writer = self.lead(), self.store.writer
@@ -4544,6 +4615,16 @@ class AtOnceTest(StoreCase):
             reply = self.assertReply(503, self.post("/set", large))
             self.assertEqual("1", reply.headers["retry-after"])
         self.assertReply(200, self.post("/set", large))
+
+    def test_slow_senders_keep_no_body_from_its_turn(self):
+        self.store.large_bodies = threading.BoundedSemaphore(1)
+        head = b"POST /set HTTP/1.1\r\nHost: localhost\r\njobix: 4711\r\n" \
+            b"Content-Length: %d\r\n\r\n{" % jobman.RECEIVED_FIRST
+        with socket.create_connection(self.address, PATIENCE) as slow:
+            slow.sendall(head)
+            wait_for(lambda: self.door.server.busy, "the slow one")
+            large = {1: {"jobstage": 0, "jobcmd": os.urandom(20000).hex()}}
+            self.assertReply(200, self.post("/set", large))
 
     def test_requests_that_come_at_once_are_answered_in_order(self):
         self.set_jobs([1, 2])
@@ -13780,6 +13861,24 @@ class FileSystemTest(TemporaryFolder):
 28 20 0:33 / /win rw - fuseblk /dev/sdd1 rw
 29 20 0:34 / /odd rw - nfs odd" - "name rw
 """
+
+    def test_readers_stay_with_the_database_when_a_link_is_changed(self):
+        link = self.path("link.db")
+        os.symlink("one.db", link)
+        with contextlib.closing(jobman.Store(link)) as store:
+            os.unlink(link)
+            os.symlink("two.db", link)
+            store.add_jobs(store.namespace, *to_add({1: {"jobstage": 0}}))
+            self.assertIsNotNone(store.job(store.namespace, 1))
+
+    def test_a_turn_that_fails_leaves_the_gate_open(self):
+        fair = jobman.FairLock(self.path("a"), shared=True)
+        os.close(fair.turn)
+        with self.assertRaises(OSError), fair:
+            pass
+        other = os.open(self.path("a.gate"), os.O_RDWR)
+        self.addCleanup(os.close, other)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def mounts(self, text):
         """Let jobman see other mounts than there are."""
