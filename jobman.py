@@ -3059,10 +3059,10 @@ class Store:
         """
         now, after = self.clock(), 0
         if not 0 <= now - self.pruned_at < PRUNE_EVERY:
-            self.pruned_at = now
             before = now - self.keep_days * 86400
             while after is not None and not self.ending.is_set():
                 after = self.prune_some(after, before)
+            self.pruned_at = now  # not if a full disk has ended it before
 
     @change
     def prune_some(self, tx, after, before):
