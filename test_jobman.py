@@ -1127,7 +1127,6 @@ class ContractTest(StoreCase):
         self.assertEqual(self.ok("/status"), self.ok("//status"))
         self.assertIn("jobman", exchange(self.address, "GET", "//").text)
         self.assertReply(404, self.call("/status/"))
-        self.assertReply(400, self.call("/get//0"))
         self.assertEqual({(2, "waiting"): 1}, self.states())
 
     def test_only_a_call_that_may_change_something_makes_a_namespace(self):
@@ -16928,15 +16927,10 @@ class ApacheStore:
         """Return whether nothing is due, by what the database has."""
         now = self.clock()
         with contextlib.closing(self.look()) as db:
-            due, = db.execute(jobman.SQL.NEXT_DUE).fetchone()
-            overdue = [
-                db.execute(jobman.SQL.ANY_OVERDUE, {
-                    "jobix": jobix, "stage": stage,
-                    "before": now - minutes * 60}).fetchone()
-                for jobix, stage, minutes in db.execute(
-                    jobman.SQL.ALL_LIFETIMES).fetchall()
-            ]
-        return not any(overdue) and (due is None or due > now)
+            due, = db.execute(jobman.SQL.NEXT_EXPIRY).fetchone()
+            stale = db.execute(
+                jobman.SQL.STALE_STAGES, {"now": now}).fetchone()
+        return stale is None and (due is None or due > now)
 
 
 @long
