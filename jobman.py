@@ -1591,8 +1591,12 @@ class Writer:
         """
         left = batch
         try:
-            while left and not self.commit_whole(left):
-                left = [each for each in left if not each.partial]
+            while left:
+                try:
+                    self.transact(left)
+                    break
+                except PartialWrite:
+                    left = [each for each in left if not each.partial]
         except BaseException as error:
             failure = error
             if isinstance(error, (sqlite3.Error, OSError)):
@@ -1602,21 +1606,11 @@ class Writer:
             if not isinstance(error, Exception):
                 raise
 
-    def commit_whole(self, batch):
-        """Commit the operations of `batch`; return False if one is partial."""
-        with contextlib.suppress(PartialWrite):
-            with self.transaction(self.prepare) as transaction:
-                for operation in batch:
-                    operation.run(transaction)
-            return True
-        return False
+    def transact(self, operations):
+        """Run operations and commit; roll back on any error.
 
-    @contextlib.contextmanager
-    def transaction(self, prepare):
-        """Begin, call `prepare`, hand out a Transaction, commit.
-
-        Rolls back on any error. The server lock is checked once more before
-        the commit, for until then nothing of this is in the database.
+        The server lock is checked once more before the commit, for until then
+        nothing of this is in the database.
         """
         with self.fair_lock:
             self.lock.check()
@@ -1624,8 +1618,9 @@ class Writer:
             execute("begin immediate")
             try:
                 transaction = Transaction(self.connection, self.clock())
-                prepare(transaction)
-                yield transaction
+                self.prepare(transaction)
+                for operation in operations:
+                    operation.run(transaction)
                 self.finish(transaction)
                 transaction.write_counts()
                 self.lock.check()
@@ -1966,15 +1961,15 @@ class Store:
             fair_lock = FairLock(self.location.file, shared=shared)
             with fair_lock:
                 connection = open_writer(self.location)
-            self.lock.watch_database()
-            self.writer = Writer(
-                connection, fair_lock, self.lock, clock,
-                prepare=self.begin, finish=self.propagate,
-                committed=self.after_commit,
-            )
-            undo.callback(self.writer.close)
-            with self.writer.transaction(self.start) as tx:
-                own = self.own_namespace(tx, jobix)
+                self.lock.watch_database()
+                self.writer = Writer(
+                    connection, fair_lock, self.lock, clock,
+                    prepare=self.begin, finish=self.propagate,
+                    committed=self.after_commit,
+                )
+                undo.callback(self.writer.close)
+                self.resume(connection.execute)
+            own = self.writer.run(lambda tx: self.own_namespace(tx, jobix))
             self.namespace = own["id"]
             self.jobix, self.reading_jobix = own["jobix"], own["reading"]
             undo.pop_all()
@@ -1993,15 +1988,15 @@ class Store:
         self.writer.close()
         self.lock.close()
 
-    def start(self, tx):
-        """Begin where the last server ended.
+    def resume(self, execute):
+        """Resume where the last server ended.
 
-        Every live lease gets its full time again, and the children that a
-        killed server didn't come to are told of their parents' end.
+        Every live lease gets its full time again, and propagation goes on for
+        parents whose children a killed server hasn't all told.
         """
-        tx.execute(SQL.RENEW_ALL, {"now": tx.now})
-        for parent, state in tx.execute(SQL.UNFINISHED_PARENTS).fetchall():
-            tx.announce(parent, dependency_end(state))
+        execute(SQL.RENEW_ALL, {"now": self.clock()})
+        for parent, state in execute(SQL.UNFINISHED_PARENTS).fetchall():
+            self.unfinished[parent] = dependency_end(state), -1
 
     def after_commit(self, tx):
         """Keep unfinished propagation, wake long polls for freed jobs."""
@@ -2707,10 +2702,18 @@ class Store:
     @query
     def ids_in(self, execute, namespace, states, stage):
         """Return the ids of all jobs in `states` and a stage, None: any."""
+        found = self.in_groups(execute, SQL.GROUP, namespace, states, stage)
+        return [jobid for jobid, in found]
+
+    def in_groups(self, execute, sql, namespace, states, stage, **values):
+        """Return what a statement finds in each group of jobs, as tuples.
+
+        The groups are those of groups(), whose keys are among its values.
+        """
         return [
-            jobid
+            tuple(row)
             for group in self.groups(execute, namespace, states, stage)
-            for jobid, in execute(SQL.GROUP, group)
+            for row in execute(sql, dict(group, **values))
         ]
 
     def groups(self, execute, namespace, states, stage):
@@ -2932,11 +2935,8 @@ class Store:
             return [jobid for jobid, in execute(SQL.PAGE, key)]
         marked = state == "expired"
         states = STATES if marked or state is None else (state,)
-        found = []
-        for group in self.groups(execute, namespace, states, stage):
-            if group["expired"] or not marked:
-                found += execute(SQL.GROUP_PAGE, dict(
-                    group, expired=int(marked), **key)).fetchall()
+        found = self.in_groups(execute, SQL.GROUP_PAGE, states=states,
+                               stage=stage, **dict(key, expired=int(marked)))
         return sorted(jobid for jobid, in found)[:limit]
 
     def places_by_time(self, execute, namespace, stage, state, after, limit):
@@ -2945,12 +2945,11 @@ class Store:
         states = STATES if marked or state is None else (state,)
         since, jobid = after or (-1, -1)
         found = []
-        for group in self.groups(execute, namespace, states, stage):
-            for expired in range(int(marked), 1 + bool(group["expired"])):
-                found += execute(SQL.AGE_PAGE, dict(
-                    group, expired=expired, since=since, after=jobid,
-                    limit=limit)).fetchall()
-        return sorted(map(tuple, found))[:limit]
+        for expired in (1,) if marked else (0, 1):
+            found += self.in_groups(
+                execute, SQL.AGE_PAGE, namespace, states, stage,
+                expired=expired, since=since, after=jobid, limit=limit)
+        return sorted(found)[:limit]
 
     @query
     def workers(self, execute, namespace, *, within):
@@ -2973,12 +2972,12 @@ class Store:
         The latter are rows with jobid, stage, exit_code, error, stderr,
         worker and host, at most FAILURES_READ.
         """
-        failed, places = 0, []
-        for group in self.groups(execute, namespace, ("failed",), None):
-            failed += group["jobs"]
-            for expired in (0, 1):
-                key = dict(group, expired=expired, limit=FAILURES_READ)
-                places += map(tuple, execute(SQL.LATEST, key))
+        groups = self.groups(execute, namespace, ("failed",), None)
+        failed, places = sum(group["jobs"] for group in groups), []
+        for expired in (0, 1):
+            places += self.in_groups(
+                execute, SQL.LATEST, namespace, ("failed",), None,
+                expired=expired, limit=FAILURES_READ)
         keys = (
             {"namespace": namespace, "jobid": jobid}
             for _, jobid in sorted(places, reverse=True)[:FAILURES_READ]
@@ -3233,6 +3232,11 @@ def is_name(value):
     return is_text(value) and 0 < len(value) <= MAX_NAME
 
 
+def is_seconds(value):
+    """Return whether a value is a number of seconds."""
+    return type(value) in (int, float) and 0 <= value <= MAX_SECONDS
+
+
 def integer(low, high):
     """Return a reader of integers from `low` to `high`."""
     return reader(
@@ -3247,10 +3251,9 @@ def one_of(*words):
 
 
 seconds = reader(
-    lambda value: type(value) in (int, float) and 0 <= value <= MAX_SECONDS,
-    "a number of seconds from 0 to %d" % MAX_SECONDS)
+    is_seconds, "a number of seconds from 0 to %d" % MAX_SECONDS)
 period = reader(
-    lambda value: type(value) in (int, float) and 0 < value <= MAX_SECONDS,
+    lambda value: is_seconds(value) and value > 0,
     "a number of seconds above 0, up to %d" % MAX_SECONDS)
 truth = reader(lambda value: type(value) is bool, "true or false")
 token = reader(
@@ -3405,49 +3408,40 @@ def read_optional(given, name, reader):
     return None if value is None else reader(value, name)
 
 
-def read_tail(value):
-    """Return the end of a text as SQLite can hold it, None if it is none."""
-    return clean(value[-MAX_REPORT:]) if type(value) is str else None
+def read_fields(given, readers):
+    """Return what a JSON object has of some fields, read; null is nothing."""
+    return {
+        name: read(given[name], name)
+        for name, read in readers.items() if given.get(name) is not None
+    }
 
 
-def read_status(value):
-    """Return an exit status, None if it is none."""
-    if type(value) is int:
-        return max(-(2**31), min(value, 2**31))
+def if_valid(is_valid, convert):
+    """Return a reader that takes None for what isn't valid.
+
+    An attempt has ended, whatever its report is like.
+    """
+    return lambda value, name: convert(value) if is_valid(value) else None
 
 
-def read_time(value):
-    """Return a number of seconds, None if it is none."""
-    with contextlib.suppress(Error):
-        return seconds(value, "seconds")
-
-
+TAIL = if_valid(is_text, lambda text: clean(text[-MAX_REPORT:]))
 # Fields of the report on an ended attempt, each with its reader.
 REPORTS = {
-    "exit_code": read_status,
-    "error": read_tail,
-    "stderr": read_tail,
-    "seconds": read_time,
+    "exit_code": if_valid(
+        lambda value: type(value) is int,
+        lambda value: max(-(2**31), min(value, 2**31))),
+    "error": TAIL,
+    "stderr": TAIL,
+    "seconds": if_valid(is_seconds, float),
 }
 # Fields of an update, each with its reader.
 RESULTS = {"filename": string, "jobcmd": anything, "files": read_files}
 
 
-def read_report(given):
-    """Return the report on an ended attempt, as columns."""
-    return {
-        name: read(given[name])
-        for name, read in REPORTS.items() if name in given
-    }
-
-
 def read_result(given):
     """Return what an update brings beside its stage."""
-    result = {
-        name: read(given[name], name)
-        for name, read in RESULTS.items() if given.get(name) is not None
-    }
-    result["report"] = read_report(given)
+    result = read_fields(given, RESULTS)
+    result["report"] = read_fields(given, REPORTS)
     return result
 
 
@@ -3646,7 +3640,7 @@ def post_update_jobs(store, request):
 def post_fail_job(store, request, jobid):
     """Record a failed attempt."""
     given = request.options(claim=token)
-    given["report"] = read_report(read_object(request))
+    given["report"] = read_fields(read_object(request), REPORTS)
     return Response.json(store.fail_job(request.namespace, jobid, **given))
 
 
@@ -3655,7 +3649,7 @@ def post_reject_job(store, request, jobid):
     given = request.options(claim=token)
     body = read_object(request)
     given["files"] = read_optional(body, "files", read_files)
-    given["report"] = read_report(body)
+    given["report"] = read_fields(body, REPORTS)
     return Response.json(store.reject_job(request.namespace, jobid, **given))
 
 
@@ -3667,10 +3661,9 @@ def post_release_job(store, request, jobid):
 
 def read_worker(given):
     """Return what a worker says of itself, as columns, and if it `ended`."""
-    worker = {"name": label(given["worker"], "worker")}
-    for name, reader in ABOUT_WORKER.items():
-        worker[name] = read_optional(given, name, reader)
-    return worker
+    return dict(
+        dict.fromkeys(ABOUT_WORKER), **read_fields(given, ABOUT_WORKER),
+        name=label(given["worker"], "worker"))
 
 
 def post_heartbeat(store, request):

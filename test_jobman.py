@@ -7770,7 +7770,7 @@ class CheckpointTest(TemporaryFolder):
         self.assertEqual(set(), begun)
 
     def test_a_server_that_cannot_start_closes_in_its_turn(self):
-        ill = "jobman.Store.start = lambda self, tx: tx.execute('no')"
+        ill = "jobman.Store.resume = lambda self, execute: execute('no')"
         start = changed("jobman", NOTING % self.path("notes") + ill)
         status, _, err = self.command(
             *start, "serve", "--port", "0", "--db", self.db, "--shared")
