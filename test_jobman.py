@@ -2891,11 +2891,6 @@ class SweepTest(StoreCase):
         self.assertEqual([], figures["stages"])
         self.assertEqual(0, figures["totals"]["jobs"])
 
-    def test_a_server_that_lost_its_database_is_not_well(self):
-        self.store.lock.lost = "another server has it"
-        reply = exchange(self.address, "GET", "/health")
-        self.assertReply(503, reply)
-
     def test_a_fault_does_not_end_the_ticks(self):
         ticks = []
 
@@ -4614,6 +4609,10 @@ class AtOnceTest(StoreCase):
             reply = self.assertReply(503, self.post("/set", large))
             self.assertEqual("1", reply.headers["retry-after"])
         self.assertReply(200, self.post("/set", large))
+
+    def test_a_server_that_lost_its_database_is_not_well(self):
+        self.store.lock.lost = "another server has it"
+        self.assertReply(503, self.call("/health"))
 
     def test_slow_senders_keep_no_body_from_its_turn(self):
         self.store.large_bodies = threading.BoundedSemaphore(1)
