@@ -5166,8 +5166,8 @@ class Application:
     """The WSGI front door: `application`, made at its first call.
 
     The environment (of the process, set by the .wsgi file) has JOBMAN_DB,
-    the database, JOBMAN_JOBIX, the one that is admitted if not that which
-    the database makes, JOBMAN_OPEN=1 to admit any, JOBMAN_URL, for an access
+    the database, JOBMAN_JOBIX, the jobix that is admitted instead of the
+    database's own, JOBMAN_OPEN=1 to admit any, JOBMAN_URL, for an access
     file that leads here, and JOBMAN_WAITERS, how many of a process' threads
     long polls may take (default 2).
     """
