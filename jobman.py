@@ -622,19 +622,20 @@ class SQL:
         where namespace = :namespace and jobid = :jobid"""
 
     COUNT = """
-        update tally set jobs = jobs + :jobs, expired = expired + :expired
-        where namespace = :namespace and stage = :stage and state = :state"""
+        update tally set jobs = jobs + ?, expired = expired + ?
+        where namespace = ? and stage = ? and state = ?"""
     COUNT_FIRST = """
-        insert into tally
-        values (:namespace, :stage, :state, :jobs, :expired)"""
+        insert into tally (jobs, expired, namespace, stage, state)
+        values (?, ?, ?, ?, ?)"""
     TALLY = """
         select stage, state, jobs, expired from tally
         where namespace = :namespace and jobs > 0 order by stage, state"""
     PACE = """
-        update pace set done = done + :done, updates = updates + :updates
-        where namespace = :namespace and minute = :minute"""
+        update pace set done = done + ?, updates = updates + ?
+        where namespace = ? and minute = ?"""
     PACE_FIRST = """
-        insert into pace values (:namespace, :minute, :done, :updates)"""
+        insert into pace (done, updates, namespace, minute)
+        values (?, ?, ?, ?)"""
     PACES = """
         select minute / :step as point, sum(done) as done,
             sum(updates) as updates
@@ -645,12 +646,11 @@ class SQL:
         select coalesce(sum(done), 0) from pace
         where namespace = :namespace and minute >= :minute"""
     SPEND = """
-        update spent set n = n + :n, seconds = seconds + :seconds
-        where namespace = :namespace and stage = :stage and kind = :kind
-            and bucket = :bucket"""
+        update spent set n = n + ?, seconds = seconds + ?
+        where namespace = ? and stage = ? and kind = ? and bucket = ?"""
     SPEND_FIRST = """
-        insert into spent
-        values (:namespace, :stage, :kind, :bucket, :n, :seconds)"""
+        insert into spent (n, seconds, namespace, stage, kind, bucket)
+        values (?, ?, ?, ?, ?, ?)"""
     # at most 161 rows for each stage and kind
     SPENT = """
         select stage, kind, bucket, n, seconds from spent
@@ -1407,9 +1407,14 @@ def time_bucket(seconds):
 
 # ---------------------------------------------------------------- writer ---
 
+SUMS = {  # tables of sums: how to add to both of a row, and its first ones
+    "tally": (SQL.COUNT, SQL.COUNT_FIRST),
+    "pace": (SQL.PACE, SQL.PACE_FIRST),
+    "spent": (SQL.SPEND, SQL.SPEND_FIRST),
+}
 
 class Transaction:
-    """The connection, the time and the counts of one commit.
+    """The connection, the time and the sums of one commit.
 
     `now` is in seconds since 1970. What the operations count is summed up
     here and written once, just before the commit.
@@ -1420,12 +1425,29 @@ class Transaction:
         self.execute = connection.execute
         self.executemany = connection.executemany
         self.now = now
-        self.jobs = defaultdict(int)  # by (namespace, stage, state)
-        self.expired = defaultdict(int)  # by the same
-        self.freed = defaultdict(int)  # jobs set free, by (namespace, stage)
-        self.done = defaultdict(int)  # jobs that became done, by namespace
-        self.spent = {}  # [n, seconds] by (namespace, stage, kind, bucket)
+        self.sums = {}  # what to add to two columns, by (table, *key)
+        self.freed = Counter()  # jobs set free, by (namespace, stage)
         self.ended = OrderedDict()  # (end, last child told) by parent
+
+    def add(self, first, second, *key):
+        """Add to both sums of a row; `key` is its table in SUMS, and its key.
+        """
+        row = self.sums.setdefault(key, [0, 0])
+        row[0] += first
+        row[1] += second
+
+    def count(self, namespace, stage, state, *, jobs=0, expired=0):
+        """Count jobs that come to a state in a stage, or leave it."""
+        self.add(jobs, expired, "tally", namespace, stage, state)
+
+    def count_done(self, namespace, *, jobs=0, updates=0):
+        """Count jobs that become done, and attempts."""
+        self.add(jobs, updates, "pace", namespace, int(self.now // 60))
+
+    def add_time(self, job, stage, kind, seconds):
+        """Add seconds that an attempt of a job took, or a claim waited for."""
+        self.add(1, seconds, "spent", job["namespace"], stage, kind,
+                 time_bucket(seconds))
 
     def move(self, moves):
         """Write and count moves of jobs, as after_move() returns them."""
@@ -1433,14 +1455,13 @@ class Transaction:
         if written.rowcount != len(moves):
             raise sqlite3.IntegrityError("a job has moved meanwhile")
         for job in moves:
-            namespace, state = job["namespace"], job["state"]
-            before = namespace, job["old_stage"], job["old_state"]
-            self.jobs[before] -= 1
-            self.jobs[namespace, job["stage"], state] += 1
-            self.expired[before] -= job["expired"]
+            namespace, stage = job["namespace"], job["stage"]
+            self.count(namespace, job["old_stage"], job["old_state"],
+                       jobs=-1, expired=-job["expired"])
+            self.count(namespace, stage, job["state"], jobs=1)
             if job["free"]:
-                self.freed[namespace, job["stage"]] += 1
-            end = dependency_end(state)
+                self.freed[namespace, stage] += 1
+            end = dependency_end(job["state"])
             if end != dependency_end(job["old_state"]):
                 self.announce(job["id"], end)
 
@@ -1452,42 +1473,14 @@ class Transaction:
         if self.ended.get(parent, (None,))[0] != "met":
             self.ended[parent] = end, after
 
-    def add_time(self, job, stage, kind, seconds):
-        """Add seconds that an attempt of a job took, or a claim waited for."""
-        key = job["namespace"], stage, kind, time_bucket(seconds)
-        total = self.spent.setdefault(key, [0, 0])
-        total[0] += 1
-        total[1] += seconds
-
-    def write_counts(self):
-        """Write the sums, an update for each group that has changed."""
-        for key in {**self.jobs, **self.expired}:
-            jobs, expired = self.jobs[key], self.expired[key]
-            if jobs or expired:
-                values = dict(zip(("namespace", "stage", "state"), key))
-                values.update(jobs=jobs, expired=expired)
-                self.add(SQL.COUNT, SQL.COUNT_FIRST, values)
-        updates = defaultdict(int)
-        names = "namespace", "stage", "kind", "bucket"
-        for key, (n, seconds) in self.spent.items():
-            values = dict(zip(names, key), n=n, seconds=seconds)
-            self.add(SQL.SPEND, SQL.SPEND_FIRST, values)
-            if values["kind"] == "done":
-                updates[values["namespace"]] += n
-        for namespace in {**updates, **self.done}:
-            self.add(SQL.PACE, SQL.PACE_FIRST, {
-                "namespace": namespace, "minute": int(self.now // 60),
-                "done": self.done[namespace], "updates": updates[namespace],
-            })
-
-    def add(self, update, insert, values):
-        """Add `values` to a row of sums, or insert them as its first ones."""
-        if self.execute(update, values).rowcount == 0:
-            self.execute(insert, values)
-
-
-class PartialWrite(Exception):
-    """Take a transaction back: a refused operation has written something."""
+    def write_sums(self):
+        """Add the sums to their rows; insert those that aren't there yet."""
+        for (table, *key), added in self.sums.items():
+            if any(added):
+                update, insert = SUMS[table]
+                values = (*added, *key)
+                if self.execute(update, values).rowcount == 0:
+                    self.execute(insert, values)
 
 
 class Operation:
@@ -1507,6 +1500,8 @@ class Operation:
 
     def run(self, transaction):
         """Run the operation, perhaps again, and keep its result or refusal.
+
+        It is `partial` when it was refused after it had written something.
         """
         self.error = None
         changes = transaction.connection.total_changes
@@ -1517,8 +1512,6 @@ class Operation:
         except Exception as error:
             self.error = error
             self.partial = transaction.connection.total_changes != changes
-        if self.partial:
-            raise PartialWrite
 
 
 class Writer:
@@ -1566,11 +1559,24 @@ class Writer:
         return operation.result
 
     def lead(self):
-        """Commit the whole queue, then wake the next leader and the others."""
+        """Commit the whole queue, then wake the next leader and the others.
+
+        If the commit fails, so do all its operations.
+        """
         with self.mutex:
             batch, self.queue = self.queue, []
         try:
-            self.commit(batch)
+            left = batch
+            while not self.commit(left):
+                left = [each for each in left if not each.partial]
+        except BaseException as error:
+            failure = error
+            if isinstance(error, (sqlite3.Error, OSError)):
+                failure = Unavailable(cause(error))
+            for operation in batch:
+                operation.error = failure
+            if not isinstance(error, Exception):
+                raise
         finally:
             with self.mutex:
                 leader = self.queue[0] if self.queue else None
@@ -1582,35 +1588,14 @@ class Writer:
                 operation.over = True
                 operation.ready.release()
 
-    def commit(self, batch):
-        """Run the operations of `batch` in one transaction.
-
-        Operations raise before they write. When one has written and raises
-        all the same, everything is rolled back and the others run again
-        without it: that is rare, and cheaper than a savepoint for each.
-        """
-        left = batch
-        try:
-            while left:
-                try:
-                    self.transact(left)
-                    break
-                except PartialWrite:
-                    left = [each for each in left if not each.partial]
-        except BaseException as error:
-            failure = error
-            if isinstance(error, (sqlite3.Error, OSError)):
-                failure = Unavailable(cause(error))
-            for operation in batch:
-                operation.error = failure
-            if not isinstance(error, Exception):
-                raise
-
-    def transact(self, operations):
+    def commit(self, operations):
         """Run operations and commit; roll back on any error.
 
-        The server lock is checked once more before the commit, for until then
-        nothing of this is in the database.
+        Operations raise before they write. When one has written and raises
+        all the same, everything is rolled back and the answer is False: the
+        others are to run again without it. That is rare, and cheaper than a
+        savepoint for each. The server lock is checked once more before the
+        commit, for until then nothing of this is in the database.
         """
         with self.fair_lock:
             self.lock.check()
@@ -1621,8 +1606,11 @@ class Writer:
                 self.prepare(transaction)
                 for operation in operations:
                     operation.run(transaction)
+                if any(operation.partial for operation in operations):
+                    execute("rollback")
+                    return False
                 self.finish(transaction)
-                transaction.write_counts()
+                transaction.write_sums()
                 self.lock.check()
                 execute("commit")
             except BaseException:
@@ -1631,6 +1619,7 @@ class Writer:
                 raise
             self.checkpoint()
         self.committed(transaction)
+        return True
 
     def checkpoint(self):
         """Copy the WAL into the database when it has grown.
@@ -2098,6 +2087,8 @@ class Store:
         if seconds is None:
             seconds = max(0, tx.now - values["started"])
         tx.add_time(job, job["claimed_from"], outcome, seconds)
+        if outcome == "done":
+            tx.count_done(job["namespace"], updates=1)
 
     def interrupt(self, tx, job, outcome):
         """End the attempt of a job that is taken away while it runs."""
@@ -2231,7 +2222,7 @@ class Store:
             ))
         for (stage, state), rows in groups.items():
             new = self.insert_rows(tx, rows)
-            tx.jobs[namespace, stage, state] += new
+            tx.count(namespace, stage, state, jobs=new)
             if is_free(state, None):
                 tx.freed[namespace, stage] += new
         for jobid, parents in children:
@@ -2368,7 +2359,7 @@ class Store:
         self.move(tx, job, stage=stage, state=state, attempt=0, failures=0,
                   lapses=0)
         if state == "done" != job["state"]:
-            tx.done[namespace] += 1
+            tx.count_done(namespace, jobs=1)
 
     def replace(self, tx, job, new):
         """Give a job new content; return, in JSON, what that replaces."""
@@ -2528,7 +2519,8 @@ class Store:
         if worker["ended"] and worker["quarantine"] is None:
             tx.execute(SQL.FORGET_WORKER, worker)
         else:
-            tx.add(SQL.HEARD, SQL.HEARD_FIRST, worker)
+            if not tx.execute(SQL.HEARD, worker).rowcount:
+                tx.execute(SQL.HEARD_FIRST, worker)
         drained = tx.execute(SQL.DRAINED, worker).fetchone()
         lost = [
             jobid for jobid, claim in claims
@@ -2617,8 +2609,8 @@ class Store:
     def mark(self, tx, affected, update, values, sign):
         """Set or clear the mark `expired` of a range of jobs; count them."""
         for row in tx.execute(affected, values).fetchall():
-            key = values["namespace"], values["stage"], row["state"]
-            tx.expired[key] += sign * row["jobs"]
+            tx.count(values["namespace"], values["stage"], row["state"],
+                     expired=sign * row["jobs"])
         tx.execute(update, values)
 
     def mark_expired(self, tx, namespace, stage, minutes):
@@ -2772,9 +2764,8 @@ class Store:
         for statement in (SQL.FORGET_ATTEMPTS, SQL.FORGET_PARENTS,
                           SQL.FORGET_CHILDREN, SQL.SET_LAST_JOBID, SQL.FORGET):
             tx.execute(statement, job)
-        group = job["namespace"], job["stage"], job["state"]
-        tx.jobs[group] -= 1
-        tx.expired[group] -= job["expired"]
+        tx.count(job["namespace"], job["stage"], job["state"],
+                 jobs=-1, expired=-job["expired"])
         return 1
 
     # Figures and pages
@@ -3106,7 +3097,7 @@ class Request:
         self, method, path, query, headers, receive, gone, length=0
     ):
         self.method = method
-        self.path = re.sub("^/+", "/", path)
+        self.path = "/" + path.lstrip("/") if path.startswith("//") else path
         self.query = query
         self.headers = headers
         self.receive = receive
@@ -4288,49 +4279,42 @@ READING = frozenset((
 ))
 
 
-def by_first_part(routes):
-    """Return (method, parameters, endpoint) of routes by their first part."""
-    found = {}
-    for method, path, endpoint in routes:
-        first, *names = path[1:].split("/")
-        found.setdefault(first, []).append((method, names, endpoint))
-        if method == "GET" and endpoint in READING:
-            found[first].append(("HEAD", names, endpoint))
-    return found
+def routes_by_first_part():
+    """Return (method, readers, endless, endpoint) by a path's first part.
+
+    A reader is that of a parameter, and the parameter's name.
+    """
+    found = defaultdict(list)
+    for method, path, endpoint in ROUTES:
+        first, *parameters = path[1:].split("/")
+        names = [parameter.strip("<…>") for parameter in parameters]
+        readers = [(PARAMETERS[name], name) for name in names]
+        for each in (method, "HEAD") if endpoint in READING else (method,):
+            found[first].append((each, readers, "…" in path, endpoint))
+    return dict(found)
 
 
-ROUTES_BY_FIRST = by_first_part(ROUTES)
-
-
-def fits(names, texts):
-    """Return whether a path's parameters are as many as its texts."""
-    many = bool(names) and names[-1].endswith("…>")
-    return len(texts) == len(names) or (many and len(texts) > len(names))
-
-
-def read_arguments(names, texts):
-    """Return the parameters of a path, read."""
-    arguments = []
-    for i, text in enumerate(texts):
-        name = names[min(i, len(names) - 1)].strip("<…>")
-        arguments.append(PARAMETERS[name](text, name))
-    return arguments
+ROUTES_BY_FIRST = routes_by_first_part()
 
 
 def find_route(request):
     """Return the endpoint of a request and its arguments.
 
-    Raises Error 404 for an unknown path, 405
-    for a wrong method, 400 for a bad argument.
+    Raises Error 404 for an unknown path, 405 for a wrong method, 400 for a
+    bad argument.
     """
     if not request.path.startswith("/"):
         raise Error(400, "An address begins with a slash.")
     first, *texts = request.path[1:].split("/")
     allowed = []
-    for method, names, endpoint in ROUTES_BY_FIRST.get(first, ()):
-        if fits(names, texts):
+    for method, readers, endless, endpoint in ROUTES_BY_FIRST.get(first, ()):
+        more = len(texts) - len(readers)
+        if more == 0 or (endless and more > 0):
             if method == request.method:
-                return endpoint, read_arguments(names, texts)
+                readers = readers + readers[-1:] * more
+                return endpoint, [
+                    read(text, name)
+                    for (read, name), text in zip(readers, texts)]
             allowed.append(method)
     if not allowed:
         raise Error(404, "There is nothing at this address.")
@@ -4617,10 +4601,11 @@ def require_length(body, length):
 
 
 TOKEN = r"[\w!#$%&'*+.^`|~-]+"
-REQUEST_LINE = re.compile(TOKEN.join("()") + r" ([!-~]+) HTTP/([0-9]\.[0-9])",
-                          re.A)
-HEADER_NAME = re.compile(TOKEN, re.A)
-CONTROL = re.compile("[^\t\r\n -~\x80-\xff]|\r(?!\n)")
+REQUEST_LINE = re.compile(
+    "(" + TOKEN + r") ([!-~]+) HTTP/([0-9]\.[0-9])\r\n", re.A)
+HEADER_LINE = re.compile(
+    "^(" + TOKEN + "):([\t -~\x80-\xff]*)\r\n", re.A | re.M)
+BARE_NEWLINE = re.compile(b"(?<!\r)\n")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:[0-9]{1,5})?", re.A)
 PORT = re.compile(r":[0-9]*\Z")
 FIGURES = re.compile(r"\[.*\]|[0-9]+(\.[0-9]+){3}|")
@@ -4644,47 +4629,62 @@ def limit_calls(connection, seconds):
         connection.setsockopt(socket.SOL_SOCKET, option, timeval)
 
 
-class SocketInput(io.RawIOBase):
+class SocketInput:
     """What a client sends until `end`, a moment of time.monotonic().
 
     The timeout of a socket starts anew with every byte: a client that sends
-    one now and then could keep its thread for ever.
+    one now and then could keep its thread for ever. `data` has been received
+    and isn't used yet.
     """
-
-    end = 0
 
     def __init__(self, connection):
         self.connection = connection
+        self.data = bytearray()
+        self.end = 0
 
-    def readable(self):
-        return True
+    def receive(self):
+        """Receive more; return False at the end of the stream.
 
-    def readinto(self, buffer):
+        Raises OSError, Error 408 after `end`.
+        """
         while time.monotonic() < self.end:
-            with contextlib.suppress(*TIMED_OUT):
-                return self.connection.recv_into(buffer)
-        raise socket.timeout("timed out")
-
-
-def receive_head(file):
-    """Read a request's line and headers, up to the empty line; or Error."""
-    head = bytearray()
-    try:
-        while not head.endswith(b"\r\n\r\n"):
-            line = file.readline(MAX_HEAD + 1 - len(head))
-            if line == b"\r\n" and not head:  # RFC 9112, section 2.2
+            try:
+                more = self.connection.recv(65536)
+            except TIMED_OUT:
                 continue
-            head += line
-            if len(head) > MAX_HEAD:
-                raise Error(431 if b"\r\n" in head else 414,
-                            "The request line or the headers are too long.")
-            if not line.endswith(b"\n"):
-                raise Error(400, "The request ended too early.")
-            if not line.endswith(b"\r\n"):
+            self.data += more
+            return bool(more)
+        raise Error(408, "The request came too slowly.")
+
+    def take(self, length):
+        """Return so many bytes of `data`, which loses them."""
+        taken = bytes(self.data[:length])
+        del self.data[:length]
+        return taken
+
+    def head(self):
+        """Receive a request's line and headers, as text; or raise Error."""
+        data = self.data
+        while True:
+            while data.startswith(b"\r\n"):  # RFC 9112, section 2.2
+                self.take(2)
+            end = data.find(b"\r\n\r\n")
+            if end >= 0 or len(data) > MAX_HEAD:
+                break
+            if BARE_NEWLINE.search(data):
                 raise Error(400, "A line must end in CR and LF.")
-    except socket.timeout:
-        raise Error(408, "The request came too slowly.") from None
-    return head[:-4].decode("latin-1")
+            if not self.receive():
+                raise Error(400, "The request ended too early.")
+        if not 0 <= end <= MAX_HEAD - 4:
+            raise Error(431 if b"\r\n" in data[:MAX_HEAD] else 414,
+                        "The request line or the headers are too long.")
+        return self.take(end + 4)[:-2].decode("latin-1")
+
+    def body(self, length):
+        """Receive so many bytes; raise OSError, or Error if there are less."""
+        while len(self.data) < length and self.receive():
+            pass
+        return require_length(self.take(length), length)
 
 
 def read_head(head):
@@ -4693,20 +4693,19 @@ def read_head(head):
     It is strict: what others may read in another way is refused (RFC 9112,
     section 11.2).
     """
-    line, *lines = head.split("\r\n")
-    found = REQUEST_LINE.fullmatch(line)
-    if not found or CONTROL.search(head):
+    found = REQUEST_LINE.match(head)
+    if not found:
         raise Error(400, "This is no HTTP.")
     method, target, version = found.groups()
     if version[0] != "1":
         raise Error(505, "Speak HTTP/1.1.")
+    lines = HEADER_LINE.findall(head, found.end())
+    if len(lines) != head.count("\n") - 1:
+        raise Error(400, "A header line is malformed.")
     if len(lines) > MAX_HEADERS:
         raise Error(431, "There are over %d headers." % MAX_HEADERS)
     headers = {}
-    for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon or not HEADER_NAME.fullmatch(name):
-            raise Error(400, "A header line is malformed.")
+    for name, value in lines:
         name, value = name.lower(), value.strip(" \t")
         known = name in headers
         headers[name] = headers[name] + ", " + value if known else value
@@ -4811,8 +4810,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         limit_calls(self.connection, min(
             self.CALL, self.FIRST, self.IDLE, self.HEAD, self.PATIENCE))
         self.input = SocketInput(self.connection)
-        self.rfile = io.BufferedReader(self.input, 4096)
-        self.wfile = io.BytesIO()  # unused, but http.server closes it
+        self.rfile = self.wfile = io.BytesIO()  # finish() closes them
         self.patience = self.FIRST
 
     def handle_one_request(self):
@@ -4820,9 +4818,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = self.unread = True
         self.input.end = time.monotonic() + self.patience
         try:
-            if not self.rfile.peek(1):
+            if not (self.input.data or self.input.receive()):
                 return
-        except socket.timeout:  # no request, so no response
+        except Error:  # no request, so no response
             return
         self.patience = self.IDLE
         self.server.busy.add(self.connection)
@@ -4848,8 +4846,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Return the Request of the next head, to read its body later."""
         self.command = None
         self.input.end = time.monotonic() + self.HEAD
-        self.command, target, version, headers = read_head(
-            receive_head(self.rfile))
+        self.command, target, version, headers = read_head(self.input.head())
         self.old = version == "1.0"
         said = headers.get("connection", "").lower()
         self.close_connection = (
@@ -4870,10 +4867,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.input.end = (
             time.monotonic() + self.PATIENCE + length / self.SLOWEST)
-        try:
-            return require_length(self.rfile.read(length), length)
-        except socket.timeout:
-            raise Error(408, "The request came too slowly.") from None
+        return self.input.body(length)
 
     def send(self, response):
         """Send a response, and say whether the connection goes on."""
@@ -4893,8 +4887,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end = time.monotonic() + self.PATIENCE + len(data) / self.SLOWEST
         left = memoryview(data)
         while left:
-            with contextlib.suppress(*TIMED_OUT):
+            try:
                 left = left[self.connection.send(left) :]
+            except TIMED_OUT:
+                pass
             if left and time.monotonic() >= end:
                 raise socket.timeout("timed out")
 
