@@ -67,7 +67,7 @@ import warnings
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import quote, unquote, unquote_plus, urlencode, urlsplit
 
 __version__ = "0.1.0"
 
@@ -3140,7 +3140,8 @@ class Request:
         bad value.
         """
         values = dict.fromkeys(readers)
-        for name, text in parse_qsl(self.query, keep_blank_values=True):
+        for option in filter(None, self.query.split("&")):
+            name, _, text = map(unquote_plus, option.partition("="))
             if name not in readers:
                 raise Error(400, "There is no option %.80r here." % name)
             if values[name] is not None:
@@ -3512,8 +3513,6 @@ def claim_in_time(store, request, stages, claim, wait):
 
     It joins the queue first and looks then, so that no job is missed.
     """
-    if not wait:
-        return claim()
     end = time.monotonic() + wait
     keys = {(request.namespace, stage) for stage in stages}
     while True:
@@ -3539,29 +3538,31 @@ def splice(values, texts):
     return to_json(values)[:-1] + kept + "}"
 
 
+# What else a claim's reply says of a job that has it: a name, its column.
+ALSO_CLAIMED = {
+    "laststage": "laststage", "max_attempts": "max_attempts",
+    "timeout": "timeout", "made": "files_stage", "cwd": "cwd",
+    "outputs": "outputs", "files": "files",
+}
+
+
 def claim_json(jobix, job):
     """Return a claimed job as the contract shows it, in JSON.
 
-    What is kept as JSON goes in as it is: the claim is made, so nothing may
-    fail any more.
+    All its columns are numbers or JSON text, but the token.
     """
-    shown = {
-        "jobid": job["jobid"], "jobstage": job["claimed_from"],
-        "jobix": jobix, "claim": job["claim"], "attempt": job["attempt"],
-    }
-    optional = (
-        ("priority", job["priority"] or None),
-        ("laststage", job["laststage"]),
-        ("max_attempts", job["max_attempts"]),
-        ("timeout", job["timeout"]),
-        ("made", job["files_stage"]),
-    )
-    shown.update(pair for pair in optional if pair[1] is not None)
-    texts = {name: job[name] or "null" for name in ("jobcmd", "filename")}
-    for name in ("cwd", "outputs", "files"):
-        if job[name] is not None and (name, job[name]) != ("files", "[]"):
-            texts[name] = job[name]
-    return splice(shown, texts)
+    fields = [
+        '"jobid": %d, "jobstage": %d, "jobix": %d, "claim": "%s",'
+        ' "attempt": %d, "jobcmd": %s, "filename": %s' % (
+            job["jobid"], job["claimed_from"], jobix, job["claim"],
+            job["attempt"], job["jobcmd"] or "null", job["filename"] or "null",
+        )]
+    if job["priority"]:
+        fields.append('"priority": %d' % job["priority"])
+    for name, column in ALSO_CLAIMED.items():
+        if job[column] is not None and (name, job[column]) != ("files", "[]"):
+            fields.append('"%s": %s' % (name, job[column]))
+    return "{%s}" % ", ".join(fields)
 
 
 CLAIM_OPTIONS = {
@@ -3582,7 +3583,8 @@ def get_job_claim(store, request, stages, nextstage=None):
         store.claim, request.namespace, stages,
         target=nextstage, n=min(n or 1, MAX_CLAIMS), **given
     )
-    jobs = claim_in_time(store, request, stages, claim, min(wait, MAX_WAIT))
+    jobs = claim() if not wait else claim_in_time(
+        store, request, stages, claim, min(wait, MAX_WAIT))
     replies = [claim_json(request.jobix, job) for job in jobs]
     if n is not None:
         return Response.json_text("[%s]" % ", ".join(replies))
@@ -4608,7 +4610,8 @@ HEADER_LINE = re.compile(
 BARE_NEWLINE = re.compile(b"(?<!\r)\n")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:[0-9]{1,5})?", re.A)
 PORT = re.compile(r":[0-9]*\Z")
-FIGURES = re.compile(r"\[.*\]|[0-9]+(\.[0-9]+){3}|")
+NUMERIC_OR_LOCAL = re.compile(
+    r"(\[.*\]|[0-9]+(\.[0-9]+){3}|(.*\.)?localhost)?")
 SITE = re.compile("https?://([^/?]*)", re.I)
 
 
@@ -4740,10 +4743,9 @@ def check_host(host, names):
     address needs no check, nor does `localhost` (RFC 6761).
     """
     name = name_of(host)
-    if not FIGURES.fullmatch(name) and name not in names:
-        if not re.fullmatch(r"(.*\.)?localhost", name):
-            raise Error(421, "%s is not a name of this server: start it with"
-                        " that name in --url, or use another." % name)
+    if not NUMERIC_OR_LOCAL.fullmatch(name) and name not in names:
+        raise Error(421, "%s is not a name of this server: start it with that"
+                    " name in --url, or use another." % name)
 
 
 def check_origin(headers, host, names):
