@@ -1436,9 +1436,12 @@ class Transaction:
         row[0] += first
         row[1] += second
 
-    def count(self, namespace, stage, state, *, jobs=0, expired=0):
-        """Count jobs that come to a state in a stage, or leave it."""
-        self.add(jobs, expired, "tally", namespace, stage, state)
+    def count(self, jobs, expired, *group):
+        """Count jobs that come to a group, or leave it.
+
+        A group is a namespace, stage and state.
+        """
+        self.add(jobs, expired, "tally", *group)
 
     def count_done(self, namespace, *, jobs=0, updates=0):
         """Count jobs that become done, and attempts."""
@@ -1456,9 +1459,9 @@ class Transaction:
             raise sqlite3.IntegrityError("a job has moved meanwhile")
         for job in moves:
             namespace, stage = job["namespace"], job["stage"]
-            self.count(namespace, job["old_stage"], job["old_state"],
-                       jobs=-1, expired=-job["expired"])
-            self.count(namespace, stage, job["state"], jobs=1)
+            self.count(-1, -job["expired"],
+                       namespace, job["old_stage"], job["old_state"])
+            self.count(1, 0, namespace, stage, job["state"])
             if job["free"]:
                 self.freed[namespace, stage] += 1
             end = dependency_end(job["state"])
@@ -2222,7 +2225,7 @@ class Store:
             ))
         for (stage, state), rows in groups.items():
             new = self.insert_rows(tx, rows)
-            tx.count(namespace, stage, state, jobs=new)
+            tx.count(new, 0, namespace, stage, state)
             if is_free(state, None):
                 tx.freed[namespace, stage] += new
         for jobid, parents in children:
@@ -2609,8 +2612,8 @@ class Store:
     def mark(self, tx, affected, update, values, sign):
         """Set or clear the mark `expired` of a range of jobs; count them."""
         for row in tx.execute(affected, values).fetchall():
-            tx.count(values["namespace"], values["stage"], row["state"],
-                     expired=sign * row["jobs"])
+            tx.count(0, sign * row["jobs"],
+                     values["namespace"], values["stage"], row["state"])
         tx.execute(update, values)
 
     def mark_expired(self, tx, namespace, stage, minutes):
@@ -2764,8 +2767,8 @@ class Store:
         for statement in (SQL.FORGET_ATTEMPTS, SQL.FORGET_PARENTS,
                           SQL.FORGET_CHILDREN, SQL.SET_LAST_JOBID, SQL.FORGET):
             tx.execute(statement, job)
-        tx.count(job["namespace"], job["stage"], job["state"],
-                 jobs=-1, expired=-job["expired"])
+        tx.count(-1, -job["expired"],
+                 job["namespace"], job["stage"], job["state"])
         return 1
 
     # Figures and pages
@@ -3107,6 +3110,7 @@ class Request:
         self.gone = gone
         self.jobix = self.namespace = None
         self.readonly = False
+        self.has_turn = False  # one of the few large bodies
 
     def identify(self, store):
         """Read `jobix`, the caller's namespace and secret; or raise Error 403.
@@ -4343,24 +4347,19 @@ def authorize(store, request, endpoint):
             request.namespace = store.make_namespace(request.jobix)
 
 
-@contextlib.contextmanager
-def body_in_memory(store, request):
-    """Receive a request's body and hold it while the `with` block runs.
+def receive_body(store, request):
+    """Receive a request's body; of large ones respond() ends the turn.
 
     Only a few large ones at a time: inflated and parsed, each can take
     hundreds of MiB. Raises Error 503 if none of them ends in time.
     """
     if request.length <= RECEIVED_FIRST:  # a slow sender holds up nobody
         request.load()
-    large = request.length >= LARGE_BODY
-    if large and not store.large_bodies.acquire(timeout=MAX_WAIT):
-        raise Unavailable("it has too many large requests")
-    try:
-        request.load()
-        yield
-    finally:
-        if large:
-            store.large_bodies.release()
+    if request.length >= LARGE_BODY:
+        if not store.large_bodies.acquire(timeout=MAX_WAIT):
+            raise Unavailable("it has too many large requests")
+        request.has_turn = True
+    request.load()
 
 
 def respond(store, request):
@@ -4370,11 +4369,10 @@ def respond(store, request):
     """
     try:
         endpoint, arguments = find_route(request)
-        if endpoint in PUBLIC:
-            return endpoint(store, request, *arguments)
-        authorize(store, request, endpoint)
-        with body_in_memory(store, request):
-            return endpoint(store, request, *arguments)
+        if endpoint not in PUBLIC:
+            authorize(store, request, endpoint)
+            receive_body(store, request)
+        return endpoint(store, request, *arguments)
     except Error as error:
         return error_response(error)
     except sqlite3.Error as error:
@@ -4383,6 +4381,9 @@ def respond(store, request):
         traceback.print_exc()
         return error_response(
             Error(500, "jobman has a fault here; see its log."))
+    finally:
+        if request.has_turn:
+            store.large_bodies.release()
 
 
 # ----------------------------------------------------------- access file ---
