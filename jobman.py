@@ -87,7 +87,6 @@ MAX_JOBS = 250000  # in one request
 MAX_DEPTH = 200  # of nested lists and objects in a jobcmd
 MAX_CONNECTIONS = 20000
 FILES_KEPT = 100  # descriptors that connections leave to everything else
-THREADS_KEPT = 50  # threads that they leave to everything else
 LARGE_BODY = 2**14  # bytes from which a body counts as large
 LARGE_BODIES = 4  # large bodies that are parsed at a time
 RECEIVED_FIRST = 2**20  # bytes of a body that is received before its turn
@@ -4933,16 +4932,6 @@ def names_in(url):
         return frozenset()
 
 
-def threads_of(user):
-    """Return how many threads a user has, as far as /proc tells."""
-    threads = 0
-    for folder in glob.iglob("/proc/[0-9]*/task"):
-        with contextlib.suppress(OSError):  # it has ended
-            if os.stat(folder).st_uid == user:
-                threads += len(os.listdir(folder))
-    return threads
-
-
 OWN_CGROUPS = "/proc/self/cgroup"
 CGROUPS = {  # where cgroups are, by their controllers: see cgroups(7)
     "": "/sys/fs/cgroup",  # version 2
@@ -4950,44 +4939,33 @@ CGROUPS = {  # where cgroups are, by their controllers: see cgroups(7)
 }
 
 
-def read_number(path):
-    """Return the number in a file, None if there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        with open(path) as file:
-            return int(file.read())
-    return None
-
-
-def cgroup_room():
-    """Yield how many more threads each limited cgroup of ours may have."""
-    with contextlib.suppress(OSError):
-        with open(OWN_CGROUPS) as file:
-            lines = file.read().splitlines()
-        for _, controllers, path in (line.split(":", 2) for line in lines):
-            if controllers not in CGROUPS:
-                continue
-            names = path.strip("/").split("/")
-            for n in range(len(names) + 1):
-                folder = os.path.join(CGROUPS[controllers], *names[:n])
-                most = read_number(os.path.join(folder, "pids.max"))
-                if most is not None:
-                    yield most - read_number(
-                        os.path.join(folder, "pids.current"))
+def thread_limits():
+    """Yield the limits on our threads: the user's, and those of our cgroups.
+    """
+    threads, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if threads >= 0 and os.geteuid():  # root isn't bound by it
+        yield threads
+    with contextlib.suppress(OSError), open(OWN_CGROUPS) as file:
+        for line in file.read().splitlines():
+            _, controllers, path = line.split(":", 2)
+            folder = CGROUPS.get(controllers)
+            for name in path.split("/") if folder else ():
+                folder = os.path.join(folder, name)
+                with contextlib.suppress(OSError, ValueError):  # "max"
+                    with open(os.path.join(folder, "pids.max")) as limit:
+                        yield int(limit.read())
 
 
 def connections_bound():
     """Return how many connections we can have, each with a file and a thread.
 
-    Login nodes often limit a user to some thousand threads, or a hundred.
+    Login nodes often limit a user to some thousand threads, or a hundred:
+    half of them are left to other programs.
     """
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    threads, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    bounds = [MAX_CONNECTIONS]
+    bounds = [MAX_CONNECTIONS, *(limit // 2 for limit in thread_limits())]
     if files >= 0:
         bounds.append(files - FILES_KEPT)
-    if threads >= 0 and os.geteuid():  # root isn't bound by it
-        bounds.append(threads - threads_of(os.getuid()) - THREADS_KEPT)
-    bounds += (room - THREADS_KEPT for room in cgroup_room())
     return max(1, min(bounds))
 
 
@@ -7802,6 +7780,16 @@ def look_at_files(patient):
     bound = max(1, min(MAX_CONNECTIONS, most - FILES_KEPT))
     return "a process may open %d, so a server has up to %s" % (
         most, number_of(bound, "connection"))
+
+
+def threads_of(user):
+    """Return how many threads a user has, as far as /proc tells."""
+    threads = 0
+    for folder in glob.iglob("/proc/[0-9]*/task"):
+        with contextlib.suppress(OSError):  # it has ended
+            if os.stat(folder).st_uid == user:
+                threads += len(os.listdir(folder))
+    return threads
 
 
 def look_at_processes(patient):
