@@ -568,17 +568,12 @@ class SQL:
             'cancelled', 'aborted') """
     # SQLite 3.7.17 would walk over the whole stage instead
     EXPIRED = ANY_JOB + "indexed by job_age" + IN_STAGE + "and expired = 1"
-    ANY_EXPIRED = EXPIRED + " limit 1"
-    # the newly expired of a stage, per state, and their marks
-    COUNT_STALE = "select state, count(*) as jobs from job" + IN_STAGE + """
-        and expired = 0 and entered_at < :before group by state"""
-    MARK_EXPIRED = "update job set expired = 1" + IN_STAGE + """
-        and expired = 0 and entered_at < :before"""
-    # those whose lifetime was made longer
-    COUNT_FRESH = "select state, count(*) as jobs from job" + IN_STAGE + """
-        and expired = 1 and entered_at >= :before group by state"""
-    UNMARK_EXPIRED = "update job set expired = 0" + IN_STAGE + """
-        and expired = 1 and entered_at >= :before"""
+    # jobs of a stage, marked or not, that entered it in a span of time
+    ENTERED = IN_STAGE + """
+        and expired = :marked and entered_at >= :start and entered_at < :end"""
+    COUNT_ENTERED = "select state, count(*) as jobs from job" + ENTERED + """
+        group by state"""
+    MARK = "update job set expired = 1 - :marked" + ENTERED
     # stages of any namespace with jobs to mark
     STALE_STAGES = """
         select namespace, stage, minutes from stage
@@ -2608,24 +2603,22 @@ class Store:
 
     @change
     def set_lifetime(self, tx, namespace, stage, minutes):
-        """Set the lifetime of a stage; unmark the jobs that it now covers."""
+        """Set the lifetime of a stage, and mark its jobs accordingly."""
         self.set_minutes(tx, namespace, stage, minutes)
-        before = tx.now - minutes * 60 if minutes else 0
-        key = {"namespace": namespace, "stage": stage, "before": before}
-        self.mark(tx, SQL.COUNT_FRESH, SQL.UNMARK_EXPIRED, key, -1)
-
-    def mark(self, tx, affected, update, values, sign):
-        """Set or clear the mark `expired` of a range of jobs; count them."""
-        for row in tx.execute(affected, values).fetchall():
-            key = values["namespace"], values["stage"], row["state"]
-            tx.expired[key] += sign * row["jobs"]
-        tx.execute(update, values)
+        self.mark_expired(tx, namespace, stage, minutes)
 
     def mark_expired(self, tx, namespace, stage, minutes):
-        """Mark the jobs of a stage that are over its lifetime."""
-        values = {"namespace": namespace, "stage": stage,
-                  "before": tx.now - minutes * 60}
-        self.mark(tx, SQL.COUNT_STALE, SQL.MARK_EXPIRED, values, 1)
+        """Mark the jobs of a stage that are over its lifetime, no others."""
+        oldest = tx.now - minutes * 60 if minutes else -math.inf
+        for marked, start, end in (
+            (0, -math.inf, oldest), (1, oldest, math.inf),
+        ):
+            values = {"namespace": namespace, "stage": stage,
+                      "marked": marked, "start": start, "end": end}
+            for state, jobs in tx.execute(SQL.COUNT_ENTERED, values):
+                tx.expired[namespace, stage, state] += \
+                    -jobs if marked else jobs
+            tx.execute(SQL.MARK, values)
 
     def mark_all_expired(self, tx, namespace):
         """Mark every job over its lifetime; return the stages that have one.
@@ -2641,7 +2634,7 @@ class Store:
         """Mark what has expired; return whether nothing is marked."""
         stages = self.mark_all_expired(tx, namespace)
         return not any(
-            tx.execute(SQL.ANY_EXPIRED, {
+            tx.execute(SQL.EXPIRED, {
                 "namespace": namespace, "stage": stage}).fetchone()
             for stage in stages
         )
@@ -3016,34 +3009,31 @@ class Store:
         what propagate() left, wakes long polls for jobs that other processes
         freed, and prunes.
         """
-        overdue, stale = self.behind()
         while not self.ending.is_set() and (
-                overdue or stale or self.unfinished):
-            self.catch_up(stale)
-            overdue, stale = self.behind()
+                self.unfinished or self.is_behind()):
+            self.catch_up()
         if self.shared:
             self.wake_for_others(self.wait_queue.keys())
         if self.keep_days is not None:
             self.prune()
 
     @query
-    def behind(self, execute):
-        """Return whether a claim or delay is over, and stages with jobs to
-        mark.
+    def is_behind(self, execute):
+        """Return whether a lease or delay is over, or a job is to be marked.
         """
         now = self.clock()
         expiry = execute(SQL.NEXT_EXPIRY).fetchone()[0]
-        stale = execute(SQL.STALE_STAGES, {"now": now}).fetchall()
-        return expiry is not None and expiry <= now, list(map(tuple, stale))
+        return (expiry is not None and expiry <= now) or bool(
+            execute(SQL.STALE_STAGES, {"now": now}).fetchone())
 
     @change
-    def catch_up(self, tx, stale):
-        """Mark the expired in `stale` stages.
+    def catch_up(self, tx):
+        """Mark all expired jobs, of any namespace.
 
         Like any transaction this lets leases lapse, and propagates.
         """
-        for namespace, stage, minutes in stale:
-            self.mark_expired(tx, namespace, stage, minutes)
+        for stage in tx.execute(SQL.STALE_STAGES, {"now": tx.now}).fetchall():
+            self.mark_expired(tx, *stage)
 
     @query
     def wake_for_others(self, execute, keys):

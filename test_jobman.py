@@ -6705,14 +6705,14 @@ class CostTest(StoreCase):
         self.ok("/cancel", {"ids": list(range(8000, 12000))})
         self.assertLess(self.costs()["claim"], few * 1.2 + 50)
 
-    PIECES = "STATE", "ANY_JOB", "WHOLE_JOB", "IN_STAGE", "NEW_JOB"
+    PIECES = "STATE", "ANY_JOB", "WHOLE_JOB", "IN_STAGE", "ENTERED", \
+        "NEW_JOB"
     RARE = "UNFINISHED_PARENTS",  # at a start
     INDEXES = {  # by which a statement finds jobs: which statements
         "job_queue": ("FREE", "COUNT_FREE"),
         "job_expiry": ("OVERDUE", "NEXT_EXPIRY", "RENEW_ALL"),
         "job_age": (
-            "EXPIRED", "ANY_EXPIRED", "COUNT_STALE", "MARK_EXPIRED",
-            "COUNT_FRESH", "UNMARK_EXPIRED", "STALE_STAGES", "GROUP_PAGE",
+            "EXPIRED", "COUNT_ENTERED", "MARK", "STALE_STAGES", "GROUP_PAGE",
             "AGE_PAGE", "LATEST", "GROUP", "NEWLY_DONE"),
         "sqlite_autoindex_job_1": (
             "JOB", "SHOWN_JOB", "RENEW", "LIMIT_ATTEMPTS", "PAGE",
@@ -13740,7 +13740,7 @@ class CareTest(TemporaryFolder):
         shutil.move(made, path)
         store = self.store(path, keep_days=1)
         self.clock.advance(86400 * 2)
-        store.catch_up(())  # so that only pruning is left to do
+        store.catch_up()  # so that only pruning is left to do
         self.fill(disk)
         for _ in range(2):
             with self.assertRaises(jobman.Unavailable):
