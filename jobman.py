@@ -583,15 +583,15 @@ class SQL:
                 'failed', 'cancelled', 'aborted')
             and expired = 0 and entered_at < :now - 60 * minutes)"""
 
-    # the ids of a page of jobs: of all …
+    # the places of a page of jobs: of all, by id …
     PAGE = """
         select jobid from job where namespace = :namespace and jobid > :after
         order by jobid limit :limit"""
-    # … of a group of one stage and state, sorted: a range of job_age …
+    # … of one stage and state, sorted: a range of job_age …
     GROUP_PAGE = """
         select jobid from job indexed by job_age
         where namespace = :namespace and stage = :stage and state = :state
-            and expired >= :expired and jobid > :after
+            and expired = :expired and jobid > :after
         order by jobid limit :limit"""
     # … or by time in their stage
     AGE_PAGE = """
@@ -600,21 +600,16 @@ class SQL:
             and expired = :expired and entered_at >= :since
             and (entered_at > :since or jobid > :after)
         order by entered_at, jobid limit :limit"""
-    # the latest of a group
+    # the latest of a group, with their last attempts
     LATEST = """
-        select entered_at, jobid from job
-        where namespace = :namespace and stage = :stage and state = :state
-            and expired = :expired
-        order by entered_at desc, jobid desc limit :limit"""
-    GROUP = """
-        select jobid from job where namespace = :namespace and stage = :stage
-        and state = :state"""
-    LAST_ATTEMPT = """
-        select jobid, job.stage, exit_code, substr(error, -1000) as error,
-            substr(stderr, -1000) as stderr, attempt.worker, host
+        select entered_at, jobid, job.stage, exit_code,
+            substr(error, -1000) as error, substr(stderr, -1000) as stderr,
+            attempt.worker, host
         from job left join attempt on attempt.id = (
             select max(id) from attempt where job = job.id)
-        where namespace = :namespace and jobid = :jobid"""
+        where namespace = :namespace and job.stage = :stage
+            and state = :state and expired = :expired
+        order by entered_at desc, jobid desc limit :limit"""
 
     COUNT = """
         update tally set jobs = jobs + :jobs, expired = expired + :expired
@@ -2695,31 +2690,26 @@ class Store:
     @query
     def ids_in(self, execute, namespace, states, stage):
         """Return the ids of all jobs in `states` and a stage, None: any."""
-        found = self.in_groups(execute, SQL.GROUP, namespace, states, stage)
+        found = self.in_groups(execute, SQL.GROUP_PAGE, namespace, states,
+                               stage, after=-1, limit=-1)
         return [jobid for jobid, in found]
 
-    def in_groups(self, execute, sql, namespace, states, stage, **values):
-        """Return what a statement finds in each group of jobs, as tuples.
+    def in_groups(
+        self, execute, sql, namespace, states, stage, marks=(0, 1), **values
+    ):
+        """Return the rows that a statement finds in groups of jobs.
 
-        The groups are those of groups(), whose keys are among its values.
+        A group are the jobs of one stage, state and mark `expired`. Those of
+        `states`, a stage, None: any, and `marks` are looked at.
         """
         return [
-            tuple(row)
-            for group in self.groups(execute, namespace, states, stage)
-            for row in execute(sql, dict(group, **values))
-        ]
-
-    def groups(self, execute, namespace, states, stage):
-        """Return the groups of jobs in `states` and a stage, None: any.
-
-        They are dicts of namespace, stage, state, and how many `jobs` and
-        `expired`.
-        """
-        rows = execute(SQL.TALLY, {"namespace": namespace}).fetchall()
-        return [
-            dict(row, namespace=namespace)
-            for row in rows
-            if row["state"] in states and stage in (None, row["stage"])
+            row
+            for group in execute(SQL.TALLY, {"namespace": namespace})
+            if group["state"] in states and stage in (None, group["stage"])
+            for mark in marks
+            for row in execute(sql, dict(
+                values, namespace=namespace, stage=group["stage"],
+                state=group["state"], expired=mark))
         ]
 
     @change
@@ -2904,12 +2894,11 @@ class Store:
         page has up to `limit` pairs of a job and a list of its last
         `attempts`, fewer when they are large.
         """
-        find = self.places_by_id if order == "id" else self.places_by_time
-        places = find(execute, namespace, stage, state, after, limit + 1)
+        places = self.places(
+            execute, namespace, order, after, limit + 1, stage, state)
         jobs, size = [], 0
         for place in places[:limit]:
-            jobid = place if order == "id" else place[1]
-            job = self.shown_job(execute, namespace, jobid)
+            job = self.shown_job(execute, namespace, place[-1])
             last = self.attempts(execute, job["id"], attempts)
             jobs.append((job, last))
             size += sum(len(job[name] or "") for name in JSON_COLUMNS)
@@ -2918,31 +2907,28 @@ class Store:
                 for attempt in last for name in ("error", "stderr"))
             if size > PAGE_TEXT:
                 break
-        return jobs, place if len(jobs) < len(places) else None
+        if len(jobs) == len(places):
+            return jobs, None
+        return jobs, place[0] if order == "id" else place
 
-    def places_by_id(self, execute, namespace, stage, state, after, limit):
-        """Return up to `limit` ids that follow `after`, in order."""
-        key = {"namespace": namespace, "limit": limit,
-               "after": -1 if after is None else after}
-        if stage is None and state is None:
-            return [jobid for jobid, in execute(SQL.PAGE, key)]
-        marked = state == "expired"
-        states = STATES if marked or state is None else (state,)
-        found = self.in_groups(execute, SQL.GROUP_PAGE, states=states,
-                               stage=stage, **dict(key, expired=int(marked)))
-        return sorted(jobid for jobid, in found)[:limit]
-
-    def places_by_time(self, execute, namespace, stage, state, after, limit):
-        """Return up to `limit` pairs (time, id) that follow `after`."""
-        marked = state == "expired"
-        states = STATES if marked or state is None else (state,)
-        since, jobid = after or (-1, -1)
-        found = []
-        for expired in (1,) if marked else (0, 1):
-            found += self.in_groups(
-                execute, SQL.AGE_PAGE, namespace, states, stage,
-                expired=expired, since=since, after=jobid, limit=limit)
-        return sorted(found)[:limit]
+    def places(self, execute, namespace, order, after, limit, stage, state):
+        """Return up to `limit` tuples, (id,) or (time, id), after a place."""
+        if order == "id":
+            sql, values = SQL.GROUP_PAGE, {
+                "after": -1 if after is None else after}
+        else:
+            since, jobid = after or (-1, -1)
+            sql, values = SQL.AGE_PAGE, {"since": since, "after": jobid}
+        values["limit"] = limit
+        if order == "id" and stage is None and state is None:
+            rows = execute(SQL.PAGE, dict(values, namespace=namespace))
+        else:
+            marked = state == "expired"
+            states = STATES if marked or state is None else (state,)
+            rows = self.in_groups(
+                execute, sql, namespace, states, stage,
+                marks=(1,) if marked else (0, 1), **values)
+        return sorted(map(tuple, rows))[:limit]
 
     @query
     def workers(self, execute, namespace, *, within):
@@ -2965,18 +2951,12 @@ class Store:
         The latter are rows with jobid, stage, exit_code, error, stderr,
         worker and host, at most FAILURES_READ.
         """
-        groups = self.groups(execute, namespace, ("failed",), None)
-        failed, places = sum(group["jobs"] for group in groups), []
-        for expired in (0, 1):
-            places += self.in_groups(
-                execute, SQL.LATEST, namespace, ("failed",), None,
-                expired=expired, limit=FAILURES_READ)
-        keys = (
-            {"namespace": namespace, "jobid": jobid}
-            for _, jobid in sorted(places, reverse=True)[:FAILURES_READ]
-        )
-        return failed, [
-            execute(SQL.LAST_ATTEMPT, key).fetchone() for key in keys]
+        rows = execute(SQL.TALLY, {"namespace": namespace})
+        failed = sum(row["jobs"] for row in rows if row["state"] == "failed")
+        rows = self.in_groups(execute, SQL.LATEST, namespace, ("failed",),
+                              None, limit=FAILURES_READ)
+        rows.sort(key=lambda row: row[:2], reverse=True)
+        return failed, rows[:FAILURES_READ]
 
     @query
     def health(self, execute):

@@ -6713,10 +6713,10 @@ class CostTest(StoreCase):
         "job_expiry": ("OVERDUE", "NEXT_EXPIRY", "RENEW_ALL"),
         "job_age": (
             "EXPIRED", "COUNT_ENTERED", "MARK", "STALE_STAGES", "GROUP_PAGE",
-            "AGE_PAGE", "LATEST", "GROUP", "NEWLY_DONE"),
+            "AGE_PAGE", "LATEST", "NEWLY_DONE"),
         "sqlite_autoindex_job_1": (
             "JOB", "SHOWN_JOB", "RENEW", "LIMIT_ATTEMPTS", "PAGE",
-            "ADD_DEPENDENCY", "LAST_ATTEMPT", "LAST_JOBID"),
+            "ADD_DEPENDENCY", "LAST_JOBID"),
         "INTEGER PRIMARY KEY": (
             "JOB_BY_ID", "CONTENT", "MOVE", "REPLACE", "FORGET", "SET_UNMET",
             "MEET_ONE", "WAITED_FOR", "ABORTED_BY", "PRUNE"),
