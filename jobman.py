@@ -519,15 +519,10 @@ class SQL:
 
     # one row for each name, the newest it said
     HEARD = """
-        update worker set host = :host, stages = :stages, slots = :slots,
-            busy = :busy, done = :done, failed = :failed, heard = :now,
-            quarantine = :quarantine
-        where namespace = :namespace and name = :name"""
-    HEARD_FIRST = """
-        insert into worker (namespace, name, host, stages, slots, busy,
-            done, failed, heard, quarantine)
+        insert or replace into worker
         values (:namespace, :name, :host, :stages, :slots, :busy, :done,
-            :failed, :now, :quarantine)"""
+            :failed, :now, :quarantine, coalesce((select drain from worker
+                where namespace = :namespace and name = :name), 0))"""
     # one in quarantine stays, for a person to look at it
     FORGET_WORKER = """
         delete from worker where namespace = :namespace and name = :name
@@ -550,11 +545,9 @@ class SQL:
     ADD_STAGE = """
         insert or ignore into stage (namespace, stage)
         values (:namespace, :stage)"""
-    PAUSE = """
-        update stage set paused = :paused
-        where namespace = :namespace and stage = :stage"""
-    SET_MINUTES = """
-        update stage set minutes = :minutes
+    SET_STAGE = """
+        update stage set minutes = coalesce(:minutes, minutes),
+            paused = coalesce(:paused, paused)
         where namespace = :namespace and stage = :stage"""
     # jobs that are done now that there is a last stage
     NEWLY_DONE = ANY_JOB + """
@@ -2518,7 +2511,7 @@ class Store:
         if worker["ended"] and worker["quarantine"] is None:
             tx.execute(SQL.FORGET_WORKER, worker)
         else:
-            tx.add(SQL.HEARD, SQL.HEARD_FIRST, worker)
+            tx.execute(SQL.HEARD, worker)
         drained = tx.execute(SQL.DRAINED, worker).fetchone()
         lost = [
             jobid for jobid, claim in claims
@@ -2559,9 +2552,8 @@ class Store:
     @change
     def pause(self, tx, namespace, stage, *, paused):
         """Hand out no more jobs of a stage, or go on with it."""
+        self.set_stage(tx, namespace, stage, paused=int(paused))
         key = {"namespace": namespace, "stage": stage}
-        tx.execute(SQL.ADD_STAGE, key)
-        tx.execute(SQL.PAUSE, dict(key, paused=int(paused)))
         tx.freed[namespace, stage] += \
             tx.execute(SQL.COUNT_FREE, key).fetchone()[0]
 
@@ -2582,7 +2574,7 @@ class Store:
         """
         if not self.minutes(tx.execute, namespace):
             for stage, value in enumerate(minutes):
-                self.set_minutes(tx, namespace, stage, value)
+                self.set_stage(tx, namespace, stage, minutes=value)
             key = {"namespace": namespace, "laststage": len(minutes) - 1}
             tx.execute(SQL.SET_LASTSTAGE, key)
             for job in tx.execute(SQL.NEWLY_DONE, key).fetchall():
@@ -2590,16 +2582,17 @@ class Store:
                           entered_at=job["entered_at"])
         return self.minutes(tx.execute, namespace)
 
-    def set_minutes(self, tx, namespace, stage, minutes):
-        """Write the lifetime of a stage."""
-        values = {"namespace": namespace, "stage": stage, "minutes": minutes}
+    def set_stage(self, tx, namespace, stage, *, minutes=None, paused=None):
+        """Write the lifetime of a stage, or whether it is paused."""
+        values = {"namespace": namespace, "stage": stage, "minutes": minutes,
+                  "paused": paused}
         tx.execute(SQL.ADD_STAGE, values)
-        tx.execute(SQL.SET_MINUTES, values)
+        tx.execute(SQL.SET_STAGE, values)
 
     @change
     def set_lifetime(self, tx, namespace, stage, minutes):
         """Set the lifetime of a stage, and mark its jobs accordingly."""
-        self.set_minutes(tx, namespace, stage, minutes)
+        self.set_stage(tx, namespace, stage, minutes=minutes)
         self.mark_expired(tx, namespace, stage, minutes)
 
     def mark_expired(self, tx, namespace, stage, minutes):
@@ -2670,29 +2663,24 @@ class Store:
         }[action]
         _, states = SWEEPS[action]
         states = [known for known in states if state in (None, known)]
-        if ids is None:
-            ids = self.ids_in(namespace, states, stage)
-        else:
-            self.require_jobs(namespace, ids)
+        ids = self.ids_in(namespace, ids, states, stage)
         return sum(
             self.sweep_ids(namespace, act, ids[i : i + CHUNK], states, stage)
             for i in range(0, len(ids), CHUNK)
         )
 
     @query
-    def require_jobs(self, execute, namespace, ids):
-        """Raise Error 404 when one of the jobs `ids` doesn't exist."""
+    def ids_in(self, execute, namespace, ids, states, stage):
+        """Return `ids`, or those of all jobs in `states` and a stage."""
+        if ids is None:
+            found = self.in_groups(execute, SQL.GROUP_PAGE, namespace, states,
+                                   stage, after=-1, limit=-1)
+            return [jobid for jobid, in found]
         for jobid in ids:
             key = {"namespace": namespace, "jobid": jobid}
             if not execute(SQL.JOB, key).fetchone():
                 raise Error(404, "There is no job %d." % jobid)
-
-    @query
-    def ids_in(self, execute, namespace, states, stage):
-        """Return the ids of all jobs in `states` and a stage, None: any."""
-        found = self.in_groups(execute, SQL.GROUP_PAGE, namespace, states,
-                               stage, after=-1, limit=-1)
-        return [jobid for jobid, in found]
+        return ids
 
     def in_groups(
         self, execute, sql, namespace, states, stage, marks=(0, 1), **values
