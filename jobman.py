@@ -624,9 +624,6 @@ class SQL:
         from pace where namespace = :namespace and minute >= :minute
         group by 1"""
     FIRST_MINUTE = "select min(minute) from pace where namespace = :namespace"
-    DONE_SINCE = """
-        select coalesce(sum(done), 0) from pace
-        where namespace = :namespace and minute >= :minute"""
     SPEND = """
         update spent set n = n + :n, seconds = seconds + :seconds
         where namespace = :namespace and stage = :stage and kind = :kind
@@ -1815,37 +1812,31 @@ class Readers:
 
     def __init__(self, path):
         self.path = path
-        self.idle = queue.LifoQueue()
-        for _ in range(self.KEPT):
-            self.idle.put(None)  # to be opened
+        self.free = threading.BoundedSemaphore(self.KEPT)
+        self.idle = []
 
     @contextlib.contextmanager
     def reading(self):
         """Hand out a connection with a snapshot of the database."""
-        connection = self.idle.get()
-        try:
-            connection = connection or connect(self.path, readonly=True)
-            connection.execute("begin")
-            yield connection
-            connection.execute("rollback")
-        except BaseException:
-            if connection:
+        with self.free:
+            try:
+                connection = self.idle.pop()
+            except IndexError:
+                connection = connect(self.path, readonly=True)
+            try:
+                connection.execute("begin")
+                yield connection
+                connection.execute("rollback")
+            except BaseException:
                 connection.close()
-            connection = None
-            raise
-        finally:
-            self.idle.put(connection)
+                raise
+            self.idle.append(connection)
 
     def close(self):
         """Close the idle connections."""
-        idle = []
-        with contextlib.suppress(queue.Empty):
+        with contextlib.suppress(IndexError):
             while True:
-                idle.append(self.idle.get_nowait())
-        for connection in idle:
-            if connection:
-                connection.close()
-            self.idle.put(None)
+                self.idle.pop().close()
 
 
 def new_figures():
@@ -2788,8 +2779,8 @@ class Store:
         """
         now = self.clock()
         minute = int(now // 60) - 1
-        key = {"namespace": namespace, "minute": minute}
-        done = execute(SQL.DONE_SINCE, key).fetchone()[0]
+        key = {"namespace": namespace, "minute": minute, "step": 1}
+        done = sum(row["done"] for row in execute(SQL.PACES, key))
         return done / (now - minute * 60)
 
     @query
@@ -2825,16 +2816,17 @@ class Store:
             first = execute(SQL.FIRST_MINUTE, key).fetchone()[0]
             minutes = 1 if first is None else max(1, this - first + 1)
         step = -(-minutes // PACE_POINTS)
-        start = (this - minutes + 1) // step
-        points = this // step - start + 1
-        updates, done = [0] * points, [0] * points
-        for row in execute(SQL.PACES, dict(
-                key, minute=start * step, step=step)):
-            if row["point"] - start < points:  # the clock may go back
-                updates[row["point"] - start] = row["updates"]
-                done[row["point"] - start] = row["done"]
-        return {"time": now, "start": start * step * 60, "step": step * 60,
-                "updates": updates, "done": done}
+        points = range((this - minutes + 1) // step, this // step + 1)
+        start = points[0] * step
+        updates, done = Counter(), Counter()
+        for row in execute(SQL.PACES, dict(key, minute=start, step=step)):
+            updates[row["point"]] = row["updates"]
+            done[row["point"]] = row["done"]
+        return {
+            "time": now, "start": start * 60, "step": step * 60,
+            "updates": [updates[point] for point in points],
+            "done": [done[point] for point in points],
+        }
 
     @query
     def job(self, execute, namespace, jobid):

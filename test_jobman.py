@@ -417,8 +417,7 @@ class StoreCase(TemporaryFolder):
             steps[0] += 1
 
         def count(call):
-            readers = filter(None, self.store.readers.idle.queue)
-            for connection in [writer.connection, *readers]:
+            for connection in [writer.connection, *self.store.readers.idle]:
                 connection.set_progress_handler(call, 1)
 
         writer.run(lambda tx: count(step))
@@ -13985,7 +13984,7 @@ class FileSystemTest(TemporaryFolder):
                  ("locking_mode", "journal_mode", "synchronous")])
             spill = execute("pragma cache_spill").fetchone()
             self.assertIn(spill and spill[0], (0, None))  # None before 3.8
-            self.assertEqual({None}, set(store.readers.idle.queue))
+            self.assertEqual([], store.readers.idle)
         self.assertEqual(
             {"jobs.db", "mountinfo"}, set(os.listdir(self.folder)))
 
