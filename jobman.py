@@ -2121,41 +2121,37 @@ class Store:
         """
         left = CHUNK
         while tx.ended and left > 0:
-            revived = OrderedDict()  # each once, whatever its parents do
+            told = OrderedDict()  # children: were all parents done?
             while tx.ended and left > 0:
                 parent, (end, after) = tx.ended.popitem(last=False)
                 key = {"parent": parent, "after": after, "limit": left}
-                children = tx.execute(SQL.CHILDREN, key).fetchall()
-                for child, in children:
-                    self.tell_child(tx, child, parent, end, revived)
+                children = [
+                    child for child, in tx.execute(SQL.CHILDREN, key)]
+                if end == "met":
+                    edges = [dict(key, child=child) for child in children]
+                    tx.executemany(SQL.MEET, edges)
+                    tx.executemany(SQL.MEET_ONE, edges)
                 if len(children) == left:
-                    tx.announce(parent, end, child)
+                    tx.announce(parent, end, children[-1])
+                for child in children:
+                    told[child] = end == "met" and told.get(child, True)
                 left -= 1 + len(children)
-            for child in revived:
-                job = as_dict(
-                    tx.execute(SQL.JOB_BY_ID, {"id": child}).fetchone())
-                state = self.settled_state(tx, job, job["stage"])
-                if job["state"] == "aborted" != state:
-                    self.move(tx, job, state=state)
+            for child, only_met in told.items():
+                self.settle(tx, child, only_met=only_met)
 
-    def tell_child(self, tx, child, parent, end, revived):
-        """Do what the end of a parent means for one child.
+    def settle(self, tx, child, *, only_met=False):
+        """Block, abort or free a job, as the jobs that it waits for are now.
 
-        If the parent isn't put aside any more, the id of an aborted child is
-        added to `revived`: another parent may still be.
+        With `only_met` these have only been done, so a blocked job may stay:
+        that is seen without reading all of its parents.
         """
-        if end == "met":
-            edge = {"child": child, "parent": parent}
-            tx.execute(SQL.MEET, edge)
-            tx.execute(SQL.MEET_ONE, edge)
         job = as_dict(tx.execute(SQL.JOB_BY_ID, {"id": child}).fetchone())
-        if end == "unmet":
-            if job["state"] == "blocked":
-                self.move(tx, job, state="aborted")
-        elif job["state"] == "aborted":
-            revived[child] = True
-        elif job["state"] == "blocked" and not job["unmet"]:
-            self.move(tx, job, state=stage_state(job["stage"], job["final"]))
+        blocked = job["state"] == "blocked"
+        if job["state"] == "aborted" or (
+                blocked and not (only_met and job["unmet"])):
+            state = self.settled_state(tx, job, job["stage"])
+            if state != job["state"]:
+                self.move(tx, job, state=state)
 
     def follow(self, tx, namespace, jobid, parents):
         """Make a new job depend on others; raise Error 400 if one is missing.
@@ -2170,10 +2166,7 @@ class Store:
             raise Error(400, "Job %d waits for job %d, which isn't there."
                         % (jobid, missing))
         tx.execute(SQL.SET_UNMET, job)
-        job = self.find(tx, namespace, jobid)
-        state = self.settled_state(tx, job, job["stage"])
-        if state != job["state"]:
-            self.move(tx, job, state=state)
+        self.settle(tx, job["id"])
 
     # Adding jobs
 
