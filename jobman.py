@@ -2592,23 +2592,21 @@ class Store:
                     -jobs if marked else jobs
             tx.execute(SQL.MARK, values)
 
-    def mark_all_expired(self, tx, namespace):
-        """Mark every job over its lifetime; return the stages that have one.
-        """
-        limited = {stage: minutes for stage, minutes
-                   in self.minutes(tx.execute, namespace).items() if minutes}
-        for stage, minutes in limited.items():
-            self.mark_expired(tx, namespace, stage, minutes)
-        return list(limited)
+    def mark_all_expired(self, tx):
+        """Mark the jobs of any namespace that are over their lifetime."""
+        for stage in tx.execute(SQL.STALE_STAGES, {"now": tx.now}).fetchall():
+            self.mark_expired(tx, *stage)
+
+    catch_up = change(mark_all_expired)
 
     @change
     def check_stages(self, tx, namespace):
         """Mark what has expired; return whether nothing is marked."""
-        stages = self.mark_all_expired(tx, namespace)
+        self.mark_all_expired(tx)
         return not any(
             tx.execute(SQL.EXPIRED, {
                 "namespace": namespace, "stage": stage}).fetchone()
-            for stage in stages
+            for stage in self.minutes(tx.execute, namespace)
         )
 
     @change
@@ -2619,7 +2617,7 @@ class Store:
         back. Returns whether nothing was marked in `old`, and how many jobs
         moved.
         """
-        self.mark_all_expired(tx, namespace)
+        self.mark_all_expired(tx)
         key = {"namespace": namespace, "stage": old}
         marked = [as_dict(job) for job in tx.execute(SQL.EXPIRED, key)]
         moving = [job for job in marked if job["state"] not in PUT_ASIDE]
@@ -2957,10 +2955,9 @@ class Store:
     def tick(self):
         """Do what time alone brings about.
 
-        Each commit lapses overdue leases by itself: the tick wakes the long
-        polls that wait for those jobs. It marks the expired, goes on with
-        what propagate() left, wakes long polls for jobs that other processes
-        freed, and prunes.
+        Mark the expired by a commit, which lapses overdue leases and goes on
+        with what propagate() left, like any; wake long polls for jobs that
+        other processes freed; prune.
         """
         while not self.ending.is_set() and (
                 self.unfinished or self.is_behind()):
@@ -2978,15 +2975,6 @@ class Store:
         expiry = execute(SQL.NEXT_EXPIRY).fetchone()[0]
         return (expiry is not None and expiry <= now) or bool(
             execute(SQL.STALE_STAGES, {"now": now}).fetchone())
-
-    @change
-    def catch_up(self, tx):
-        """Mark all expired jobs, of any namespace.
-
-        Like any transaction this lets leases lapse, and propagates.
-        """
-        for stage in tx.execute(SQL.STALE_STAGES, {"now": tx.now}).fetchall():
-            self.mark_expired(tx, *stage)
 
     @query
     def wake_for_others(self, execute, keys):
