@@ -2872,10 +2872,8 @@ class Store:
             job = self.shown_job(execute, namespace, place[-1])
             last = self.attempts(execute, job["id"], attempts)
             jobs.append((job, last))
-            size += sum(len(job[name] or "") for name in JSON_COLUMNS)
-            size += sum(
-                len(attempt[name] or "")
-                for attempt in last for name in ("error", "stderr"))
+            size += sum(len(row.get(name) or "") for row in (job, *last)
+                        for name in (*JSON_COLUMNS, "error", "stderr"))
             if size > PAGE_TEXT:
                 break
         if len(jobs) == len(places):
