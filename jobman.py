@@ -2375,12 +2375,10 @@ class Store:
             self.require_claim(job)
             self.end_attempt(tx, job, outcome, report=report)
             failures = job["failures"] + (not later)
-            limit = job["max_attempts"] or self.max_attempts
             self.delay_or_fail(
-                tx, job, stage=job["claimed_from"], failures=failures,
-                tries=job["attempt"] if later else failures,
-                spent=not later and failures >= limit,
-            )
+                tx, job, job["attempt"] if later else failures,
+                counted=not later, stage=job["claimed_from"],
+                failures=failures)
         return self.outcome(tx, job, "state", "failures", "delay")
 
     def outcome(self, tx, job, *names):
@@ -2393,9 +2391,12 @@ class Store:
         job["delay"] = max(0, job["expires_at"] - tx.now) if delayed else 0
         return {name: job[name] for name in ("jobid", *names)}
 
-    def delay_or_fail(self, tx, job, *, tries, spent, **after):
-        """Delay a job, longer after more `tries`, or fail it when spent."""
-        if spent:
+    def delay_or_fail(self, tx, job, tries, *, counted=True, **after):
+        """Delay a job, longer after more `tries`; fail it after its last.
+
+        There is no last one of tries that aren't `counted`.
+        """
+        if counted and tries >= (job["max_attempts"] or self.max_attempts):
             self.move(tx, job, state="failed", **after)
         else:
             self.move(tx, job, state="delayed",
@@ -2420,11 +2421,8 @@ class Store:
                 self.end_attempt(tx, job, "rejected", report=report)
             stage, rejects = content["files_stage"], job["rejects"] + 1
             self.restore(tx, job, stage)
-            self.delay_or_fail(
-                tx, job, stage=stage, rejects=rejects, tries=rejects,
-                spent=rejects >= (job["max_attempts"] or self.max_attempts),
-                attempt=0, failures=0, lapses=0,
-            )
+            self.delay_or_fail(tx, job, rejects, rejects=rejects, stage=stage,
+                               attempt=0, failures=0, lapses=0)
         return self.outcome(tx, job, "state", "stage", "rejects", "delay")
 
     def require_files(self, job, content, claim, files):
