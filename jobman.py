@@ -500,13 +500,13 @@ class SQL:
         select attempt, stage, target, worker, host, started, ended, outcome,
             exit_code, error, stderr
         from attempt where job = :id order by id desc limit :limit"""
-    # the newest attempt in which that stage was done
-    DONE_ATTEMPT = """
-        select max(id) from attempt
-        where job = :id and stage = :stage and outcome = 'done'"""
+    # since the newest attempt in which that stage was done
     GIVEN_SINCE = """
-        select id, given from attempt
-        where job = :id and id >= :first and given is not null
+        select given, id > first as later
+        from (select max(id) as first from attempt
+            where job = :id and stage = :stage and outcome = 'done')
+        cross join attempt
+        where job = :id and id >= first and given is not null
         order by id desc"""
     LAST_ATTEMPT_ID = "select max(id) from attempt"
     # those of jobs that ended long ago, less what Store.restore() needs
@@ -1878,18 +1878,15 @@ class Spent:
         self.attempts, self.seconds = Counter(), Counter()
         self.buckets = defaultdict(list)
 
-    def add(self, kind, bucket, n, seconds):
-        """Add a row."""
-        self.attempts[kind] += n
-        self.seconds[kind] += seconds
-        self.buckets[kind].append((bucket, n))
-
     @classmethod
     def by_stage(cls, rows):
         """Return {stage: Spent} of rows in order of stage and bucket."""
-        stages = {}
-        for stage, *row in rows:
-            stages.setdefault(stage, cls()).add(*row)
+        stages = defaultdict(cls)
+        for stage, kind, bucket, n, seconds in rows:
+            spent = stages[stage]
+            spent.attempts[kind] += n
+            spent.seconds[kind] += seconds
+            spent.buckets[kind].append((bucket, n))
         return stages
 
 
@@ -2442,14 +2439,12 @@ class Store:
         That is what the stage's own update replaced, or the first one after
         it. Files that were made in the stage were not given to it.
         """
-        first = tx.execute(
-            SQL.DONE_ATTEMPT, dict(job, stage=stage)).fetchone()[0]
         before = as_dict(tx.execute(SQL.CONTENT, job).fetchone())
         if before["files_stage"] == stage:
             before.update(files=None, files_stage=None)
-        for row in tx.execute(SQL.GIVEN_SINCE, dict(job, first=first)):
+        for row in tx.execute(SQL.GIVEN_SINCE, dict(job, stage=stage)):
             given = from_json(row["given"])
-            if row["id"] != first:  # files that a later stage was given
+            if row["later"]:  # its files were not given to this stage
                 given.pop("files", None)
                 given.pop("files_stage", None)
             before.update(given)
