@@ -473,11 +473,9 @@ class SQL:
         select distinct parent, job.state from dependency
         cross join job on job.id = parent
         cross join job as follower on follower.id = child
-        where met = 0 and case
-            when job.state = 'done' then 1
+        where met = 0 and (job.state = 'done' or follower.state = case
             when job.state in ('failed', 'cancelled', 'aborted')
-                then follower.state = 'blocked'
-            else follower.state = 'aborted' end"""
+                then 'blocked' else 'aborted' end)"""
 
     # written once, when an attempt ends …
     ADD_ATTEMPT = """
@@ -2118,7 +2116,7 @@ class Store:
         """
         left = CHUNK
         while tx.ended and left > 0:
-            told = OrderedDict()  # children: were all parents done?
+            told = OrderedDict()  # the ends of parents, by child
             while tx.ended and left > 0:
                 parent, (end, after) = tx.ended.popitem(last=False)
                 key = {"parent": parent, "after": after, "limit": left}
@@ -2131,21 +2129,22 @@ class Store:
                 if len(children) == left:
                     tx.announce(parent, end, children[-1])
                 for child in children:
-                    told[child] = end == "met" and told.get(child, True)
+                    told.setdefault(child, set()).add(end)
                 left -= 1 + len(children)
-            for child, only_met in told.items():
-                self.settle(tx, child, only_met=only_met)
+            for child, ends in told.items():
+                self.settle(tx, child, ends)
 
-    def settle(self, tx, child, *, only_met=False):
+    def settle(self, tx, child, ends=()):
         """Block, abort or free a job, as the jobs that it waits for are now.
 
-        With `only_met` these have only been done, so a blocked job may stay:
-        that is seen without reading all of its parents.
+        `ends` are those of parents that it was told: where they can't matter,
+        the others are not looked at, for there may be thousands.
         """
         job = as_dict(tx.execute(SQL.JOB_BY_ID, {"id": child}).fetchone())
-        blocked = job["state"] == "blocked"
-        if job["state"] == "aborted" or (
-                blocked and not (only_met and job["unmet"])):
+        stays = (
+            ends == {"met"} and job["unmet"] if job["state"] == "blocked"
+            else ends == {"unmet"} or job["state"] != "aborted")
+        if not stays:
             state = self.settled_state(tx, job, job["stage"])
             if state != job["state"]:
                 self.move(tx, job, state=state)
