@@ -405,7 +405,6 @@ class SQL:
     OVERDUE = ANY_JOB + """
         where expires_at > 0 and expires_at <= :now
         order by expires_at limit :limit"""
-    NEXT_EXPIRY = "select min(expires_at) from job where expires_at > 0"
 
     # an existing job is left as it is; ADD_JOBS ends in rows of values
     ADD_JOBS = """
@@ -2945,26 +2944,17 @@ class Store:
     def tick(self):
         """Do what time alone brings about.
 
-        Mark the expired by a commit, which lapses overdue leases and goes on
-        with what propagate() left, like any; wake long polls for jobs that
-        other processes freed; prune.
+        A commit marks the expired and, as any does, lapses overdue leases and
+        goes on with what propagate() left. Then wake long polls for jobs that
+        other processes freed, and prune.
         """
-        while not self.ending.is_set() and (
-                self.unfinished or self.is_behind()):
+        self.catch_up()
+        while self.unfinished and not self.ending.is_set():
             self.catch_up()
         if self.shared:
             self.wake_for_others(self.wait_queue.keys())
         if self.keep_days is not None:
             self.prune()
-
-    @query
-    def is_behind(self, execute):
-        """Return whether a lease or delay is over, or a job is to be marked.
-        """
-        now = self.clock()
-        expiry = execute(SQL.NEXT_EXPIRY).fetchone()[0]
-        return (expiry is not None and expiry <= now) or bool(
-            execute(SQL.STALE_STAGES, {"now": now}).fetchone())
 
     @query
     def wake_for_others(self, execute, keys):
