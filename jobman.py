@@ -2660,8 +2660,8 @@ class Store:
     ):
         """Return the rows that a statement finds in groups of jobs.
 
-        A group are the jobs of one stage, state and mark `expired`. Those of
-        `states`, a stage, None: any, and `marks` are looked at.
+        A group has one stage, state and mark `expired`: each of `states` and
+        `marks`, and `stage`, None for any.
         """
         return [
             row
