@@ -404,7 +404,6 @@ class SQL:
     OVERDUE = ANY_JOB + """
         where expires_at > 0 and expires_at <= :now
         order by expires_at limit :limit"""
-    NEXT_EXPIRY = "select min(expires_at) from job where expires_at > 0"
 
     # an existing job is left as it is; ADD_JOBS ends in rows of values
     ADD_JOBS = """
@@ -472,11 +471,9 @@ class SQL:
         select distinct parent, job.state from dependency
         cross join job on job.id = parent
         cross join job as follower on follower.id = child
-        where met = 0 and case
-            when job.state = 'done' then 1
+        where met = 0 and (job.state = 'done' or follower.state = case
             when job.state in ('failed', 'cancelled', 'aborted')
-                then follower.state = 'blocked'
-            else follower.state = 'aborted' end"""
+                then 'blocked' else 'aborted' end)"""
 
     # written once, when an attempt ends …
     ADD_ATTEMPT = """
@@ -499,13 +496,13 @@ class SQL:
         select attempt, stage, target, worker, host, started, ended, outcome,
             exit_code, error, stderr
         from attempt where job = :id order by id desc limit :limit"""
-    # the newest attempt in which that stage was done
-    DONE_ATTEMPT = """
-        select max(id) from attempt
-        where job = :id and stage = :stage and outcome = 'done'"""
+    # since the newest attempt in which that stage was done
     GIVEN_SINCE = """
-        select id, given from attempt
-        where job = :id and id >= :first and given is not null
+        select given, id > first as later
+        from (select max(id) as first from attempt
+            where job = :id and stage = :stage and outcome = 'done')
+        cross join attempt
+        where job = :id and id >= first and given is not null
         order by id desc"""
     LAST_ATTEMPT_ID = "select max(id) from attempt"
     # those of jobs that ended long ago, less what Store.restore() needs
@@ -518,15 +515,10 @@ class SQL:
 
     # one row for each name, the newest it said
     HEARD = """
-        update worker set host = :host, stages = :stages, slots = :slots,
-            busy = :busy, done = :done, failed = :failed, heard = :now,
-            quarantine = :quarantine
-        where namespace = :namespace and name = :name"""
-    HEARD_FIRST = """
-        insert into worker (namespace, name, host, stages, slots, busy,
-            done, failed, heard, quarantine)
+        insert or replace into worker
         values (:namespace, :name, :host, :stages, :slots, :busy, :done,
-            :failed, :now, :quarantine)"""
+            :failed, :now, :quarantine, coalesce((select drain from worker
+                where namespace = :namespace and name = :name), 0))"""
     # one in quarantine stays, for a person to look at it
     FORGET_WORKER = """
         delete from worker where namespace = :namespace and name = :name
@@ -549,11 +541,9 @@ class SQL:
     ADD_STAGE = """
         insert or ignore into stage (namespace, stage)
         values (:namespace, :stage)"""
-    PAUSE = """
-        update stage set paused = :paused
-        where namespace = :namespace and stage = :stage"""
-    SET_MINUTES = """
-        update stage set minutes = :minutes
+    SET_STAGE = """
+        update stage set minutes = coalesce(:minutes, minutes),
+            paused = coalesce(:paused, paused)
         where namespace = :namespace and stage = :stage"""
     # jobs that are done now that there is a last stage
     NEWLY_DONE = ANY_JOB + """
@@ -567,17 +557,12 @@ class SQL:
             'cancelled', 'aborted') """
     # SQLite 3.7.17 would walk over the whole stage instead
     EXPIRED = ANY_JOB + "indexed by job_age" + IN_STAGE + "and expired = 1"
-    ANY_EXPIRED = EXPIRED + " limit 1"
-    # the newly expired of a stage, per state, and their marks
-    COUNT_STALE = "select state, count(*) as jobs from job" + IN_STAGE + """
-        and expired = 0 and entered_at < :before group by state"""
-    MARK_EXPIRED = "update job set expired = 1" + IN_STAGE + """
-        and expired = 0 and entered_at < :before"""
-    # those whose lifetime was made longer
-    COUNT_FRESH = "select state, count(*) as jobs from job" + IN_STAGE + """
-        and expired = 1 and entered_at >= :before group by state"""
-    UNMARK_EXPIRED = "update job set expired = 0" + IN_STAGE + """
-        and expired = 1 and entered_at >= :before"""
+    # jobs of a stage, marked or not, that entered it in a span of time
+    ENTERED = IN_STAGE + """
+        and expired = :marked and entered_at >= :start and entered_at < :end"""
+    COUNT_ENTERED = "select state, count(*) as jobs from job" + ENTERED + """
+        group by state"""
+    MARK = "update job set expired = 1 - :marked" + ENTERED
     # stages of any namespace with jobs to mark
     STALE_STAGES = """
         select namespace, stage, minutes from stage
@@ -587,15 +572,15 @@ class SQL:
                 'failed', 'cancelled', 'aborted')
             and expired = 0 and entered_at < :now - 60 * minutes)"""
 
-    # the ids of a page of jobs: of all …
+    # the places of a page of jobs: of all, by id …
     PAGE = """
         select jobid from job where namespace = :namespace and jobid > :after
         order by jobid limit :limit"""
-    # … of a group of one stage and state, sorted: a range of job_age …
+    # … of one stage and state, sorted: a range of job_age …
     GROUP_PAGE = """
         select jobid from job indexed by job_age
         where namespace = :namespace and stage = :stage and state = :state
-            and expired >= :expired and jobid > :after
+            and expired = :expired and jobid > :after
         order by jobid limit :limit"""
     # … or by time in their stage
     AGE_PAGE = """
@@ -604,21 +589,16 @@ class SQL:
             and expired = :expired and entered_at >= :since
             and (entered_at > :since or jobid > :after)
         order by entered_at, jobid limit :limit"""
-    # the latest of a group
+    # the latest of a group, with their last attempts
     LATEST = """
-        select entered_at, jobid from job
-        where namespace = :namespace and stage = :stage and state = :state
-            and expired = :expired
-        order by entered_at desc, jobid desc limit :limit"""
-    GROUP = """
-        select jobid from job where namespace = :namespace and stage = :stage
-        and state = :state"""
-    LAST_ATTEMPT = """
-        select jobid, job.stage, exit_code, substr(error, -1000) as error,
-            substr(stderr, -1000) as stderr, attempt.worker, host
+        select entered_at, jobid, job.stage, exit_code,
+            substr(error, -1000) as error, substr(stderr, -1000) as stderr,
+            attempt.worker, host
         from job left join attempt on attempt.id = (
             select max(id) from attempt where job = job.id)
-        where namespace = :namespace and jobid = :jobid"""
+        where namespace = :namespace and job.stage = :stage
+            and state = :state and expired = :expired
+        order by entered_at desc, jobid desc limit :limit"""
 
     COUNT = """
         update tally set jobs = jobs + ?, expired = expired + ?
@@ -641,9 +621,6 @@ class SQL:
         from pace where namespace = :namespace and minute >= :minute
         group by 1"""
     FIRST_MINUTE = "select min(minute) from pace where namespace = :namespace"
-    DONE_SINCE = """
-        select coalesce(sum(done), 0) from pace
-        where namespace = :namespace and minute >= :minute"""
     SPEND = """
         update spent set n = n + ?, seconds = seconds + ?
         where namespace = ? and stage = ? and kind = ? and bucket = ?"""
@@ -1823,37 +1800,31 @@ class Readers:
 
     def __init__(self, path):
         self.path = path
-        self.idle = queue.LifoQueue()
-        for _ in range(self.KEPT):
-            self.idle.put(None)  # to be opened
+        self.free = threading.BoundedSemaphore(self.KEPT)
+        self.idle = []
 
     @contextlib.contextmanager
     def reading(self):
         """Hand out a connection with a snapshot of the database."""
-        connection = self.idle.get()
-        try:
-            connection = connection or connect(self.path, readonly=True)
-            connection.execute("begin")
-            yield connection
-            connection.execute("rollback")
-        except BaseException:
-            if connection:
+        with self.free:
+            try:
+                connection = self.idle.pop()
+            except IndexError:
+                connection = connect(self.path, readonly=True)
+            try:
+                connection.execute("begin")
+                yield connection
+                connection.execute("rollback")
+            except BaseException:
                 connection.close()
-            connection = None
-            raise
-        finally:
-            self.idle.put(connection)
+                raise
+            self.idle.append(connection)
 
     def close(self):
         """Close the idle connections."""
-        idle = []
-        with contextlib.suppress(queue.Empty):
+        with contextlib.suppress(IndexError):
             while True:
-                idle.append(self.idle.get_nowait())
-        for connection in idle:
-            if connection:
-                connection.close()
-            self.idle.put(None)
+                self.idle.pop().close()
 
 
 def new_figures():
@@ -1895,18 +1866,15 @@ class Spent:
         self.attempts, self.seconds = Counter(), Counter()
         self.buckets = defaultdict(list)
 
-    def add(self, kind, bucket, n, seconds):
-        """Add a row."""
-        self.attempts[kind] += n
-        self.seconds[kind] += seconds
-        self.buckets[kind].append((bucket, n))
-
     @classmethod
     def by_stage(cls, rows):
         """Return {stage: Spent} of rows in order of stage and bucket."""
-        stages = {}
-        for stage, *row in rows:
-            stages.setdefault(stage, cls()).add(*row)
+        stages = defaultdict(cls)
+        for stage, kind, bucket, n, seconds in rows:
+            spent = stages[stage]
+            spent.attempts[kind] += n
+            spent.seconds[kind] += seconds
+            spent.buckets[kind].append((bucket, n))
         return stages
 
 
@@ -2140,41 +2108,38 @@ class Store:
         """
         left = CHUNK
         while tx.ended and left > 0:
-            revived = OrderedDict()  # each once, whatever its parents do
+            told = OrderedDict()  # the ends of parents, by child
             while tx.ended and left > 0:
                 parent, (end, after) = tx.ended.popitem(last=False)
                 key = {"parent": parent, "after": after, "limit": left}
-                children = tx.execute(SQL.CHILDREN, key).fetchall()
-                for child, in children:
-                    self.tell_child(tx, child, parent, end, revived)
+                children = [
+                    child for child, in tx.execute(SQL.CHILDREN, key)]
+                if end == "met":
+                    edges = [dict(key, child=child) for child in children]
+                    tx.executemany(SQL.MEET, edges)
+                    tx.executemany(SQL.MEET_ONE, edges)
                 if len(children) == left:
-                    tx.announce(parent, end, child)
+                    tx.announce(parent, end, children[-1])
+                for child in children:
+                    told.setdefault(child, set()).add(end)
                 left -= 1 + len(children)
-            for child in revived:
-                job = as_dict(
-                    tx.execute(SQL.JOB_BY_ID, {"id": child}).fetchone())
-                state = self.settled_state(tx, job, job["stage"])
-                if job["state"] == "aborted" != state:
-                    self.move(tx, job, state=state)
+            for child, ends in told.items():
+                self.settle(tx, child, ends)
 
-    def tell_child(self, tx, child, parent, end, revived):
-        """Do what the end of a parent means for one child.
+    def settle(self, tx, child, ends=()):
+        """Block, abort or free a job, as the jobs that it waits for are now.
 
-        If the parent isn't put aside any more, the id of an aborted child is
-        added to `revived`: another parent may still be.
+        `ends` are those of parents that it was told: where they can't matter,
+        the others are not looked at, for there may be thousands.
         """
-        if end == "met":
-            edge = {"child": child, "parent": parent}
-            tx.execute(SQL.MEET, edge)
-            tx.execute(SQL.MEET_ONE, edge)
         job = as_dict(tx.execute(SQL.JOB_BY_ID, {"id": child}).fetchone())
-        if end == "unmet":
-            if job["state"] == "blocked":
-                self.move(tx, job, state="aborted")
-        elif job["state"] == "aborted":
-            revived[child] = True
-        elif job["state"] == "blocked" and not job["unmet"]:
-            self.move(tx, job, state=stage_state(job["stage"], job["final"]))
+        stays = (
+            ends == {"met"} and job["unmet"] if job["state"] == "blocked"
+            else ends == {"unmet"} or job["state"] != "aborted")
+        if not stays:
+            state = self.settled_state(tx, job, job["stage"])
+            if state != job["state"]:
+                self.move(tx, job, state=state)
 
     def follow(self, tx, namespace, jobid, parents):
         """Make a new job depend on others; raise Error 400 if one is missing.
@@ -2189,10 +2154,7 @@ class Store:
             raise Error(400, "Job %d waits for job %d, which isn't there."
                         % (jobid, missing))
         tx.execute(SQL.SET_UNMET, job)
-        job = self.find(tx, namespace, jobid)
-        state = self.settled_state(tx, job, job["stage"])
-        if state != job["state"]:
-            self.move(tx, job, state=state)
+        self.settle(tx, job["id"])
 
     # Adding jobs
 
@@ -2401,12 +2363,10 @@ class Store:
             self.require_claim(job)
             self.end_attempt(tx, job, outcome, report=report)
             failures = job["failures"] + (not later)
-            limit = job["max_attempts"] or self.max_attempts
             self.delay_or_fail(
-                tx, job, stage=job["claimed_from"], failures=failures,
-                tries=job["attempt"] if later else failures,
-                spent=not later and failures >= limit,
-            )
+                tx, job, job["attempt"] if later else failures,
+                counted=not later, stage=job["claimed_from"],
+                failures=failures)
         return self.outcome(tx, job, "state", "failures", "delay")
 
     def outcome(self, tx, job, *names):
@@ -2419,9 +2379,12 @@ class Store:
         job["delay"] = max(0, job["expires_at"] - tx.now) if delayed else 0
         return {name: job[name] for name in ("jobid", *names)}
 
-    def delay_or_fail(self, tx, job, *, tries, spent, **after):
-        """Delay a job, longer after more `tries`, or fail it when spent."""
-        if spent:
+    def delay_or_fail(self, tx, job, tries, *, counted=True, **after):
+        """Delay a job, longer after more `tries`; fail it after its last.
+
+        There is no last one of tries that aren't `counted`.
+        """
+        if counted and tries >= (job["max_attempts"] or self.max_attempts):
             self.move(tx, job, state="failed", **after)
         else:
             self.move(tx, job, state="delayed",
@@ -2446,11 +2409,8 @@ class Store:
                 self.end_attempt(tx, job, "rejected", report=report)
             stage, rejects = content["files_stage"], job["rejects"] + 1
             self.restore(tx, job, stage)
-            self.delay_or_fail(
-                tx, job, stage=stage, rejects=rejects, tries=rejects,
-                spent=rejects >= (job["max_attempts"] or self.max_attempts),
-                attempt=0, failures=0, lapses=0,
-            )
+            self.delay_or_fail(tx, job, rejects, rejects=rejects, stage=stage,
+                               attempt=0, failures=0, lapses=0)
         return self.outcome(tx, job, "state", "stage", "rejects", "delay")
 
     def require_files(self, job, content, claim, files):
@@ -2470,14 +2430,12 @@ class Store:
         That is what the stage's own update replaced, or the first one after
         it. Files that were made in the stage were not given to it.
         """
-        first = tx.execute(
-            SQL.DONE_ATTEMPT, dict(job, stage=stage)).fetchone()[0]
         before = as_dict(tx.execute(SQL.CONTENT, job).fetchone())
         if before["files_stage"] == stage:
             before.update(files=None, files_stage=None)
-        for row in tx.execute(SQL.GIVEN_SINCE, dict(job, first=first)):
+        for row in tx.execute(SQL.GIVEN_SINCE, dict(job, stage=stage)):
             given = from_json(row["given"])
-            if row["id"] != first:  # files that a later stage was given
+            if row["later"]:  # its files were not given to this stage
                 given.pop("files", None)
                 given.pop("files_stage", None)
             before.update(given)
@@ -2521,8 +2479,7 @@ class Store:
         if worker["ended"] and worker["quarantine"] is None:
             tx.execute(SQL.FORGET_WORKER, worker)
         else:
-            if not tx.execute(SQL.HEARD, worker).rowcount:
-                tx.execute(SQL.HEARD_FIRST, worker)
+            tx.execute(SQL.HEARD, worker)
         drained = tx.execute(SQL.DRAINED, worker).fetchone()
         lost = [
             jobid for jobid, claim in claims
@@ -2563,9 +2520,8 @@ class Store:
     @change
     def pause(self, tx, namespace, stage, *, paused):
         """Hand out no more jobs of a stage, or go on with it."""
+        self.set_stage(tx, namespace, stage, paused=int(paused))
         key = {"namespace": namespace, "stage": stage}
-        tx.execute(SQL.ADD_STAGE, key)
-        tx.execute(SQL.PAUSE, dict(key, paused=int(paused)))
         tx.freed[namespace, stage] += \
             tx.execute(SQL.COUNT_FREE, key).fetchone()[0]
 
@@ -2586,7 +2542,7 @@ class Store:
         """
         if not self.minutes(tx.execute, namespace):
             for stage, value in enumerate(minutes):
-                self.set_minutes(tx, namespace, stage, value)
+                self.set_stage(tx, namespace, stage, minutes=value)
             key = {"namespace": namespace, "laststage": len(minutes) - 1}
             tx.execute(SQL.SET_LASTSTAGE, key)
             for job in tx.execute(SQL.NEWLY_DONE, key).fetchall():
@@ -2594,50 +2550,47 @@ class Store:
                           entered_at=job["entered_at"])
         return self.minutes(tx.execute, namespace)
 
-    def set_minutes(self, tx, namespace, stage, minutes):
-        """Write the lifetime of a stage."""
-        values = {"namespace": namespace, "stage": stage, "minutes": minutes}
+    def set_stage(self, tx, namespace, stage, *, minutes=None, paused=None):
+        """Write the lifetime of a stage, or whether it is paused."""
+        values = {"namespace": namespace, "stage": stage, "minutes": minutes,
+                  "paused": paused}
         tx.execute(SQL.ADD_STAGE, values)
-        tx.execute(SQL.SET_MINUTES, values)
+        tx.execute(SQL.SET_STAGE, values)
 
     @change
     def set_lifetime(self, tx, namespace, stage, minutes):
-        """Set the lifetime of a stage; unmark the jobs that it now covers."""
-        self.set_minutes(tx, namespace, stage, minutes)
-        before = tx.now - minutes * 60 if minutes else 0
-        key = {"namespace": namespace, "stage": stage, "before": before}
-        self.mark(tx, SQL.COUNT_FRESH, SQL.UNMARK_EXPIRED, key, -1)
-
-    def mark(self, tx, affected, update, values, sign):
-        """Set or clear the mark `expired` of a range of jobs; count them."""
-        for row in tx.execute(affected, values).fetchall():
-            tx.count(0, sign * row["jobs"],
-                     values["namespace"], values["stage"], row["state"])
-        tx.execute(update, values)
+        """Set the lifetime of a stage, and mark its jobs accordingly."""
+        self.set_stage(tx, namespace, stage, minutes=minutes)
+        self.mark_expired(tx, namespace, stage, minutes)
 
     def mark_expired(self, tx, namespace, stage, minutes):
-        """Mark the jobs of a stage that are over its lifetime."""
-        values = {"namespace": namespace, "stage": stage,
-                  "before": tx.now - minutes * 60}
-        self.mark(tx, SQL.COUNT_STALE, SQL.MARK_EXPIRED, values, 1)
+        """Mark the jobs of a stage that are over its lifetime, no others."""
+        oldest = tx.now - minutes * 60 if minutes else -math.inf
+        for marked, start, end in (
+            (0, -math.inf, oldest), (1, oldest, math.inf),
+        ):
+            values = {"namespace": namespace, "stage": stage,
+                      "marked": marked, "start": start, "end": end}
+            for state, jobs in tx.execute(SQL.COUNT_ENTERED, values):
+                tx.count(0, -jobs if marked else jobs,
+                         namespace, stage, state)
+            tx.execute(SQL.MARK, values)
 
-    def mark_all_expired(self, tx, namespace):
-        """Mark every job over its lifetime; return the stages that have one.
-        """
-        limited = {stage: minutes for stage, minutes
-                   in self.minutes(tx.execute, namespace).items() if minutes}
-        for stage, minutes in limited.items():
-            self.mark_expired(tx, namespace, stage, minutes)
-        return list(limited)
+    def mark_all_expired(self, tx):
+        """Mark the jobs of any namespace that are over their lifetime."""
+        for stage in tx.execute(SQL.STALE_STAGES, {"now": tx.now}).fetchall():
+            self.mark_expired(tx, *stage)
+
+    catch_up = change(mark_all_expired)
 
     @change
     def check_stages(self, tx, namespace):
         """Mark what has expired; return whether nothing is marked."""
-        stages = self.mark_all_expired(tx, namespace)
+        self.mark_all_expired(tx)
         return not any(
-            tx.execute(SQL.ANY_EXPIRED, {
+            tx.execute(SQL.EXPIRED, {
                 "namespace": namespace, "stage": stage}).fetchone()
-            for stage in stages
+            for stage in self.minutes(tx.execute, namespace)
         )
 
     @change
@@ -2648,7 +2601,7 @@ class Store:
         back. Returns whether nothing was marked in `old`, and how many jobs
         moved.
         """
-        self.mark_all_expired(tx, namespace)
+        self.mark_all_expired(tx)
         key = {"namespace": namespace, "stage": old}
         marked = [as_dict(job) for job in tx.execute(SQL.EXPIRED, key)]
         moving = [job for job in marked if job["state"] not in PUT_ASIDE]
@@ -2676,51 +2629,41 @@ class Store:
         }[action]
         _, states = SWEEPS[action]
         states = [known for known in states if state in (None, known)]
-        if ids is None:
-            ids = self.ids_in(namespace, states, stage)
-        else:
-            self.require_jobs(namespace, ids)
+        ids = self.ids_in(namespace, ids, states, stage)
         return sum(
             self.sweep_ids(namespace, act, ids[i : i + CHUNK], states, stage)
             for i in range(0, len(ids), CHUNK)
         )
 
     @query
-    def require_jobs(self, execute, namespace, ids):
-        """Raise Error 404 when one of the jobs `ids` doesn't exist."""
+    def ids_in(self, execute, namespace, ids, states, stage):
+        """Return `ids`, or those of all jobs in `states` and a stage."""
+        if ids is None:
+            found = self.in_groups(execute, SQL.GROUP_PAGE, namespace, states,
+                                   stage, after=-1, limit=-1)
+            return [jobid for jobid, in found]
         for jobid in ids:
             key = {"namespace": namespace, "jobid": jobid}
             if not execute(SQL.JOB, key).fetchone():
                 raise Error(404, "There is no job %d." % jobid)
+        return ids
 
-    @query
-    def ids_in(self, execute, namespace, states, stage):
-        """Return the ids of all jobs in `states` and a stage, None: any."""
-        found = self.in_groups(execute, SQL.GROUP, namespace, states, stage)
-        return [jobid for jobid, in found]
+    def in_groups(
+        self, execute, sql, namespace, states, stage, marks=(0, 1), **values
+    ):
+        """Return the rows that a statement finds in groups of jobs.
 
-    def in_groups(self, execute, sql, namespace, states, stage, **values):
-        """Return what a statement finds in each group of jobs, as tuples.
-
-        The groups are those of groups(), whose keys are among its values.
+        A group has one stage, state and mark `expired`: each of `states` and
+        `marks`, and `stage`, None for any.
         """
         return [
-            tuple(row)
-            for group in self.groups(execute, namespace, states, stage)
-            for row in execute(sql, dict(group, **values))
-        ]
-
-    def groups(self, execute, namespace, states, stage):
-        """Return the groups of jobs in `states` and a stage, None: any.
-
-        They are dicts of namespace, stage, state, and how many `jobs` and
-        `expired`.
-        """
-        rows = execute(SQL.TALLY, {"namespace": namespace}).fetchall()
-        return [
-            dict(row, namespace=namespace)
-            for row in rows
-            if row["state"] in states and stage in (None, row["stage"])
+            row
+            for group in execute(SQL.TALLY, {"namespace": namespace})
+            if group["state"] in states and stage in (None, group["stage"])
+            for mark in marks
+            for row in execute(sql, dict(
+                values, namespace=namespace, stage=group["stage"],
+                state=group["state"], expired=mark))
         ]
 
     @change
@@ -2810,8 +2753,8 @@ class Store:
         """
         now = self.clock()
         minute = int(now // 60) - 1
-        key = {"namespace": namespace, "minute": minute}
-        done = execute(SQL.DONE_SINCE, key).fetchone()[0]
+        key = {"namespace": namespace, "minute": minute, "step": 1}
+        done = sum(row["done"] for row in execute(SQL.PACES, key))
         return done / (now - minute * 60)
 
     @query
@@ -2847,16 +2790,17 @@ class Store:
             first = execute(SQL.FIRST_MINUTE, key).fetchone()[0]
             minutes = 1 if first is None else max(1, this - first + 1)
         step = -(-minutes // PACE_POINTS)
-        start = (this - minutes + 1) // step
-        points = this // step - start + 1
-        updates, done = [0] * points, [0] * points
-        for row in execute(SQL.PACES, dict(
-                key, minute=start * step, step=step)):
-            if row["point"] - start < points:  # the clock may go back
-                updates[row["point"] - start] = row["updates"]
-                done[row["point"] - start] = row["done"]
-        return {"time": now, "start": start * step * 60, "step": step * 60,
-                "updates": updates, "done": done}
+        points = range((this - minutes + 1) // step, this // step + 1)
+        start = points[0] * step
+        updates, done = Counter(), Counter()
+        for row in execute(SQL.PACES, dict(key, minute=start, step=step)):
+            updates[row["point"]] = row["updates"]
+            done[row["point"]] = row["done"]
+        return {
+            "time": now, "start": start * 60, "step": step * 60,
+            "updates": [updates[point] for point in points],
+            "done": [done[point] for point in points],
+        }
 
     @query
     def job(self, execute, namespace, jobid):
@@ -2904,45 +2848,39 @@ class Store:
         page has up to `limit` pairs of a job and a list of its last
         `attempts`, fewer when they are large.
         """
-        find = self.places_by_id if order == "id" else self.places_by_time
-        places = find(execute, namespace, stage, state, after, limit + 1)
+        places = self.places(
+            execute, namespace, order, after, limit + 1, stage, state)
         jobs, size = [], 0
         for place in places[:limit]:
-            jobid = place if order == "id" else place[1]
-            job = self.shown_job(execute, namespace, jobid)
+            job = self.shown_job(execute, namespace, place[-1])
             last = self.attempts(execute, job["id"], attempts)
             jobs.append((job, last))
-            size += sum(len(job[name] or "") for name in JSON_COLUMNS)
-            size += sum(
-                len(attempt[name] or "")
-                for attempt in last for name in ("error", "stderr"))
+            size += sum(len(row.get(name) or "") for row in (job, *last)
+                        for name in (*JSON_COLUMNS, "error", "stderr"))
             if size > PAGE_TEXT:
                 break
-        return jobs, place if len(jobs) < len(places) else None
+        if len(jobs) == len(places):
+            return jobs, None
+        return jobs, place[0] if order == "id" else place
 
-    def places_by_id(self, execute, namespace, stage, state, after, limit):
-        """Return up to `limit` ids that follow `after`, in order."""
-        key = {"namespace": namespace, "limit": limit,
-               "after": -1 if after is None else after}
-        if stage is None and state is None:
-            return [jobid for jobid, in execute(SQL.PAGE, key)]
-        marked = state == "expired"
-        states = STATES if marked or state is None else (state,)
-        found = self.in_groups(execute, SQL.GROUP_PAGE, states=states,
-                               stage=stage, **dict(key, expired=int(marked)))
-        return sorted(jobid for jobid, in found)[:limit]
-
-    def places_by_time(self, execute, namespace, stage, state, after, limit):
-        """Return up to `limit` pairs (time, id) that follow `after`."""
-        marked = state == "expired"
-        states = STATES if marked or state is None else (state,)
-        since, jobid = after or (-1, -1)
-        found = []
-        for expired in (1,) if marked else (0, 1):
-            found += self.in_groups(
-                execute, SQL.AGE_PAGE, namespace, states, stage,
-                expired=expired, since=since, after=jobid, limit=limit)
-        return sorted(found)[:limit]
+    def places(self, execute, namespace, order, after, limit, stage, state):
+        """Return up to `limit` tuples, (id,) or (time, id), after a place."""
+        if order == "id":
+            sql, values = SQL.GROUP_PAGE, {
+                "after": -1 if after is None else after}
+        else:
+            since, jobid = after or (-1, -1)
+            sql, values = SQL.AGE_PAGE, {"since": since, "after": jobid}
+        values["limit"] = limit
+        if order == "id" and stage is None and state is None:
+            rows = execute(SQL.PAGE, dict(values, namespace=namespace))
+        else:
+            marked = state == "expired"
+            states = STATES if marked or state is None else (state,)
+            rows = self.in_groups(
+                execute, sql, namespace, states, stage,
+                marks=(1,) if marked else (0, 1), **values)
+        return sorted(map(tuple, rows))[:limit]
 
     @query
     def workers(self, execute, namespace, *, within):
@@ -2965,18 +2903,12 @@ class Store:
         The latter are rows with jobid, stage, exit_code, error, stderr,
         worker and host, at most FAILURES_READ.
         """
-        groups = self.groups(execute, namespace, ("failed",), None)
-        failed, places = sum(group["jobs"] for group in groups), []
-        for expired in (0, 1):
-            places += self.in_groups(
-                execute, SQL.LATEST, namespace, ("failed",), None,
-                expired=expired, limit=FAILURES_READ)
-        keys = (
-            {"namespace": namespace, "jobid": jobid}
-            for _, jobid in sorted(places, reverse=True)[:FAILURES_READ]
-        )
-        return failed, [
-            execute(SQL.LAST_ATTEMPT, key).fetchone() for key in keys]
+        rows = execute(SQL.TALLY, {"namespace": namespace})
+        failed = sum(row["jobs"] for row in rows if row["state"] == "failed")
+        rows = self.in_groups(execute, SQL.LATEST, namespace, ("failed",),
+                              None, limit=FAILURES_READ)
+        rows.sort(key=lambda row: row[:2], reverse=True)
+        return failed, rows[:FAILURES_READ]
 
     @query
     def health(self, execute):
@@ -3004,39 +2936,17 @@ class Store:
     def tick(self):
         """Do what time alone brings about.
 
-        Each commit lapses overdue leases by itself: the tick wakes the long
-        polls that wait for those jobs. It marks the expired, goes on with
-        what propagate() left, wakes long polls for jobs that other processes
-        freed, and prunes.
+        A commit marks the expired and, as any does, lapses overdue leases and
+        goes on with what propagate() left. Then wake long polls for jobs that
+        other processes freed, and prune.
         """
-        overdue, stale = self.behind()
-        while not self.ending.is_set() and (
-                overdue or stale or self.unfinished):
-            self.catch_up(stale)
-            overdue, stale = self.behind()
+        self.catch_up()
+        while self.unfinished and not self.ending.is_set():
+            self.catch_up()
         if self.shared:
             self.wake_for_others(self.wait_queue.keys())
         if self.keep_days is not None:
             self.prune()
-
-    @query
-    def behind(self, execute):
-        """Return whether a claim or delay is over, and stages with jobs to
-        mark.
-        """
-        now = self.clock()
-        expiry = execute(SQL.NEXT_EXPIRY).fetchone()[0]
-        stale = execute(SQL.STALE_STAGES, {"now": now}).fetchall()
-        return expiry is not None and expiry <= now, list(map(tuple, stale))
-
-    @change
-    def catch_up(self, tx, stale):
-        """Mark the expired in `stale` stages.
-
-        Like any transaction this lets leases lapse, and propagates.
-        """
-        for namespace, stage, minutes in stale:
-            self.mark_expired(tx, namespace, stage, minutes)
 
     @query
     def wake_for_others(self, execute, keys):
