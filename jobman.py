@@ -351,7 +351,7 @@ create table submission (
 
 
 class SQL:
-    """The statements of the Store, the Writer and check."""
+    """The statements of the Store and the Writer."""
 
     SETTING = "select value from setting where name = :name"
     SET_SETTING = "insert into setting values (:name, :value)"
@@ -667,62 +667,6 @@ class SQL:
         select count(*) as workers, coalesce(sum(slots), 0) as slots,
             coalesce(sum(busy), 0) as busy from worker where heard >= :since"""
 
-    # for a copy or a check of the whole database: these do walk over all
-    WHOLE_JOBS = "select count(*) from job"
-    WHOLE_NAMES = "select name from sqlite_master where sql is not null"
-    WHOLE_TALLY = """
-        select stage, state, sum(kept), sum(there), sum(kept_expired),
-            sum(expired)
-        from (select namespace, stage, state, jobs as kept, 0 as there,
-                expired as kept_expired, 0 as expired from tally
-            union all select namespace, stage, state, 0, count(*), 0,
-                sum(expired) from job group by namespace, stage, state)
-        group by namespace, stage, state
-        having sum(kept) != sum(there) or sum(kept_expired) != sum(expired)"""
-    WHOLE_UNMET = """
-        select count(*), min(jobid) from job where unmet != (
-            select count(*) from dependency where child = job.id and met = 0)
-        """
-    WHOLE_EDGES = """
-        select count(*), min(child) from dependency
-        where not exists (select 1 from job where id = child)
-            or not exists (select 1 from job where id = parent)"""
-    WHOLE_ORPHANS = """
-        select count(*), min(id) from attempt where not exists (
-            select 1 from job where job.id = attempt.job)"""
-    WHOLE_ODD = """
-        select case
-            when state not in ('waiting', 'delayed', 'blocked', 'working',
-                'done', 'failed', 'cancelled', 'aborted')
-                then 'in an unknown state'
-            when free != (state in ('waiting', 'done') or state = 'working'
-                and lease is null) then 'free by mistake, or not free'
-            when state = 'working' and (claim is null
-                or claimed_from is null or claimed_to is null)
-                then 'working without a claim'
-            when state = 'working' and (expires_at is null)
-                != (lease is null) then 'on a lease without an end'
-            when state = 'delayed' and expires_at is null
-                then 'delayed without an end'
-            when state not in ('working', 'delayed')
-                and expires_at is not null
-                then 'given an end without a lease or delay'
-            when state != 'working' and lease is not null
-                then 'on a lease without a worker'
-            when state in ('delayed', 'failed', 'cancelled', 'aborted')
-                and claim is not null then 'claimed after their end'
-            when state = 'done' and (final is null or stage < final)
-                then 'done before the last stage'
-            when state = 'waiting' and stage >= final
-                then 'waiting in the last stage'
-            when expired not in (0, 1) then 'neither expired nor not'
-            when state = 'waiting' and unmet > 0
-                then 'waiting, and for others too'
-            when state in ('blocked', 'aborted') and unmet = 0
-                then 'blocked by nothing'
-            end as odd, count(*), min(jobid)
-        from (""" + WHOLE_JOB + """) group by 1 having odd is not null"""
-
 
 # ------------------------------------------------ where the database lies ---
 
@@ -999,56 +943,6 @@ def open_writer(location):
             connection.execute("pragma journal_mode = wal")
         undo.pop_all()
     return connection
-
-
-def copy_tables(copy):
-    """Copy all of the attached database `source`, in one transaction."""
-    execute = copy.execute
-    execute("begin")
-    for kind in ("table", "index"):
-        for name, sql in execute(
-            "select name, sql from source.sqlite_master"
-            " where type = :kind and sql is not null", {"kind": kind}
-        ).fetchall():
-            execute(sql)
-            if kind == "table":
-                execute("insert into %s select * from source.%s"
-                        % (name, name))
-    for mark in ("application_id", "user_version"):
-        value = execute("pragma source.%s" % mark).fetchone()[0]
-        execute("pragma main.%s = %d" % (mark, value))
-    execute("commit")
-
-
-def copy_database(location, target, show=lambda size: None):
-    """Copy a database, even while it is served, to the new file `target`.
-
-    The copy is a snapshot in one file of mode 0600. It gets its name when it
-    is complete, so a full disk leaves nothing behind. `show` is called from
-    time to time with the bytes written. Return the number of jobs. Raise
-    CommandError if the copy can't be made.
-    """
-    refuse_leftovers(target, target + "-wal", target + "-journal")
-    draft = "%s.new.%s" % (target, secrets.token_hex(4))
-    source = file_uri(location.path, readonly=True, vfs=location.vfs)
-    try:
-        os.close(open_private(draft))
-        # only this process knows the draft, so it needs no locks
-        copy = connect(draft, readonly=False, vfs="unix-none")
-        with contextlib.closing(copy):
-            copy.execute("attach :source as source", {"source": source})
-            copy.set_progress_handler(
-                lambda: show(os.path.getsize(draft)), 10**5)
-            copy_tables(copy)
-            jobs = copy.execute(SQL.WHOLE_JOBS).fetchone()[0]
-        os.replace(draft, target)
-    except (sqlite3.Error, OSError) as error:
-        raise CommandError("The database %s can't be copied to %s: %s." % (
-            location.path, target, cause(error)
-        )) from None
-    finally:
-        remove(draft)
-    return jobs
 
 
 # ----------------------------------------------------------- server lock ---
@@ -7253,6 +7147,56 @@ def open_snapshot(path):
             yield connection.execute
 
 
+def copy_tables(copy):
+    """Copy all of the attached database `source`, in one transaction."""
+    execute = copy.execute
+    execute("begin")
+    for kind in ("table", "index"):
+        for name, sql in execute(
+            "select name, sql from source.sqlite_master"
+            " where type = :kind and sql is not null", {"kind": kind}
+        ).fetchall():
+            execute(sql)
+            if kind == "table":
+                execute("insert into %s select * from source.%s"
+                        % (name, name))
+    for mark in ("application_id", "user_version"):
+        value = execute("pragma source.%s" % mark).fetchone()[0]
+        execute("pragma main.%s = %d" % (mark, value))
+    execute("commit")
+
+
+def copy_database(location, target, show=lambda size: None):
+    """Copy a database, even while it is served, to the new file `target`.
+
+    The copy is a snapshot in one file of mode 0600. It gets its name when it
+    is complete, so a full disk leaves nothing behind. `show` is called from
+    time to time with the bytes written. Return the number of jobs. Raise
+    CommandError if the copy can't be made.
+    """
+    refuse_leftovers(target, target + "-wal", target + "-journal")
+    draft = "%s.new.%s" % (target, secrets.token_hex(4))
+    source = file_uri(location.path, readonly=True, vfs=location.vfs)
+    try:
+        os.close(open_private(draft))
+        # only this process knows the draft, so it needs no locks
+        copy = connect(draft, readonly=False, vfs="unix-none")
+        with contextlib.closing(copy):
+            copy.execute("attach :source as source", {"source": source})
+            copy.set_progress_handler(
+                lambda: show(os.path.getsize(draft)), 10**5)
+            copy_tables(copy)
+            jobs = copy.execute("select count(*) from job").fetchone()[0]
+        os.replace(draft, target)
+    except (sqlite3.Error, OSError) as error:
+        raise CommandError("The database %s can't be copied to %s: %s." % (
+            location.path, target, cause(error)
+        )) from None
+    finally:
+        remove(draft)
+    return jobs
+
+
 def backup(options):
     """Copy a database into a new file, also while a server has it."""
     with exclusive_access(options.db) as location:
@@ -7272,6 +7216,51 @@ def backup(options):
     return 0
 
 
+class CheckSQL:
+    """The statements of check. Each row that they return is damage."""
+
+    COUNTS = """
+        select stage, state, sum(kept), sum(there), sum(kept_expired),
+            sum(expired)
+        from (select namespace, stage, state, jobs as kept, 0 as there,
+                expired as kept_expired, 0 as expired from tally
+            union all select namespace, stage, state, 0, count(*), 0,
+                sum(expired) from job group by namespace, stage, state)
+        group by namespace, stage, state
+        having sum(kept) != sum(there) or sum(kept_expired) != sum(expired)"""
+    # "group by null": no row instead of one that counts 0
+    ATTEMPTS = """
+        select count(*), min(id) from attempt where not exists (
+            select 1 from job where job.id = attempt.job) group by null"""
+    UNMET = """
+        select count(*), min(jobid) from job where unmet != (
+            select count(*) from dependency where child = job.id and met = 0)
+        group by null"""
+    EDGES = """
+        select count(*), min(child) from dependency
+        where not exists (select 1 from job where id = child)
+            or not exists (select 1 from job where id = parent)
+        group by null"""
+    STATES = """
+        select count(*), case
+            when free != (state in ('waiting', 'done') or state = 'working'
+                and lease is null) then 'free by mistake, or not free'
+            when state = 'working' and (claim is null
+                or claimed_from is null or claimed_to is null)
+                then 'working without a claim'
+            when (expires_at is null) = (state = 'delayed'
+                or lease is not null)
+                then 'due without a lease or delay, or never due in one'
+            when state = 'done' and (final is null or stage < final)
+                or state = 'waiting' and stage >= final
+                then 'done before their last stage, or waiting in it'
+            when state = 'waiting' and unmet > 0
+                or state in ('blocked', 'aborted') and unmet = 0
+                then 'waiting for other jobs by mistake, or not waiting'
+            end as odd, min(jobid)
+        from (""" + SQL.WHOLE_JOB + """) group by odd having odd is not null"""
+
+
 def check_pages(execute):
     """Yield what SQLite finds wrong."""
     for found, in execute("pragma integrity_check"):
@@ -7281,7 +7270,7 @@ def check_pages(execute):
 
 def check_schema(execute):
     """Yield the tables and indexes that are missing."""
-    there = {name for name, in execute(SQL.WHOLE_NAMES)}
+    there = {name for name, in execute("select name from sqlite_master")}
     for kind, name in re.findall(r"create (table|index) (\w+)", SCHEMA):
         if name not in there:
             yield "there is no %s %s" % (kind, name)
@@ -7289,33 +7278,30 @@ def check_schema(execute):
 
 def check_counts(execute):
     """Yield where the kept counts aren't those of the jobs."""
-    for stage, state, *counts in execute(SQL.WHOLE_TALLY):
+    for row in execute(CheckSQL.COUNTS):
         yield ("stage %s, %s: counted %s, there %s; expired %s, there %s"
-               % (stage, state, *counts))
+               % tuple(row))
 
 
 def check_attempts(execute):
     """Yield how many attempts are of no job."""
-    orphans, first = execute(SQL.WHOLE_ORPHANS).fetchone()
-    if orphans:
-        yield "%d attempts are of no job (id %d)" % (orphans, first)
+    for row in execute(CheckSQL.ATTEMPTS):
+        yield "%d attempts are of no job (id %d)" % tuple(row)
 
 
 def check_dependencies(execute):
     """Yield the jobs that wait for others by mistake, or don't."""
-    jobs, jobid = execute(SQL.WHOLE_UNMET).fetchone()
-    if jobs:
-        yield "%d jobs wait for more or fewer than they count (job %d)" % (
-            jobs, jobid)
-    edges, child = execute(SQL.WHOLE_EDGES).fetchone()
-    if edges:
-        yield "%d dependencies are of no job (id %d)" % (edges, child)
+    for row in execute(CheckSQL.UNMET):
+        yield ("%d jobs wait for more or fewer than they count (job %d)"
+               % tuple(row))
+    for row in execute(CheckSQL.EDGES):
+        yield "%d dependencies are of no job (id %d)" % tuple(row)
 
 
 def check_jobs(execute):
     """Yield the jobs whose state contradicts what else they have."""
-    for odd, jobs, jobid in execute(SQL.WHOLE_ODD):
-        yield "%d jobs are %s (job %d)" % (jobs, odd, jobid)
+    for row in execute(CheckSQL.STATES):
+        yield "%d jobs are %s (job %d)" % tuple(row)
 
 
 CHECKS = (
