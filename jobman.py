@@ -896,13 +896,6 @@ def recover(location):
     remove(location.file + "-shm")
 
 
-def clear_journal(connection):
-    """Delete the rollback journal of open_writer(), if it has one."""
-    if connection.execute("pragma journal_mode").fetchone()[0] == "persist":
-        connection.execute("pragma locking_mode = normal")
-        connection.execute("pragma journal_mode = delete")
-
-
 def open_writer(location):
     """Return the connection that changes a database; create it if needed.
 
@@ -1026,14 +1019,13 @@ class ServerLock:
         self.clock = clock
         self.key = secrets.token_hex(8)
         self.beats = 0
-        self.confirmed_at = None
         self.lost = None  # why, once the database isn't ours any more
-        self.file = self.file_id = self.database_id = None
-        self.taken = False
+        self.database_id = None  # of the file to be watched, once it is open
+        self.file = self.file_id = None  # the id once the file is taken
         self.ending = threading.Event()
         self.watcher = threading.Thread(target=self.watch, daemon=True)
         try:
-            while not self.taken:
+            while self.file_id is None:
                 self.take()
         except BaseException:
             self.close()
@@ -1043,28 +1035,28 @@ class ServerLock:
     # Taking it
 
     def take(self):
-        """Take the file, unless its last holder removes it meanwhile.
+        """Take the lock file, unless its last holder removes it meanwhile.
 
         Raise CommandError if another server has it.
         """
         try:
-            self.file, new = open_private(self.path, os.O_EXCL), True
+            self.file, found = open_private(self.path, os.O_EXCL), False
         except FileExistsError:
-            self.file, new = open_private(self.path), False
-        self.file_id = identity(self.file)
+            self.file, found = open_private(self.path), True
         self.lock_file()
-        if self.location.exclusive and not new:
+        waits = found and self.location.exclusive
+        if waits:
             self.await_silence()
-        if identity(self.path) != self.file_id:
+        file_id = identity(self.file)
+        if identity(self.path) != file_id:
             self.file = os.close(self.file)
             return
-        self.taken = True
-        self.confirmed_at = self.clock()
+        self.file_id, self.confirmed_at = file_id, self.clock()
         self.write()
-        if self.location.exclusive and not new:
-            time.sleep(self.LOOK)  # another server may be taking it over, too
+        if waits:
+            time.sleep(self.LOOK)  # another that waited may take it, too
             if not self.holds_file():
-                raise self.refusal(read_holder(self.location))
+                raise self.refusal()
 
     def lock_file(self):
         """Get the flock; on a network file system there may be none."""
@@ -1072,39 +1064,37 @@ class ServerLock:
         try:
             fcntl.flock(self.file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise self.refusal(read_holder(self.location)) from None
+            raise self.refusal() from None
         except OSError:
             if not self.location.exclusive:
                 raise
 
-    def refusal(self, holder):
+    def refusal(self):
         """Return the CommandError that another server has the database."""
         advice = "." if self.location.exclusive else \
             ", or use another --db, or serve it twice with --shared."
         return CommandError(
-            "Another server has the database %s (%s): end that one first%s"
-            % (self.location.path, name_holder(holder), advice)
-        )
+            "Another server has the database %s (%s): end that one first%s" % (
+                self.location.path, name_holder(read_holder(self.location)),
+                advice))
 
     def await_silence(self):
         """Return when the last holder is known to have ended.
 
         Raise CommandError if it shows a sign of life within STALE seconds.
         """
-        holder = read_holder(self.location)
-        running = is_running(holder)
-        if running is False:
+        holder = later = read_holder(self.location)
+        if is_running(holder) is False:
             return
-        if running is None:
-            say("jobman.py: %s may still have the database %s: waiting %d s"
-                " for a sign of life." % (
-                    name_holder(holder), self.location.path, self.STALE))
-        end, later = self.clock() + self.STALE, holder
+        say("jobman.py: %s may still have the database %s: waiting %d s for a"
+            " sign of life." % (
+                name_holder(holder), self.location.path, self.STALE))
+        end = self.clock() + self.STALE
         while later == holder and self.clock() < end:
             time.sleep(self.LOOK)
             later = read_holder(self.location)
         if later and later != holder:
-            raise self.refusal(later)
+            raise self.refusal()
 
     # Keeping it
 
@@ -1118,20 +1108,21 @@ class ServerLock:
         if self.location.exclusive:
             os.fsync(self.file)
 
-    def watch_database(self):
-        """Watch the database's own file as well, from now on."""
-        self.database_id = identity(self.location.file)
-
     def holds_file(self):
         """Return True if the lock file is still ours."""
         if self.location.exclusive:
             return read_holder(self.location).get("key") == self.key
         return identity(self.path) == self.file_id
 
-    def database_moved(self):
-        """Return True if the database was moved, but not the lock file."""
+    def look(self):
+        """Note if the database isn't ours any more, and why."""
+        ours = self.holds_file()
         here = self.database_id in (None, identity(self.location.file))
-        return not here and self.holds_file()
+        if self.lost or (ours and here):
+            return
+        holder = {} if ours else read_holder(self.location)
+        self.lost = name_holder(holder) + " has taken it over" if holder \
+            else "its files were moved or removed"
 
     def watch(self):
         """Confirm the lock at intervals, until it is lost or given up."""
@@ -1141,30 +1132,21 @@ class ServerLock:
                 self.confirm()
 
     def confirm(self):
-        """Note whether the database is still ours; if so, send a heartbeat.
+        """Look whether the database is still ours; if so, send a heartbeat.
         """
         began = self.clock()
-        if not self.holds_file() or self.database_moved():
-            self.lose()
-            return
-        if self.location.exclusive:
+        self.look()
+        if self.location.exclusive and not self.lost:
             self.write()
         self.confirmed_at = began
 
-    def lose(self):
-        """Note why the database isn't ours any more."""
-        holder = {} if self.holds_file() else read_holder(self.location)
-        self.lost = name_holder(holder) + " has taken it over" if holder \
-            else "its files were moved or removed"
-
     def check(self):
         """Raise Unavailable unless the database is known to be ours."""
-        try:
-            if self.location.exclusive and not (
-                    self.lost or self.holds_file()):
-                self.lose()
-        except OSError as error:
-            raise Unavailable(error.strerror) from None
+        if self.location.exclusive:
+            try:
+                self.look()
+            except OSError as error:
+                raise Unavailable(error.strerror) from None
         if self.lost:
             raise Unavailable("it has lost its database: " + self.lost)
         age = self.clock() - self.confirmed_at
@@ -1187,19 +1169,13 @@ class ServerLock:
             self.watcher.join(self.BEAT)
         if self.file is None:
             return
-        with contextlib.suppress(OSError):
-            if self.is_last():
+        with contextlib.suppress(OSError):  # raised if others share it
+            if self.shared:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.file_id and self.holds_file():
                 for suffix in (".gate", ".turn", ".lock"):
                     remove(self.location.file + suffix)
         self.file = os.close(self.file)
-
-    def is_last(self):
-        """Return True if the lock is ours alone, or raise OSError."""
-        if not self.taken or not self.holds_file():
-            return False
-        if self.shared:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
 
 
 class FairLock:
@@ -1544,10 +1520,15 @@ class Writer:
             self.idle.wait_for(lambda: not self.leading)
         with self.fair_lock:
             with contextlib.suppress(Unavailable, sqlite3.Error, OSError):
-                if self.lock.database_moved():  # its WAL was not
+                self.lock.look()
+                if self.lock.lost and self.lock.holds_file():
+                    # the database was moved, its WAL was not
                     self.connection.execute("pragma wal_checkpoint(passive)")
                 self.lock.check()
-                clear_journal(self.connection)
+                if self.lock.location.exclusive:
+                    self.connection.executescript(
+                        "pragma locking_mode = normal;"
+                        " pragma journal_mode = delete")
             self.connection.close()
         self.fair_lock.close()
 
@@ -1855,7 +1836,7 @@ class Store:
             fair_lock = FairLock(self.location.file, shared=shared)
             with fair_lock:
                 connection = open_writer(self.location)
-                self.lock.watch_database()
+                self.lock.database_id = identity(self.location.file)
                 self.writer = Writer(
                     connection, fair_lock, self.lock, clock,
                     prepare=self.begin, finish=self.propagate,
