@@ -707,76 +707,75 @@ def find_mount(folder):
     The longest mount point above the folder counts, and the last of several
     mounts on it. Both are empty if mountinfo can't be read.
     """
-    parts = os.path.realpath(folder).split("/")
-    text, longest, found = "", 0, ("", "")
+    folder = os.path.realpath(folder)
+    text, nearest, found = "", "", ("", "")
     with contextlib.suppress(OSError), open(MOUNTINFO, "rb") as file:
         text = os.fsdecode(file.read())
     for line in text.split("\n"):
         mount, _, file_system = line.partition(" - ")
         if file_system:
-            point = unescape(mount.split(" ")[4]).rstrip("/").split("/")
-            if len(point) >= longest and point == parts[: len(point)]:
-                longest = len(point)
+            point = unescape(mount.split(" ")[4])
+            above = os.path.commonpath([point, folder]) == point
+            if above and len(point) >= len(nearest):
+                nearest = point
                 found = tuple(map(unescape, file_system.split(" ")[:2]))
     return found
 
 
 def try_locks(file):
-    """Return whether POSIX locks on a file "work", "fail" or "lie".
+    """Return whether a POSIX lock on a file is granted, to one process only.
 
     A process is always granted a lock that it holds, so a child tries it.
     """
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return "fail"
+        return False
     with warnings.catch_warnings():  # of threads: the child needs none
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
-        status = 1
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            status = 0
+            os._exit(0)
         finally:
-            os._exit(status)
-    return "lie" if os.waitpid(child, 0)[1] == 0 else "work"
+            os._exit(1)
+    return os.waitpid(child, 0)[1] != 0
 
 
 class DatabaseLocation:
     """Where a database lies, and how it can be used there.
 
-    `kind` and `source` are those of the file system. `locks` is how POSIX
-    locks behave there, which SQLite uses. If `exclusive`, only one server,
-    with one connection, can use the database.
+    `kind` and `source` are those of the file system. `locks_work` tells
+    whether POSIX locks, which SQLite uses, can be trusted there. If
+    `exclusive`, only one server, with one connection, can use the database.
     """
 
     def __init__(self, path):
         self.path = path
         self.file = os.path.realpath(path)  # so that links share a lock file
         self.kind, self.source = find_mount(os.path.dirname(self.file))
-        self.owner, self.locks = os.geteuid(), "work"
+        self.owner, self.locks_work = os.geteuid(), True
         probe = "%s.locks.%s" % (self.file, secrets.token_hex(4))
         with contextlib.suppress(OSError):  # then no server can start either
             file = open_private(probe, os.O_EXCL)
             try:
                 self.owner = os.fstat(file).st_uid  # ids may be mapped
-                self.locks = try_locks(file)
+                self.locks_work = try_locks(file)
             finally:
                 os.close(file)
                 remove(probe)
         self.exclusive = self.kind in NETWORK_FILE_SYSTEMS or \
-            self.kind.startswith("fuse.") or self.locks != "work"
-        self.vfs = "unix-none" if self.locks == "fail" else "unix"
+            self.kind.startswith("fuse.") or not self.locks_work
+        self.vfs = "unix" if self.locks_work else "unix-none"
 
     def describe(self):
         """Return a clause such as "x.db is on nfs4 (host:/export)"."""
         text = "%s is on %s" % (self.path, self.kind or "a file system")
         if self.source:
             text += " (%s)" % self.source
-        if self.locks != "work":
-            text += ", where locks " + (
-                "fail" if self.locks == "fail" else "have no effect")
+        if not self.locks_work:
+            text += ", where locks don't work"
         return text
 
 
@@ -8006,7 +8005,7 @@ def look_at_database(patient):
 def look_at_locks(patient):
     """Return what file system the database is on."""
     location = patient.location
-    if location.locks != "work":
+    if not location.locks_work:
         raise CommandError("%s; use a disk of this host" % location.describe())
     note = " (a network file system, so only one server may have it)"
     return "%s, where locks work%s" % (
