@@ -818,13 +818,10 @@ def translate_errors(path):
     """Turn an error of SQLite or the system into CommandError about `path`."""
     try:
         yield
-    except Unavailable as error:
-        reason = error.reason
-    except (sqlite3.Error, OSError) as error:
-        reason = cause(error)
-    else:
-        return
-    raise CommandError("The database %s can't be used: %s." % (path, reason))
+    except (Unavailable, sqlite3.Error, OSError) as error:
+        reason = getattr(error, "reason", None) or cause(error)
+        raise CommandError(
+            "The database %s can't be used: %s." % (path, reason)) from None
 
 
 def inspect(path):
@@ -1185,29 +1182,24 @@ class FairLock:
     turn finds the gate closed, and queues behind the waiting process.
     """
 
-    def __init__(self, path, *, shared):
-        self.shared = shared
-        if shared:
-            self.gate = open_private(path + ".gate")
-            self.turn = open_private(path + ".turn")
+    def __init__(self, path):
+        self.gate = open_private(path + ".gate")
+        self.turn = open_private(path + ".turn")
 
     def __enter__(self):
-        if self.shared:
-            fcntl.flock(self.gate, fcntl.LOCK_EX)
-            try:
-                fcntl.flock(self.turn, fcntl.LOCK_EX)
-            finally:
-                fcntl.flock(self.gate, fcntl.LOCK_UN)
+        fcntl.flock(self.gate, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(self.turn, fcntl.LOCK_EX)
+        finally:
+            fcntl.flock(self.gate, fcntl.LOCK_UN)
 
     def __exit__(self, *_):
-        if self.shared:
-            fcntl.flock(self.turn, fcntl.LOCK_UN)
+        fcntl.flock(self.turn, fcntl.LOCK_UN)
 
     def close(self):
         """Close the files."""
-        if self.shared:
-            os.close(self.gate)
-            os.close(self.turn)
+        os.close(self.gate)
+        os.close(self.turn)
 
 
 # ------------------------------------------------------- states and moves ---
@@ -1832,7 +1824,9 @@ class Store:
             self.readers = Readers(self.location.file)
             self.lock = ServerLock(self.location, shared=shared)
             undo.callback(self.lock.close)
-            fair_lock = FairLock(self.location.file, shared=shared)
+            fair_lock = contextlib.ExitStack()  # no turns to take
+            if shared:
+                fair_lock = FairLock(self.location.file)
             with fair_lock:
                 connection = open_writer(self.location)
                 self.lock.database_id = identity(self.location.file)

@@ -13874,7 +13874,7 @@ class FileSystemTest(TemporaryFolder):
             self.assertIsNotNone(store.job(store.namespace, 1))
 
     def test_a_turn_that_fails_leaves_the_gate_open(self):
-        fair = jobman.FairLock(self.path("a"), shared=True)
+        fair = jobman.FairLock(self.path("a"))
         os.close(fair.turn)
         with self.assertRaises(OSError), fair:
             pass
