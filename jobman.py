@@ -350,7 +350,7 @@ create table submission (
 
 
 class SQL:
-    """The statements of the Store, the Writer and check."""
+    """The statements of the Store and the Writer."""
 
     SETTING = "select value from setting where name = :name"
     SET_SETTING = "insert into setting values (:name, :value)"
@@ -643,62 +643,6 @@ class SQL:
         select count(*) as workers, coalesce(sum(slots), 0) as slots,
             coalesce(sum(busy), 0) as busy from worker where heard >= :since"""
 
-    # for a copy or a check of the whole database: these do walk over all
-    WHOLE_JOBS = "select count(*) from job"
-    WHOLE_NAMES = "select name from sqlite_master where sql is not null"
-    WHOLE_TALLY = """
-        select stage, state, sum(kept), sum(there), sum(kept_expired),
-            sum(expired)
-        from (select namespace, stage, state, jobs as kept, 0 as there,
-                expired as kept_expired, 0 as expired from tally
-            union all select namespace, stage, state, 0, count(*), 0,
-                sum(expired) from job group by namespace, stage, state)
-        group by namespace, stage, state
-        having sum(kept) != sum(there) or sum(kept_expired) != sum(expired)"""
-    WHOLE_UNMET = """
-        select count(*), min(jobid) from job where unmet != (
-            select count(*) from dependency where child = job.id and met = 0)
-        """
-    WHOLE_EDGES = """
-        select count(*), min(child) from dependency
-        where not exists (select 1 from job where id = child)
-            or not exists (select 1 from job where id = parent)"""
-    WHOLE_ORPHANS = """
-        select count(*), min(id) from attempt where not exists (
-            select 1 from job where job.id = attempt.job)"""
-    WHOLE_ODD = """
-        select case
-            when state not in ('waiting', 'delayed', 'blocked', 'working',
-                'done', 'failed', 'cancelled', 'aborted')
-                then 'in an unknown state'
-            when free != (state in ('waiting', 'done') or state = 'working'
-                and lease is null) then 'free by mistake, or not free'
-            when state = 'working' and (claim is null
-                or claimed_from is null or claimed_to is null)
-                then 'working without a claim'
-            when state = 'working' and (expires_at is null)
-                != (lease is null) then 'on a lease without an end'
-            when state = 'delayed' and expires_at is null
-                then 'delayed without an end'
-            when state not in ('working', 'delayed')
-                and expires_at is not null
-                then 'given an end without a lease or delay'
-            when state != 'working' and lease is not null
-                then 'on a lease without a worker'
-            when state in ('delayed', 'failed', 'cancelled', 'aborted')
-                and claim is not null then 'claimed after their end'
-            when state = 'done' and (final is null or stage < final)
-                then 'done before the last stage'
-            when state = 'waiting' and stage >= final
-                then 'waiting in the last stage'
-            when expired not in (0, 1) then 'neither expired nor not'
-            when state = 'waiting' and unmet > 0
-                then 'waiting, and for others too'
-            when state in ('blocked', 'aborted') and unmet = 0
-                then 'blocked by nothing'
-            end as odd, count(*), min(jobid)
-        from (""" + WHOLE_JOB + """) group by 1 having odd is not null"""
-
 
 # ------------------------------------------------ where the database lies ---
 
@@ -739,76 +683,75 @@ def find_mount(folder):
     The longest mount point above the folder counts, and the last of several
     mounts on it. Both are empty if mountinfo can't be read.
     """
-    parts = os.path.realpath(folder).split("/")
-    text, longest, found = "", 0, ("", "")
+    folder = os.path.realpath(folder)
+    text, nearest, found = "", "", ("", "")
     with contextlib.suppress(OSError), open(MOUNTINFO, "rb") as file:
         text = os.fsdecode(file.read())
     for line in text.split("\n"):
         mount, _, file_system = line.partition(" - ")
         if file_system:
-            point = unescape(mount.split(" ")[4]).rstrip("/").split("/")
-            if len(point) >= longest and point == parts[: len(point)]:
-                longest = len(point)
+            point = unescape(mount.split(" ")[4])
+            above = os.path.commonpath([point, folder]) == point
+            if above and len(point) >= len(nearest):
+                nearest = point
                 found = tuple(map(unescape, file_system.split(" ")[:2]))
     return found
 
 
 def try_locks(file):
-    """Return whether POSIX locks on a file "work", "fail" or "lie".
+    """Return whether a POSIX lock on a file is granted, to one process only.
 
     A process is always granted a lock that it holds, so a child tries it.
     """
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return "fail"
+        return False
     with warnings.catch_warnings():  # of threads: the child needs none
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
-        status = 1
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            status = 0
+            os._exit(0)
         finally:
-            os._exit(status)
-    return "lie" if os.waitpid(child, 0)[1] == 0 else "work"
+            os._exit(1)
+    return os.waitpid(child, 0)[1] != 0
 
 
 class DatabaseLocation:
     """Where a database lies, and how it can be used there.
 
-    `kind` and `source` are those of the file system. `locks` is how POSIX
-    locks behave there, which SQLite uses. If `exclusive`, only one server,
-    with one connection, can use the database.
+    `kind` and `source` are those of the file system. `locks_work` tells
+    whether POSIX locks, which SQLite uses, can be trusted there. If
+    `exclusive`, only one server, with one connection, can use the database.
     """
 
     def __init__(self, path):
         self.path = path
         self.file = os.path.realpath(path)  # so that links share a lock file
         self.kind, self.source = find_mount(os.path.dirname(self.file))
-        self.owner, self.locks = os.geteuid(), "work"
+        self.owner, self.locks_work = os.geteuid(), True
         probe = "%s.locks.%s" % (self.file, secrets.token_hex(4))
         with contextlib.suppress(OSError):  # then no server can start either
             file = open_private(probe, os.O_EXCL)
             try:
                 self.owner = os.fstat(file).st_uid  # ids may be mapped
-                self.locks = try_locks(file)
+                self.locks_work = try_locks(file)
             finally:
                 os.close(file)
                 remove(probe)
         self.exclusive = self.kind in NETWORK_FILE_SYSTEMS or \
-            self.kind.startswith("fuse.") or self.locks != "work"
-        self.vfs = "unix-none" if self.locks == "fail" else "unix"
+            self.kind.startswith("fuse.") or not self.locks_work
+        self.vfs = "unix" if self.locks_work else "unix-none"
 
     def describe(self):
         """Return a clause such as "x.db is on nfs4 (host:/export)"."""
         text = "%s is on %s" % (self.path, self.kind or "a file system")
         if self.source:
             text += " (%s)" % self.source
-        if self.locks != "work":
-            text += ", where locks " + (
-                "fail" if self.locks == "fail" else "have no effect")
+        if not self.locks_work:
+            text += ", where locks don't work"
         return text
 
 
@@ -851,13 +794,10 @@ def translate_errors(path):
     """Turn an error of SQLite or the system into CommandError about `path`."""
     try:
         yield
-    except Unavailable as error:
-        reason = error.reason
-    except (sqlite3.Error, OSError) as error:
-        reason = cause(error)
-    else:
-        return
-    raise CommandError("The database %s can't be used: %s." % (path, reason))
+    except (Unavailable, sqlite3.Error, OSError) as error:
+        reason = getattr(error, "reason", None) or cause(error)
+        raise CommandError(
+            "The database %s can't be used: %s." % (path, reason)) from None
 
 
 def inspect(path):
@@ -928,13 +868,6 @@ def recover(location):
     remove(location.file + "-shm")
 
 
-def clear_journal(connection):
-    """Delete the rollback journal of open_writer(), if it has one."""
-    if connection.execute("pragma journal_mode").fetchone()[0] == "persist":
-        connection.execute("pragma locking_mode = normal")
-        connection.execute("pragma journal_mode = delete")
-
-
 def open_writer(location):
     """Return the connection that changes a database; create it if needed.
 
@@ -975,56 +908,6 @@ def open_writer(location):
             connection.execute("pragma journal_mode = wal")
         undo.pop_all()
     return connection
-
-
-def copy_tables(copy):
-    """Copy all of the attached database `source`, in one transaction."""
-    execute = copy.execute
-    execute("begin")
-    for kind in ("table", "index"):
-        for name, sql in execute(
-            "select name, sql from source.sqlite_master"
-            " where type = :kind and sql is not null", {"kind": kind}
-        ).fetchall():
-            execute(sql)
-            if kind == "table":
-                execute("insert into %s select * from source.%s"
-                        % (name, name))
-    for mark in ("application_id", "user_version"):
-        value = execute("pragma source.%s" % mark).fetchone()[0]
-        execute("pragma main.%s = %d" % (mark, value))
-    execute("commit")
-
-
-def copy_database(location, target, show=lambda size: None):
-    """Copy a database, even while it is served, to the new file `target`.
-
-    The copy is a snapshot in one file of mode 0600. It gets its name when it
-    is complete, so a full disk leaves nothing behind. `show` is called from
-    time to time with the bytes written. Return the number of jobs. Raise
-    CommandError if the copy can't be made.
-    """
-    refuse_leftovers(target, target + "-wal", target + "-journal")
-    draft = "%s.new.%s" % (target, secrets.token_hex(4))
-    source = file_uri(location.path, readonly=True, vfs=location.vfs)
-    try:
-        os.close(open_private(draft))
-        # only this process knows the draft, so it needs no locks
-        copy = connect(draft, readonly=False, vfs="unix-none")
-        with contextlib.closing(copy):
-            copy.execute("attach :source as source", {"source": source})
-            copy.set_progress_handler(
-                lambda: show(os.path.getsize(draft)), 10**5)
-            copy_tables(copy)
-            jobs = copy.execute(SQL.WHOLE_JOBS).fetchone()[0]
-        os.replace(draft, target)
-    except (sqlite3.Error, OSError) as error:
-        raise CommandError("The database %s can't be copied to %s: %s." % (
-            location.path, target, cause(error)
-        )) from None
-    finally:
-        remove(draft)
-    return jobs
 
 
 # ----------------------------------------------------------- server lock ---
@@ -1108,14 +991,13 @@ class ServerLock:
         self.clock = clock
         self.key = secrets.token_hex(8)
         self.beats = 0
-        self.confirmed_at = None
         self.lost = None  # why, once the database isn't ours any more
-        self.file = self.file_id = self.database_id = None
-        self.taken = False
+        self.database_id = None  # of the file to be watched, once it is open
+        self.file = self.file_id = None  # the id once the file is taken
         self.ending = threading.Event()
         self.watcher = threading.Thread(target=self.watch, daemon=True)
         try:
-            while not self.taken:
+            while self.file_id is None:
                 self.take()
         except BaseException:
             self.close()
@@ -1125,28 +1007,28 @@ class ServerLock:
     # Taking it
 
     def take(self):
-        """Take the file, unless its last holder removes it meanwhile.
+        """Take the lock file, unless its last holder removes it meanwhile.
 
         Raise CommandError if another server has it.
         """
         try:
-            self.file, new = open_private(self.path, os.O_EXCL), True
+            self.file, found = open_private(self.path, os.O_EXCL), False
         except FileExistsError:
-            self.file, new = open_private(self.path), False
-        self.file_id = identity(self.file)
+            self.file, found = open_private(self.path), True
         self.lock_file()
-        if self.location.exclusive and not new:
+        waits = found and self.location.exclusive
+        if waits:
             self.await_silence()
-        if identity(self.path) != self.file_id:
+        file_id = identity(self.file)
+        if identity(self.path) != file_id:
             self.file = os.close(self.file)
             return
-        self.taken = True
-        self.confirmed_at = self.clock()
+        self.file_id, self.confirmed_at = file_id, self.clock()
         self.write()
-        if self.location.exclusive and not new:
-            time.sleep(self.LOOK)  # another server may be taking it over, too
+        if waits:
+            time.sleep(self.LOOK)  # another that waited may take it, too
             if not self.holds_file():
-                raise self.refusal(read_holder(self.location))
+                raise self.refusal()
 
     def lock_file(self):
         """Get the flock; on a network file system there may be none."""
@@ -1154,39 +1036,37 @@ class ServerLock:
         try:
             fcntl.flock(self.file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise self.refusal(read_holder(self.location)) from None
+            raise self.refusal() from None
         except OSError:
             if not self.location.exclusive:
                 raise
 
-    def refusal(self, holder):
+    def refusal(self):
         """Return the CommandError that another server has the database."""
         advice = "." if self.location.exclusive else \
             ", or use another --db, or serve it twice with --shared."
         return CommandError(
-            "Another server has the database %s (%s): end that one first%s"
-            % (self.location.path, name_holder(holder), advice)
-        )
+            "Another server has the database %s (%s): end that one first%s" % (
+                self.location.path, name_holder(read_holder(self.location)),
+                advice))
 
     def await_silence(self):
         """Return when the last holder is known to have ended.
 
         Raise CommandError if it shows a sign of life within STALE seconds.
         """
-        holder = read_holder(self.location)
-        running = is_running(holder)
-        if running is False:
+        holder = later = read_holder(self.location)
+        if is_running(holder) is False:
             return
-        if running is None:
-            say("jobman.py: %s may still have the database %s: waiting %d s"
-                " for a sign of life." % (
-                    name_holder(holder), self.location.path, self.STALE))
-        end, later = self.clock() + self.STALE, holder
+        say("jobman.py: %s may still have the database %s: waiting %d s for a"
+            " sign of life." % (
+                name_holder(holder), self.location.path, self.STALE))
+        end = self.clock() + self.STALE
         while later == holder and self.clock() < end:
             time.sleep(self.LOOK)
             later = read_holder(self.location)
         if later and later != holder:
-            raise self.refusal(later)
+            raise self.refusal()
 
     # Keeping it
 
@@ -1200,20 +1080,21 @@ class ServerLock:
         if self.location.exclusive:
             os.fsync(self.file)
 
-    def watch_database(self):
-        """Watch the database's own file as well, from now on."""
-        self.database_id = identity(self.location.file)
-
     def holds_file(self):
         """Return True if the lock file is still ours."""
         if self.location.exclusive:
             return read_holder(self.location).get("key") == self.key
         return identity(self.path) == self.file_id
 
-    def database_moved(self):
-        """Return True if the database was moved, but not the lock file."""
+    def look(self):
+        """Note if the database isn't ours any more, and why."""
+        ours = self.holds_file()
         here = self.database_id in (None, identity(self.location.file))
-        return not here and self.holds_file()
+        if self.lost or (ours and here):
+            return
+        holder = {} if ours else read_holder(self.location)
+        self.lost = name_holder(holder) + " has taken it over" if holder \
+            else "its files were moved or removed"
 
     def watch(self):
         """Confirm the lock at intervals, until it is lost or given up."""
@@ -1223,30 +1104,21 @@ class ServerLock:
                 self.confirm()
 
     def confirm(self):
-        """Note whether the database is still ours; if so, send a heartbeat.
+        """Look whether the database is still ours; if so, send a heartbeat.
         """
         began = self.clock()
-        if not self.holds_file() or self.database_moved():
-            self.lose()
-            return
-        if self.location.exclusive:
+        self.look()
+        if self.location.exclusive and not self.lost:
             self.write()
         self.confirmed_at = began
 
-    def lose(self):
-        """Note why the database isn't ours any more."""
-        holder = {} if self.holds_file() else read_holder(self.location)
-        self.lost = name_holder(holder) + " has taken it over" if holder \
-            else "its files were moved or removed"
-
     def check(self):
         """Raise Unavailable unless the database is known to be ours."""
-        try:
-            if self.location.exclusive and not (
-                    self.lost or self.holds_file()):
-                self.lose()
-        except OSError as error:
-            raise Unavailable(error.strerror) from None
+        if self.location.exclusive:
+            try:
+                self.look()
+            except OSError as error:
+                raise Unavailable(error.strerror) from None
         if self.lost:
             raise Unavailable("it has lost its database: " + self.lost)
         age = self.clock() - self.confirmed_at
@@ -1269,19 +1141,13 @@ class ServerLock:
             self.watcher.join(self.BEAT)
         if self.file is None:
             return
-        with contextlib.suppress(OSError):
-            if self.is_last():
+        with contextlib.suppress(OSError):  # raised if others share it
+            if self.shared:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self.file_id and self.holds_file():
                 for suffix in (".gate", ".turn", ".lock"):
                     remove(self.location.file + suffix)
         self.file = os.close(self.file)
-
-    def is_last(self):
-        """Return True if the lock is ours alone, or raise OSError."""
-        if not self.taken or not self.holds_file():
-            return False
-        if self.shared:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
 
 
 class FairLock:
@@ -1292,29 +1158,24 @@ class FairLock:
     turn finds the gate closed, and queues behind the waiting process.
     """
 
-    def __init__(self, path, *, shared):
-        self.shared = shared
-        if shared:
-            self.gate = open_private(path + ".gate")
-            self.turn = open_private(path + ".turn")
+    def __init__(self, path):
+        self.gate = open_private(path + ".gate")
+        self.turn = open_private(path + ".turn")
 
     def __enter__(self):
-        if self.shared:
-            fcntl.flock(self.gate, fcntl.LOCK_EX)
-            try:
-                fcntl.flock(self.turn, fcntl.LOCK_EX)
-            finally:
-                fcntl.flock(self.gate, fcntl.LOCK_UN)
+        fcntl.flock(self.gate, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(self.turn, fcntl.LOCK_EX)
+        finally:
+            fcntl.flock(self.gate, fcntl.LOCK_UN)
 
     def __exit__(self, *_):
-        if self.shared:
-            fcntl.flock(self.turn, fcntl.LOCK_UN)
+        fcntl.flock(self.turn, fcntl.LOCK_UN)
 
     def close(self):
         """Close the files."""
-        if self.shared:
-            os.close(self.gate)
-            os.close(self.turn)
+        os.close(self.gate)
+        os.close(self.turn)
 
 
 # ------------------------------------------------------- states and moves ---
@@ -1618,10 +1479,15 @@ class Writer:
             self.idle.wait_for(lambda: not self.leading)
         with self.fair_lock:
             with contextlib.suppress(Unavailable, sqlite3.Error, OSError):
-                if self.lock.database_moved():  # its WAL was not
+                self.lock.look()
+                if self.lock.lost and self.lock.holds_file():
+                    # the database was moved, its WAL was not
                     self.connection.execute("pragma wal_checkpoint(passive)")
                 self.lock.check()
-                clear_journal(self.connection)
+                if self.lock.location.exclusive:
+                    self.connection.executescript(
+                        "pragma locking_mode = normal;"
+                        " pragma journal_mode = delete")
             self.connection.close()
         self.fair_lock.close()
 
@@ -1917,10 +1783,12 @@ class Store:
             self.readers = Readers(self.location.file)
             self.lock = ServerLock(self.location, shared=shared)
             undo.callback(self.lock.close)
-            fair_lock = FairLock(self.location.file, shared=shared)
+            fair_lock = contextlib.ExitStack()  # no turns to take
+            if shared:
+                fair_lock = FairLock(self.location.file)
             with fair_lock:
                 connection = open_writer(self.location)
-                self.lock.watch_database()
+                self.lock.database_id = identity(self.location.file)
                 self.writer = Writer(
                     connection, fair_lock, self.lock, clock,
                     prepare=self.begin, finish=self.propagate,
@@ -7140,6 +7008,56 @@ def open_snapshot(path):
             yield connection.execute
 
 
+def copy_tables(copy):
+    """Copy all of the attached database `source`, in one transaction."""
+    execute = copy.execute
+    execute("begin")
+    for kind in ("table", "index"):
+        for name, sql in execute(
+            "select name, sql from source.sqlite_master"
+            " where type = :kind and sql is not null", {"kind": kind}
+        ).fetchall():
+            execute(sql)
+            if kind == "table":
+                execute("insert into %s select * from source.%s"
+                        % (name, name))
+    for mark in ("application_id", "user_version"):
+        value = execute("pragma source.%s" % mark).fetchone()[0]
+        execute("pragma main.%s = %d" % (mark, value))
+    execute("commit")
+
+
+def copy_database(location, target, show=lambda size: None):
+    """Copy a database, even while it is served, to the new file `target`.
+
+    The copy is a snapshot in one file of mode 0600. It gets its name when it
+    is complete, so a full disk leaves nothing behind. `show` is called from
+    time to time with the bytes written. Return the number of jobs. Raise
+    CommandError if the copy can't be made.
+    """
+    refuse_leftovers(target, target + "-wal", target + "-journal")
+    draft = "%s.new.%s" % (target, secrets.token_hex(4))
+    source = file_uri(location.path, readonly=True, vfs=location.vfs)
+    try:
+        os.close(open_private(draft))
+        # only this process knows the draft, so it needs no locks
+        copy = connect(draft, readonly=False, vfs="unix-none")
+        with contextlib.closing(copy):
+            copy.execute("attach :source as source", {"source": source})
+            copy.set_progress_handler(
+                lambda: show(os.path.getsize(draft)), 10**5)
+            copy_tables(copy)
+            jobs = copy.execute("select count(*) from job").fetchone()[0]
+        os.replace(draft, target)
+    except (sqlite3.Error, OSError) as error:
+        raise CommandError("The database %s can't be copied to %s: %s." % (
+            location.path, target, cause(error)
+        )) from None
+    finally:
+        remove(draft)
+    return jobs
+
+
 def backup(options):
     """Copy a database into a new file, also while a server has it."""
     with exclusive_access(options.db) as location:
@@ -7159,6 +7077,51 @@ def backup(options):
     return 0
 
 
+class CheckSQL:
+    """The statements of check. Each row that they return is damage."""
+
+    COUNTS = """
+        select stage, state, sum(kept), sum(there), sum(kept_expired),
+            sum(expired)
+        from (select namespace, stage, state, jobs as kept, 0 as there,
+                expired as kept_expired, 0 as expired from tally
+            union all select namespace, stage, state, 0, count(*), 0,
+                sum(expired) from job group by namespace, stage, state)
+        group by namespace, stage, state
+        having sum(kept) != sum(there) or sum(kept_expired) != sum(expired)"""
+    # "group by null": no row instead of one that counts 0
+    ATTEMPTS = """
+        select count(*), min(id) from attempt where not exists (
+            select 1 from job where job.id = attempt.job) group by null"""
+    UNMET = """
+        select count(*), min(jobid) from job where unmet != (
+            select count(*) from dependency where child = job.id and met = 0)
+        group by null"""
+    EDGES = """
+        select count(*), min(child) from dependency
+        where not exists (select 1 from job where id = child)
+            or not exists (select 1 from job where id = parent)
+        group by null"""
+    STATES = """
+        select count(*), case
+            when free != (state in ('waiting', 'done') or state = 'working'
+                and lease is null) then 'free by mistake, or not free'
+            when state = 'working' and (claim is null
+                or claimed_from is null or claimed_to is null)
+                then 'working without a claim'
+            when (expires_at is null) = (state = 'delayed'
+                or lease is not null)
+                then 'due without a lease or delay, or never due in one'
+            when state = 'done' and (final is null or stage < final)
+                or state = 'waiting' and stage >= final
+                then 'done before their last stage, or waiting in it'
+            when state = 'waiting' and unmet > 0
+                or state in ('blocked', 'aborted') and unmet = 0
+                then 'waiting for other jobs by mistake, or not waiting'
+            end as odd, min(jobid)
+        from (""" + SQL.WHOLE_JOB + """) group by odd having odd is not null"""
+
+
 def check_pages(execute):
     """Yield what SQLite finds wrong."""
     for found, in execute("pragma integrity_check"):
@@ -7168,7 +7131,7 @@ def check_pages(execute):
 
 def check_schema(execute):
     """Yield the tables and indexes that are missing."""
-    there = {name for name, in execute(SQL.WHOLE_NAMES)}
+    there = {name for name, in execute("select name from sqlite_master")}
     for kind, name in re.findall(r"create (table|index) (\w+)", SCHEMA):
         if name not in there:
             yield "there is no %s %s" % (kind, name)
@@ -7176,33 +7139,30 @@ def check_schema(execute):
 
 def check_counts(execute):
     """Yield where the kept counts aren't those of the jobs."""
-    for stage, state, *counts in execute(SQL.WHOLE_TALLY):
+    for row in execute(CheckSQL.COUNTS):
         yield ("stage %s, %s: counted %s, there %s; expired %s, there %s"
-               % (stage, state, *counts))
+               % tuple(row))
 
 
 def check_attempts(execute):
     """Yield how many attempts are of no job."""
-    orphans, first = execute(SQL.WHOLE_ORPHANS).fetchone()
-    if orphans:
-        yield "%d attempts are of no job (id %d)" % (orphans, first)
+    for row in execute(CheckSQL.ATTEMPTS):
+        yield "%d attempts are of no job (id %d)" % tuple(row)
 
 
 def check_dependencies(execute):
     """Yield the jobs that wait for others by mistake, or don't."""
-    jobs, jobid = execute(SQL.WHOLE_UNMET).fetchone()
-    if jobs:
-        yield "%d jobs wait for more or fewer than they count (job %d)" % (
-            jobs, jobid)
-    edges, child = execute(SQL.WHOLE_EDGES).fetchone()
-    if edges:
-        yield "%d dependencies are of no job (id %d)" % (edges, child)
+    for row in execute(CheckSQL.UNMET):
+        yield ("%d jobs wait for more or fewer than they count (job %d)"
+               % tuple(row))
+    for row in execute(CheckSQL.EDGES):
+        yield "%d dependencies are of no job (id %d)" % tuple(row)
 
 
 def check_jobs(execute):
     """Yield the jobs whose state contradicts what else they have."""
-    for odd, jobs, jobid in execute(SQL.WHOLE_ODD):
-        yield "%d jobs are %s (job %d)" % (jobs, odd, jobid)
+    for row in execute(CheckSQL.STATES):
+        yield "%d jobs are %s (job %d)" % tuple(row)
 
 
 CHECKS = (
@@ -7936,7 +7896,7 @@ def look_at_database(patient):
 def look_at_locks(patient):
     """Return what file system the database is on."""
     location = patient.location
-    if location.locks != "work":
+    if not location.locks_work:
         raise CommandError("%s; use a disk of this host" % location.describe())
     note = " (a network file system, so only one server may have it)"
     return "%s, where locks work%s" % (
