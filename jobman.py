@@ -3737,23 +3737,18 @@ def post_sweep(store, request):
     return Response.json({SWEEPS[action][0]: n})
 
 
-def tagged(request, text, same=None):
+def tagged(request, text, now=None):
     """Answer with JSON text, or with 304 when the caller has it already.
 
-    `same` is the text that the tag covers, by default all of it; since it may
-    leave something out, the tag is weak. RFC 9110 has the headers.
+    The time `now`, if given, is added to it. The tag leaves that out, so it
+    is weak. RFC 9110 has the headers.
     """
-    same = text if same is None else same
-    tag = 'W/"%s"' % hashlib.sha256(same.encode("ascii")).hexdigest()[:24]
+    tag = 'W/"%s"' % hashlib.sha256(text.encode("ascii")).hexdigest()[:24]
     if tag in request.headers.get("if-none-match", ""):
         return Response(304, b"", None, [("ETag", tag)])
+    if now is not None:
+        text = '{"time": %s, %s' % (to_json(now), text[1:])
     return Response.json_text(text, headers=[("ETag", tag)])
-
-
-def timed(request, now, value):
-    """Answer as tagged() with `value` and the time, which the tag ignores."""
-    text = to_json(value)
-    return tagged(request, '{"time": %s, %s' % (to_json(now), text[1:]), text)
 
 
 # What /job and /jobs show of a job: each name with its column.
@@ -3825,7 +3820,7 @@ def get_jobs(store, request):
 def get_workers(store, request):
     """Show the workers that were heard of in the last day."""
     now, heard = store.workers(request.namespace, within=86400)
-    return timed(request, now, {"workers": heard})
+    return tagged(request, to_json({"workers": heard}), now)
 
 
 def last_line(text):
@@ -3844,26 +3839,26 @@ def get_failures(store, request):
         groups.setdefault(key, []).append(row["jobid"])
     names = "stage", "exit_code", "message", "host"
     listed = [
-        dict(zip(names, key), jobs=len(ids), ids=ids)
-        for key, ids in groups.items()
+        dict(zip(names, key), jobs=len(ids), ids=ids) for key, ids
+        in sorted(groups.items(), key=lambda group: -len(group[1]))
     ]
-    listed.sort(key=lambda group: -group["jobs"])
-    counts = {"failed": failed, "looked_at": len(rows)}
-    return tagged(request, to_json(dict(counts, groups=listed)))
+    return tagged(request, to_json({
+        "failed": failed, "looked_at": len(rows), "groups": listed}))
 
 
 def get_pace(store, request):
     """Show how fast jobs became done, as time went."""
     given = request.options(minutes=from_query(integer(1, 10**7)))
     pace = store.throughput(request.namespace, given["minutes"])
-    return timed(request, pace.pop("time"), pace)
+    now = pace.pop("time")
+    return tagged(request, to_json(pace), now)
 
 
 def get_status(store, request):
     """Show the figures."""
     figures = store.status(request.namespace)
-    figures["readonly"] = request.readonly
-    return timed(request, figures.pop("time"), figures)
+    figures["readonly"], now = request.readonly, figures.pop("time")
+    return tagged(request, to_json(figures), now)
 
 
 # Kinds of `spent` that aren't outcomes of attempts, and the outcomes by which
@@ -3898,79 +3893,67 @@ def get_stats(store, request):
     stages = [stage_stats(*pair) for pair in sorted(stages.items())]
     names = "claims", "retries", "useful", "lost"
     totals = {name: sum(stage[name] for stage in stages) for name in names}
-    return timed(request, now, {"stages": stages, "totals": totals})
+    return tagged(
+        request, to_json({"stages": stages, "totals": totals}), now)
 
 
-def histogram(stages, kind):
-    """Yield the samples of a histogram of times: {stage: Spent}, one kind.
+METRICS = (
+    ("info", "gauge", "This server's version."),
+    ("jobs", "gauge", "Jobs by stage and state."),
+    ("expired_jobs", "gauge", "Jobs over their lifetime."),
+    ("workers", "gauge", "Workers heard of lately."),
+    ("slots", "gauge", "Slots of those workers."),
+    ("busy", "gauge", "Slots of theirs that have a job."),
+    ("claims_total", "counter", "Jobs that were claimed."),
+    ("retries_total", "counter", "Claims that were not a job's first."),
+    ("attempts_total", "counter", "Attempts that ended."),
+    ("spent_seconds_total", "counter", "Time of attempts that ended."),
+    ("attempt_seconds", "histogram", "Attempts, when done."),
+    ("wait_seconds", "histogram", "From free to claimed."),
+)
+HISTOGRAMS = {"attempt_seconds": "done", "wait_seconds": "claimed"}
 
-    The bounds are 1 ms, and 4 times the one before.
-    """
+
+def samples(groups, workers, stages):
+    """Yield samples of METRICS: a name, what follows it, the value."""
+    yield "info", '{version="%s"}' % __version__, 1
+    for name in ("workers", "slots", "busy"):
+        yield name, "", workers[name]
+    for group in groups:
+        labels = '{stage="%(stage)d",state="%(state)s"}' % group
+        yield "jobs", labels, group["jobs"]
+        yield "expired_jobs", labels, group["expired"]
     for stage, spent in stages.items():
-        if not spent.attempts[kind]:
-            continue
-        labels = {"stage": stage}
-        for power in range(14):
-            within = sum(
-                n for bucket, n in spent.buckets[kind] if bucket <= 8 * power)
-            yield "_bucket", dict(labels, le="%g" % (0.001 * 4**power)), within
-        yield "_bucket", dict(labels, le="+Inf"), spent.attempts[kind]
-        yield "_sum", labels, spent.seconds[kind]
-        yield "_count", labels, spent.attempts[kind]
-
-
-def metric(name, kind, meaning, samples):
-    """Return a metric in Prometheus' text format, version 0.0.4.
-
-    `samples` are (what is added to the name, labels, value). See
-    https://prometheus.io/docs/instrumenting/exposition_formats/
-    """
-    lines = ["# HELP %s %s" % (name, meaning), "# TYPE %s %s" % (name, kind)]
-    for more, labels, value in samples:
-        pairs = ",".join('%s="%s"' % pair for pair in labels.items())
-        named = "{%s}" % pairs if pairs else ""
-        lines.append("%s%s%s %r" % (name, more, named, value))
-    return "\n".join(lines) + "\n"
-
-
-def sums(stages, figure, kind=None):
-    """Yield samples of {stage: Spent}: of one kind, or of all outcomes."""
-    for stage, spent in stages.items():
-        for each, value in getattr(spent, figure).items():
-            if each == kind:
-                yield "", {"stage": stage}, value
-            elif kind is None and each not in WAITS:
-                yield "", {"stage": stage, "outcome": each}, value
+        labels = '{stage="%d"}' % stage
+        yield "claims_total", labels, spent.attempts["claimed"]
+        yield "retries_total", labels, spent.attempts["again"]
+        for kind in sorted(spent.attempts.keys() - WAITS):
+            ended = '{stage="%d",outcome="%s"}' % (stage, kind)
+            yield "attempts_total", ended, spent.attempts[kind]
+            yield "spent_seconds_total", ended, spent.seconds[kind]
+        for name, kind in HISTOGRAMS.items():
+            for power in range(14):  # from 1 ms up, 4 times the one before
+                bucket = '_bucket{stage="%d",le="%g"}' % (
+                    stage, 0.001 * 4**power)
+                yield name, bucket, sum(
+                    n for i, n in spent.buckets[kind] if i <= 8 * power)
+            n = spent.attempts[kind]
+            yield name, '_bucket{stage="%d",le="+Inf"}' % stage, n
+            yield name, "_sum" + labels, spent.seconds[kind]
+            yield name, "_count" + labels, n
 
 
 def get_metrics(store, request):
-    """Show the figures of all namespaces together, for Prometheus."""
-    groups, workers, stages = store.metrics()
-    places = [{"stage": g["stage"], "state": g["state"]} for g in groups]
-    metrics = (
-        ("info", "gauge", "This server's version.",
-         [("", {"version": __version__}, 1)]),
-        ("jobs", "gauge", "Jobs by stage and state.",
-         [("", place, g["jobs"]) for place, g in zip(places, groups)]),
-        ("expired_jobs", "gauge", "Jobs over their lifetime.",
-         [("", place, g["expired"]) for place, g in zip(places, groups)]),
-        *((name, "gauge", "Of workers heard of lately.",
-           [("", {}, workers[name])])
-          for name in ("workers", "slots", "busy")),
-        ("claims_total", "counter", "Jobs that were claimed.",
-         sums(stages, "attempts", "claimed")),
-        ("retries_total", "counter", "Claims that were not a job's first.",
-         sums(stages, "attempts", "again")),
-        ("attempts_total", "counter", "Attempts that ended.",
-         sums(stages, "attempts")),
-        ("spent_seconds_total", "counter", "Their time.",
-         sums(stages, "seconds")),
-        ("attempt_seconds", "histogram", "Attempts, when done.",
-         histogram(stages, "done")),
-        ("wait_seconds", "histogram", "From free to claimed.",
-         histogram(stages, "claimed")),
-    )
-    text = "".join(metric("jobman_" + name, *rest) for name, *rest in metrics)
+    """Show the figures of all namespaces together, for Prometheus.
+
+    Its text format, version 0.0.4, is described at
+    https://prometheus.io/docs/instrumenting/exposition_formats/
+    """
+    lines = {name: ["# HELP jobman_%s %s\n# TYPE jobman_%s %s\n" % (
+        name, meaning, name, kind)] for name, kind, meaning in METRICS}
+    for name, more, value in samples(*store.metrics()):
+        lines[name].append("jobman_%s%s %r\n" % (name, more, value))
+    text = "".join(itertools.chain.from_iterable(lines.values()))
     kind = "text/plain; version=0.0.4; charset=utf-8"
     return Response(200, text.encode(), kind)
 
