@@ -4391,15 +4391,15 @@ def access_path():
     return os.environ.get("JOBMAN_ACCESS") or default
 
 
-def replace_file(path, data, mode):
+def replace_file(what, path, data, mode):
     """Write a file in one step: a reader sees the old or the new one.
 
-    Makes its folder. Raises OSError; no draft is left then.
+    Makes its folder. Raises CommandError; no draft is left then.
     """
     folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, mode | (mode & 0o444) >> 2, exist_ok=True)
     draft = "%s.%d" % (path, os.getpid())
     try:
+        os.makedirs(folder, mode | (mode & 0o444) >> 2, exist_ok=True)
         remove(draft)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with open(os.open(draft, flags, mode), "wb") as file:
@@ -4407,6 +4407,9 @@ def replace_file(path, data, mode):
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
+    except OSError as error:
+        raise CommandError("The %s %s can't be written: %s." % (
+            what, path, error.strerror)) from None
     finally:
         remove(draft)
 
@@ -4421,12 +4424,7 @@ def write_access(path, url, store, fingerprint=None):
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    try:
-        replace_file(path, utf8(to_json(access) + "\n"), 0o600)
-    except OSError as error:
-        raise CommandError(
-            "The access file %s can't be written: %s." % (path, error.strerror)
-        ) from None
+    replace_file("access file", path, utf8(to_json(access) + "\n"), 0o600)
     return access
 
 
@@ -4442,34 +4440,11 @@ def remove_access(path, access):
 # ------------------------------------------------------------------- TLS ---
 
 
-def make_certificate(path):
-    """Make `path`.crt, a certificate, and `path`.key, its key and itself.
-
-    They are made by openssl in a folder of their own and then moved, the key
-    last: where it is, it is complete. Raises OSError or CalledProcessError.
-    """
-    parent = os.path.dirname(os.path.abspath(path))
-    with tempfile.TemporaryDirectory(dir=parent) as folder:
-        key, certificate = (os.path.join(folder, name) for name in ("k", "c"))
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-sha256",
-             "-nodes", "-days", "3650", "-subj", "/CN=jobman",
-             "-keyout", key, "-out", certificate],
-            check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        for name in (key, certificate):
-            os.chmod(name, 0o600)
-        with open(key, "ab") as file, open(certificate, "rb") as source:
-            file.write(source.read())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(certificate, path + ".crt")
-        os.replace(key, path + ".key")
-
-
 def own_certificate(path):
-    """Return the name of the file `path`.key, made if it isn't there."""
+    """Return the name of the file `path`.key, made if it isn't there.
+
+    It has a key and its certificate. The latter alone is in `path`.crt.
+    """
     key = path + ".key"
     if os.path.exists(key):
         require_own(key, os.geteuid())
@@ -4477,53 +4452,40 @@ def own_certificate(path):
     if shutil.which("openssl") is None:
         raise CommandError(
             "--tls needs the program openssl, which isn't here; a certificate"
-            " that was made elsewhere can be given by --certfile."
-        )
+            " that was made elsewhere can be given by --certfile.")
     try:
-        make_certificate(path)
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.decode("utf-8", "replace").strip().split("\n")
-        reason = lines[-1]
-    except OSError as error:
-        reason = error.strerror
-    else:
-        return key
-    raise CommandError(
-        "The certificate %s.crt can't be made: %s." % (path, reason))
+        pem = subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-sha256",
+             "-nodes", "-days", "3650", "-subj", "/CN=jobman",
+             "-keyout", "/dev/stdout", "-out", "/dev/stdout"],
+            cwd=os.path.dirname(os.path.abspath(key)), check=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", b"").decode("utf-8", "replace")
+        raise CommandError("The certificate %s.crt can't be made: %s." % (
+            path, last_line(said) or cause(error))) from None
+    start = pem.index(b"-----BEGIN CERTIFICATE")
+    replace_file("certificate", path + ".crt", pem[start:], 0o600)
+    replace_file("key", key, pem, 0o600)
+    return key
 
 
 def read_fingerprint(certfile):
     """Return the SHA-256 of the first certificate in a file, in hex."""
     with open(certfile, "rb") as file:
         found = re.search(
-            b"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----",
-            file.read(), re.S,
-        )
-    if not found:
-        raise ValueError("there is none in it")
+            b"-----BEGIN CERTIFICATE-----(.*?)-----END", file.read(), re.S)
     return hashlib.sha256(base64.b64decode(found.group(1))).hexdigest()
 
 
-def load_certificate(context, certfile, keyfile):
-    """Give an SSLContext its certificate; raise OSError, ValueError.
-
-    A key that needs a password is no good: nobody may be there to ask.
-    """
-    asked = []
-    try:
-        context.load_cert_chain(
-            certfile, keyfile, lambda: asked.append(True) or "")
-    except OSError:
-        if asked:
-            raise ValueError("its key has a password") from None
-        raise
-
-
 def tls_context(certfile, keyfile):
-    """Return an SSLContext for a server with a certificate, or CommandError.
+    """Return an SSLContext for a server with a certificate.
 
     The key is in `keyfile`, or with the certificate where that is None.
     Python may have been built without ssl, so nothing but TLS needs it.
+    Raises CommandError, OSError, ValueError.
     """
     try:
         import ssl
@@ -4538,25 +4500,24 @@ def tls_context(certfile, keyfile):
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
     if ssl.OPENSSL_VERSION_INFO >= (3,):  # clients hang up without goodbye
         context.options |= 0x80  # SSL_OP_IGNORE_UNEXPECTED_EOF, named in 3.10
-    load_certificate(context, certfile, keyfile)
+    with open(keyfile or certfile, "rb") as file:
+        if b"ENCRYPTED" in file.read():  # OpenSSL would ask, and wait
+            raise ValueError("its key has a password")
+    context.load_cert_chain(certfile, keyfile)
     return context
 
 
 def credentials(options):
     """Return (SSLContext, fingerprint), each None without TLS."""
-    certfile = options.certfile
-    if options.tls:
-        certfile = own_certificate(options.db)
+    certfile = own_certificate(options.db) if options.tls else options.certfile
     if certfile is None:
         return None, None
     try:
         context = tls_context(certfile, options.keyfile)
         return context, read_fingerprint(certfile)
     except (OSError, ValueError) as error:
-        reason = cause(error)
-        raise CommandError(
-            "The certificate %s can't be used: %s." % (certfile, reason)
-        ) from None
+        raise CommandError("The certificate %s can't be used: %s." % (
+            certfile, cause(error))) from None
 
 
 # ----------------------------------------------------------- HTTP server ---
@@ -5272,12 +5233,7 @@ def write_snapshot(folder, seen):
     The umask decides who may read it.
     """
     path = os.path.join(folder, "status.html")
-    try:
-        replace_file(path, utf8(snapshot_page(seen)), 0o666)
-    except OSError as error:
-        raise CommandError(
-            "The snapshot %s can't be written: %s." % (path, error.strerror)
-        ) from None
+    replace_file("snapshot", path, utf8(snapshot_page(seen)), 0o666)
     return path
 
 
