@@ -3968,7 +3968,7 @@ def get_health(store, request):
 
 # What a page may do: only what is in itself, named by its hash.
 POLICY = (
-    "default-src 'none'; script-src %(script)s; style-src %(style)s; "
+    "default-src 'none'; script-src %s; style-src %s; "
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'"
 )
 PLAIN = """<!doctype html>
@@ -3985,8 +3985,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 %(content)s
 </html>
 """
-LOGIN = """<p><a href="%s?plain=1">Show my %s</a> (the password is your
-jobix, the user name any).</p>"""
+LOGIN = """<p><a href="%s?plain=1">Log in</a> (the password is your jobix, the
+user name any).</p>"""
 
 
 def beside(name):
@@ -4001,14 +4001,14 @@ def utf8(text):
 
 def policy(page):
     """Return the Content-Security-Policy of a page, a text."""
-    sources = {}
-    for kind in ("script", "style"):
+
+    def sources(kind):
         texts = re.findall("<%s>(.*?)</%s>" % (kind, kind), page, re.S)
         hashes = (hashlib.sha256(utf8(text)).digest() for text in texts)
-        names = (base64.b64encode(digest).decode() for digest in hashes)
-        named = " ".join("'sha256-%s'" % name for name in names)
-        sources[kind] = named or "'none'"
-    return POLICY % sources
+        return " ".join("'sha256-%s'" % base64.b64encode(digest).decode()
+                        for digest in hashes) or "'none'"
+
+    return POLICY % (sources("script"), sources("style"))
 
 
 def page_response(page, status=200, headers=()):
@@ -4025,13 +4025,6 @@ def page_response(page, status=200, headers=()):
 def plain(content, title="jobman"):
     """Return a page around the markup `content`."""
     return PLAIN % {"content": content, "title": html.escape(title)}
-
-
-def self_renewing(page, seconds, *more):
-    """Return a page that loads itself again; `more` is for its head."""
-    meta = '<meta charset="utf-8">'
-    renew = '<meta http-equiv="refresh" content="%d">' % seconds
-    return page.replace(meta, "\n".join((meta, renew, *more)), 1)
 
 
 def span(period):
@@ -4109,10 +4102,6 @@ def cell(name, value):
         return ""
     if name in ("since", "heard"):
         return clock_time(value)
-    if name == "stages":
-        return ", ".join(map(str, value))
-    if value is True:
-        return "yes"
     if type(value) is float:
         return "%.3g" % value
     return (value if type(value) is str else to_json(value))[:200]
@@ -4144,10 +4133,11 @@ def plain_view(seen):
     )), "jobman: " + line)
 
 
-def page_caller(store, request):
-    """Return whether a page's caller has a jobix; set it in the request.
+def login_page(store, request, name):
+    """Return the page that asks a caller for a jobix, None if there is one.
 
-    Without a script it comes by HTTP Basic, as the password.
+    Without a script it comes by HTTP Basic, as the password. `name` is that
+    of the page that was called.
     """
     scheme, _, login = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "basic":
@@ -4156,13 +4146,9 @@ def page_caller(store, request):
             request.headers["jobix"] = password.decode("ascii")
     with contextlib.suppress(Error):
         request.identify(store)
-    return request.jobix is not None
-
-
-def login_page(request, name, things):
-    """Answer a caller without a jobix: say how to log in, or ask for it."""
+        return None
     if request.query != "plain=1":
-        return page_response(plain(LOGIN % (name, things)))
+        return page_response(plain(LOGIN % name))
     challenge = ("WWW-Authenticate", 'Basic realm="jobix as password"')
     refused = "<p>The password is your jobix.</p>"
     return page_response(plain(refused), 401, [challenge])
@@ -4183,10 +4169,9 @@ def get_dashboard(store, request):
     page = None if request.query == "plain=1" else dashboard_file()
     if page is not None:
         return page_response(page)
-    if not page_caller(store, request):
-        return login_page(request, "get", "jobs")
-    view = plain_view(overview(store, request.namespace))
-    return page_response(self_renewing(view, 10))
+    return login_page(store, request, "get") or page_response(
+        plain_view(overview(store, request.namespace)),
+        headers=[("Refresh", "10")])
 
 
 def get_greeting(store, request):
@@ -4198,8 +4183,9 @@ def get_greeting(store, request):
 
 def get_lifetime_page(store, request):
     """Show the lifetimes of the caller's stages in minutes."""
-    if not page_caller(store, request):
-        return login_page(request, "lifetime", "lifetimes")
+    refused = login_page(store, request, "lifetime")
+    if refused:
+        return refused
     rows = [{"stage": stage, "minutes": minutes} for stage, minutes
             in store.lifetimes(request.namespace).items()]
     return page_response(plain(
@@ -5213,18 +5199,21 @@ application = Application()
 
 SLOT = '<script type="application/json" id="snapshot">'
 SNAPSHOT_EVERY = 60  # seconds
+SNAPSHOT_HEAD = """<meta charset="utf-8">
+<meta http-equiv="refresh" content="%d">
+<meta http-equiv="Content-Security-Policy" content="%s">"""
 
 
 def snapshot_page(seen):
     """Return an overview as a page that needs no server."""
     page = dashboard_file()
-    if page is None or SLOT not in page:
+    if page is None:
         page = plain_view(seen)
     else:
         data = to_json(seen).replace("<", "\\u003c")
         page = page.replace(SLOT, SLOT + data, 1)
-    guard = '<meta http-equiv="Content-Security-Policy" content="%s">'
-    return self_renewing(page, SNAPSHOT_EVERY, guard % policy(page))
+    head = SNAPSHOT_HEAD % (SNAPSHOT_EVERY, policy(page))
+    return page.replace('<meta charset="utf-8">', head, 1)
 
 
 def write_snapshot(folder, seen):
