@@ -3092,6 +3092,12 @@ def number(text):
     return float(text) if DECIMAL.fullmatch(text) else text
 
 
+def read_jobix(text):
+    """Return the jobix that a text is, None where it is none."""
+    jobix = number(text.strip())
+    return jobix if type(jobix) is int and 0 <= jobix <= MAX_JOBIX else None
+
+
 class Request:
     """What a front door makes of a call, whatever its protocol.
 
@@ -3123,8 +3129,8 @@ class Request:
         A reading jobix stands for the namespace that it may read. A wrong
         one is refused after a pause, which slows down guessing.
         """
-        jobix = number(self.headers.get("jobix", "").strip())
-        if type(jobix) is not int or not 0 <= jobix <= MAX_JOBIX:
+        jobix = read_jobix(self.headers.get("jobix", ""))
+        if jobix is None:
             raise Error(403, "The header jobix must hold your number.")
         try:
             self.namespace, self.readonly = store.admit(jobix)
@@ -5078,18 +5084,29 @@ class Server(ThreadingHTTPServer):
 # ------------------------------------------------------------------ WSGI ---
 
 
-def read_jobix(text, source):
-    """Return the jobix that a text is; raise CommandError where it is none."""
-    jobix = number(text.strip())
-    if type(jobix) is not int or not 0 <= jobix <= MAX_JOBIX:
+def given_jobix(path=None):
+    """Return the jobix in a file or the environment, None without either.
+
+    Raises CommandError if it is none, or if others can read the file.
+    """
+    source, text = "JOBMAN_JOBIX", os.environ.get("JOBMAN_JOBIX")
+    if path is not None:
+        try:
+            with open(path, errors="replace") as file:
+                source, text = path, file.read(100)
+                exposed = os.fstat(file.fileno()).st_mode & 0o077
+        except OSError as error:
+            raise CommandError("%s: %s." % (path, error.strerror)) from None
+        if exposed:
+            raise CommandError(
+                "Others can read %s: chmod 600 it, and replace the number if"
+                " somebody may have read it." % path)
+    if text is None:
+        return None
+    jobix = read_jobix(text)
+    if jobix is None:
         raise CommandError("%s holds no number from 0 to 2^63-1." % source)
     return jobix
-
-
-def given_jobix():
-    """Return the jobix in the environment, None where there is none."""
-    text = os.environ.get("JOBMAN_JOBIX")
-    return None if text is None else read_jobix(text, "JOBMAN_JOBIX")
 
 
 class Application:
@@ -5128,29 +5145,26 @@ class Application:
                 try:
                     self.store = self.make()
                 except CommandError as error:
-                    print(error, file=sys.stderr)
+                    say(error)
                     raise Unavailable("it can't start, see its log") from None
                 self.store.keep_ticking()
                 atexit.register(self.close)
-                subscribe = getattr(
-                    sys.modules.get("mod_wsgi"), "subscribe_shutdown", None)
-                if subscribe:  # from 4.8 on
-                    subscribe(self.wake)
+                mod_wsgi = sys.modules.get("mod_wsgi")
+                if hasattr(mod_wsgi, "subscribe_shutdown"):  # from 4.8 on
+                    mod_wsgi.subscribe_shutdown(self.wake)
             return self.store
 
     def wake(self, *_, **__):
         """Answer the long polls: mod_wsgi is about to kill this process."""
-        store = self.store
-        if store:
-            store.wake_all()
+        if self.store:
+            self.store.wake_all()
 
     def close(self):
         """Close the Store; the next call makes another."""
-        atexit.unregister(self.close)
         with self.mutex:
-            store, self.store = self.store, None
-        if store:
-            store.close()
+            if self.store:
+                self.store.close()
+            self.store = None
 
     def make(self):
         """Return a Store as the environment describes it, or CommandError."""
@@ -5260,12 +5274,6 @@ def is_local(server):
     return ipaddress.ip_address(server.server_address[0]).is_loopback
 
 
-ALONE = (
-    "jobman.py: %s: so only this server may have it, its reads wait for"
-    " writes, and it keeps a rollback journal instead of a WAL."
-)
-
-
 @contextlib.contextmanager
 def serving(options, access_file, jobix=None):
     """Serve `options.db` at `options.host` and port while the body runs.
@@ -5276,31 +5284,25 @@ def serving(options, access_file, jobix=None):
     tls, fingerprint = credentials(options)
     server = listen(options.host, options.port)
     server.tls = tls
-    try:
-        server.store = Store(
-            options.db, shared=options.shared, waiters=server.limit * 4 // 5,
-            jobix=jobix, open_to_all=options.open or is_local(server),
-            max_attempts=options.retries + 1, max_lapses=options.lapses,
-            keep_days=options.keep_days,
-        )
-    except BaseException:
-        server.socket.close()
-        raise
-    location = server.store.location
-    if location.exclusive:
-        say(ALONE % location.describe())
-    url = options.url or "%s://%s:%d" % (
-        "https" if tls else "http",
-        socket.gethostname() if options.host in ("", "0.0.0.0")
-        else options.host,
-        server.server_port,
+    server.store = Store(
+        options.db, shared=options.shared, waiters=server.limit * 4 // 5,
+        jobix=jobix, open_to_all=options.open or is_local(server),
+        max_attempts=options.retries + 1, max_lapses=options.lapses,
+        keep_days=options.keep_days,
     )
+    if server.store.location.exclusive:
+        say("jobman.py: %s: so only this server may have it, its reads wait"
+            " for writes, and it keeps a rollback journal instead of a WAL."
+            % server.store.location.describe())
+    host = options.host
+    if host in ("", "0.0.0.0"):
+        host = socket.gethostname()
+    url = options.url or "%s://%s:%d" % (
+        "https" if tls else "http", host, server.server_port)
     server.names |= names_in(url)
     server.start()
     try:
-        access = write_access(
-            access_file, url, server.store, fingerprint
-        )
+        access = write_access(access_file, url, server.store, fingerprint)
         try:
             yield server, access
         finally:
@@ -5334,20 +5336,14 @@ def raise_file_limit():
 
 
 ANNOUNCEMENT = """\
-jobman %(version)s listens at %(url)s
-  database     %(db)s
-  access file  %(access)s
-  page         %(page)s
-  to look only %(reading)s
+jobman %s listens at %s
+  database     %s
+  access file  %s
+  page         %s
+  to look only %s
 Add a job, then run what waits, here or on any node that sees this home:
-  python3 jobman.py submit%(option)s hostname
-  python3 worker.py --stage 0%(option)s"""
-
-
-PLAIN_HTTP = (
-    "jobman.py: This is plain HTTP: anyone who can read the network's"
-    " traffic can read the jobix, and use it (see --tls)."
-)
+  python3 jobman.py submit%s hostname
+  python3 worker.py --stage 0%s"""
 
 
 def page_address(access, key, stream):
@@ -5364,59 +5360,38 @@ def page_address(access, key, stream):
 
 def announcement(options, access_file, access):
     """Return what serve says when it is ready."""
-    usual = access_file == access_path()
-    access_file = os.path.abspath(access_file)
-    return ANNOUNCEMENT % {
-        "version": __version__,
-        "url": access["url"],
-        "db": os.path.abspath(options.db),
-        "access": access_file,
-        "page": page_address(access, "jobix", sys.stdout),
-        "reading": page_address(access, "reading_jobix", sys.stdout),
-        "option": "" if usual else " --access " + shlex.quote(access_file),
-    }
-
-
-def own_jobix(options):
-    """Return the jobix that serve is given, None where there is none."""
-    path = options.jobix_file
-    if path is None:
-        return given_jobix()
-    try:
-        with open(path) as file:
-            if os.fstat(file.fileno()).st_mode & 0o077:
-                raise CommandError(
-                    "Others can read %s: chmod 600 it, and replace the number"
-                    " if somebody may have read it." % path)
-            return read_jobix(file.read(100), path)
-    except OSError as error:
-        raise CommandError("%s: %s." % (path, error.strerror)) from None
-    except UnicodeDecodeError:
-        return read_jobix("", path)
+    path, option = os.path.abspath(access_file), ""
+    if access_file != access_path():
+        option = " --access " + shlex.quote(path)
+    pages = (page_address(access, key, sys.stdout)
+             for key in ("jobix", "reading_jobix"))
+    return ANNOUNCEMENT % (
+        __version__, access["url"], os.path.abspath(options.db), path, *pages,
+        option, option)
 
 
 def serve(options):
     """Serve a database until a signal ends it."""
-    jobix = own_jobix(options)
     raise_file_limit()
     gc.set_threshold(50000)  # a large body of JSON is no garbage
     ending = until_signal()
     access_file = options.access or access_path()
     with contextlib.ExitStack() as stack:
         server, access = stack.enter_context(
-            serving(options, access_file, jobix))
+            serving(options, access_file, given_jobix(options.jobix_file)))
         if options.snapshot is not None:
             store = server.store
             write_snapshot(options.snapshot, overview(store, store.namespace))
             keeper = threading.Thread(
-                target=keep_snapshots, args=(store, options.snapshot, ending)
-            )
+                target=keep_snapshots, args=(store, options.snapshot, ending))
             keeper.start()
             stack.callback(keeper.join)
             stack.callback(ending.set)
         print(announcement(options, access_file, access), flush=True)
         if not server.tls and not is_local(server):
-            say(PLAIN_HTTP)
+            say("jobman.py: This is plain HTTP: anyone who can read the"
+                " network's traffic can read the jobix, and use it"
+                " (see --tls).")
         while not (ending.wait(1) or ending.number):
             server.store.lock.require()
     return 0
