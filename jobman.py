@@ -3980,19 +3980,13 @@ POLICY = (
 PLAIN = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<title>%(title)s</title>
-<meta name="viewport" content="width=device-width">
-<style>
-:root { color-scheme: light dark }
-body { font-family: sans-serif; margin: 2em }
-th, td { text-align: left; padding: .2em .8em .2em 0; vertical-align: top }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-</style>
-%(content)s
+<title>jobman</title>
+<style>th, td { text-align: left; padding-right: 1em }</style>
+%s
 </html>
 """
 LOGIN = """<p><a href="%s?plain=1">Log in</a> (the password is your jobix, the
-user name any).</p>"""
+user name any)."""
 
 
 def beside(name):
@@ -4000,17 +3994,12 @@ def beside(name):
     return os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
 
 
-def utf8(text):
-    """Return `text` as bytes, what UTF-8 lacks as escapes."""
-    return text.encode("utf-8", "backslashreplace")
-
-
 def policy(page):
     """Return the Content-Security-Policy of a page, a text."""
 
     def sources(kind):
         texts = re.findall("<%s>(.*?)</%s>" % (kind, kind), page, re.S)
-        hashes = (hashlib.sha256(utf8(text)).digest() for text in texts)
+        hashes = (hashlib.sha256(text.encode()).digest() for text in texts)
         return " ".join("'sha256-%s'" % base64.b64encode(digest).decode()
                         for digest in hashes) or "'none'"
 
@@ -4025,12 +4014,7 @@ def page_response(page, status=200, headers=()):
         ("X-Content-Type-Options", "nosniff"),
     ]
     kind = "text/html; charset=utf-8"
-    return Response(status, utf8(page), kind, [*guards, *headers])
-
-
-def plain(content, title="jobman"):
-    """Return a page around the markup `content`."""
-    return PLAIN % {"content": content, "title": html.escape(title)}
+    return Response(status, page.encode(), kind, [*guards, *headers])
 
 
 def span(period):
@@ -4110,11 +4094,13 @@ def cell(name, value):
         return clock_time(value)
     if type(value) is float:
         return "%.3g" % value
-    return (value if type(value) is str else to_json(value))[:200]
+    return clean(value if type(value) is str else to_json(value))[:200]
 
 
 def html_table(heading, names, rows):
     """Return the markup of dicts as a table under a heading."""
+    if not rows:
+        return "<h2>%s</h2>\n<p>None." % heading
     lines = ["<h2>%s</h2>" % heading, "<table>", "<tr>%s</tr>" % "".join(
         '<th scope="col">%s</th>' % name for name in names)]
     for row in rows:
@@ -4128,15 +4114,13 @@ def html_table(heading, names, rows):
 def plain_view(seen):
     """Return an overview as a page without a script."""
     figures = seen["status"]
-    line = progress_line(figures)
-    tables = [
-        html_table(heading, names, seen[part][rows])
-        for heading, part, rows, names in PLAIN_TABLES if seen[part][rows]
-    ]
-    return plain("\n".join((
-        "<h1>jobman %s</h1>" % figures["version"], "<p>%s" % line,
-        "<p>As of %s." % clock_time(figures["time"]), *tables,
-    )), "jobman: " + line)
+    return PLAIN % "\n".join((
+        "<h1>jobman %s</h1>" % figures["version"],
+        "<p>%s" % progress_line(figures),
+        "<p>As of %s." % clock_time(figures["time"]),
+        *(html_table(heading, names, seen[part][rows])
+          for heading, part, rows, names in PLAIN_TABLES),
+    ))
 
 
 def login_page(store, request, name):
@@ -4154,10 +4138,10 @@ def login_page(store, request, name):
         request.identify(store)
         return None
     if request.query != "plain=1":
-        return page_response(plain(LOGIN % name))
+        return page_response(PLAIN % (LOGIN % name))
     challenge = ("WWW-Authenticate", 'Basic realm="jobix as password"')
-    refused = "<p>The password is your jobix.</p>"
-    return page_response(plain(refused), 401, [challenge])
+    refused = "<p>The password is your jobix."
+    return page_response(PLAIN % refused, 401, [challenge])
 
 
 def dashboard_file():
@@ -4189,14 +4173,10 @@ def get_greeting(store, request):
 
 def get_lifetime_page(store, request):
     """Show the lifetimes of the caller's stages in minutes."""
-    refused = login_page(store, request, "lifetime")
-    if refused:
-        return refused
-    rows = [{"stage": stage, "minutes": minutes} for stage, minutes
-            in store.lifetimes(request.namespace).items()]
-    return page_response(plain(
-        html_table("Lifetimes", ("stage", "minutes"), rows) if rows
-        else "<p>No stage has a lifetime.</p>"))
+    return login_page(store, request, "lifetime") or page_response(
+        PLAIN % html_table("Lifetimes", ("stage", "minutes"), [
+            {"stage": stage, "minutes": minutes} for stage, minutes
+            in store.lifetimes(request.namespace).items()]))
 
 
 # ---------------------------------------------------------------- routes ---
@@ -4416,7 +4396,8 @@ def write_access(path, url, store, fingerprint=None):
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    replace_file("access file", path, utf8(to_json(access) + "\n"), 0o600)
+    text = to_json(access) + "\n"
+    replace_file("access file", path, text.encode(), 0o600)
     return access
 
 
@@ -5120,7 +5101,7 @@ class Application:
     """
 
     def __init__(self):
-        self.mutex = threading.Lock()
+        self.mutex = threading.RLock()
         self.store = None
         self.names = frozenset()
 
@@ -5139,25 +5120,21 @@ class Application:
         """Return the Store of this process; raise Error 503 without one."""
         with self.mutex:
             if self.store and self.store.lock.lost:
-                self.store.close()
-                self.store = None
+                self.close()
             if self.store is None:
                 try:
-                    self.store = self.make()
+                    self.store = store = self.make()
                 except CommandError as error:
                     say(error)
                     raise Unavailable("it can't start, see its log") from None
-                self.store.keep_ticking()
+                store.keep_ticking()
                 atexit.register(self.close)
                 mod_wsgi = sys.modules.get("mod_wsgi")
                 if hasattr(mod_wsgi, "subscribe_shutdown"):  # from 4.8 on
-                    mod_wsgi.subscribe_shutdown(self.wake)
+                    # it kills a process that still has calls 5 s later
+                    mod_wsgi.subscribe_shutdown(
+                        lambda *_, **__: store.wake_all())
             return self.store
-
-    def wake(self, *_, **__):
-        """Answer the long polls: mod_wsgi is about to kill this process."""
-        if self.store:
-            self.store.wake_all()
 
     def close(self):
         """Close the Store; the next call makes another."""
@@ -5236,7 +5213,7 @@ def write_snapshot(folder, seen):
     The umask decides who may read it.
     """
     path = os.path.join(folder, "status.html")
-    replace_file("snapshot", path, utf8(snapshot_page(seen)), 0o666)
+    replace_file("snapshot", path, snapshot_page(seen).encode(), 0o666)
     return path
 
 
@@ -6329,7 +6306,7 @@ def to_bytes(text):
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        return utf8(text)
+        return clean(text).encode()
 
 
 FORMATS = {"csv": as_csv, "json": as_json, "joblog": as_joblog}
@@ -7295,7 +7272,9 @@ class BenchClient:
             self.socket.close()
             return False
         head = "%s %s%s" % (method, path, self.head)
-        data = b"" if body is None else zlib.compress(utf8(to_json(body)), 1)
+        data = b""
+        if body is not None:
+            data = zlib.compress(to_json(body).encode(), 1)
         head += "Content-Length: %d\r\n\r\n" % len(data)
         self.socket.sendall(head.encode("ascii") + data)
         return True
