@@ -4439,8 +4439,8 @@ def own_certificate(path):
         said = getattr(error, "stderr", b"").decode("utf-8", "replace")
         raise CommandError("The certificate %s.crt can't be made: %s." % (
             path, last_line(said) or cause(error))) from None
-    start = pem.index(b"-----BEGIN CERTIFICATE")
-    replace_file("certificate", path + ".crt", pem[start:], 0o600)
+    certificate = re.search(b"-----BEGIN CERT.*?-----END.*?\n", pem, re.S)
+    replace_file("certificate", path + ".crt", certificate.group(), 0o600)
     replace_file("key", key, pem, 0o600)
     return key
 
@@ -5124,7 +5124,7 @@ class Application:
             if self.store is None:
                 try:
                     self.store = store = self.make()
-                except CommandError as error:
+                except (CommandError, Error) as error:
                     say(error)
                     raise Unavailable("it can't start, see its log") from None
                 store.keep_ticking()
@@ -5144,18 +5144,18 @@ class Application:
             self.store = None
 
     def make(self):
-        """Return a Store as the environment describes it, or CommandError."""
-        waiters = number(os.environ.get("JOBMAN_WAITERS", "2"))
-        if type(waiters) is not int:
-            raise CommandError(
-                "JOBMAN_WAITERS must be a number of long polls.")
+        """Return a Store as the environment describes it.
+
+        Raises Error, CommandError.
+        """
+        get = os.environ.get
+        waiters = from_query(COUNT)(
+            get("JOBMAN_WAITERS", "2"), "JOBMAN_WAITERS")
         store = Store(
-            os.environ.get("JOBMAN_DB", "jobman.db"), shared=True,
-            waiters=waiters, jobix=given_jobix(),
-            open_to_all=os.environ.get("JOBMAN_OPEN") == "1",
-        )
-        if "JOBMAN_URL" in os.environ:
-            url = os.environ["JOBMAN_URL"]
+            get("JOBMAN_DB", "jobman.db"), shared=True, waiters=waiters,
+            jobix=given_jobix(), open_to_all=get("JOBMAN_OPEN") == "1")
+        url = get("JOBMAN_URL")
+        if url is not None:
             self.names = names_in(url)
             write_access(access_path(), url, store)
         return store
@@ -5239,11 +5239,10 @@ def listen(host, port):
     try:
         return Server((host, port))
     except (OSError, OverflowError) as error:
-        line = "Can't listen on port %d of %s: %s." % (
-            port, host, cause(error))
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            line += " Give another --port; 0 is any that is free."
-        raise CommandError(line) from None
+        raise CommandError(
+            "Can't listen on port %d of %s: %s. Give another --host or --port;"
+            " port 0 is any that is free." % (port, host, cause(error))
+        ) from None
 
 
 def is_local(server):

@@ -12955,7 +12955,7 @@ class StartTest(TemporaryFolder):
             port = other.getsockname()[1]
             said = self.check_untouched(port=port)
         self.assertIn("port %d of " % port, said)
-        self.assertIn("Give another --port; 0 is any that is free.", said)
+        self.assertIn("port 0 is any that is free.", said)
 
     def test_a_database_whose_name_is_not_utf8(self):
         name = b"\xff?#%.db"
