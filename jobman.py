@@ -4112,9 +4112,9 @@ def html_table(heading, names, rows):
 
 
 def plain_view(seen):
-    """Return an overview as a page without a script."""
+    """Return an overview as the content of a page without a script."""
     figures = seen["status"]
-    return PLAIN % "\n".join((
+    return "\n".join((
         "<h1>jobman %s</h1>" % figures["version"],
         "<p>%s" % progress_line(figures),
         "<p>As of %s." % clock_time(figures["time"]),
@@ -4160,8 +4160,8 @@ def get_dashboard(store, request):
     if page is not None:
         return page_response(page)
     return login_page(store, request, "get") or page_response(
-        plain_view(overview(store, request.namespace)),
-        headers=[("Refresh", "10")])
+        PLAIN % ('<meta http-equiv="refresh" content="10">\n'
+                 + plain_view(overview(store, request.namespace))))
 
 
 def get_greeting(store, request):
@@ -5199,7 +5199,7 @@ def snapshot_page(seen):
     """Return an overview as a page that needs no server."""
     page = dashboard_file()
     if page is None:
-        page = plain_view(seen)
+        page = PLAIN % plain_view(seen)
     else:
         data = to_json(seen).replace("<", "\\u003c")
         page = page.replace(SLOT, SLOT + data, 1)

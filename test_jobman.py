@@ -1010,10 +1010,9 @@ class ContractTest(StoreCase):
         self.fail(claimed, exit_code=3, stderr="x\n<i>bad</i>\n")
         self.store.tick()
         self.ok("/pause/1", {})
-        reply = self.call("/get?plain=1")
-        page = reply.text
-        self.assertEqual("10", reply.headers["refresh"])
+        page = self.call("/get?plain=1").text
         for text in (
+            '<meta http-equiv="refresh" content="10">',
             "33 %: 1 of 3 jobs done", cells(0, "", 2, 1, 1),
             cells(1, "0.001", "0.001"), cells(1, "true", 0, 0),
             "<h2>Expired jobs</h2>", cells(3, 0, "waiting", "2020-")[:-5],
