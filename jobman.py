@@ -2863,6 +2863,12 @@ def number(text):
     return float(text) if DECIMAL.fullmatch(text) else text
 
 
+def read_jobix(text):
+    """Return the jobix that a text is, None where it is none."""
+    jobix = number(text.strip())
+    return jobix if type(jobix) is int and 0 <= jobix <= MAX_JOBIX else None
+
+
 class Request:
     """What a front door makes of a call, whatever its protocol.
 
@@ -2895,8 +2901,8 @@ class Request:
         A reading jobix stands for the namespace that it may read. A wrong
         one is refused after a pause, which slows down guessing.
         """
-        jobix = number(self.headers.get("jobix", "").strip())
-        if type(jobix) is not int or not 0 <= jobix <= MAX_JOBIX:
+        jobix = read_jobix(self.headers.get("jobix", ""))
+        if jobix is None:
             raise Error(403, "The header jobix must hold your number.")
         try:
             self.namespace, self.readonly = store.admit(jobix)
@@ -3511,23 +3517,18 @@ def post_sweep(store, request):
     return Response.json({SWEEPS[action][0]: n})
 
 
-def tagged(request, text, same=None):
+def tagged(request, text, now=None):
     """Answer with JSON text, or with 304 when the caller has it already.
 
-    `same` is the text that the tag covers, by default all of it; since it may
-    leave something out, the tag is weak. RFC 9110 has the headers.
+    The time `now`, if given, is added to it. The tag leaves that out, so it
+    is weak. RFC 9110 has the headers.
     """
-    same = text if same is None else same
-    tag = 'W/"%s"' % hashlib.sha256(same.encode("ascii")).hexdigest()[:24]
+    tag = 'W/"%s"' % hashlib.sha256(text.encode("ascii")).hexdigest()[:24]
     if tag in request.headers.get("if-none-match", ""):
         return Response(304, b"", None, [("ETag", tag)])
+    if now is not None:
+        text = '{"time": %s, %s' % (to_json(now), text[1:])
     return Response.json_text(text, headers=[("ETag", tag)])
-
-
-def timed(request, now, value):
-    """Answer as tagged() with `value` and the time, which the tag ignores."""
-    text = to_json(value)
-    return tagged(request, '{"time": %s, %s' % (to_json(now), text[1:]), text)
 
 
 # What /job and /jobs show of a job: each name with its column.
@@ -3599,7 +3600,7 @@ def get_jobs(store, request):
 def get_workers(store, request):
     """Show the workers that were heard of in the last day."""
     now, heard = store.workers(request.namespace, within=86400)
-    return timed(request, now, {"workers": heard})
+    return tagged(request, to_json({"workers": heard}), now)
 
 
 def last_line(text):
@@ -3618,26 +3619,26 @@ def get_failures(store, request):
         groups.setdefault(key, []).append(row["jobid"])
     names = "stage", "exit_code", "message", "host"
     listed = [
-        dict(zip(names, key), jobs=len(ids), ids=ids)
-        for key, ids in groups.items()
+        dict(zip(names, key), jobs=len(ids), ids=ids) for key, ids
+        in sorted(groups.items(), key=lambda group: -len(group[1]))
     ]
-    listed.sort(key=lambda group: -group["jobs"])
-    counts = {"failed": failed, "looked_at": len(rows)}
-    return tagged(request, to_json(dict(counts, groups=listed)))
+    return tagged(request, to_json({
+        "failed": failed, "looked_at": len(rows), "groups": listed}))
 
 
 def get_pace(store, request):
     """Show how fast jobs became done, as time went."""
     given = request.options(minutes=from_query(integer(1, 10**7)))
     pace = store.throughput(request.namespace, given["minutes"])
-    return timed(request, pace.pop("time"), pace)
+    now = pace.pop("time")
+    return tagged(request, to_json(pace), now)
 
 
 def get_status(store, request):
     """Show the figures."""
     figures = store.status(request.namespace)
-    figures["readonly"] = request.readonly
-    return timed(request, figures.pop("time"), figures)
+    figures["readonly"], now = request.readonly, figures.pop("time")
+    return tagged(request, to_json(figures), now)
 
 
 # Kinds of `spent` that aren't outcomes of attempts, and the outcomes by which
@@ -3672,79 +3673,67 @@ def get_stats(store, request):
     stages = [stage_stats(*pair) for pair in sorted(stages.items())]
     names = "claims", "retries", "useful", "lost"
     totals = {name: sum(stage[name] for stage in stages) for name in names}
-    return timed(request, now, {"stages": stages, "totals": totals})
+    return tagged(
+        request, to_json({"stages": stages, "totals": totals}), now)
 
 
-def histogram(stages, kind):
-    """Yield the samples of a histogram of times: {stage: Spent}, one kind.
+METRICS = (
+    ("info", "gauge", "This server's version."),
+    ("jobs", "gauge", "Jobs by stage and state."),
+    ("expired_jobs", "gauge", "Jobs over their lifetime."),
+    ("workers", "gauge", "Workers heard of lately."),
+    ("slots", "gauge", "Slots of those workers."),
+    ("busy", "gauge", "Slots of theirs that have a job."),
+    ("claims_total", "counter", "Jobs that were claimed."),
+    ("retries_total", "counter", "Claims that were not a job's first."),
+    ("attempts_total", "counter", "Attempts that ended."),
+    ("spent_seconds_total", "counter", "Time of attempts that ended."),
+    ("attempt_seconds", "histogram", "Attempts, when done."),
+    ("wait_seconds", "histogram", "From free to claimed."),
+)
+HISTOGRAMS = {"attempt_seconds": "done", "wait_seconds": "claimed"}
 
-    The bounds are 1 ms, and 4 times the one before.
-    """
+
+def samples(groups, workers, stages):
+    """Yield samples of METRICS: a name, what follows it, the value."""
+    yield "info", '{version="%s"}' % __version__, 1
+    for name in ("workers", "slots", "busy"):
+        yield name, "", workers[name]
+    for group in groups:
+        labels = '{stage="%(stage)d",state="%(state)s"}' % group
+        yield "jobs", labels, group["jobs"]
+        yield "expired_jobs", labels, group["expired"]
     for stage, spent in stages.items():
-        if not spent.attempts[kind]:
-            continue
-        labels = {"stage": stage}
-        for power in range(14):
-            within = sum(
-                n for bucket, n in spent.buckets[kind] if bucket <= 8 * power)
-            yield "_bucket", dict(labels, le="%g" % (0.001 * 4**power)), within
-        yield "_bucket", dict(labels, le="+Inf"), spent.attempts[kind]
-        yield "_sum", labels, spent.seconds[kind]
-        yield "_count", labels, spent.attempts[kind]
-
-
-def metric(name, kind, meaning, samples):
-    """Return a metric in Prometheus' text format, version 0.0.4.
-
-    `samples` are (what is added to the name, labels, value). See
-    https://prometheus.io/docs/instrumenting/exposition_formats/
-    """
-    lines = ["# HELP %s %s" % (name, meaning), "# TYPE %s %s" % (name, kind)]
-    for more, labels, value in samples:
-        pairs = ",".join('%s="%s"' % pair for pair in labels.items())
-        named = "{%s}" % pairs if pairs else ""
-        lines.append("%s%s%s %r" % (name, more, named, value))
-    return "\n".join(lines) + "\n"
-
-
-def sums(stages, figure, kind=None):
-    """Yield samples of {stage: Spent}: of one kind, or of all outcomes."""
-    for stage, spent in stages.items():
-        for each, value in getattr(spent, figure).items():
-            if each == kind:
-                yield "", {"stage": stage}, value
-            elif kind is None and each not in WAITS:
-                yield "", {"stage": stage, "outcome": each}, value
+        labels = '{stage="%d"}' % stage
+        yield "claims_total", labels, spent.attempts["claimed"]
+        yield "retries_total", labels, spent.attempts["again"]
+        for kind in sorted(spent.attempts.keys() - WAITS):
+            ended = '{stage="%d",outcome="%s"}' % (stage, kind)
+            yield "attempts_total", ended, spent.attempts[kind]
+            yield "spent_seconds_total", ended, spent.seconds[kind]
+        for name, kind in HISTOGRAMS.items():
+            for power in range(14):  # from 1 ms up, 4 times the one before
+                bucket = '_bucket{stage="%d",le="%g"}' % (
+                    stage, 0.001 * 4**power)
+                yield name, bucket, sum(
+                    n for i, n in spent.buckets[kind] if i <= 8 * power)
+            n = spent.attempts[kind]
+            yield name, '_bucket{stage="%d",le="+Inf"}' % stage, n
+            yield name, "_sum" + labels, spent.seconds[kind]
+            yield name, "_count" + labels, n
 
 
 def get_metrics(store, request):
-    """Show the figures of all namespaces together, for Prometheus."""
-    groups, workers, stages = store.metrics()
-    places = [{"stage": g["stage"], "state": g["state"]} for g in groups]
-    metrics = (
-        ("info", "gauge", "This server's version.",
-         [("", {"version": __version__}, 1)]),
-        ("jobs", "gauge", "Jobs by stage and state.",
-         [("", place, g["jobs"]) for place, g in zip(places, groups)]),
-        ("expired_jobs", "gauge", "Jobs over their lifetime.",
-         [("", place, g["expired"]) for place, g in zip(places, groups)]),
-        *((name, "gauge", "Of workers heard of lately.",
-           [("", {}, workers[name])])
-          for name in ("workers", "slots", "busy")),
-        ("claims_total", "counter", "Jobs that were claimed.",
-         sums(stages, "attempts", "claimed")),
-        ("retries_total", "counter", "Claims that were not a job's first.",
-         sums(stages, "attempts", "again")),
-        ("attempts_total", "counter", "Attempts that ended.",
-         sums(stages, "attempts")),
-        ("spent_seconds_total", "counter", "Their time.",
-         sums(stages, "seconds")),
-        ("attempt_seconds", "histogram", "Attempts, when done.",
-         histogram(stages, "done")),
-        ("wait_seconds", "histogram", "From free to claimed.",
-         histogram(stages, "claimed")),
-    )
-    text = "".join(metric("jobman_" + name, *rest) for name, *rest in metrics)
+    """Show the figures of all namespaces together, for Prometheus.
+
+    Its text format, version 0.0.4, is described at
+    https://prometheus.io/docs/instrumenting/exposition_formats/
+    """
+    lines = {name: ["# HELP jobman_%s %s\n# TYPE jobman_%s %s\n" % (
+        name, meaning, name, kind)] for name, kind, meaning in METRICS}
+    for name, more, value in samples(*store.metrics()):
+        lines[name].append("jobman_%s%s %r\n" % (name, more, value))
+    text = "".join(itertools.chain.from_iterable(lines.values()))
     kind = "text/plain; version=0.0.4; charset=utf-8"
     return Response(200, text.encode(), kind)
 
@@ -3759,25 +3748,19 @@ def get_health(store, request):
 
 # What a page may do: only what is in itself, named by its hash.
 POLICY = (
-    "default-src 'none'; script-src %(script)s; style-src %(style)s; "
+    "default-src 'none'; script-src %s; style-src %s; "
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'"
 )
 PLAIN = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<title>%(title)s</title>
-<meta name="viewport" content="width=device-width">
-<style>
-:root { color-scheme: light dark }
-body { font-family: sans-serif; margin: 2em }
-th, td { text-align: left; padding: .2em .8em .2em 0; vertical-align: top }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-</style>
-%(content)s
+<title>jobman</title>
+<style>th, td { text-align: left; padding-right: 1em }</style>
+%s
 </html>
 """
-LOGIN = """<p><a href="%s?plain=1">Show my %s</a> (the password is your
-jobix, the user name any).</p>"""
+LOGIN = """<p><a href="%s?plain=1">Log in</a> (the password is your jobix, the
+user name any)."""
 
 
 def beside(name):
@@ -3785,21 +3768,16 @@ def beside(name):
     return os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
 
 
-def utf8(text):
-    """Return `text` as bytes, what UTF-8 lacks as escapes."""
-    return text.encode("utf-8", "backslashreplace")
-
-
 def policy(page):
     """Return the Content-Security-Policy of a page, a text."""
-    sources = {}
-    for kind in ("script", "style"):
+
+    def sources(kind):
         texts = re.findall("<%s>(.*?)</%s>" % (kind, kind), page, re.S)
-        hashes = (hashlib.sha256(utf8(text)).digest() for text in texts)
-        names = (base64.b64encode(digest).decode() for digest in hashes)
-        named = " ".join("'sha256-%s'" % name for name in names)
-        sources[kind] = named or "'none'"
-    return POLICY % sources
+        hashes = (hashlib.sha256(text.encode()).digest() for text in texts)
+        return " ".join("'sha256-%s'" % base64.b64encode(digest).decode()
+                        for digest in hashes) or "'none'"
+
+    return POLICY % (sources("script"), sources("style"))
 
 
 def page_response(page, status=200, headers=()):
@@ -3810,19 +3788,7 @@ def page_response(page, status=200, headers=()):
         ("X-Content-Type-Options", "nosniff"),
     ]
     kind = "text/html; charset=utf-8"
-    return Response(status, utf8(page), kind, [*guards, *headers])
-
-
-def plain(content, title="jobman"):
-    """Return a page around the markup `content`."""
-    return PLAIN % {"content": content, "title": html.escape(title)}
-
-
-def self_renewing(page, seconds, *more):
-    """Return a page that loads itself again; `more` is for its head."""
-    meta = '<meta charset="utf-8">'
-    renew = '<meta http-equiv="refresh" content="%d">' % seconds
-    return page.replace(meta, "\n".join((meta, renew, *more)), 1)
+    return Response(status, page.encode(), kind, [*guards, *headers])
 
 
 def span(period):
@@ -3900,17 +3866,15 @@ def cell(name, value):
         return ""
     if name in ("since", "heard"):
         return clock_time(value)
-    if name == "stages":
-        return ", ".join(map(str, value))
-    if value is True:
-        return "yes"
     if type(value) is float:
         return "%.3g" % value
-    return (value if type(value) is str else to_json(value))[:200]
+    return clean(value if type(value) is str else to_json(value))[:200]
 
 
 def html_table(heading, names, rows):
     """Return the markup of dicts as a table under a heading."""
+    if not rows:
+        return "<h2>%s</h2>\n<p>None." % heading
     lines = ["<h2>%s</h2>" % heading, "<table>", "<tr>%s</tr>" % "".join(
         '<th scope="col">%s</th>' % name for name in names)]
     for row in rows:
@@ -3922,23 +3886,22 @@ def html_table(heading, names, rows):
 
 
 def plain_view(seen):
-    """Return an overview as a page without a script."""
+    """Return an overview as the content of a page without a script."""
     figures = seen["status"]
-    line = progress_line(figures)
-    tables = [
-        html_table(heading, names, seen[part][rows])
-        for heading, part, rows, names in PLAIN_TABLES if seen[part][rows]
-    ]
-    return plain("\n".join((
-        "<h1>jobman %s</h1>" % figures["version"], "<p>%s" % line,
-        "<p>As of %s." % clock_time(figures["time"]), *tables,
-    )), "jobman: " + line)
+    return "\n".join((
+        "<h1>jobman %s</h1>" % figures["version"],
+        "<p>%s" % progress_line(figures),
+        "<p>As of %s." % clock_time(figures["time"]),
+        *(html_table(heading, names, seen[part][rows])
+          for heading, part, rows, names in PLAIN_TABLES),
+    ))
 
 
-def page_caller(store, request):
-    """Return whether a page's caller has a jobix; set it in the request.
+def login_page(store, request, name):
+    """Return the page that asks a caller for a jobix, None if there is one.
 
-    Without a script it comes by HTTP Basic, as the password.
+    Without a script it comes by HTTP Basic, as the password. `name` is that
+    of the page that was called.
     """
     scheme, _, login = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "basic":
@@ -3947,16 +3910,12 @@ def page_caller(store, request):
             request.headers["jobix"] = password.decode("ascii")
     with contextlib.suppress(Error):
         request.identify(store)
-    return request.jobix is not None
-
-
-def login_page(request, name, things):
-    """Answer a caller without a jobix: say how to log in, or ask for it."""
+        return None
     if request.query != "plain=1":
-        return page_response(plain(LOGIN % (name, things)))
+        return page_response(PLAIN % (LOGIN % name))
     challenge = ("WWW-Authenticate", 'Basic realm="jobix as password"')
-    refused = "<p>The password is your jobix.</p>"
-    return page_response(plain(refused), 401, [challenge])
+    refused = "<p>The password is your jobix."
+    return page_response(PLAIN % refused, 401, [challenge])
 
 
 def dashboard_file():
@@ -3974,10 +3933,9 @@ def get_dashboard(store, request):
     page = None if request.query == "plain=1" else dashboard_file()
     if page is not None:
         return page_response(page)
-    if not page_caller(store, request):
-        return login_page(request, "get", "jobs")
-    view = plain_view(overview(store, request.namespace))
-    return page_response(self_renewing(view, 10))
+    return login_page(store, request, "get") or page_response(
+        PLAIN % ('<meta http-equiv="refresh" content="10">\n'
+                 + plain_view(overview(store, request.namespace))))
 
 
 def get_greeting(store, request):
@@ -3989,13 +3947,10 @@ def get_greeting(store, request):
 
 def get_lifetime_page(store, request):
     """Show the lifetimes of the caller's stages in minutes."""
-    if not page_caller(store, request):
-        return login_page(request, "lifetime", "lifetimes")
-    rows = [{"stage": stage, "minutes": minutes} for stage, minutes
-            in store.lifetimes(request.namespace).items()]
-    return page_response(plain(
-        html_table("Lifetimes", ("stage", "minutes"), rows) if rows
-        else "<p>No stage has a lifetime.</p>"))
+    return login_page(store, request, "lifetime") or page_response(
+        PLAIN % html_table("Lifetimes", ("stage", "minutes"), [
+            {"stage": stage, "minutes": minutes} for stage, minutes
+            in store.lifetimes(request.namespace).items()]))
 
 
 # ---------------------------------------------------------------- routes ---
@@ -4172,15 +4127,15 @@ def access_path():
     return os.environ.get("JOBMAN_ACCESS") or default
 
 
-def replace_file(path, data, mode):
+def replace_file(what, path, data, mode):
     """Write a file in one step: a reader sees the old or the new one.
 
-    Makes its folder. Raises OSError; no draft is left then.
+    Makes its folder. Raises CommandError; no draft is left then.
     """
     folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, mode | (mode & 0o444) >> 2, exist_ok=True)
     draft = "%s.%d" % (path, os.getpid())
     try:
+        os.makedirs(folder, mode | (mode & 0o444) >> 2, exist_ok=True)
         remove(draft)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with open(os.open(draft, flags, mode), "wb") as file:
@@ -4188,6 +4143,9 @@ def replace_file(path, data, mode):
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
+    except OSError as error:
+        raise CommandError("The %s %s can't be written: %s." % (
+            what, path, error.strerror)) from None
     finally:
         remove(draft)
 
@@ -4202,12 +4160,8 @@ def write_access(path, url, store, fingerprint=None):
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    try:
-        replace_file(path, utf8(to_json(access) + "\n"), 0o600)
-    except OSError as error:
-        raise CommandError(
-            "The access file %s can't be written: %s." % (path, error.strerror)
-        ) from None
+    text = to_json(access) + "\n"
+    replace_file("access file", path, text.encode(), 0o600)
     return access
 
 
@@ -4223,34 +4177,11 @@ def remove_access(path, access):
 # ------------------------------------------------------------------- TLS ---
 
 
-def make_certificate(path):
-    """Make `path`.crt, a certificate, and `path`.key, its key and itself.
-
-    They are made by openssl in a folder of their own and then moved, the key
-    last: where it is, it is complete. Raises OSError or CalledProcessError.
-    """
-    parent = os.path.dirname(os.path.abspath(path))
-    with tempfile.TemporaryDirectory(dir=parent) as folder:
-        key, certificate = (os.path.join(folder, name) for name in ("k", "c"))
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-sha256",
-             "-nodes", "-days", "3650", "-subj", "/CN=jobman",
-             "-keyout", key, "-out", certificate],
-            check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        for name in (key, certificate):
-            os.chmod(name, 0o600)
-        with open(key, "ab") as file, open(certificate, "rb") as source:
-            file.write(source.read())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(certificate, path + ".crt")
-        os.replace(key, path + ".key")
-
-
 def own_certificate(path):
-    """Return the name of the file `path`.key, made if it isn't there."""
+    """Return the name of the file `path`.key, made if it isn't there.
+
+    It has a key and its certificate. The latter alone is in `path`.crt.
+    """
     key = path + ".key"
     if os.path.exists(key):
         require_own(key, os.geteuid())
@@ -4258,53 +4189,40 @@ def own_certificate(path):
     if shutil.which("openssl") is None:
         raise CommandError(
             "--tls needs the program openssl, which isn't here; a certificate"
-            " that was made elsewhere can be given by --certfile."
-        )
+            " that was made elsewhere can be given by --certfile.")
     try:
-        make_certificate(path)
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.decode("utf-8", "replace").strip().split("\n")
-        reason = lines[-1]
-    except OSError as error:
-        reason = error.strerror
-    else:
-        return key
-    raise CommandError(
-        "The certificate %s.crt can't be made: %s." % (path, reason))
+        pem = subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-sha256",
+             "-nodes", "-days", "3650", "-subj", "/CN=jobman",
+             "-keyout", "/dev/stdout", "-out", "/dev/stdout"],
+            cwd=os.path.dirname(os.path.abspath(key)), check=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", b"").decode("utf-8", "replace")
+        raise CommandError("The certificate %s.crt can't be made: %s." % (
+            path, last_line(said) or cause(error))) from None
+    certificate = re.search(b"-----BEGIN CERT.*?-----END.*?\n", pem, re.S)
+    replace_file("certificate", path + ".crt", certificate.group(), 0o600)
+    replace_file("key", key, pem, 0o600)
+    return key
 
 
 def read_fingerprint(certfile):
     """Return the SHA-256 of the first certificate in a file, in hex."""
     with open(certfile, "rb") as file:
         found = re.search(
-            b"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----",
-            file.read(), re.S,
-        )
-    if not found:
-        raise ValueError("there is none in it")
+            b"-----BEGIN CERTIFICATE-----(.*?)-----END", file.read(), re.S)
     return hashlib.sha256(base64.b64decode(found.group(1))).hexdigest()
 
 
-def load_certificate(context, certfile, keyfile):
-    """Give an SSLContext its certificate; raise OSError, ValueError.
-
-    A key that needs a password is no good: nobody may be there to ask.
-    """
-    asked = []
-    try:
-        context.load_cert_chain(
-            certfile, keyfile, lambda: asked.append(True) or "")
-    except OSError:
-        if asked:
-            raise ValueError("its key has a password") from None
-        raise
-
-
 def tls_context(certfile, keyfile):
-    """Return an SSLContext for a server with a certificate, or CommandError.
+    """Return an SSLContext for a server with a certificate.
 
     The key is in `keyfile`, or with the certificate where that is None.
     Python may have been built without ssl, so nothing but TLS needs it.
+    Raises CommandError, OSError, ValueError.
     """
     try:
         import ssl
@@ -4319,25 +4237,24 @@ def tls_context(certfile, keyfile):
         context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
     if ssl.OPENSSL_VERSION_INFO >= (3,):  # clients hang up without goodbye
         context.options |= 0x80  # SSL_OP_IGNORE_UNEXPECTED_EOF, named in 3.10
-    load_certificate(context, certfile, keyfile)
+    with open(keyfile or certfile, "rb") as file:
+        if b"ENCRYPTED" in file.read():  # OpenSSL would ask, and wait
+            raise ValueError("its key has a password")
+    context.load_cert_chain(certfile, keyfile)
     return context
 
 
 def credentials(options):
     """Return (SSLContext, fingerprint), each None without TLS."""
-    certfile = options.certfile
-    if options.tls:
-        certfile = own_certificate(options.db)
+    certfile = own_certificate(options.db) if options.tls else options.certfile
     if certfile is None:
         return None, None
     try:
         context = tls_context(certfile, options.keyfile)
         return context, read_fingerprint(certfile)
     except (OSError, ValueError) as error:
-        reason = cause(error)
-        raise CommandError(
-            "The certificate %s can't be used: %s." % (certfile, reason)
-        ) from None
+        raise CommandError("The certificate %s can't be used: %s." % (
+            certfile, cause(error))) from None
 
 
 # ----------------------------------------------------------- HTTP server ---
@@ -4903,18 +4820,29 @@ class Server(ThreadingHTTPServer):
 # ------------------------------------------------------------------ WSGI ---
 
 
-def read_jobix(text, source):
-    """Return the jobix that a text is; raise CommandError where it is none."""
-    jobix = number(text.strip())
-    if type(jobix) is not int or not 0 <= jobix <= MAX_JOBIX:
+def given_jobix(path=None):
+    """Return the jobix in a file or the environment, None without either.
+
+    Raises CommandError if it is none, or if others can read the file.
+    """
+    source, text = "JOBMAN_JOBIX", os.environ.get("JOBMAN_JOBIX")
+    if path is not None:
+        try:
+            with open(path, errors="replace") as file:
+                source, text = path, file.read(100)
+                exposed = os.fstat(file.fileno()).st_mode & 0o077
+        except OSError as error:
+            raise CommandError("%s: %s." % (path, error.strerror)) from None
+        if exposed:
+            raise CommandError(
+                "Others can read %s: chmod 600 it, and replace the number if"
+                " somebody may have read it." % path)
+    if text is None:
+        return None
+    jobix = read_jobix(text)
+    if jobix is None:
         raise CommandError("%s holds no number from 0 to 2^63-1." % source)
     return jobix
-
-
-def given_jobix():
-    """Return the jobix in the environment, None where there is none."""
-    text = os.environ.get("JOBMAN_JOBIX")
-    return None if text is None else read_jobix(text, "JOBMAN_JOBIX")
 
 
 class Application:
@@ -4928,7 +4856,7 @@ class Application:
     """
 
     def __init__(self):
-        self.mutex = threading.Lock()
+        self.mutex = threading.RLock()
         self.store = None
         self.names = frozenset()
 
@@ -4947,49 +4875,42 @@ class Application:
         """Return the Store of this process; raise Error 503 without one."""
         with self.mutex:
             if self.store and self.store.lock.lost:
-                self.store.close()
-                self.store = None
+                self.close()
             if self.store is None:
                 try:
-                    self.store = self.make()
-                except CommandError as error:
-                    print(error, file=sys.stderr)
+                    self.store = store = self.make()
+                except (CommandError, Error) as error:
+                    say(error)
                     raise Unavailable("it can't start, see its log") from None
-                self.store.keep_ticking()
+                store.keep_ticking()
                 atexit.register(self.close)
-                subscribe = getattr(
-                    sys.modules.get("mod_wsgi"), "subscribe_shutdown", None)
-                if subscribe:  # from 4.8 on
-                    subscribe(self.wake)
+                mod_wsgi = sys.modules.get("mod_wsgi")
+                if hasattr(mod_wsgi, "subscribe_shutdown"):  # from 4.8 on
+                    # it kills a process that still has calls 5 s later
+                    mod_wsgi.subscribe_shutdown(
+                        lambda *_, **__: store.wake_all())
             return self.store
-
-    def wake(self, *_, **__):
-        """Answer the long polls: mod_wsgi is about to kill this process."""
-        store = self.store
-        if store:
-            store.wake_all()
 
     def close(self):
         """Close the Store; the next call makes another."""
-        atexit.unregister(self.close)
         with self.mutex:
-            store, self.store = self.store, None
-        if store:
-            store.close()
+            if self.store:
+                self.store.close()
+            self.store = None
 
     def make(self):
-        """Return a Store as the environment describes it, or CommandError."""
-        waiters = number(os.environ.get("JOBMAN_WAITERS", "2"))
-        if type(waiters) is not int:
-            raise CommandError(
-                "JOBMAN_WAITERS must be a number of long polls.")
+        """Return a Store as the environment describes it.
+
+        Raises Error, CommandError.
+        """
+        get = os.environ.get
+        waiters = from_query(COUNT)(
+            get("JOBMAN_WAITERS", "2"), "JOBMAN_WAITERS")
         store = Store(
-            os.environ.get("JOBMAN_DB", "jobman.db"), shared=True,
-            waiters=waiters, jobix=given_jobix(),
-            open_to_all=os.environ.get("JOBMAN_OPEN") == "1",
-        )
-        if "JOBMAN_URL" in os.environ:
-            url = os.environ["JOBMAN_URL"]
+            get("JOBMAN_DB", "jobman.db"), shared=True, waiters=waiters,
+            jobix=given_jobix(), open_to_all=get("JOBMAN_OPEN") == "1")
+        url = get("JOBMAN_URL")
+        if url is not None:
             self.names = names_in(url)
             write_access(access_path(), url, store)
         return store
@@ -5024,18 +4945,21 @@ application = Application()
 
 SLOT = '<script type="application/json" id="snapshot">'
 SNAPSHOT_EVERY = 60  # seconds
+SNAPSHOT_HEAD = """<meta charset="utf-8">
+<meta http-equiv="refresh" content="%d">
+<meta http-equiv="Content-Security-Policy" content="%s">"""
 
 
 def snapshot_page(seen):
     """Return an overview as a page that needs no server."""
     page = dashboard_file()
-    if page is None or SLOT not in page:
-        page = plain_view(seen)
+    if page is None:
+        page = PLAIN % plain_view(seen)
     else:
         data = to_json(seen).replace("<", "\\u003c")
         page = page.replace(SLOT, SLOT + data, 1)
-    guard = '<meta http-equiv="Content-Security-Policy" content="%s">'
-    return self_renewing(page, SNAPSHOT_EVERY, guard % policy(page))
+    head = SNAPSHOT_HEAD % (SNAPSHOT_EVERY, policy(page))
+    return page.replace('<meta charset="utf-8">', head, 1)
 
 
 def write_snapshot(folder, seen):
@@ -5044,12 +4968,7 @@ def write_snapshot(folder, seen):
     The umask decides who may read it.
     """
     path = os.path.join(folder, "status.html")
-    try:
-        replace_file(path, utf8(snapshot_page(seen)), 0o666)
-    except OSError as error:
-        raise CommandError(
-            "The snapshot %s can't be written: %s." % (path, error.strerror)
-        ) from None
+    replace_file("snapshot", path, snapshot_page(seen).encode(), 0o666)
     return path
 
 
@@ -5075,22 +4994,15 @@ def listen(host, port):
     try:
         return Server((host, port))
     except (OSError, OverflowError) as error:
-        line = "Can't listen on port %d of %s: %s." % (
-            port, host, cause(error))
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            line += " Give another --port; 0 is any that is free."
-        raise CommandError(line) from None
+        raise CommandError(
+            "Can't listen on port %d of %s: %s. Give another --host or --port;"
+            " port 0 is any that is free." % (port, host, cause(error))
+        ) from None
 
 
 def is_local(server):
     """Return whether a server can be reached from this host alone."""
     return ipaddress.ip_address(server.server_address[0]).is_loopback
-
-
-ALONE = (
-    "jobman.py: %s: so only this server may have it, its reads wait for"
-    " writes, and it keeps a rollback journal instead of a WAL."
-)
 
 
 @contextlib.contextmanager
@@ -5103,31 +5015,25 @@ def serving(options, access_file, jobix=None):
     tls, fingerprint = credentials(options)
     server = listen(options.host, options.port)
     server.tls = tls
-    try:
-        server.store = Store(
-            options.db, shared=options.shared, waiters=server.limit * 4 // 5,
-            jobix=jobix, open_to_all=options.open or is_local(server),
-            max_attempts=options.retries + 1, max_lapses=options.lapses,
-            keep_days=options.keep_days,
-        )
-    except BaseException:
-        server.socket.close()
-        raise
-    location = server.store.location
-    if location.exclusive:
-        say(ALONE % location.describe())
-    url = options.url or "%s://%s:%d" % (
-        "https" if tls else "http",
-        socket.gethostname() if options.host in ("", "0.0.0.0")
-        else options.host,
-        server.server_port,
+    server.store = Store(
+        options.db, shared=options.shared, waiters=server.limit * 4 // 5,
+        jobix=jobix, open_to_all=options.open or is_local(server),
+        max_attempts=options.retries + 1, max_lapses=options.lapses,
+        keep_days=options.keep_days,
     )
+    if server.store.location.exclusive:
+        say("jobman.py: %s: so only this server may have it, its reads wait"
+            " for writes, and it keeps a rollback journal instead of a WAL."
+            % server.store.location.describe())
+    host = options.host
+    if host in ("", "0.0.0.0"):
+        host = socket.gethostname()
+    url = options.url or "%s://%s:%d" % (
+        "https" if tls else "http", host, server.server_port)
     server.names |= names_in(url)
     server.start()
     try:
-        access = write_access(
-            access_file, url, server.store, fingerprint
-        )
+        access = write_access(access_file, url, server.store, fingerprint)
         try:
             yield server, access
         finally:
@@ -5161,20 +5067,14 @@ def raise_file_limit():
 
 
 ANNOUNCEMENT = """\
-jobman %(version)s listens at %(url)s
-  database     %(db)s
-  access file  %(access)s
-  page         %(page)s
-  to look only %(reading)s
+jobman %s listens at %s
+  database     %s
+  access file  %s
+  page         %s
+  to look only %s
 Add a job, then run what waits, here or on any node that sees this home:
-  python3 jobman.py submit%(option)s hostname
-  python3 worker.py --stage 0%(option)s"""
-
-
-PLAIN_HTTP = (
-    "jobman.py: This is plain HTTP: anyone who can read the network's"
-    " traffic can read the jobix, and use it (see --tls)."
-)
+  python3 jobman.py submit%s hostname
+  python3 worker.py --stage 0%s"""
 
 
 def page_address(access, key, stream):
@@ -5191,59 +5091,38 @@ def page_address(access, key, stream):
 
 def announcement(options, access_file, access):
     """Return what serve says when it is ready."""
-    usual = access_file == access_path()
-    access_file = os.path.abspath(access_file)
-    return ANNOUNCEMENT % {
-        "version": __version__,
-        "url": access["url"],
-        "db": os.path.abspath(options.db),
-        "access": access_file,
-        "page": page_address(access, "jobix", sys.stdout),
-        "reading": page_address(access, "reading_jobix", sys.stdout),
-        "option": "" if usual else " --access " + shlex.quote(access_file),
-    }
-
-
-def own_jobix(options):
-    """Return the jobix that serve is given, None where there is none."""
-    path = options.jobix_file
-    if path is None:
-        return given_jobix()
-    try:
-        with open(path) as file:
-            if os.fstat(file.fileno()).st_mode & 0o077:
-                raise CommandError(
-                    "Others can read %s: chmod 600 it, and replace the number"
-                    " if somebody may have read it." % path)
-            return read_jobix(file.read(100), path)
-    except OSError as error:
-        raise CommandError("%s: %s." % (path, error.strerror)) from None
-    except UnicodeDecodeError:
-        return read_jobix("", path)
+    path, option = os.path.abspath(access_file), ""
+    if access_file != access_path():
+        option = " --access " + shlex.quote(path)
+    pages = (page_address(access, key, sys.stdout)
+             for key in ("jobix", "reading_jobix"))
+    return ANNOUNCEMENT % (
+        __version__, access["url"], os.path.abspath(options.db), path, *pages,
+        option, option)
 
 
 def serve(options):
     """Serve a database until a signal ends it."""
-    jobix = own_jobix(options)
     raise_file_limit()
     gc.set_threshold(50000)  # a large body of JSON is no garbage
     ending = until_signal()
     access_file = options.access or access_path()
     with contextlib.ExitStack() as stack:
         server, access = stack.enter_context(
-            serving(options, access_file, jobix))
+            serving(options, access_file, given_jobix(options.jobix_file)))
         if options.snapshot is not None:
             store = server.store
             write_snapshot(options.snapshot, overview(store, store.namespace))
             keeper = threading.Thread(
-                target=keep_snapshots, args=(store, options.snapshot, ending)
-            )
+                target=keep_snapshots, args=(store, options.snapshot, ending))
             keeper.start()
             stack.callback(keeper.join)
             stack.callback(ending.set)
         print(announcement(options, access_file, access), flush=True)
         if not server.tls and not is_local(server):
-            say(PLAIN_HTTP)
+            say("jobman.py: This is plain HTTP: anyone who can read the"
+                " network's traffic can read the jobix, and use it"
+                " (see --tls).")
         while not (ending.wait(1) or ending.number):
             server.store.lock.require()
     return 0
@@ -6181,7 +6060,7 @@ def to_bytes(text):
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        return utf8(text)
+        return clean(text).encode()
 
 
 FORMATS = {"csv": as_csv, "json": as_json, "joblog": as_joblog}
@@ -7239,7 +7118,9 @@ class BenchClient:
             self.socket.close()
             return False
         head = "%s %s%s" % (method, path, self.head)
-        data = b"" if body is None else zlib.compress(utf8(to_json(body)), 1)
+        data = b""
+        if body is not None:
+            data = zlib.compress(to_json(body).encode(), 1)
         head += "Content-Length: %d\r\n\r\n" % len(data)
         self.socket.sendall(head.encode("ascii") + data)
         return True
