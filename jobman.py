@@ -4214,6 +4214,8 @@ def read_fingerprint(certfile):
     with open(certfile, "rb") as file:
         found = re.search(
             b"-----BEGIN CERTIFICATE-----(.*?)-----END", file.read(), re.S)
+    if not found:
+        raise ValueError("it doesn't begin with BEGIN CERTIFICATE")
     return hashlib.sha256(base64.b64decode(found.group(1))).hexdigest()
 
 
