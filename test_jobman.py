@@ -14661,6 +14661,14 @@ class LockTest(TemporaryFolder):
         self.assertEqual(answered, rows(
             self.path("new.db"), "select jobid from job order by jobid"))
 
+    def test_a_database_that_is_moved_just_before_the_end_has_all(self):
+        store = self.store()
+        store.add_jobs(store.namespace, *to_add({1: {"jobstage": 0}}))
+        os.rename(self.path("jobs.db"), self.path("new.db"))
+        store.close()
+        self.assertEqual(
+            [{"jobid": 1}], rows(self.path("new.db"), "select jobid from job"))
+
     def test_nothing_is_changed_once_it_is_lost(self):
         for exclusive in (False, True):
             if exclusive:
