@@ -1761,7 +1761,7 @@ class Store:
 
     def __init__(
         self, path, *, clock=time.time, shared=False, waiters=20000,
-        jobix=None, open_to_all=True, max_attempts=MAX_ATTEMPTS,
+        jobix=None, open_to_all=False, max_attempts=MAX_ATTEMPTS,
         max_lapses=MAX_LAPSES, keep_days=None
     ):
         self.clock = clock
@@ -1868,7 +1868,9 @@ class Store:
         if secrets.compare_digest(given, str(self.jobix)):
             return self.namespace, False
         if not self.open_to_all:
-            raise Error(403, "This server doesn't take that jobix.")
+            raise Error(403, "This server takes only the jobix in its access"
+                        " file: start it with yours by --jobix-file or"
+                        " JOBMAN_JOBIX, or with --open to take any.")
         if jobix not in self.namespaces:
             found = self.find_namespace(jobix)
             if found is None:
@@ -4430,26 +4432,25 @@ def name_of(host):
     return PORT.sub("", host)
 
 
+def own_names(url):
+    """Return the names by which we may be called: our host's, the URL's."""
+    name = socket.gethostname().lower()
+    named = map(name_of, SITE.findall(url.lower()))
+    return frozenset((name, name.partition(".")[0], *named))
+
+
 def check_host(host, names):
     """Raise Error 421 for a name that isn't among `names`, our own.
 
     Another site's name can be led to our address (DNS rebinding): then a
-    browser takes us for that site, and its pages may call us. A numeric
-    address needs no check, nor does `localhost` (RFC 6761).
+    browser takes us for that site, and its pages may call us, with any jobix
+    where any is taken. A numeric address needs no check, nor does
+    `localhost` (RFC 6761).
     """
     name = name_of(host)
     if not NUMERIC_OR_LOCAL.fullmatch(name) and name not in names:
         raise Error(421, "%s is not a name of this server: start it with that"
                     " name in --url, or use another." % name)
-
-
-def check_origin(headers, host, names):
-    """Raise Error 403 for a call by a page of another site."""
-    origin = headers.get("origin")
-    if origin is not None:
-        site = origin.lower().partition("://")[2]
-        if site != host.lower() and name_of(site) not in names:
-            raise Error(403, "Pages of other sites can't call this server.")
 
 
 @functools.lru_cache(maxsize=99)
@@ -4551,7 +4552,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         host, path, query = read_target(target, version, headers)
         if self.server.store.open_to_all:
             check_host(host, self.server.names)
-        check_origin(headers, host, self.server.names)
         length = body_length(self.command, headers)
         receive = functools.partial(self.read_body, headers, length)
         return Request(
@@ -4613,20 +4613,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return bool(poll.poll(0))
 
 
-def own_names():
-    """Return this host's own names, with and without a domain."""
-    name = socket.gethostname().lower()
-    return frozenset((name, name.partition(".")[0]))
-
-
-def names_in(url):
-    """Return the names of the host in a URL, one or none."""
-    try:
-        return frozenset((urlsplit(url).hostname,)) - {None}
-    except ValueError:
-        return frozenset()
-
-
 OWN_CGROUPS = "/proc/self/cgroup"
 CGROUPS = {  # where cgroups are, by their controllers: see cgroups(7)
     "": "/sys/fs/cgroup",  # version 2
@@ -4682,7 +4668,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, address, store=None):
         self.store = store
         self.tls = None  # the SSLContext, if it speaks TLS
-        self.names = own_names()
+        self.names = own_names("")
         self.limit = connections_bound()
         self.open, self.busy = set(), set()
         self.changes = threading.Condition()  # guards open and parked
@@ -4858,7 +4844,6 @@ class Application:
     def __init__(self):
         self.mutex = threading.RLock()
         self.store = None
-        self.names = frozenset()
 
     def __call__(self, environ, start_response):
         try:
@@ -4911,7 +4896,6 @@ class Application:
             jobix=given_jobix(), open_to_all=get("JOBMAN_OPEN") == "1")
         url = get("JOBMAN_URL")
         if url is not None:
-            self.names = names_in(url)
             write_access(access_path(), url, store)
         return store
 
@@ -4924,7 +4908,6 @@ class Application:
         }
         headers["content-length"] = environ.get("CONTENT_LENGTH", "")
         method = environ["REQUEST_METHOD"]
-        check_origin(headers, headers.get("host", ""), self.names)
         length = body_length(method, headers)
         path = environ.get("PATH_INFO", "").encode("latin-1")
         return Request(
@@ -5017,7 +5000,7 @@ def serving(options, access_file, jobix=None):
     server.tls = tls
     server.store = Store(
         options.db, shared=options.shared, waiters=server.limit * 4 // 5,
-        jobix=jobix, open_to_all=options.open or is_local(server),
+        jobix=jobix, open_to_all=options.open,
         max_attempts=options.retries + 1, max_lapses=options.lapses,
         keep_days=options.keep_days,
     )
@@ -5030,7 +5013,7 @@ def serving(options, access_file, jobix=None):
         host = socket.gethostname()
     url = options.url or "%s://%s:%d" % (
         "https" if tls else "http", host, server.server_port)
-    server.names |= names_in(url)
+    server.names = own_names(url)
     server.start()
     try:
         access = write_access(access_file, url, server.store, fingerprint)
@@ -7908,7 +7891,8 @@ def add_serve(command):
     add("--jobix-file", metavar="FILE",
         help="the jobix that is admitted, if not one that we make")
     add("--open", action="store_true",
-        help="admit any jobix, as on loopback, wherever it listens")
+        default=os.environ.get("JOBMAN_OPEN") == "1",
+        help="admit any jobix")
     add("--shared", action="store_true",
         help="other servers of this host may serve the same database")
     add("--tls", action="store_true",
