@@ -4190,8 +4190,8 @@ def own_certificate(path):
         return key
     if shutil.which("openssl") is None:
         raise CommandError(
-            "--tls needs the program openssl, which isn't here; a certificate"
-            " that was made elsewhere can be given by --certfile.")
+            "TLS needs the program openssl, which isn't here: give a"
+            " certificate by --certfile, or speak plain HTTP by --plain.")
     try:
         pem = subprocess.run(
             ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-sha256",
@@ -4230,8 +4230,8 @@ def tls_context(certfile, keyfile):
         import ssl
     except ImportError:
         raise CommandError(
-            "This Python has no ssl module, so it can't speak TLS."
-        ) from None
+            "This Python has no ssl module, so it can't speak TLS: speak plain"
+            " HTTP by --plain, or use another Python.") from None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if hasattr(context, "minimum_version"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -4246,11 +4246,18 @@ def tls_context(certfile, keyfile):
     return context
 
 
-def credentials(options):
-    """Return (SSLContext, fingerprint), each None without TLS."""
-    certfile = own_certificate(options.db) if options.tls else options.certfile
-    if certfile is None:
+def credentials(options, *, local):
+    """Return (SSLContext, fingerprint), each None without TLS.
+
+    A server that isn't `local` speaks TLS unless --plain says otherwise.
+    """
+    wanted = options.tls or options.certfile
+    if not wanted and (local or options.plain):
         return None, None
+    if options.url and not options.url.lower().startswith("https://"):
+        raise CommandError("With TLS the --url begins with https://; --plain"
+                           " speaks plain HTTP.")
+    certfile = options.certfile or own_certificate(options.db)
     try:
         context = tls_context(certfile, options.keyfile)
         return context, read_fingerprint(certfile)
@@ -4995,9 +5002,8 @@ def serving(options, access_file, jobix=None):
     `jobix` is the own one, if not that of the database. Hands out the Server
     and the content of its access file.
     """
-    tls, fingerprint = credentials(options)
     server = listen(options.host, options.port)
-    server.tls = tls
+    server.tls, fingerprint = credentials(options, local=is_local(server))
     server.store = Store(
         options.db, shared=options.shared, waiters=server.limit * 4 // 5,
         jobix=jobix, open_to_all=options.open,
@@ -5012,7 +5018,7 @@ def serving(options, access_file, jobix=None):
     if host in ("", "0.0.0.0"):
         host = socket.gethostname()
     url = options.url or "%s://%s:%d" % (
-        "https" if tls else "http", host, server.server_port)
+        "https" if server.tls else "http", host, server.server_port)
     server.names = own_names(url)
     server.start()
     try:
@@ -5104,8 +5110,7 @@ def serve(options):
         print(announcement(options, access_file, access), flush=True)
         if not server.tls and not is_local(server):
             say("jobman.py: This is plain HTTP: anyone who can read the"
-                " network's traffic can read the jobix, and use it"
-                " (see --tls).")
+                " network's traffic can read the jobix, and use it.")
         while not (ending.wait(1) or ending.number):
             server.store.lock.require()
     return 0
@@ -7622,7 +7627,7 @@ def look_at_address(patient):
     if is_loopback and home not in (None, socket.gethostname()):
         raise CommandError(
             "The server listens to its own host %s alone; start it with --host"
-            " 0.0.0.0 --tls" % home)
+            " 0.0.0.0" % home)
     patient.met = False
     patient.here = is_loopback
     return "%s, by the name of %s" % (address, host) if host != address \
@@ -7658,13 +7663,13 @@ def look_at_certificate(patient):
             " file" % (patient.at(), error)) from None
     except OSError as error:
         raise CommandError(
-            "At %s nobody speaks TLS (%s); start serve with --tls, or give"
-            " it an --url with http:" % (patient.at(), error)) from None
+            "At %s nobody speaks TLS (%s); start serve without --plain, or"
+            " give it an --url with http:" % (patient.at(), error)) from None
     patient.known = True
     if patient.client.tls is None:
         return "none, it is plain HTTP, which stays on this host" \
             if patient.here else \
-            "none, it is plain HTTP; serve --tls would hide the jobix"
+            "none, it is plain HTTP; serve without --plain hides the jobix"
     if patient.client.fingerprint:
         return "it has the fingerprint that it should have"
     return "certificate authorities vouch for it"
@@ -7867,11 +7872,6 @@ def check_serve(parser, options):
         parser.error("--lapses must be at least 1")
     if options.keyfile and not options.certfile:
         parser.error("--keyfile goes with --certfile")
-    if options.tls and options.certfile:
-        parser.error("give --tls or --certfile, not both")
-    if options.tls or options.certfile:
-        if options.url and not options.url.lower().startswith("https://"):
-            parser.error("with TLS the --url begins with https://")
     if options.keep_days is not None and options.keep_days < 1:
         parser.error("--keep-days must be at least 1")
 
@@ -7895,9 +7895,13 @@ def add_serve(command):
         help="admit any jobix")
     add("--shared", action="store_true",
         help="other servers of this host may serve the same database")
-    add("--tls", action="store_true",
-        help="speak HTTPS, with a certificate that openssl makes once")
-    add("--certfile", metavar="FILE",
+    choose = command.add_mutually_exclusive_group().add_argument
+    choose("--tls", action="store_true",
+        help="speak HTTPS on loopback too, with the same certificate, which"
+        " openssl makes once")
+    choose("--plain", action="store_true",
+        help="speak plain HTTP beyond loopback too")
+    choose("--certfile", metavar="FILE",
         help="speak HTTPS, with the certificate in FILE (PEM)")
     add("--keyfile", metavar="FILE",
         help="the certificate's key, if it isn't in the same file")
@@ -7937,7 +7941,7 @@ def add_run(command):
     command.set_defaults(
         check=check_run, host="127.0.0.1", port=0, url=None, shared=False,
         lapses=MAX_LAPSES, keep_days=None, open=False, tls=False,
-        certfile=None, keyfile=None,
+        plain=False, certfile=None, keyfile=None,
     )
     add = command.add_argument
     add("words", nargs=argparse.REMAINDER, metavar="COMMAND",
@@ -8267,7 +8271,7 @@ def add_batch(command):
 COMMANDS = (
     ("serve", serve, add_serve, """serve a database until a signal ends it
   python3 jobman.py serve
-  python3 jobman.py serve --db jobs.db --host 0.0.0.0 --tls"""),
+  python3 jobman.py serve --db jobs.db --host 0.0.0.0"""),
     ("run", run, add_run, """run a command for each item, and end
   python3 jobman.py run 'gzip -k {}' ::: *.txt
   find . -name '*.png' | python3 jobman.py run 'optipng {}'

@@ -12582,8 +12582,9 @@ class StartTest(TemporaryFolder):
 
     def test_only_its_own_jobix_comes_in_unless_it_is_open(self):
         path = self.secret(b" 4711\n")
+        beyond = "--host", "0.0.0.0", "--plain"
         for options, variables, admitted in (
-            ((), {}, set()),
+            ((), {}, set()), (beyond, {}, set()),
             (("--jobix-file", path), {}, {4711}),
             ((), {"JOBMAN_JOBIX": "4712"}, {4712}),
             ((), {"JOBMAN_OPEN": "0"}, set()),
@@ -12592,14 +12593,14 @@ class StartTest(TemporaryFolder):
         ):
             with self.subTest(options=options, variables=variables):
                 self.environment.update(variables)
-                process, address = self.serve(*options)
+                process, (_, port) = self.serve(*options)
                 own = self.access()["jobix"]
                 for name in variables:
                     del self.environment[name]
                 self.assertEqual(
                     {own, *admitted},
                     {jobix for jobix in (own, 4711, 4712)
-                     if self.comes_in(address, jobix) == 200})
+                     if self.comes_in(("127.0.0.1", port), jobix) == 200})
                 self.stop(process)
 
     def test_a_refusal_of_a_jobix_says_what_to_do(self):
@@ -15119,7 +15120,10 @@ class TlsTest(Certified, TemporaryFolder):
 
     def test_without_openssl_there_is_one_sentence(self):
         self.environment["PATH"] = self.path("nothing")
-        self.assertIn("openssl", self.told(JOBMAN, "serve", "--tls"))
+        for options in (["--tls"], ["--host", "0.0.0.0"]):
+            said = self.told(JOBMAN, "serve", "--port", "0", *options)
+            for word in ("openssl", "--certfile", "--plain"):
+                self.assertIn(word, said)
         self.assertEqual([], os.listdir(self.folder))
 
     def test_an_openssl_that_fails_is_told_and_leaves_nothing(self):
@@ -15145,10 +15149,15 @@ class TlsTest(Certified, TemporaryFolder):
 
     def test_wrong_usage_is_exit_status_2(self):
         for words in (["--keyfile", "x"], ["--tls", "--certfile", "x"],
-                      ["--tls", "--keyfile", "x"],
-                      ["--tls", "--url", "http://h"]):
+                      ["--tls", "--keyfile", "x"], ["--plain", "--tls"],
+                      ["--plain", "--certfile", "x"]):
             status, _, err = self.command(JOBMAN, "serve", *words)
             self.assertEqual(2, status, err)
+        for words in (["--tls"], ["--certfile", self.certfile],
+                      ["--host", "0.0.0.0"]):
+            self.assertIn("https://; --plain", self.told(
+                JOBMAN, "serve", "--port", "0", "--url", "http://h", *words))
+        self.assertEqual([], os.listdir(self.folder))
 
     # Who trusts it
 
@@ -15252,14 +15261,23 @@ class TlsTest(Certified, TemporaryFolder):
         self.client().health()
         self.stop(server)
 
-    def test_plain_http_beyond_loopback_is_said(self):
-        for more, expected in (
-            (["--host", "0.0.0.0"], r"\Ajobman\.py: .*plain HTTP[^\n]+\n\Z"),
-            (["--host", "0.0.0.0", "--tls"], r"\A\Z"), ([], r"\A\Z"),
+    def test_beyond_loopback_it_speaks_tls_unless_told_otherwise(self):
+        beyond = "--host", "0.0.0.0"
+        warned = r"\Ajobman\.py: .*plain HTTP[^\n]+\n\Z"
+        for options, scheme, said in (
+            ((), "http", r"\A\Z"), (("--plain",), "http", r"\A\Z"),
+            (("--tls",), "https", r"\A\Z"), (beyond, "https", r"\A\Z"),
+            ((*beyond, "--plain"), "http", warned),
         ):
-            server, _ = self.serve(*more)
+            server, _ = self.serve(*options)
+            access = self.access()
+            self.assertEqual(scheme, access["url"].partition(":")[0])
+            self.assertEqual(scheme == "https", bool(access["fingerprint"]))
+            self.name_server(url=re.sub("//.*:", "//127.0.0.1:",
+                                        access["url"]))
+            self.assertEqual("ok", self.client().health()["status"])
             server.terminate()
-            self.assertRegex(self.finish(server)[2], expected)
+            self.assertRegex(self.finish(server)[2], said)
 
     def test_the_page_comes_over_tls(self):
         _, address = self.serve("--tls")
@@ -15680,7 +15698,8 @@ class DoctorTest(Certified, CommandCase):
             "    is_loopback = False\n"
             "jobman.ipaddress.ip_address = lambda text: Far")
         self.assertOk(
-            "certificate", "serve --tls would hide", self.examine(start=start))
+            "certificate", "serve without --plain hides",
+            self.examine(start=start))
 
     def test_a_servers_certificate_is_the_one(self):
         port = self.serve("--tls", "--db", "tls.db")[1][1]
@@ -15707,7 +15726,7 @@ class DoctorTest(Certified, CommandCase):
     def test_who_speaks_no_tls_is_named(self):
         self.lead_to("https://127.0.0.1:%d" % self.address[1])
         found = self.examine()
-        self.assertWrong("certificate", "nobody speaks TLS.* --tls", found)
+        self.assertWrong("certificate", "nobody speaks TLS.* --plain", found)
         self.assertNotIn("server", found)
 
     # The server
