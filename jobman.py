@@ -4575,7 +4575,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, response):
         """Send a response, and say whether the connection goes on."""
-        if self.unread or self.server.ending:
+        if self.unread or self.server.ending or response.status == 403:
             self.close_connection = True
         fate = "close"
         if not self.close_connection:

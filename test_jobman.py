@@ -4102,7 +4102,7 @@ class SocketTest(StoreCase):
         reply = self.say(*lines, **options)
         head, _, body = reply.partition(b"\r\n\r\n")
         self.assertTrue(head.startswith(b"HTTP/1.1 %d " % status), reply)
-        if status not in (403, 404, 405):
+        if status not in (404, 405):
             self.assertIn(b"Connection: close", head)
         self.assertEqual(["error"], list(json.loads(body.decode())))
 
@@ -4183,6 +4183,20 @@ class SocketTest(StoreCase):
         self.assertError(403, b"POST /set HTTP/1.1", origin,
                          b"Content-Length: 2", b"", b"{}")
         self.assertEqual({(0, "waiting"): 1}, self.states())
+
+    def test_a_wrong_jobix_has_one_try_on_a_connection(self):
+        self.store.open_to_all = False
+        asked = b"GET /status HTTP/1.1", b"Host: localhost", b"jobix: 1", b""
+        reply = self.say(*asked, *asked, host=())
+        self.assertEqual(1, reply.count(b"HTTP/1.1 403 "), reply)
+
+    def test_no_request_is_logged(self):
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            for line in (b"GET /job/1?claim=x HTTP/1.1", b"x\x1b[2J",
+                         b"GET /x HTTP/1.1", b"x /x HTTP/1.1", b"GET / HTTP/9",
+                         b"GET /" + b"x" * 70000):
+                self.say(line, b"")
+        self.assertEqual("", log.getvalue())
 
     def test_http_0_9_claims_nothing(self):
         self.set_jobs([1])
