@@ -361,6 +361,9 @@ class SQL:
     SET_READING = """
         update namespace set reading = :reading
         where id = :id and reading is null"""
+    RENEW_JOBIX = """
+        update namespace set jobix = :jobix, reading = :reading
+        where id = :id"""
     SET_LASTSTAGE = """
         update namespace set laststage = :laststage where id = :namespace"""
     LAST_JOBID = """
@@ -1693,6 +1696,11 @@ class Readers:
                 self.idle.pop().close()
 
 
+def random_jobix():
+    """Return a number that nobody can guess."""
+    return secrets.randbelow(MAX_JOBIX) + 1
+
+
 def new_figures():
     """Return the figures of a stage without jobs."""
     return {"jobs": 0, "expired": 0, "states": dict.fromkeys(STATES, 0)}
@@ -1751,7 +1759,8 @@ class Store:
     returns for a jobix. Those marked `change` go through the Writer, are on
     disk when they return, and raise Error when refused; those marked `query`
     only read. `clock` gives seconds since 1970. `jobix` is the server's own
-    one, None for the one that the database has made. A job fails after its
+    one, None for the one that the database has made, which `new_jobix`
+    replaces, and the reading one with it. A job fails after its
     `max_attempts` failures, if it doesn't say another number, or after
     `max_lapses`. Attempts of jobs that ended `keep_days` ago are pruned;
     None: never.
@@ -1761,8 +1770,8 @@ class Store:
 
     def __init__(
         self, path, *, clock=time.time, shared=False, waiters=20000,
-        jobix=None, open_to_all=False, max_attempts=MAX_ATTEMPTS,
-        max_lapses=MAX_LAPSES, keep_days=None
+        jobix=None, new_jobix=False, open_to_all=False,
+        max_attempts=MAX_ATTEMPTS, max_lapses=MAX_LAPSES, keep_days=None
     ):
         self.clock = clock
         self.max_attempts = max_attempts
@@ -1796,7 +1805,8 @@ class Store:
                 )
                 undo.callback(self.writer.close)
                 self.resume(connection.execute)
-            own = self.writer.run(lambda tx: self.own_namespace(tx, jobix))
+            own = self.writer.run(
+                lambda tx: self.own_namespace(tx, jobix, renew=new_jobix))
             self.namespace = own["id"]
             self.jobix, self.reading_jobix = own["jobix"], own["reading"]
             undo.pop_all()
@@ -1833,8 +1843,11 @@ class Store:
 
     # Namespaces
 
-    def own_namespace(self, tx, jobix):
-        """Return the server's own row of namespace; make it at first."""
+    def own_namespace(self, tx, jobix, *, renew):
+        """Return the server's own row of namespace; make it at first.
+
+        `renew` makes both of its numbers anew.
+        """
         key = {"name": "namespace"}
         made = tx.execute(SQL.SETTING, key).fetchone()
         if jobix is not None:
@@ -1842,10 +1855,10 @@ class Store:
         elif made:
             own = made["value"]
         else:
-            own = self.add_namespace(tx, secrets.randbelow(MAX_JOBIX) + 1)
+            own = self.add_namespace(tx, random_jobix())
             tx.execute(SQL.SET_SETTING, dict(key, value=own))
-        reading = secrets.randbelow(MAX_JOBIX) + 1
-        tx.execute(SQL.SET_READING, {"id": own, "reading": reading})
+        tx.execute(SQL.RENEW_JOBIX if renew else SQL.SET_READING, {
+            "id": own, "jobix": random_jobix(), "reading": random_jobix()})
         return tx.execute(SQL.NAMESPACE, {"id": own}).fetchone()
 
     def add_namespace(self, tx, jobix):
@@ -5006,7 +5019,7 @@ def serving(options, access_file, jobix=None):
     server.tls, fingerprint = credentials(options, local=is_local(server))
     server.store = Store(
         options.db, shared=options.shared, waiters=server.limit * 4 // 5,
-        jobix=jobix, open_to_all=options.open,
+        jobix=jobix, new_jobix=options.new_jobix, open_to_all=options.open,
         max_attempts=options.retries + 1, max_lapses=options.lapses,
         keep_days=options.keep_days,
     )
@@ -7874,6 +7887,10 @@ def check_serve(parser, options):
         parser.error("--keyfile goes with --certfile")
     if options.keep_days is not None and options.keep_days < 1:
         parser.error("--keep-days must be at least 1")
+    given = options.jobix_file or "JOBMAN_JOBIX" in os.environ
+    if options.new_jobix and (given or options.shared):
+        parser.error("--new-jobix makes the number itself, for one server:"
+                     " give no --jobix-file, JOBMAN_JOBIX or --shared")
 
 
 def add_serve(command):
@@ -7890,6 +7907,9 @@ def add_serve(command):
     add("--url", help="the address for the access file, if not our guess")
     add("--jobix-file", metavar="FILE",
         help="the jobix that is admitted, if not one that we make")
+    add("--new-jobix", action="store_true",
+        help="make both jobix anew and keep the jobs; the old ones are refused"
+        " from now on")
     add("--open", action="store_true",
         default=os.environ.get("JOBMAN_OPEN") == "1",
         help="admit any jobix")
@@ -7941,7 +7961,7 @@ def add_run(command):
     command.set_defaults(
         check=check_run, host="127.0.0.1", port=0, url=None, shared=False,
         lapses=MAX_LAPSES, keep_days=None, open=False, tls=False,
-        plain=False, certfile=None, keyfile=None,
+        plain=False, certfile=None, keyfile=None, new_jobix=False,
     )
     add = command.add_argument
     add("words", nargs=argparse.REMAINDER, metavar="COMMAND",

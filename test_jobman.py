@@ -12624,6 +12624,41 @@ class StartTest(TemporaryFolder):
         for word in ("--jobix-file", "JOBMAN_JOBIX", "--open"):
             self.assertIn(word, reply.json()["error"])
 
+    def test_both_jobix_can_be_made_anew(self):
+        process, address = self.serve()
+        old = self.access()
+        jobix = {"jobix": str(old["jobix"])}
+        exchange(address, "POST", "/set", packed({7: {"jobstage": 0}}), jobix)
+        claim = exchange(address, "GET", "/get/0", None, jobix).json()
+        self.stop(process)
+        process, address = self.serve("--new-jobix")
+        new = self.access()
+        for key in ("jobix", "reading_jobix"):
+            self.assertEqual(403, self.comes_in(address, old[key]))
+            self.assertEqual(200, self.comes_in(address, new[key]))
+        jobix = {"jobix": str(new["jobix"])}
+        path = "/update_job/7/2?claim=" + claim["claim"]
+        reply = exchange(address, "GET", path, None, jobix)
+        self.assertEqual(200, reply.status, reply.text)
+        self.stop(process)
+        _, address = self.serve()
+        self.assertEqual(new["jobix"], self.access()["jobix"])
+        self.assertEqual(
+            new["reading_jobix"], self.access()["reading_jobix"])
+
+    def test_a_new_jobix_is_made_by_one_server_alone(self):
+        for options, variables in (
+            (("--jobix-file", "x"), {}), (("--shared",), {}),
+            ((), {"JOBMAN_JOBIX": "7"}),
+        ):
+            status, _, err = self.command(
+                JOBMAN, "serve", "--new-jobix", *options,
+                env=dict(self.environment, **variables))
+            self.assertEqual(2, status)
+            self.assertIn("--new-jobix makes", err)
+        self.serve("--shared")
+        self.assertIn("Another server", self.refused("--new-jobix"))
+
     def test_a_jobix_file_that_is_no_good_is_refused(self):
         for text, mode, said in (
             (b"4711", 0o640, "chmod 600"), (b"4711", 0o604, "chmod 600"),
