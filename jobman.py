@@ -5073,22 +5073,21 @@ jobman %s listens at %s
   database     %s
   access file  %s
   page         %s
-  to look only %s
 Add a job, then run what waits, here or on any node that sees this home:
   python3 jobman.py submit%s hostname
   python3 worker.py --stage 0%s"""
 
 
-def page_address(access, key, stream):
+def page_address(access, stream):
     """Return where the page is, to be shown on `stream`.
 
-    `key` is that of a jobix in the access file. What comes after # is seen
-    by no server; it is shown on a terminal alone.
+    On a terminal it has the reading jobix, after #, which is sent to no
+    server; but browsers and terminals keep such links.
     """
     page = access["url"] + "/get"
     if stream.isatty():
-        return "%s#jobix=%d" % (page, access[key])
-    return "%s (it asks for the %s in the access file)" % (page, key)
+        page += "#jobix=%d" % access["reading_jobix"]
+    return page + " (to act, give it the jobix in the access file)"
 
 
 def announcement(options, access_file, access):
@@ -5096,11 +5095,9 @@ def announcement(options, access_file, access):
     path, option = os.path.abspath(access_file), ""
     if access_file != access_path():
         option = " --access " + shlex.quote(path)
-    pages = (page_address(access, key, sys.stdout)
-             for key in ("jobix", "reading_jobix"))
     return ANNOUNCEMENT % (
-        __version__, access["url"], os.path.abspath(options.db), path, *pages,
-        option, option)
+        __version__, access["url"], os.path.abspath(options.db), path,
+        page_address(access, sys.stdout), option, option)
 
 
 def serve(options):
@@ -6501,7 +6498,7 @@ def run(options):
     access_file = options.db + ".access"
     progress = Progress(sys.stderr)
     with serving(options, access_file) as (server, access):
-        say("Watch it at " + page_address(access, "jobix", sys.stderr))
+        say("Watch it at " + page_address(access, sys.stderr))
         this = Run(server.store, command_in(options))
         this.put_others_aside()
         worker = WorkerProcess(access_file, options.slots, progress)

@@ -12799,7 +12799,7 @@ class StartTest(TemporaryFolder):
 
     # What it shows
 
-    def test_the_secret_is_shown_on_a_terminal_alone(self):
+    def test_a_terminal_alone_is_shown_a_jobix_for_reading_alone(self):
         screen, terminal = pty.openpty()
         self.addCleanup(os.close, screen)
         process = self.spawn(
@@ -12809,9 +12809,9 @@ class StartTest(TemporaryFolder):
         while b"--stage 0" not in shown:
             shown += os.read(screen, 65536)
         access = self.access()
-        for key in ("jobix", "reading_jobix"):
-            page = "%s/get#jobix=%d\r\n" % (access["url"], access[key])
-            self.assertIn(page, shown.decode())
+        page = "%(url)s/get#jobix=%(reading_jobix)d " % access
+        self.assertIn(page, shown.decode())
+        self.assertNotIn(str(access["jobix"]), shown.decode())
         process.terminate()
         self.assertEqual(0, process.wait(PATIENCE))
         process = self.spawn(JOBMAN, "serve", "--port", "0")
@@ -12819,7 +12819,7 @@ class StartTest(TemporaryFolder):
         wait_for(lambda: os.path.exists(path), "a server")
         access = self.access()
         _, out, err = self.stop(process)
-        self.assertIn(access["url"] + "/get (it asks for the jobix", out)
+        self.assertIn(access["url"] + "/get (to act, give it the jobix", out)
         for key in ("jobix", "reading_jobix"):
             self.assertNotIn(str(access[key]), out + err)
 
