@@ -4148,10 +4148,9 @@ def replace_file(what, path, data, mode):
     Makes its folder. Raises CommandError; no draft is left then.
     """
     folder = os.path.dirname(os.path.abspath(path))
-    draft = "%s.%d" % (path, os.getpid())
+    draft = "%s.new.%s" % (path, secrets.token_hex(4))
     try:
         os.makedirs(folder, mode | (mode & 0o444) >> 2, exist_ok=True)
-        remove(draft)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with open(os.open(draft, flags, mode), "wb") as file:
             file.write(data)
@@ -5008,12 +5007,31 @@ def is_local(server):
     return ipaddress.ip_address(server.server_address[0]).is_loopback
 
 
+def until_signal():
+    """Return an Event that a signal to end sets; it keeps the `number`."""
+    ending = threading.Event()
+    ending.number = None
+
+    def end(number, _):
+        ending.number = number
+        # in a thread: the one interrupted here may hold the Event's lock
+        with contextlib.suppress(RuntimeError):  # there can be no more
+            threading.Thread(target=ending.set).start()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, end)
+    return ending
+
+
 @contextlib.contextmanager
 def serving(options, access_file, jobix=None):
     """Serve `options.db` at `options.host` and port while the body runs.
 
-    `jobix` is the own one, if not that of the database. Hands out the Server
-    and the content of its access file.
+    `jobix` is the own one, if not that of the database. Hands out the Server,
+    the content of its access file, and the Event of until_signal(). A signal
+    that comes before the database is open ends the process at once: a server
+    may have to watch another's heartbeat first.
     """
     server = listen(options.host, options.port)
     server.tls, fingerprint = credentials(options, local=is_local(server))
@@ -5033,32 +5051,16 @@ def serving(options, access_file, jobix=None):
     url = options.url or "%s://%s:%d" % (
         "https" if server.tls else "http", host, server.server_port)
     server.names = own_names(url)
+    ending = until_signal()
     server.start()
     try:
         access = write_access(access_file, url, server.store, fingerprint)
         try:
-            yield server, access
+            yield server, access, ending
         finally:
             remove_access(access_file, access)
     finally:
         server.stop()
-
-
-def until_signal():
-    """Return an Event that a signal to end sets; it keeps the `number`."""
-    ending = threading.Event()
-    ending.number = None
-
-    def end(number, _):
-        ending.number = number
-        # in a thread: the one interrupted here may hold the Event's lock
-        with contextlib.suppress(RuntimeError):  # there can be no more
-            threading.Thread(target=ending.set).start()
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, end)
-    return ending
 
 
 def raise_file_limit():
@@ -5104,10 +5106,9 @@ def serve(options):
     """Serve a database until a signal ends it."""
     raise_file_limit()
     gc.set_threshold(50000)  # a large body of JSON is no garbage
-    ending = until_signal()
     access_file = options.access or access_path()
     with contextlib.ExitStack() as stack:
-        server, access = stack.enter_context(
+        server, access, ending = stack.enter_context(
             serving(options, access_file, given_jobix(options.jobix_file)))
         if options.snapshot is not None:
             store = server.store
@@ -6494,10 +6495,9 @@ def run(options):
     """Run a command for each item; exit status 1 when a job failed."""
     worker_script()
     source = open_items(options)
-    ending = until_signal()
     access_file = options.db + ".access"
     progress = Progress(sys.stderr)
-    with serving(options, access_file) as (server, access):
+    with serving(options, access_file) as (server, access, ending):
         say("Watch it at " + page_address(access, sys.stderr))
         this = Run(server.store, command_in(options))
         this.put_others_aside()

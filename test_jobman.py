@@ -12716,6 +12716,14 @@ class StartTest(TemporaryFolder):
         self.stop(process)
         self.assertEqual([], os.listdir(self.path(".jobman")))
 
+    def test_a_draft_of_another_host_with_our_process_number_stays(self):
+        path = self.path("access")
+        draft = "%s.%d" % (path, os.getpid())
+        open(draft, "w").close()
+        jobman.replace_file("access file", path, b"x", 0o600)
+        self.assertEqual(b"x", read(path))
+        self.assertTrue(os.path.exists(draft))
+
     def test_files_are_private(self):
         self.addCleanup(os.umask, os.umask(0))
         self.serve()
@@ -14162,6 +14170,23 @@ class NetworkTest(AloneCase):
                              % holder)
         self.call(address, "/set", self.jobs(1))
         self.assertIn("jobman.db.lock", os.listdir(self.folder))
+
+    def test_a_signal_ends_it_while_it_waits_for_a_sign_of_life(self):
+        lock = self.path("jobman.db.lock")
+        for command in (["serve", "--port", "0"],
+                        ["run", "--db", "jobman.db", "true", ":::", "1"]):
+            for number in (signal.SIGTERM, signal.SIGINT):
+                with open(lock, "w") as file:
+                    file.write('{"host": "far"}')
+                process = self.spawn(*self.start, *command)
+                self.assertIn(b"waiting 20 s", process.stderr.readline())
+                began = time.monotonic()
+                process.send_signal(number)
+                self.finish(process)
+                self.assertLess(time.monotonic() - began, 10)
+                self.assertIn(process.returncode, (-number, 128 + number))
+                self.assertEqual(b'{"host": "far"}', read(lock))
+                self.assertFalse(glob.glob(self.path("**", "*access*")))
 
     def test_it_cannot_be_shared(self):
         status, out, err = self.run_jobman("serve", "--port", "0", "--shared")
