@@ -4587,7 +4587,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, response):
         """Send a response, and say whether the connection goes on."""
-        if self.unread or self.server.ending or response.status == 403:
+        refused = response.status in (401, 403)  # one try a connection
+        if self.unread or self.server.ending or refused:
             self.close_connection = True
         fate = "close"
         if not self.close_connection:

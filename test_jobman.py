@@ -4186,9 +4186,14 @@ class SocketTest(StoreCase):
 
     def test_a_wrong_jobix_has_one_try_on_a_connection(self):
         self.store.open_to_all = False
-        asked = b"GET /status HTTP/1.1", b"Host: localhost", b"jobix: 1", b""
-        reply = self.say(*asked, *asked, host=())
-        self.assertEqual(1, reply.count(b"HTTP/1.1 403 "), reply)
+        login = b"Authorization: Basic " + base64.b64encode(b":1")
+        for path, header, status in ((b"/status", b"jobix: 1", b" 403 "),
+                                     (b"/get?plain=1", login, b" 401 ")):
+            asked = (b"GET " + path + b" HTTP/1.1", b"Host: localhost",
+                     header, b"")
+            reply = self.say(*asked, *asked, host=())
+            self.assertEqual(1, reply.count(b"HTTP/1.1"), reply)
+            self.assertEqual(1, reply.count(status), reply)
 
     def test_no_request_is_logged(self):
         with contextlib.redirect_stderr(io.StringIO()) as log:
