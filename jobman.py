@@ -361,6 +361,9 @@ class SQL:
     SET_READING = """
         update namespace set reading = :reading
         where id = :id and reading is null"""
+    RENEW_JOBIX = """
+        update namespace set jobix = :jobix, reading = :reading
+        where id = :id"""
     SET_LASTSTAGE = """
         update namespace set laststage = :laststage where id = :namespace"""
     LAST_JOBID = """
@@ -1693,6 +1696,11 @@ class Readers:
                 self.idle.pop().close()
 
 
+def random_jobix():
+    """Return a number that nobody can guess."""
+    return secrets.randbelow(MAX_JOBIX) + 1
+
+
 def new_figures():
     """Return the figures of a stage without jobs."""
     return {"jobs": 0, "expired": 0, "states": dict.fromkeys(STATES, 0)}
@@ -1751,7 +1759,8 @@ class Store:
     returns for a jobix. Those marked `change` go through the Writer, are on
     disk when they return, and raise Error when refused; those marked `query`
     only read. `clock` gives seconds since 1970. `jobix` is the server's own
-    one, None for the one that the database has made. A job fails after its
+    one, None for the one that the database has made, which `new_jobix`
+    replaces, and the reading one with it. A job fails after its
     `max_attempts` failures, if it doesn't say another number, or after
     `max_lapses`. Attempts of jobs that ended `keep_days` ago are pruned;
     None: never.
@@ -1761,8 +1770,8 @@ class Store:
 
     def __init__(
         self, path, *, clock=time.time, shared=False, waiters=20000,
-        jobix=None, open_to_all=True, max_attempts=MAX_ATTEMPTS,
-        max_lapses=MAX_LAPSES, keep_days=None
+        jobix=None, new_jobix=False, open_to_all=False,
+        max_attempts=MAX_ATTEMPTS, max_lapses=MAX_LAPSES, keep_days=None
     ):
         self.clock = clock
         self.max_attempts = max_attempts
@@ -1796,7 +1805,8 @@ class Store:
                 )
                 undo.callback(self.writer.close)
                 self.resume(connection.execute)
-            own = self.writer.run(lambda tx: self.own_namespace(tx, jobix))
+            own = self.writer.run(
+                lambda tx: self.own_namespace(tx, jobix, renew=new_jobix))
             self.namespace = own["id"]
             self.jobix, self.reading_jobix = own["jobix"], own["reading"]
             undo.pop_all()
@@ -1833,8 +1843,11 @@ class Store:
 
     # Namespaces
 
-    def own_namespace(self, tx, jobix):
-        """Return the server's own row of namespace; make it at first."""
+    def own_namespace(self, tx, jobix, *, renew):
+        """Return the server's own row of namespace; make it at first.
+
+        `renew` makes both of its numbers anew.
+        """
         key = {"name": "namespace"}
         made = tx.execute(SQL.SETTING, key).fetchone()
         if jobix is not None:
@@ -1842,10 +1855,10 @@ class Store:
         elif made:
             own = made["value"]
         else:
-            own = self.add_namespace(tx, secrets.randbelow(MAX_JOBIX) + 1)
+            own = self.add_namespace(tx, random_jobix())
             tx.execute(SQL.SET_SETTING, dict(key, value=own))
-        reading = secrets.randbelow(MAX_JOBIX) + 1
-        tx.execute(SQL.SET_READING, {"id": own, "reading": reading})
+        tx.execute(SQL.RENEW_JOBIX if renew else SQL.SET_READING, {
+            "id": own, "jobix": random_jobix(), "reading": random_jobix()})
         return tx.execute(SQL.NAMESPACE, {"id": own}).fetchone()
 
     def add_namespace(self, tx, jobix):
@@ -1868,7 +1881,9 @@ class Store:
         if secrets.compare_digest(given, str(self.jobix)):
             return self.namespace, False
         if not self.open_to_all:
-            raise Error(403, "This server doesn't take that jobix.")
+            raise Error(403, "This server takes only the jobix in its access"
+                        " file: start it with yours by --jobix-file or"
+                        " JOBMAN_JOBIX, or with --open to take any.")
         if jobix not in self.namespaces:
             found = self.find_namespace(jobix)
             if found is None:
@@ -4133,10 +4148,9 @@ def replace_file(what, path, data, mode):
     Makes its folder. Raises CommandError; no draft is left then.
     """
     folder = os.path.dirname(os.path.abspath(path))
-    draft = "%s.%d" % (path, os.getpid())
+    draft = "%s.new.%s" % (path, secrets.token_hex(4))
     try:
         os.makedirs(folder, mode | (mode & 0o444) >> 2, exist_ok=True)
-        remove(draft)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with open(os.open(draft, flags, mode), "wb") as file:
             file.write(data)
@@ -4188,8 +4202,8 @@ def own_certificate(path):
         return key
     if shutil.which("openssl") is None:
         raise CommandError(
-            "--tls needs the program openssl, which isn't here; a certificate"
-            " that was made elsewhere can be given by --certfile.")
+            "TLS needs the program openssl, which isn't here: give a"
+            " certificate by --certfile, or speak plain HTTP by --plain.")
     try:
         pem = subprocess.run(
             ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-sha256",
@@ -4230,8 +4244,8 @@ def tls_context(certfile, keyfile):
         import ssl
     except ImportError:
         raise CommandError(
-            "This Python has no ssl module, so it can't speak TLS."
-        ) from None
+            "This Python has no ssl module, so it can't speak TLS: speak plain"
+            " HTTP by --plain, or use another Python.") from None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if hasattr(context, "minimum_version"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -4246,11 +4260,18 @@ def tls_context(certfile, keyfile):
     return context
 
 
-def credentials(options):
-    """Return (SSLContext, fingerprint), each None without TLS."""
-    certfile = own_certificate(options.db) if options.tls else options.certfile
-    if certfile is None:
+def credentials(options, *, local):
+    """Return (SSLContext, fingerprint), each None without TLS.
+
+    A server that isn't `local` speaks TLS unless --plain says otherwise.
+    """
+    wanted = options.tls or options.certfile
+    if not wanted and (local or options.plain):
         return None, None
+    if options.url and not options.url.lower().startswith("https://"):
+        raise CommandError("With TLS the --url begins with https://; --plain"
+                           " speaks plain HTTP.")
+    certfile = options.certfile or own_certificate(options.db)
     try:
         context = tls_context(certfile, options.keyfile)
         return context, read_fingerprint(certfile)
@@ -4432,26 +4453,25 @@ def name_of(host):
     return PORT.sub("", host)
 
 
+def own_names(url):
+    """Return the names by which we may be called: our host's, the URL's."""
+    name = socket.gethostname().lower()
+    named = map(name_of, SITE.findall(url.lower()))
+    return frozenset((name, name.partition(".")[0], *named))
+
+
 def check_host(host, names):
     """Raise Error 421 for a name that isn't among `names`, our own.
 
     Another site's name can be led to our address (DNS rebinding): then a
-    browser takes us for that site, and its pages may call us. A numeric
-    address needs no check, nor does `localhost` (RFC 6761).
+    browser takes us for that site, and its pages may call us, with any jobix
+    where any is taken. A numeric address needs no check, nor does
+    `localhost` (RFC 6761).
     """
     name = name_of(host)
     if not NUMERIC_OR_LOCAL.fullmatch(name) and name not in names:
         raise Error(421, "%s is not a name of this server: start it with that"
                     " name in --url, or use another." % name)
-
-
-def check_origin(headers, host, names):
-    """Raise Error 403 for a call by a page of another site."""
-    origin = headers.get("origin")
-    if origin is not None:
-        site = origin.lower().partition("://")[2]
-        if site != host.lower() and name_of(site) not in names:
-            raise Error(403, "Pages of other sites can't call this server.")
 
 
 @functools.lru_cache(maxsize=99)
@@ -4553,7 +4573,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         host, path, query = read_target(target, version, headers)
         if self.server.store.open_to_all:
             check_host(host, self.server.names)
-        check_origin(headers, host, self.server.names)
         length = body_length(self.command, headers)
         receive = functools.partial(self.read_body, headers, length)
         return Request(
@@ -4570,7 +4589,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, response):
         """Send a response, and say whether the connection goes on."""
-        if self.unread or self.server.ending:
+        refused = response.status in (401, 403)  # one try a connection
+        if self.unread or self.server.ending or refused:
             self.close_connection = True
         fate = "close"
         if not self.close_connection:
@@ -4613,20 +4633,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         poll = select.poll()  # select() fails beyond 1,024 files
         poll.register(self.connection, select.POLLRDHUP)  # also below TLS
         return bool(poll.poll(0))
-
-
-def own_names():
-    """Return this host's own names, with and without a domain."""
-    name = socket.gethostname().lower()
-    return frozenset((name, name.partition(".")[0]))
-
-
-def names_in(url):
-    """Return the names of the host in a URL, one or none."""
-    try:
-        return frozenset((urlsplit(url).hostname,)) - {None}
-    except ValueError:
-        return frozenset()
 
 
 OWN_CGROUPS = "/proc/self/cgroup"
@@ -4684,7 +4690,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, address, store=None):
         self.store = store
         self.tls = None  # the SSLContext, if it speaks TLS
-        self.names = own_names()
+        self.names = own_names("")
         self.limit = connections_bound()
         self.open, self.busy = set(), set()
         self.changes = threading.Condition()  # guards open and parked
@@ -4860,7 +4866,6 @@ class Application:
     def __init__(self):
         self.mutex = threading.RLock()
         self.store = None
-        self.names = frozenset()
 
     def __call__(self, environ, start_response):
         try:
@@ -4913,7 +4918,6 @@ class Application:
             jobix=given_jobix(), open_to_all=get("JOBMAN_OPEN") == "1")
         url = get("JOBMAN_URL")
         if url is not None:
-            self.names = names_in(url)
             write_access(access_path(), url, store)
         return store
 
@@ -4926,7 +4930,6 @@ class Application:
         }
         headers["content-length"] = environ.get("CONTENT_LENGTH", "")
         method = environ["REQUEST_METHOD"]
-        check_origin(headers, headers.get("host", ""), self.names)
         length = body_length(method, headers)
         path = environ.get("PATH_INFO", "").encode("latin-1")
         return Request(
@@ -5007,43 +5010,6 @@ def is_local(server):
     return ipaddress.ip_address(server.server_address[0]).is_loopback
 
 
-@contextlib.contextmanager
-def serving(options, access_file, jobix=None):
-    """Serve `options.db` at `options.host` and port while the body runs.
-
-    `jobix` is the own one, if not that of the database. Hands out the Server
-    and the content of its access file.
-    """
-    tls, fingerprint = credentials(options)
-    server = listen(options.host, options.port)
-    server.tls = tls
-    server.store = Store(
-        options.db, shared=options.shared, waiters=server.limit * 4 // 5,
-        jobix=jobix, open_to_all=options.open or is_local(server),
-        max_attempts=options.retries + 1, max_lapses=options.lapses,
-        keep_days=options.keep_days,
-    )
-    if server.store.location.exclusive:
-        say("jobman.py: %s: so only this server may have it, its reads wait"
-            " for writes, and it keeps a rollback journal instead of a WAL."
-            % server.store.location.describe())
-    host = options.host
-    if host in ("", "0.0.0.0"):
-        host = socket.gethostname()
-    url = options.url or "%s://%s:%d" % (
-        "https" if tls else "http", host, server.server_port)
-    server.names |= names_in(url)
-    server.start()
-    try:
-        access = write_access(access_file, url, server.store, fingerprint)
-        try:
-            yield server, access
-        finally:
-            remove_access(access_file, access)
-    finally:
-        server.stop()
-
-
 def until_signal():
     """Return an Event that a signal to end sets; it keeps the `number`."""
     ending = threading.Event()
@@ -5061,6 +5027,45 @@ def until_signal():
     return ending
 
 
+@contextlib.contextmanager
+def serving(options, access_file, jobix=None):
+    """Serve `options.db` at `options.host` and port while the body runs.
+
+    `jobix` is the own one, if not that of the database. Hands out the Server,
+    the content of its access file, and the Event of until_signal(). A signal
+    that comes before the database is open ends the process at once: a server
+    may have to watch another's heartbeat first.
+    """
+    server = listen(options.host, options.port)
+    server.tls, fingerprint = credentials(options, local=is_local(server))
+    server.store = Store(
+        options.db, shared=options.shared, waiters=server.limit * 4 // 5,
+        jobix=jobix, new_jobix=options.new_jobix, open_to_all=options.open,
+        max_attempts=options.retries + 1, max_lapses=options.lapses,
+        keep_days=options.keep_days,
+    )
+    if server.store.location.exclusive:
+        say("jobman.py: %s: so only this server may have it, its reads wait"
+            " for writes, and it keeps a rollback journal instead of a WAL."
+            % server.store.location.describe())
+    host = options.host
+    if host in ("", "0.0.0.0"):
+        host = socket.gethostname()
+    url = options.url or "%s://%s:%d" % (
+        "https" if server.tls else "http", host, server.server_port)
+    server.names = own_names(url)
+    ending = until_signal()
+    server.start()
+    try:
+        access = write_access(access_file, url, server.store, fingerprint)
+        try:
+            yield server, access, ending
+        finally:
+            remove_access(access_file, access)
+    finally:
+        server.stop()
+
+
 def raise_file_limit():
     """Let the process open as many files, so connections, as it may."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -5073,22 +5078,21 @@ jobman %s listens at %s
   database     %s
   access file  %s
   page         %s
-  to look only %s
 Add a job, then run what waits, here or on any node that sees this home:
   python3 jobman.py submit%s hostname
   python3 worker.py --stage 0%s"""
 
 
-def page_address(access, key, stream):
+def page_address(access, stream):
     """Return where the page is, to be shown on `stream`.
 
-    `key` is that of a jobix in the access file. What comes after # is seen
-    by no server; it is shown on a terminal alone.
+    On a terminal it has the reading jobix, after #, which is sent to no
+    server; but browsers and terminals keep such links.
     """
     page = access["url"] + "/get"
     if stream.isatty():
-        return "%s#jobix=%d" % (page, access[key])
-    return "%s (it asks for the %s in the access file)" % (page, key)
+        page += "#jobix=%d" % access["reading_jobix"]
+    return page + " (to act, give it the jobix in the access file)"
 
 
 def announcement(options, access_file, access):
@@ -5096,21 +5100,18 @@ def announcement(options, access_file, access):
     path, option = os.path.abspath(access_file), ""
     if access_file != access_path():
         option = " --access " + shlex.quote(path)
-    pages = (page_address(access, key, sys.stdout)
-             for key in ("jobix", "reading_jobix"))
     return ANNOUNCEMENT % (
-        __version__, access["url"], os.path.abspath(options.db), path, *pages,
-        option, option)
+        __version__, access["url"], os.path.abspath(options.db), path,
+        page_address(access, sys.stdout), option, option)
 
 
 def serve(options):
     """Serve a database until a signal ends it."""
     raise_file_limit()
     gc.set_threshold(50000)  # a large body of JSON is no garbage
-    ending = until_signal()
     access_file = options.access or access_path()
     with contextlib.ExitStack() as stack:
-        server, access = stack.enter_context(
+        server, access, ending = stack.enter_context(
             serving(options, access_file, given_jobix(options.jobix_file)))
         if options.snapshot is not None:
             store = server.store
@@ -5123,8 +5124,7 @@ def serve(options):
         print(announcement(options, access_file, access), flush=True)
         if not server.tls and not is_local(server):
             say("jobman.py: This is plain HTTP: anyone who can read the"
-                " network's traffic can read the jobix, and use it"
-                " (see --tls).")
+                " network's traffic can read the jobix, and use it.")
         while not (ending.wait(1) or ending.number):
             server.store.lock.require()
     return 0
@@ -6498,11 +6498,10 @@ def run(options):
     """Run a command for each item; exit status 1 when a job failed."""
     worker_script()
     source = open_items(options)
-    ending = until_signal()
     access_file = options.db + ".access"
     progress = Progress(sys.stderr)
-    with serving(options, access_file) as (server, access):
-        say("Watch it at " + page_address(access, "jobix", sys.stderr))
+    with serving(options, access_file) as (server, access, ending):
+        say("Watch it at " + page_address(access, sys.stderr))
         this = Run(server.store, command_in(options))
         this.put_others_aside()
         worker = WorkerProcess(access_file, options.slots, progress)
@@ -7641,7 +7640,7 @@ def look_at_address(patient):
     if is_loopback and home not in (None, socket.gethostname()):
         raise CommandError(
             "The server listens to its own host %s alone; start it with --host"
-            " 0.0.0.0 --tls" % home)
+            " 0.0.0.0" % home)
     patient.met = False
     patient.here = is_loopback
     return "%s, by the name of %s" % (address, host) if host != address \
@@ -7677,13 +7676,13 @@ def look_at_certificate(patient):
             " file" % (patient.at(), error)) from None
     except OSError as error:
         raise CommandError(
-            "At %s nobody speaks TLS (%s); start serve with --tls, or give"
-            " it an --url with http:" % (patient.at(), error)) from None
+            "At %s nobody speaks TLS (%s); start serve without --plain, or"
+            " give it an --url with http:" % (patient.at(), error)) from None
     patient.known = True
     if patient.client.tls is None:
         return "none, it is plain HTTP, which stays on this host" \
             if patient.here else \
-            "none, it is plain HTTP; serve --tls would hide the jobix"
+            "none, it is plain HTTP; serve without --plain hides the jobix"
     if patient.client.fingerprint:
         return "it has the fingerprint that it should have"
     return "certificate authorities vouch for it"
@@ -7886,13 +7885,12 @@ def check_serve(parser, options):
         parser.error("--lapses must be at least 1")
     if options.keyfile and not options.certfile:
         parser.error("--keyfile goes with --certfile")
-    if options.tls and options.certfile:
-        parser.error("give --tls or --certfile, not both")
-    if options.tls or options.certfile:
-        if options.url and not options.url.lower().startswith("https://"):
-            parser.error("with TLS the --url begins with https://")
     if options.keep_days is not None and options.keep_days < 1:
         parser.error("--keep-days must be at least 1")
+    given = options.jobix_file or "JOBMAN_JOBIX" in os.environ
+    if options.new_jobix and (given or options.shared):
+        parser.error("--new-jobix makes the number itself, for one server:"
+                     " give no --jobix-file, JOBMAN_JOBIX or --shared")
 
 
 def add_serve(command):
@@ -7909,13 +7907,21 @@ def add_serve(command):
     add("--url", help="the address for the access file, if not our guess")
     add("--jobix-file", metavar="FILE",
         help="the jobix that is admitted, if not one that we make")
+    add("--new-jobix", action="store_true",
+        help="make both jobix anew and keep the jobs; the old ones are refused"
+        " from now on")
     add("--open", action="store_true",
-        help="admit any jobix, as on loopback, wherever it listens")
+        default=os.environ.get("JOBMAN_OPEN") == "1",
+        help="admit any jobix")
     add("--shared", action="store_true",
         help="other servers of this host may serve the same database")
-    add("--tls", action="store_true",
-        help="speak HTTPS, with a certificate that openssl makes once")
-    add("--certfile", metavar="FILE",
+    choose = command.add_mutually_exclusive_group().add_argument
+    choose("--tls", action="store_true",
+        help="speak HTTPS on loopback too, with the same certificate, which"
+        " openssl makes once")
+    choose("--plain", action="store_true",
+        help="speak plain HTTP beyond loopback too")
+    choose("--certfile", metavar="FILE",
         help="speak HTTPS, with the certificate in FILE (PEM)")
     add("--keyfile", metavar="FILE",
         help="the certificate's key, if it isn't in the same file")
@@ -7955,7 +7961,7 @@ def add_run(command):
     command.set_defaults(
         check=check_run, host="127.0.0.1", port=0, url=None, shared=False,
         lapses=MAX_LAPSES, keep_days=None, open=False, tls=False,
-        certfile=None, keyfile=None,
+        plain=False, certfile=None, keyfile=None, new_jobix=False,
     )
     add = command.add_argument
     add("words", nargs=argparse.REMAINDER, metavar="COMMAND",
@@ -8285,7 +8291,7 @@ def add_batch(command):
 COMMANDS = (
     ("serve", serve, add_serve, """serve a database until a signal ends it
   python3 jobman.py serve
-  python3 jobman.py serve --db jobs.db --host 0.0.0.0 --tls"""),
+  python3 jobman.py serve --db jobs.db --host 0.0.0.0"""),
     ("run", run, add_run, """run a command for each item, and end
   python3 jobman.py run 'gzip -k {}' ::: *.txt
   find . -name '*.png' | python3 jobman.py run 'optipng {}'

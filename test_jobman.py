@@ -136,6 +136,8 @@ def setUpModule():
 class TemporaryFolder(unittest.TestCase):
     """A test with a folder of its own and processes that end with it."""
 
+    open_to_all = False  # whether its servers take any jobix
+
     def setUp(self):
         self.folder = self.make_folder()
         self.environment = dict(
@@ -218,6 +220,7 @@ class TemporaryFolder(unittest.TestCase):
 
     def serve(self, *argv, port=0, start=(JOBMAN,)):
         """Start `jobman.py serve`; return (process, address) when it's up."""
+        argv += ("--open",) * self.open_to_all
         process = self.spawn(*start, "serve", "--port", str(port), *argv)
         line = process.stdout.readline().decode()
         found = re.search(r"https?://([\w.-]+):(\d+)", line)
@@ -385,6 +388,7 @@ class StoreCase(TemporaryFolder):
     """A Store behind a front door, on a clock moved by hand."""
 
     front = SocketFront
+    open_to_all = True
     jobix = 4711
     tls = None  # the client's SSLContext, where TLS is spoken
 
@@ -397,7 +401,9 @@ class StoreCase(TemporaryFolder):
         return Clock()
 
     def open(self):
-        self.store = jobman.Store(self.path("jobs.db"), clock=self.clock)
+        self.store = jobman.Store(
+            self.path("jobs.db"), clock=self.clock,
+            open_to_all=self.open_to_all)
         self.door = self.front(self.store)
         self.address = self.door.address
         self.closing = contextlib.ExitStack()
@@ -4035,9 +4041,10 @@ class WaitTest(StoreCase):
 class WrongJobixTest(StoreCase):
     """A wrong jobix is refused after a pause, which delays nobody else."""
 
+    open_to_all = False
+
     def setUp(self):
         super().setUp()
-        self.store.open_to_all = False
         self.jobix = self.store.jobix
 
     def wrong(self, path="/status", **headers):
@@ -4095,7 +4102,7 @@ class SocketTest(StoreCase):
         reply = self.say(*lines, **options)
         head, _, body = reply.partition(b"\r\n\r\n")
         self.assertTrue(head.startswith(b"HTTP/1.1 %d " % status), reply)
-        if status not in (403, 404, 405):
+        if status not in (404, 405):
             self.assertIn(b"Connection: close", head)
         self.assertEqual(["error"], list(json.loads(body.decode())))
 
@@ -4163,21 +4170,38 @@ class SocketTest(StoreCase):
         reply = self.say(line, b"")
         self.assertTrue(reply.startswith(b"HTTP/1.1 200 "), reply)
 
-    def test_a_page_of_another_site_is_refused(self):
+    def test_a_page_of_another_site_can_send_no_jobix(self):
+        """Its browser asks first, by OPTIONS; a form has no such header."""
         self.set_jobs([1])
-        self.door.server.names |= {"jobs.example"}
-        line = b"GET /get/0 HTTP/1.1", b"jobix: 4711"
-        for origin in (b"http://evil.example", b"null", b"http://localhost:1",
-                       b"https://localhost.evil.example"):
-            self.assertError(403, *line, b"Origin: " + origin, b"")
+        origin = b"Origin: http://evil.example"
+        for path in (b"/set", b"/get/0"):
+            line = b"OPTIONS " + path + b" HTTP/1.1"
+            asked = b"Access-Control-Request-Headers: jobix"
+            reply = self.say(line, origin, asked, b"")
+            self.assertTrue(reply.startswith(b"HTTP/1.1 405 "), reply)
+            self.assertNotIn(b"Access-Control", reply)
+        self.assertError(403, b"POST /set HTTP/1.1", origin,
+                         b"Content-Length: 2", b"", b"{}")
         self.assertEqual({(0, "waiting"): 1}, self.states())
-        for origin in (b"http://localhost", b"https://jobs.example:444"):
-            reply = self.say(*line, b"Origin: " + origin, b"")
-            self.assertTrue(reply.startswith(b"HTTP/1.1 200 "), reply)
 
-    def test_a_name_in_the_url_is_ours(self):
-        self.assertEqual({"a.b"}, jobman.names_in("https://A.b:1/x"))
-        self.assertEqual(set(), jobman.names_in("http://[x"))
+    def test_a_wrong_jobix_has_one_try_on_a_connection(self):
+        self.store.open_to_all = False
+        login = b"Authorization: Basic " + base64.b64encode(b":1")
+        for path, header, status in ((b"/status", b"jobix: 1", b" 403 "),
+                                     (b"/get?plain=1", login, b" 401 ")):
+            asked = (b"GET " + path + b" HTTP/1.1", b"Host: localhost",
+                     header, b"")
+            reply = self.say(*asked, *asked, host=())
+            self.assertEqual(1, reply.count(b"HTTP/1.1"), reply)
+            self.assertEqual(1, reply.count(status), reply)
+
+    def test_no_request_is_logged(self):
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            for line in (b"GET /job/1?claim=x HTTP/1.1", b"x\x1b[2J",
+                         b"GET /x HTTP/1.1", b"x /x HTTP/1.1", b"GET / HTTP/9",
+                         b"GET /" + b"x" * 70000):
+                self.say(line, b"")
+        self.assertEqual("", log.getvalue())
 
     def test_http_0_9_claims_nothing(self):
         self.set_jobs([1])
@@ -4904,7 +4928,7 @@ class ApplicationTest(TemporaryFolder):
 
     def test_it_shares_its_database_with_another_process(self):
         database = self.path("wsgi.db")
-        _, address = self.serve("--shared", "--db", database)
+        _, address = self.serve("--shared", "--db", database, "--open")
         application, _ = self.open(JOBMAN_DB=database)
         jobs = packed({1: {"jobstage": 0}})
         exchange(address, "POST", "/set", jobs, {"jobix": "7"})
@@ -4912,7 +4936,7 @@ class ApplicationTest(TemporaryFolder):
 
     def test_a_job_from_another_process_wakes_a_long_poll(self):
         database = self.path("wsgi.db")
-        _, address = self.serve("--shared", "--db", database)
+        _, address = self.serve("--shared", "--db", database, "--open")
         application, _ = self.open(JOBMAN_DB=database)
         replies = []
         waiter = threading.Thread(daemon=True, target=lambda: replies.append(
@@ -4957,18 +4981,6 @@ class ApplicationTest(TemporaryFolder):
         self.assertEqual("503", status[:3])
         self.assertIn("JOBMAN_JOBIX holds no number", log.getvalue())
         self.assertNotIn("7x", log.getvalue())
-
-    def test_a_page_of_another_site_is_refused(self):
-        application, _ = self.open(
-            JOBMAN_DB=self.path("wsgi.db"), JOBMAN_URL="https://a.example/",
-            JOBMAN_ACCESS=self.path("access.json"))
-        for origin, status in (
-            ("https://a.example", "200"), ("http://here:80", "200"),
-            ("http://b.example", "403"), ("null", "403"),
-        ):
-            found = self.call("/get/0", application, HTTP_HOST="here:80",
-                              HTTP_ORIGIN=origin)
-            self.assertEqual(status, found[0][:3], origin)
 
     def test_it_writes_an_access_file_when_it_knows_its_address(self):
         path = self.path("access.json")
@@ -5595,6 +5607,7 @@ class Fuzzer(threading.Thread):
 class FuzzTest(SeededCase):
     """Odd requests by the thousand, while jobs go through the server."""
 
+    open_to_all = True
     REQUESTS = 30000
     THREADS = 6
     START = changed(  # few, of which none may be left over
@@ -6481,6 +6494,7 @@ def be_a_crowd(options):
 class CrowdCase(TemporaryFolder):
     """A server, and crowds of clients in processes of their own."""
 
+    open_to_all = True
     FEW_FILES = changed(
         "jobman", "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE,"
         " (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))")
@@ -7147,6 +7161,7 @@ class Book:
 class CrashCase(SeededCase):
     """A server that may end at any moment, and what it has answered."""
 
+    open_to_all = True
     WITNESSES = 16
     STRICT = "job", "claim", "end", "back", "heard"  # never unasked for
 
@@ -7670,6 +7685,8 @@ jobman.Writer.CHECKPOINT_AFTER = 5
 
 class CheckpointTest(TemporaryFolder):
     """No checkpoint is ever made beside a commit (see jobman.connect)."""
+
+    open_to_all = True
 
     def setUp(self):
         super().setUp()
@@ -12569,22 +12586,6 @@ class StartTest(TemporaryFolder):
             "the job done",
         )
 
-    def test_beyond_loopback_only_the_own_jobix_comes_in(self):
-        _, (_, port) = self.serve("--host", "0.0.0.0")
-        with open(self.path(".jobman", "access.json")) as file:
-            access = json.load(file)
-        here = "127.0.0.1", port
-        self.assertIn(":%d" % port, access["url"])
-        for jobix, status in ((access["jobix"], 200), (7, 403)):
-            headers = {"jobix": str(jobix)}
-            reply = exchange(here, "GET", "/status", headers=headers)
-            self.assertEqual(status, reply.status)
-        reply = exchange(here, "GET", "/get", headers={"jobix": "7"})
-        self.assertNotIn("<td>", reply.text)
-        _, here = self.serve("--db", "other.db")
-        reply = exchange(here, "GET", "/status", headers={"jobix": "7"})
-        self.assertEqual(200, reply.status)
-
     def secret(self, text, mode=0o600):
         """Write a file with a jobix; return its path."""
         path = self.path("secret")
@@ -12598,26 +12599,70 @@ class StartTest(TemporaryFolder):
         headers = {"jobix": str(jobix)}
         return exchange(address, "GET", "/status", headers=headers).status
 
-    def test_a_given_jobix_comes_in_alone(self):
-        beyond = "--host", "0.0.0.0"
+    def test_only_its_own_jobix_comes_in_unless_it_is_open(self):
         path = self.secret(b" 4711\n")
-        process, (_, port) = self.serve(*beyond, "--jobix-file", path)
-        here = "127.0.0.1", port
-        self.assertEqual(4711, self.access()["jobix"])
-        self.assertEqual(200, self.comes_in(here, 4711))
-        self.assertEqual(403, self.comes_in(here, 4712))
+        beyond = "--host", "0.0.0.0", "--plain"
+        for options, variables, admitted in (
+            ((), {}, set()), (beyond, {}, set()),
+            (("--jobix-file", path), {}, {4711}),
+            ((), {"JOBMAN_JOBIX": "4712"}, {4712}),
+            ((), {"JOBMAN_OPEN": "0"}, set()),
+            (("--open",), {}, {4711, 4712}),
+            ((), {"JOBMAN_OPEN": "1"}, {4711, 4712}),
+        ):
+            with self.subTest(options=options, variables=variables):
+                self.environment.update(variables)
+                process, (_, port) = self.serve(*options)
+                own = self.access()["jobix"]
+                for name in variables:
+                    del self.environment[name]
+                self.assertEqual(
+                    {own, *admitted},
+                    {jobix for jobix in (own, 4711, 4712)
+                     if self.comes_in(("127.0.0.1", port), jobix) == 200})
+                self.stop(process)
+
+    def test_a_refusal_of_a_jobix_says_what_to_do(self):
+        _, address = self.serve()
+        reply = exchange(address, "GET", "/status", headers={"jobix": "7"})
+        self.assertEqual(403, reply.status)
+        for word in ("--jobix-file", "JOBMAN_JOBIX", "--open"):
+            self.assertIn(word, reply.json()["error"])
+
+    def test_both_jobix_can_be_made_anew(self):
+        process, address = self.serve()
+        old = self.access()
+        jobix = {"jobix": str(old["jobix"])}
+        exchange(address, "POST", "/set", packed({7: {"jobstage": 0}}), jobix)
+        claim = exchange(address, "GET", "/get/0", None, jobix).json()
         self.stop(process)
-        self.environment["JOBMAN_JOBIX"] = "4712"
-        process, (_, port) = self.serve(*beyond)
-        self.assertEqual(200, self.comes_in(("127.0.0.1", port), 4712))
-        self.assertEqual(403, self.comes_in(("127.0.0.1", port), 4711))
+        process, address = self.serve("--new-jobix")
+        new = self.access()
+        for key in ("jobix", "reading_jobix"):
+            self.assertEqual(403, self.comes_in(address, old[key]))
+            self.assertEqual(200, self.comes_in(address, new[key]))
+        jobix = {"jobix": str(new["jobix"])}
+        path = "/update_job/7/2?claim=" + claim["claim"]
+        reply = exchange(address, "GET", path, None, jobix)
+        self.assertEqual(200, reply.status, reply.text)
         self.stop(process)
-        del self.environment["JOBMAN_JOBIX"]
-        process, (_, port) = self.serve(*beyond)
-        self.assertEqual(403, self.comes_in(("127.0.0.1", port), 4711))
-        self.stop(process)
-        _, (_, port) = self.serve(*beyond, "--open")
-        self.assertEqual(200, self.comes_in(("127.0.0.1", port), 4711))
+        _, address = self.serve()
+        self.assertEqual(new["jobix"], self.access()["jobix"])
+        self.assertEqual(
+            new["reading_jobix"], self.access()["reading_jobix"])
+
+    def test_a_new_jobix_is_made_by_one_server_alone(self):
+        for options, variables in (
+            (("--jobix-file", "x"), {}), (("--shared",), {}),
+            ((), {"JOBMAN_JOBIX": "7"}),
+        ):
+            status, _, err = self.command(
+                JOBMAN, "serve", "--new-jobix", *options,
+                env=dict(self.environment, **variables))
+            self.assertEqual(2, status)
+            self.assertIn("--new-jobix makes", err)
+        self.serve("--shared")
+        self.assertIn("Another server", self.refused("--new-jobix"))
 
     def test_a_jobix_file_that_is_no_good_is_refused(self):
         for text, mode, said in (
@@ -12676,6 +12721,14 @@ class StartTest(TemporaryFolder):
         self.stop(process)
         self.assertEqual([], os.listdir(self.path(".jobman")))
 
+    def test_a_draft_of_another_host_with_our_process_number_stays(self):
+        path = self.path("access")
+        draft = "%s.%d" % (path, os.getpid())
+        open(draft, "w").close()
+        jobman.replace_file("access file", path, b"x", 0o600)
+        self.assertEqual(b"x", read(path))
+        self.assertTrue(os.path.exists(draft))
+
     def test_files_are_private(self):
         self.addCleanup(os.umask, os.umask(0))
         self.serve()
@@ -12724,7 +12777,8 @@ class StartTest(TemporaryFolder):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = free.getsockname()
-        self.serve("--url", "http://jobs.example:99/", port=address[1])
+        self.serve(
+            "--open", "--url", "http://Jobs.example:99/", port=address[1])
         for name, status in (("jobs.example:99", 200), ("b.example", 421)):
             reply = exchange(address, "GET", "/health",
                              headers={"Host": name})
@@ -12740,7 +12794,8 @@ class StartTest(TemporaryFolder):
         self.assertLess(len(bomb), 2 * 2**20)
         most = most_memory(server)
         for _ in range(3):
-            reply = exchange(address, "POST", "/set", bomb, {"jobix": "1"})
+            jobix = {"jobix": str(self.access()["jobix"])}
+            reply = exchange(address, "POST", "/set", bomb, jobix)
             self.assertEqual(413, reply.status)
         grown = most_memory(server) - most
         self.assertLess(grown, 3 * jobman.MAX_BODY)
@@ -12757,7 +12812,7 @@ class StartTest(TemporaryFolder):
 
     # What it shows
 
-    def test_the_secret_is_shown_on_a_terminal_alone(self):
+    def test_a_terminal_alone_is_shown_a_jobix_for_reading_alone(self):
         screen, terminal = pty.openpty()
         self.addCleanup(os.close, screen)
         process = self.spawn(
@@ -12767,9 +12822,9 @@ class StartTest(TemporaryFolder):
         while b"--stage 0" not in shown:
             shown += os.read(screen, 65536)
         access = self.access()
-        for key in ("jobix", "reading_jobix"):
-            page = "%s/get#jobix=%d\r\n" % (access["url"], access[key])
-            self.assertIn(page, shown.decode())
+        page = "%(url)s/get#jobix=%(reading_jobix)d " % access
+        self.assertIn(page, shown.decode())
+        self.assertNotIn(str(access["jobix"]), shown.decode())
         process.terminate()
         self.assertEqual(0, process.wait(PATIENCE))
         process = self.spawn(JOBMAN, "serve", "--port", "0")
@@ -12777,7 +12832,7 @@ class StartTest(TemporaryFolder):
         wait_for(lambda: os.path.exists(path), "a server")
         access = self.access()
         _, out, err = self.stop(process)
-        self.assertIn(access["url"] + "/get (it asks for the jobix", out)
+        self.assertIn(access["url"] + "/get (to act, give it the jobix", out)
         for key in ("jobix", "reading_jobix"):
             self.assertNotIn(str(access[key]), out + err)
 
@@ -13201,6 +13256,7 @@ class BenchTest(TemporaryFolder):
 class CareTest(TemporaryFolder):
     """Databases are copied, checked and pruned, also while they are served."""
 
+    open_to_all = True
     LENT = {"worker": "w", "lease": 60}
 
     def setUp(self):
@@ -13986,6 +14042,7 @@ class FileSystemTest(TemporaryFolder):
 class AloneCase(TemporaryFolder):
     """A database that only one connection can have."""
 
+    open_to_all = True
     locks = None  # what the shim does of them; None: mounts make it alone
     said = r"is on nfs4 \(far\):"
     MOUNTS = "jobman.MOUNTINFO = 'mountinfo'"
@@ -14118,6 +14175,23 @@ class NetworkTest(AloneCase):
                              % holder)
         self.call(address, "/set", self.jobs(1))
         self.assertIn("jobman.db.lock", os.listdir(self.folder))
+
+    def test_a_signal_ends_it_while_it_waits_for_a_sign_of_life(self):
+        lock = self.path("jobman.db.lock")
+        for command in (["serve", "--port", "0"],
+                        ["run", "--db", "jobman.db", "true", ":::", "1"]):
+            for number in (signal.SIGTERM, signal.SIGINT):
+                with open(lock, "w") as file:
+                    file.write('{"host": "far"}')
+                process = self.spawn(*self.start, *command)
+                self.assertIn(b"waiting 20 s", process.stderr.readline())
+                began = time.monotonic()
+                process.send_signal(number)
+                self.finish(process)
+                self.assertLess(time.monotonic() - began, 10)
+                self.assertIn(process.returncode, (-number, 128 + number))
+                self.assertEqual(b'{"host": "far"}', read(lock))
+                self.assertFalse(glob.glob(self.path("**", "*access*")))
 
     def test_it_cannot_be_shared(self):
         status, out, err = self.run_jobman("serve", "--port", "0", "--shared")
@@ -14306,6 +14380,7 @@ class PatientLock(FastLock):
 class LockTest(TemporaryFolder):
     """Only one server has a database, and one that lost it stops."""
 
+    open_to_all = True
     QUICK = (
         "lock = jobman.ServerLock; lock.BEAT, lock.LOOK = 0.1, 0.05;"
         "lock.STALE, lock.LIMIT = 1.5, 0.5"
@@ -15132,7 +15207,10 @@ class TlsTest(Certified, TemporaryFolder):
 
     def test_without_openssl_there_is_one_sentence(self):
         self.environment["PATH"] = self.path("nothing")
-        self.assertIn("openssl", self.told(JOBMAN, "serve", "--tls"))
+        for options in (["--tls"], ["--host", "0.0.0.0"]):
+            said = self.told(JOBMAN, "serve", "--port", "0", *options)
+            for word in ("openssl", "--certfile", "--plain"):
+                self.assertIn(word, said)
         self.assertEqual([], os.listdir(self.folder))
 
     def test_an_openssl_that_fails_is_told_and_leaves_nothing(self):
@@ -15158,10 +15236,15 @@ class TlsTest(Certified, TemporaryFolder):
 
     def test_wrong_usage_is_exit_status_2(self):
         for words in (["--keyfile", "x"], ["--tls", "--certfile", "x"],
-                      ["--tls", "--keyfile", "x"],
-                      ["--tls", "--url", "http://h"]):
+                      ["--tls", "--keyfile", "x"], ["--plain", "--tls"],
+                      ["--plain", "--certfile", "x"]):
             status, _, err = self.command(JOBMAN, "serve", *words)
             self.assertEqual(2, status, err)
+        for words in (["--tls"], ["--certfile", self.certfile],
+                      ["--host", "0.0.0.0"]):
+            self.assertIn("https://; --plain", self.told(
+                JOBMAN, "serve", "--port", "0", "--url", "http://h", *words))
+        self.assertEqual([], os.listdir(self.folder))
 
     # Who trusts it
 
@@ -15265,14 +15348,23 @@ class TlsTest(Certified, TemporaryFolder):
         self.client().health()
         self.stop(server)
 
-    def test_plain_http_beyond_loopback_is_said(self):
-        for more, expected in (
-            (["--host", "0.0.0.0"], r"\Ajobman\.py: .*plain HTTP[^\n]+\n\Z"),
-            (["--host", "0.0.0.0", "--tls"], r"\A\Z"), ([], r"\A\Z"),
+    def test_beyond_loopback_it_speaks_tls_unless_told_otherwise(self):
+        beyond = "--host", "0.0.0.0"
+        warned = r"\Ajobman\.py: .*plain HTTP[^\n]+\n\Z"
+        for options, scheme, said in (
+            ((), "http", r"\A\Z"), (("--plain",), "http", r"\A\Z"),
+            (("--tls",), "https", r"\A\Z"), (beyond, "https", r"\A\Z"),
+            ((*beyond, "--plain"), "http", warned),
         ):
-            server, _ = self.serve(*more)
+            server, _ = self.serve(*options)
+            access = self.access()
+            self.assertEqual(scheme, access["url"].partition(":")[0])
+            self.assertEqual(scheme == "https", bool(access["fingerprint"]))
+            self.name_server(url=re.sub("//.*:", "//127.0.0.1:",
+                                        access["url"]))
+            self.assertEqual("ok", self.client().health()["status"])
             server.terminate()
-            self.assertRegex(self.finish(server)[2], expected)
+            self.assertRegex(self.finish(server)[2], said)
 
     def test_the_page_comes_over_tls(self):
         _, address = self.serve("--tls")
@@ -15693,7 +15785,8 @@ class DoctorTest(Certified, CommandCase):
             "    is_loopback = False\n"
             "jobman.ipaddress.ip_address = lambda text: Far")
         self.assertOk(
-            "certificate", "serve --tls would hide", self.examine(start=start))
+            "certificate", "serve without --plain hides",
+            self.examine(start=start))
 
     def test_a_servers_certificate_is_the_one(self):
         port = self.serve("--tls", "--db", "tls.db")[1][1]
@@ -15720,7 +15813,7 @@ class DoctorTest(Certified, CommandCase):
     def test_who_speaks_no_tls_is_named(self):
         self.lead_to("https://127.0.0.1:%d" % self.address[1])
         found = self.examine()
-        self.assertWrong("certificate", "nobody speaks TLS.* --tls", found)
+        self.assertWrong("certificate", "nobody speaks TLS.* --plain", found)
         self.assertNotIn("server", found)
 
     # The server
@@ -15790,8 +15883,8 @@ class DoctorTest(Certified, CommandCase):
         self.assertLess(time.monotonic() - began, 12)
 
     def test_a_jobix_is_taken(self):
-        start = changed("jobman", "jobman.is_local = lambda server: False")
-        self.serve("--db", "own.db", start=start)
+        self.open_to_all = False
+        self.serve("--db", "own.db")
         self.assertOk("jobix", "^it is taken$", self.examine())
         with open(self.path(".jobman", "access.json")) as file:
             reading = json.load(file)["reading_jobix"]
@@ -17946,7 +18039,7 @@ class BrowserTest(StoreCase):
         self.store.open_to_all = False
         self.faults.append("403")
         self.browser.open(self.origin + "get#jobix=77")
-        self.see("#login", "This server doesn't take that jobix.")
+        self.see("#login", "This server takes only the jobix in")
         self.jobix = self.store.jobix
         self.set_jobs([1, 2])
         self.browser.type("#login-jobix", str(self.jobix))
@@ -17979,7 +18072,7 @@ class BrowserTest(StoreCase):
         self.set_jobs([1, 2])
         self.browser.open(
             self.origin + "get#jobix=77,%d" % self.store.jobix)
-        self.see("#login", "This server doesn't take that jobix.")
+        self.see("#login", "This server takes only the jobix in")
         self.browser.click("#login-cancel")
         self.see("#overall", "0 of 2 jobs done")
         self.browser.click("#add")
@@ -18690,7 +18783,7 @@ class ReadmeTest(TemporaryFolder):
             "1 job: 21\n", self.typed(self.blocks("submit")[0]))
 
     def test_the_programs_in_python(self):
-        _, (_, port) = self.serve()
+        _, (_, port) = self.serve("--open")
         for number, program in enumerate(self.blocks("Python client")):
             name = "%d.py" % number
             with open(self.path(name), "w") as file:
