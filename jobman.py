@@ -654,6 +654,13 @@ NETWORK_FILE_SYSTEMS = {
     "gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "smb3",
     "smbfs", "virtiofs", "wekafs",
 }
+OPEN_FOLDER = "The folder %s %s: keep jobman's files in a folder of your" \
+    " own (mkdir -m 700 FOLDER)."
+
+
+def home_file(name):
+    """Return the path of one of our files in the home folder."""
+    return os.path.join(os.path.expanduser("~"), ".jobman", name)
 
 
 def remove(path):
@@ -663,13 +670,54 @@ def remove(path):
 
 
 def open_private(path, more_flags=0):
-    """Open a file for reading and writing, created with mode 0600.
+    """Return a descriptor of a file, created with mode 0600."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | more_flags, 0o600)
 
-    Return its descriptor. A symbolic link, which another user may have put
-    there, is refused.
+
+def is_ours(owner, folder):
+    """Return whether a user id is root's, or the one of our files in a folder.
+
+    A network file system may map our id to another.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | more_flags
-    return os.open(path, flags, 0o600)
+    if owner in (os.geteuid(), 0):
+        return True
+    with contextlib.suppress(OSError):
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            return os.fstat(probe.fileno()).st_uid == owner
+    return False
+
+
+def check_folder(folder, *, warn=False):
+    """Raise CommandError if others can write in a folder of jobman's files.
+
+    A journal that they put there would be taken for ours, and they could run
+    commands as us. With `warn`, a group that can write is only reported on
+    standard error.
+    """
+    status = os.stat(folder)
+    if not is_ours(status.st_uid, folder):
+        fault = "belongs to another user"
+    elif status.st_mode & stat.S_IWOTH:
+        fault = "can be written by anyone"
+    elif status.st_mode & stat.S_IWGRP:
+        fault = "can be written by its group"
+        if warn:
+            return say("jobman.py: " + OPEN_FOLDER % (folder, fault))
+    else:
+        return
+    raise CommandError(OPEN_FOLDER % (folder, fault))
+
+
+def make_folder(path, *, warn=False):
+    """Create the folder of a file with mode 0700 if it is missing; check it.
+    """
+    folder = os.path.dirname(os.path.realpath(path))
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+    except OSError as error:
+        raise CommandError("The folder %s can't be made: %s." % (
+            folder, error.strerror)) from None
+    check_folder(folder, warn=warn)
 
 
 def unescape(field):
@@ -731,12 +779,11 @@ class DatabaseLocation:
         self.path = path
         self.file = os.path.realpath(path)  # so that links share a lock file
         self.kind, self.source = find_mount(os.path.dirname(self.file))
-        self.owner, self.locks_work = os.geteuid(), True
+        self.locks_work = True
         probe = "%s.locks.%s" % (self.file, secrets.token_hex(4))
         with contextlib.suppress(OSError):  # then no server can start either
             file = open_private(probe, os.O_EXCL)
             try:
-                self.owner = os.fstat(file).st_uid  # ids may be mapped
                 self.locks_work = try_locks(file)
             finally:
                 os.close(file)
@@ -834,24 +881,6 @@ def refuse_leftovers(*paths):
             % path)
 
 
-def require_owner(path, owner):
-    """Raise CommandError if a file belongs to another user.
-
-    The owner of a database can read its jobix, and so run commands as us.
-    """
-    if os.stat(path).st_uid not in (owner, os.geteuid(), 0):
-        raise CommandError(
-            "%s belongs to another user; name another file." % path)
-
-
-def require_own(path, owner):
-    """Raise CommandError if a file isn't ours; make it private to us."""
-    require_owner(path, owner)
-    status = os.stat(path)
-    if status.st_mode & 0o077 and status.st_uid == os.geteuid():
-        os.chmod(path, 0o600)
-
-
 def recover(location):
     """Bring a database that no other process uses into a single file.
 
@@ -883,7 +912,6 @@ def open_writer(location):
                 location.file + "-wal", location.file + "-journal")
             os.close(open_private(location.file))
             undo.callback(remove, location.file)
-        require_own(path, location.owner)
         if location.exclusive:
             recover(location)
         connection = connect(path, readonly=False, vfs=location.vfs)
@@ -982,8 +1010,9 @@ class ServerLock:
         if shared and location.exclusive:
             raise CommandError(
                 "%s, so servers can't share it: put it on a local file system"
-                " (such as /tmp or /dev/shm, or a disk of this host), or run"
-                " only one server, without --shared." % location.describe()
+                " (a disk of this host, or a folder of your own in /dev/shm),"
+                " or run only one server, without --shared."
+                % location.describe()
             )
         self.location = location
         self.path = location.file + ".lock"
@@ -4123,8 +4152,7 @@ def respond(store, request):
 
 def access_path():
     """Return where the access file is, unless an option says otherwise."""
-    default = os.path.join(os.path.expanduser("~"), ".jobman", "access.json")
-    return os.environ.get("JOBMAN_ACCESS") or default
+    return os.environ.get("JOBMAN_ACCESS") or home_file("access.json")
 
 
 def replace_file(what, path, data, mode):
@@ -4184,7 +4212,6 @@ def own_certificate(path):
     """
     key = path + ".key"
     if os.path.exists(key):
-        require_own(key, os.geteuid())
         return key
     if shutil.which("openssl") is None:
         raise CommandError(
@@ -4906,11 +4933,13 @@ class Application:
         get = os.environ.get
         waiters = from_query(COUNT)(
             get("JOBMAN_WAITERS", "2"), "JOBMAN_WAITERS")
+        path, url = get("JOBMAN_DB", "jobman.db"), get("JOBMAN_URL")
+        make_folder(path)
         store = Store(
-            get("JOBMAN_DB", "jobman.db"), shared=True, waiters=waiters,
-            jobix=given_jobix(), open_to_all=get("JOBMAN_OPEN") == "1")
-        url = get("JOBMAN_URL")
+            path, shared=True, waiters=waiters, jobix=given_jobix(),
+            open_to_all=get("JOBMAN_OPEN") == "1")
         if url is not None:
+            make_folder(access_path())
             self.names = names_in(url)
             write_access(access_path(), url, store)
         return store
@@ -5107,6 +5136,8 @@ def serve(options):
     gc.set_threshold(50000)  # a large body of JSON is no garbage
     ending = until_signal()
     access_file = options.access or access_path()
+    for path in (options.db, access_file):
+        make_folder(path)
     with contextlib.ExitStack() as stack:
         server, access = stack.enter_context(
             serving(options, access_file, given_jobix(options.jobix_file)))
@@ -6498,6 +6529,7 @@ def run(options):
     source = open_items(options)
     ending = until_signal()
     access_file = options.db + ".access"
+    make_folder(options.db, warn=True)
     progress = Progress(sys.stderr)
     with serving(options, access_file) as (server, access):
         say("Watch it at " + page_address(access, "jobix", sys.stderr))
@@ -7747,30 +7779,18 @@ def look_at_proxies(patient):
 
 def look_at_database(patient):
     """Return which database there is, None where none is named."""
-    path = patient.options.db
-    if path is None and os.path.lexists("jobman.db"):
-        path = "jobman.db"
-    if path is None:
+    path = patient.options.db or home_file("jobman.db")
+    if not (patient.options.db or os.path.lexists(path)):
         return None
-    folder = os.path.dirname(os.path.realpath(path))
-    if os.path.isdir(path) or not os.path.isdir(folder):
-        raise CommandError(
-            "%s can't be a database; name a file in a folder that"
-            " is there" % path)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise CommandError(
-            "Nothing can be written in %s, and a database has files"
-            " beside it; name another" % folder)
     version = inspect(path)
     patient.location = DatabaseLocation(path)
+    folder = os.path.dirname(patient.location.file)
+    if os.path.isdir(folder):
+        check_folder(folder)
     if version == 0:
         return "%s isn't there yet; serve makes it" % path
-    require_owner(path, patient.location.owner)
     if not os.access(path, os.W_OK):
         raise CommandError("%s can't be written; chmod u+w it" % path)
-    if os.stat(path).st_mode & 0o077:
-        raise CommandError(
-            "Others can read %s, and its jobix; chmod 600 it" % path)
     return "%s, schema %d" % (path, version)
 
 
@@ -7897,8 +7917,8 @@ def add_serve(command):
     """Describe serve."""
     command.set_defaults(check=check_serve)
     add = command.add_argument
-    add("--db", default="jobman.db", metavar="FILE",
-        help="the database (default jobman.db)")
+    add("--db", default=home_file("jobman.db"), metavar="FILE",
+        help="the database (default ~/.jobman/jobman.db)")
     add("--host", default="127.0.0.1",
         help="address to listen at (default 127.0.0.1)")
     add("--port", type=int, default=8642, help="default 8642; 0: any free")
@@ -8210,15 +8230,15 @@ def add_check(command):
     """Describe check."""
     add_output(command)
     command.add_argument(
-        "--db", default="jobman.db", metavar="FILE",
-        help="the database (default jobman.db)")
+        "--db", default=home_file("jobman.db"), metavar="FILE",
+        help="the database (default ~/.jobman/jobman.db)")
 
 
 def add_doctor(command):
     """Describe doctor."""
     command.add_argument(
         "--db", metavar="FILE",
-        help="the database (default: jobman.db, if it is here)")
+        help="the database (default: ~/.jobman/jobman.db, if it is there)")
     add_client(command)
 
 

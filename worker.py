@@ -744,9 +744,38 @@ def namespace(jobix):
     return hashlib.sha256(b"jobman %d" % int(jobix)).hexdigest()[:12]
 
 
+def is_ours(owner, folder):
+    """Return whether a user id is root's, or the one of our files in a folder.
+
+    A network file system may map our id to another.
+    """
+    if owner in (os.geteuid(), 0):
+        return True
+    with contextlib.suppress(OSError):
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            return os.fstat(probe.fileno()).st_uid == owner
+    return False
+
+
+def check_folder(folder):
+    """Raise OSError if a folder exists and others can write in it.
+
+    Results that they put there would be taken for ours.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        status = os.stat(folder)
+        if status.st_mode & 0o022 or not is_ours(status.st_uid, folder):
+            raise OSError(
+                "The folder %s can be written by other users: keep jobman's"
+                " files in a folder of your own (mkdir -m 700 FOLDER)."
+                % folder)
+
+
 def append_to(path):
     """Return a descriptor that writes at the end of a file, for us alone."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    folder = os.path.dirname(path)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    check_folder(folder)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
 
 
@@ -766,6 +795,7 @@ class OutputLog:
     """
 
     def __init__(self, path):
+        check_folder(os.path.dirname(path))
         self.path = path
         self.fds = None
         self.pieces = []  # not written yet: [key, stream, data]
@@ -867,6 +897,7 @@ class Spool:
     SUFFIX = ".spool"
 
     def __init__(self, folder, name):
+        check_folder(folder)
         self.folder = folder
         self.path = os.path.join(folder, name + self.SUFFIX)
         self.fd = None
@@ -904,6 +935,7 @@ class Spool:
         """Return the outcomes that workers which have ended left behind."""
         found, names = [], []
         with contextlib.suppress(OSError):
+            check_folder(self.folder)
             names = sorted(os.listdir(self.folder))
         for name in names:
             path = os.path.join(self.folder, name)
@@ -1180,7 +1212,7 @@ class Claims:
             self.spool.add(fresh)
         except OSError as error:
             return self.say("%s can't be written: %s" % (
-                self.spool.path, error.strerror))
+                self.spool.path, error.strerror or error))
         self.spooled = len(self.waiting)
         self.safe(len(fresh))
 
@@ -1535,7 +1567,8 @@ class Attempt:
         try:
             flags = os.O_RDONLY | os.O_NONBLOCK  # it may be a pipe
             with open(os.open(self.slot.result, flags), "rb") as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                found = os.fstat(file.fileno())
+                if not stat.S_ISREG(found.st_mode):
                     raise ValueError("it is no file")
                 text = file.read(RESULT_LIMIT + 1)
         except FileNotFoundError:
@@ -2505,7 +2538,7 @@ class Worker:
                 self.log.flush()
             except OSError as error:
                 self.put_in_quarantine("%s.out can't be written: %s" % (
-                    self.log.path, error.strerror))
+                    self.log.path, error.strerror or error))
         for attempt, verb, values in self.over:
             if verb is None:
                 job = attempt.job
