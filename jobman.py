@@ -433,6 +433,11 @@ class SQL:
     RENEW_ALL = """
         update job set expires_at = :now + lease
         where expires_at > 0 and state = 'working'"""
+    # in a copy: no earlier token is accepted, leases lapse at the next start
+    END_CLAIMS = """
+        update job set lease = 0 * lease,
+            claim = case state when 'working' then hex(randomblob(16)) end
+        where claim is not null"""
     FORGET = "delete from job where id = :id"
     FORGET_ATTEMPTS = "delete from attempt where job = :id"
     FORGET_PARENTS = "delete from dependency where child = :id"
@@ -6920,7 +6925,10 @@ def open_snapshot(path):
 
 
 def copy_tables(copy):
-    """Copy all of the attached database `source`, in one transaction."""
+    """Copy all of the attached database `source`, in one transaction.
+
+    The copy has no live claims: their workers go on with the source.
+    """
     execute = copy.execute
     execute("begin")
     for kind in ("table", "index"):
@@ -6935,6 +6943,7 @@ def copy_tables(copy):
     for mark in ("application_id", "user_version"):
         value = execute("pragma source.%s" % mark).fetchone()[0]
         execute("pragma main.%s = %d" % (mark, value))
+    execute(SQL.END_CLAIMS)
     execute("commit")
 
 
