@@ -6206,10 +6206,23 @@ def verify(options):
     return 1 if found else 0
 
 
+def open_own(path):
+    """Open a regular file of ours for reading; raise OSError for any other."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+    file = open(os.open(path, flags), "rb")
+    status = os.fstat(file.fileno())
+    ours = is_ours(status.st_uid, os.path.dirname(path))
+    if ours and stat.S_ISREG(status.st_mode):
+        return file
+    file.close()
+    raise PermissionError(errno.EPERM, "not a regular file of yours", path)
+
+
 def printed_by(jobid, folder, space):
     """Return what the attempts at a job have printed, as the logs have it.
 
     A list of (began, stage, attempt, stream, offset, length, path) in order.
+    Files of other users are left out.
     """
     line = re.compile(rb"^%d (\d+) (\d+) (\d+) ([12]) (\d+) (\d+)$" % jobid,
                       re.M)
@@ -6217,7 +6230,7 @@ def printed_by(jobid, folder, space):
     for name in sorted(os.listdir(folder)):
         if name.endswith(".index") and name.split(".")[-3:-2] == [space]:
             path = os.path.join(folder, name)
-            with open(path, "rb") as file:
+            with contextlib.suppress(OSError), open_own(path) as file:
                 for match in line.finditer(file.read()):
                     stage, attempt, began, *piece = map(int, match.groups())
                     output = path[: -len("index")] + "out"
@@ -6245,7 +6258,7 @@ def logs(options):
             say("--- stage %d, attempt %d, %s, %s" % (
                 stage, attempt, os.path.basename(path).rsplit(".", 3)[0],
                 clock_time(began / 1000)))
-        with open(path, "rb") as file:
+        with open_own(path) as file:
             file.seek(offset)
             target = sys.stdout if stream == 1 else sys.stderr
             target.buffer.write(file.read(length))

@@ -9124,6 +9124,47 @@ class OutageTest(WorkerCase):
                          self.command(WORKER, "--send-spool"))
         self.assertEqual(before, sorted(os.listdir(folder)))
 
+    def test_an_outcome_without_a_token_is_dropped(self):
+        folder = self.path(".jobman", "spool")
+        os.makedirs(folder)
+        self.add("true")
+        for claim in (None, ""):
+            spool = worker.Spool(folder, "forged%r" % claim)
+            spool.add([worker.Outcome(
+                worker.namespace(self.client.jobix), 1, claim, "update",
+                {"jobstage": 2, "jobcmd": "echo > forged"})])
+            os.close(spool.fd)
+        self.assertEqual((0, "0 results were delivered.\n", ""),
+                         self.command(WORKER, "--send-spool"))
+        self.assertEqual(["waiting"], self.states())
+
+    def test_a_folder_that_others_can_write_is_refused(self):
+        for mode in (0o777, 0o1777, 0o770):
+            folder = self.path("shared%o" % mode)
+            os.mkdir(folder)
+            os.chmod(folder, mode)
+            for argv in (["--spool", folder], ["--logs", folder],
+                         ["--spool", folder, "--send-spool"]):
+                status, out, err = self.command(
+                    WORKER, "--idle-timeout", "0.05", *argv)
+                self.assertEqual((1, ""), (status, out))
+                self.assertRegex(
+                    err, r"\Aworker\.py: The folder %s can be written by"
+                    r" other users: .*mkdir -m 700[^\n]*\n\Z" % folder)
+
+    def test_a_folder_that_others_make_meanwhile_is_not_used(self):
+        for made in (worker.Spool(self.path("new"), "a"),
+                     worker.OutputLog(self.path("new", "a"))):
+            os.mkdir(self.path("new"))
+            os.chmod(self.path("new"), 0o777)
+            with self.assertRaisesRegex(OSError, "mkdir -m 700"):
+                if isinstance(made, worker.Spool):
+                    made.add([worker.Outcome("x", 1, "c", "release", {})])
+                else:
+                    made.add(b"1 0 1 1", 1, b"text")
+                    made.flush()
+            os.rmdir(self.path("new"))
+
     def test_spool_file_that_grew_meanwhile_is_kept(self):
         live, other = [worker.Spool(self.path("spool"), n) for n in "ab"]
         other.lock = live.lock = lambda fd: True  # as where there are no locks
@@ -9207,6 +9248,22 @@ class EndTest(WorkerCase):
                  max_attempts=1)
         self.work()
         self.assertEqual(["done"] * 2, self.states())
+
+    def test_a_folder_that_another_user_made_anew_is_not_believed(self):
+        if os.geteuid():
+            self.skipTest("only root can give a folder to somebody else")
+        forge = 'folder=$(dirname "$JOBMAN_RESULT"); rm -r "$folder";' \
+            ' mkdir -m 777 "$folder"; echo "{\\"jobcmd\\": \\"forged\\"}"' \
+            ' > "$JOBMAN_RESULT"; chown -R 1234 "$folder"'
+        self.add(forge, "echo $JOBMAN_RESULT >> log", max_attempts=1)
+        self.work()
+        self.assertEqual(["failed", "done"], self.states())
+        self.assertIn("another user's", self.attempts()[0]["error"])
+        made = os.path.dirname(read(self.path("log")).decode())
+        self.assertFalse(os.path.exists(made))
+        left, = self.temporary()
+        self.assertTrue(made.startswith(os.path.join(
+            self.environment["TMPDIR"], left + ".")), made)
 
     def test_result_that_is_a_pipe_fails_the_attempt(self):
         self.add('mkfifo "$JOBMAN_RESULT"', max_attempts=1)
@@ -9929,6 +9986,34 @@ class LogTest(WorkerCase):
         self.assertEqual("theirs\n", theirs[0])
         for path in self.kept():
             self.assertNotIn(str(client.jobix), path)
+
+    def test_files_that_are_not_ours_are_not_read(self):
+        self.add("echo mine")
+        self.work()
+        index, output = self.kept()
+        with open(self.path("secret"), "w") as file:
+            file.write("secret")
+        folder = os.path.dirname(index)
+        space = worker.namespace(self.client.jobix)
+        for name, make in (
+            ("fifo", lambda path: os.mkfifo(path)),
+            ("link", lambda path: os.symlink(index, path)),
+            ("theirs", lambda path: shutil.copy(index, path)),
+        ):
+            path = os.path.join(folder, "%s.%s.a." % (name, space))
+            make(path + "index")
+            if name == "theirs" and os.geteuid() == 0:
+                os.chown(path + "index", 1234, -1)
+            with open(path + "out", "w") as file:
+                file.write("theirs")
+        if os.geteuid():
+            os.unlink(path + "index")
+        self.assertEqual("mine\n", self.logs()[0])
+        os.rename(output, output + ".kept")
+        os.symlink(self.path("secret"), output)
+        status, out, err = self.command(JOBMAN, "logs", "1")
+        self.assertEqual((1, ""), (status, out))
+        self.assertRegex(err, r"\n.*symbolic links")
 
     def test_nothing_printed_is_one_sentence(self):
         for jobid in ("1", "12"):

@@ -884,7 +884,9 @@ def read_outcomes(lines):
     """Yield the outcomes in lines of a spool file, those that are any."""
     for line in lines:
         with contextlib.suppress(ValueError, TypeError):
-            yield Outcome(**json.loads(line.decode("ascii")))
+            outcome = Outcome(**json.loads(line.decode("ascii")))
+            if outcome.claim:  # as workers write it
+                yield outcome
 
 
 class Spool:
@@ -1465,7 +1467,7 @@ class Slot:
 
     def __init__(self, folder, number):
         self.number = number
-        self.result = os.path.join(folder, "result-%d" % number)
+        self.put_results(folder)
         pipes = [os.pipe() for _ in "12"]
         self.readers = [reader for reader, _ in pipes]
         self.writers = [writer for _, writer in pipes]
@@ -1474,6 +1476,24 @@ class Slot:
         self.null = os.open(os.devnull, os.O_RDONLY)
         self.input = None
         self.output = None  # of its command, until it is told
+
+    def put_results(self, folder):
+        """Have commands leave their results in a folder of ours."""
+        self.result = os.path.join(folder, "result-%d" % self.number)
+        self.owner = os.stat(folder).st_uid  # ids may be mapped
+
+    def clear_result(self):
+        """Remove the last result; create another folder if ours is gone.
+
+        A job or a cleaner of /tmp may have removed it, and another user may
+        have created it anew.
+        """
+        folder = os.path.dirname(self.result)
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(folder).st_uid == self.owner:
+                return remove(self.result)
+        place, name = os.path.split(folder)
+        self.put_results(tempfile.mkdtemp(prefix=name + ".", dir=place))
 
     def given(self, data):
         """Return a descriptor from which a command can read `data`."""
@@ -1548,10 +1568,7 @@ class Attempt:
         Raises OSError, or ValueError for words that no command can have.
         """
         argv, cwd = [to_bytes(word) for word in argv], self.job.get("cwd")
-        folder = os.path.dirname(self.slot.result)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o700)  # a job may have removed it
-        remove(self.slot.result)
+        self.slot.clear_result()
         stdin = self.slot.given(given) if given else self.slot.null
         self.began = time.monotonic()
         self.pid = start_process(
@@ -1570,6 +1587,8 @@ class Attempt:
                 found = os.fstat(file.fileno())
                 if not stat.S_ISREG(found.st_mode):
                     raise ValueError("it is no file")
+                if found.st_uid not in (self.slot.owner, 0):
+                    raise ValueError("it is another user's")
                 text = file.read(RESULT_LIMIT + 1)
         except FileNotFoundError:
             return {}
@@ -2157,7 +2176,8 @@ class Worker:
         self.put_down()
         self.claims.close(ended=True)
         self.guard.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for slot, _ in self.slots.values():
+            shutil.rmtree(os.path.dirname(slot.result), ignore_errors=True)
 
     # Claims come
 
