@@ -86,6 +86,7 @@ MAX_VALUES = 4000000  # brackets and commas in a body: they take memory
 MAX_JOBS = 250000  # in one request
 MAX_DEPTH = 200  # of nested lists and objects in a jobcmd
 MAX_CONNECTIONS = 20000
+LEAST_CONNECTIONS = 8  # a worker needs two, a page some more
 FILES_KEPT = 100  # descriptors that connections leave to everything else
 LARGE_BODY = 2**14  # bytes from which a body counts as large
 LARGE_BODIES = 4  # large bodies that are parsed at a time
@@ -5046,6 +5047,10 @@ def serving(options, access_file, jobix=None):
     `jobix` is the own one, if not that of the database. Hands out the Server
     and the content of its access file.
     """
+    if connections_bound() < LEAST_CONNECTIONS:
+        raise CommandError(
+            "The limits on open files (ulimit -n) or processes (ulimit -u)"
+            " are too low for a server; raise them.")
     tls, fingerprint = credentials(options)
     server = listen(options.host, options.port)
     server.tls = tls
@@ -5093,11 +5098,12 @@ def until_signal():
     return ending
 
 
-def raise_file_limit():
-    """Let the process open as many files, so connections, as it may."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+def raise_file_limit(enough=math.inf):
+    """Let the process open enough files, so connections, if it may."""
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (max(soft, min(enough, most)), most))
 
 
 ANNOUNCEMENT = """\
@@ -6544,6 +6550,7 @@ def sum_up(this, figures, progress):
 def run(options):
     """Run a command for each item; exit status 1 when a job failed."""
     worker_script()
+    raise_file_limit(1024)  # the usual limit, which the commands inherit
     source = open_items(options)
     ending = until_signal()
     access_file = options.db + ".access"

@@ -12435,6 +12435,20 @@ class RunTest(TemporaryFolder):
         self.assertEqual([], [i for i in done if log.count(i) != 1])
         self.assertLessEqual(len(log), len(items) + 4)
 
+    def test_few_open_files_are_raised_or_told(self):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for limits, status, printed, said in (
+            ((64, most), 0, "1024\n" * 2, "2 of 2 done"),
+            ((107, 107), 1, "",
+             r"\Ajobman\.py: [^\n]*\(ulimit -n\)[^\n]*\.\n\Z"),
+        ):
+            done, out, err = self.finish(self.start(
+                "ulimit -n; : {}", ":::", "a", "b",
+                preexec_fn=functools.partial(
+                    resource.setrlimit, resource.RLIMIT_NOFILE, limits)))
+            self.assertEqual((status, printed), (done, out), err)
+            self.assertRegex(err, said)
+
     # What it shows
 
     def watch(self, *argv, given=b""):
