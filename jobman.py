@@ -86,6 +86,7 @@ MAX_VALUES = 4000000  # brackets and commas in a body: they take memory
 MAX_JOBS = 250000  # in one request
 MAX_DEPTH = 200  # of nested lists and objects in a jobcmd
 MAX_CONNECTIONS = 20000
+LEAST_CONNECTIONS = 8  # a worker needs two, a page some more
 FILES_KEPT = 100  # descriptors that connections leave to everything else
 LARGE_BODY = 2**14  # bytes from which a body counts as large
 LARGE_BODIES = 4  # large bodies that are parsed at a time
@@ -436,6 +437,11 @@ class SQL:
     RENEW_ALL = """
         update job set expires_at = :now + lease
         where expires_at > 0 and state = 'working'"""
+    # in a copy: no earlier token is accepted, leases lapse at the next start
+    END_CLAIMS = """
+        update job set lease = 0 * lease,
+            claim = case state when 'working' then hex(randomblob(16)) end
+        where claim is not null"""
     FORGET = "delete from job where id = :id"
     FORGET_ATTEMPTS = "delete from attempt where job = :id"
     FORGET_PARENTS = "delete from dependency where child = :id"
@@ -657,6 +663,13 @@ NETWORK_FILE_SYSTEMS = {
     "gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "smb3",
     "smbfs", "virtiofs", "wekafs",
 }
+OPEN_FOLDER = "The folder %s %s: keep jobman's files in a folder of your" \
+    " own (mkdir -m 700 FOLDER)."
+
+
+def home_file(name):
+    """Return the path of one of our files in the home folder."""
+    return os.path.join(os.path.expanduser("~"), ".jobman", name)
 
 
 def remove(path):
@@ -666,13 +679,54 @@ def remove(path):
 
 
 def open_private(path, more_flags=0):
-    """Open a file for reading and writing, created with mode 0600.
+    """Return a descriptor of a file, created with mode 0600."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | more_flags, 0o600)
 
-    Return its descriptor. A symbolic link, which another user may have put
-    there, is refused.
+
+def is_ours(owner, folder):
+    """Return whether a user id is root's, or the one of our files in a folder.
+
+    A network file system may map our id to another.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | more_flags
-    return os.open(path, flags, 0o600)
+    if owner in (os.geteuid(), 0):
+        return True
+    with contextlib.suppress(OSError):
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            return os.fstat(probe.fileno()).st_uid == owner
+    return False
+
+
+def check_folder(folder, *, warn=False):
+    """Raise CommandError if others can write in a folder of jobman's files.
+
+    A journal that they put there would be taken for ours, and they could run
+    commands as us. With `warn`, a group that can write is only reported on
+    standard error.
+    """
+    status = os.stat(folder)
+    if not is_ours(status.st_uid, folder):
+        fault = "belongs to another user"
+    elif status.st_mode & stat.S_IWOTH:
+        fault = "can be written by anyone"
+    elif status.st_mode & stat.S_IWGRP:
+        fault = "can be written by its group"
+        if warn:
+            return say("jobman.py: " + OPEN_FOLDER % (folder, fault))
+    else:
+        return
+    raise CommandError(OPEN_FOLDER % (folder, fault))
+
+
+def make_folder(path, *, warn=False):
+    """Create the folder of a file with mode 0700 if it is missing; check it.
+    """
+    folder = os.path.dirname(os.path.realpath(path))
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+    except OSError as error:
+        raise CommandError("The folder %s can't be made: %s." % (
+            folder, error.strerror)) from None
+    check_folder(folder, warn=warn)
 
 
 def unescape(field):
@@ -734,12 +788,11 @@ class DatabaseLocation:
         self.path = path
         self.file = os.path.realpath(path)  # so that links share a lock file
         self.kind, self.source = find_mount(os.path.dirname(self.file))
-        self.owner, self.locks_work = os.geteuid(), True
+        self.locks_work = True
         probe = "%s.locks.%s" % (self.file, secrets.token_hex(4))
         with contextlib.suppress(OSError):  # then no server can start either
             file = open_private(probe, os.O_EXCL)
             try:
-                self.owner = os.fstat(file).st_uid  # ids may be mapped
                 self.locks_work = try_locks(file)
             finally:
                 os.close(file)
@@ -837,24 +890,6 @@ def refuse_leftovers(*paths):
             % path)
 
 
-def require_owner(path, owner):
-    """Raise CommandError if a file belongs to another user.
-
-    The owner of a database can read its jobix, and so run commands as us.
-    """
-    if os.stat(path).st_uid not in (owner, os.geteuid(), 0):
-        raise CommandError(
-            "%s belongs to another user; name another file." % path)
-
-
-def require_own(path, owner):
-    """Raise CommandError if a file isn't ours; make it private to us."""
-    require_owner(path, owner)
-    status = os.stat(path)
-    if status.st_mode & 0o077 and status.st_uid == os.geteuid():
-        os.chmod(path, 0o600)
-
-
 def recover(location):
     """Bring a database that no other process uses into a single file.
 
@@ -886,7 +921,6 @@ def open_writer(location):
                 location.file + "-wal", location.file + "-journal")
             os.close(open_private(location.file))
             undo.callback(remove, location.file)
-        require_own(path, location.owner)
         if location.exclusive:
             recover(location)
         connection = connect(path, readonly=False, vfs=location.vfs)
@@ -985,8 +1019,9 @@ class ServerLock:
         if shared and location.exclusive:
             raise CommandError(
                 "%s, so servers can't share it: put it on a local file system"
-                " (such as /tmp or /dev/shm, or a disk of this host), or run"
-                " only one server, without --shared." % location.describe()
+                " (a disk of this host, or a folder of your own in /dev/shm),"
+                " or run only one server, without --shared."
+                % location.describe()
             )
         self.location = location
         self.path = location.file + ".lock"
@@ -4138,8 +4173,7 @@ def respond(store, request):
 
 def access_path():
     """Return where the access file is, unless an option says otherwise."""
-    default = os.path.join(os.path.expanduser("~"), ".jobman", "access.json")
-    return os.environ.get("JOBMAN_ACCESS") or default
+    return os.environ.get("JOBMAN_ACCESS") or home_file("access.json")
 
 
 def replace_file(what, path, data, mode):
@@ -4198,7 +4232,6 @@ def own_certificate(path):
     """
     key = path + ".key"
     if os.path.exists(key):
-        require_own(key, os.geteuid())
         return key
     if shutil.which("openssl") is None:
         raise CommandError(
@@ -4913,11 +4946,13 @@ class Application:
         get = os.environ.get
         waiters = from_query(COUNT)(
             get("JOBMAN_WAITERS", "2"), "JOBMAN_WAITERS")
+        path, url = get("JOBMAN_DB", "jobman.db"), get("JOBMAN_URL")
+        make_folder(path)
         store = Store(
-            get("JOBMAN_DB", "jobman.db"), shared=True, waiters=waiters,
-            jobix=given_jobix(), open_to_all=get("JOBMAN_OPEN") == "1")
-        url = get("JOBMAN_URL")
+            path, shared=True, waiters=waiters, jobix=given_jobix(),
+            open_to_all=get("JOBMAN_OPEN") == "1")
         if url is not None:
+            make_folder(access_path())
             write_access(access_path(), url, store)
         return store
 
@@ -5036,6 +5071,10 @@ def serving(options, access_file, jobix=None):
     that comes before the database is open ends the process at once: a server
     may have to watch another's heartbeat first.
     """
+    if connections_bound() < LEAST_CONNECTIONS:
+        raise CommandError(
+            "The limits on open files (ulimit -n) or processes (ulimit -u)"
+            " are too low for a server; raise them.")
     server = listen(options.host, options.port)
     server.tls, fingerprint = credentials(options, local=is_local(server))
     server.store = Store(
@@ -5066,11 +5105,12 @@ def serving(options, access_file, jobix=None):
         server.stop()
 
 
-def raise_file_limit():
-    """Let the process open as many files, so connections, as it may."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+def raise_file_limit(enough=math.inf):
+    """Let the process open enough files, so connections, if it may."""
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (max(soft, min(enough, most)), most))
 
 
 ANNOUNCEMENT = """\
@@ -5110,6 +5150,8 @@ def serve(options):
     raise_file_limit()
     gc.set_threshold(50000)  # a large body of JSON is no garbage
     access_file = options.access or access_path()
+    for path in (options.db, access_file):
+        make_folder(path)
     with contextlib.ExitStack() as stack:
         server, access, ending = stack.enter_context(
             serving(options, access_file, given_jobix(options.jobix_file)))
@@ -6172,10 +6214,23 @@ def verify(options):
     return 1 if found else 0
 
 
+def open_own(path):
+    """Open a regular file of ours for reading; raise OSError for any other."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+    file = open(os.open(path, flags), "rb")
+    status = os.fstat(file.fileno())
+    ours = is_ours(status.st_uid, os.path.dirname(path))
+    if ours and stat.S_ISREG(status.st_mode):
+        return file
+    file.close()
+    raise PermissionError(errno.EPERM, "not a regular file of yours", path)
+
+
 def printed_by(jobid, folder, space):
     """Return what the attempts at a job have printed, as the logs have it.
 
     A list of (began, stage, attempt, stream, offset, length, path) in order.
+    Files of other users are left out.
     """
     line = re.compile(rb"^%d (\d+) (\d+) (\d+) ([12]) (\d+) (\d+)$" % jobid,
                       re.M)
@@ -6183,7 +6238,7 @@ def printed_by(jobid, folder, space):
     for name in sorted(os.listdir(folder)):
         if name.endswith(".index") and name.split(".")[-3:-2] == [space]:
             path = os.path.join(folder, name)
-            with open(path, "rb") as file:
+            with contextlib.suppress(OSError), open_own(path) as file:
                 for match in line.finditer(file.read()):
                     stage, attempt, began, *piece = map(int, match.groups())
                     output = path[: -len("index")] + "out"
@@ -6211,7 +6266,7 @@ def logs(options):
             say("--- stage %d, attempt %d, %s, %s" % (
                 stage, attempt, os.path.basename(path).rsplit(".", 3)[0],
                 clock_time(began / 1000)))
-        with open(path, "rb") as file:
+        with open_own(path) as file:
             file.seek(offset)
             target = sys.stdout if stream == 1 else sys.stderr
             target.buffer.write(file.read(length))
@@ -6497,8 +6552,10 @@ def sum_up(this, figures, progress):
 def run(options):
     """Run a command for each item; exit status 1 when a job failed."""
     worker_script()
+    raise_file_limit(1024)  # the usual limit, which the commands inherit
     source = open_items(options)
     access_file = options.db + ".access"
+    make_folder(options.db, warn=True)
     progress = Progress(sys.stderr)
     with serving(options, access_file) as (server, access, ending):
         say("Watch it at " + page_address(access, sys.stderr))
@@ -6889,7 +6946,10 @@ def open_snapshot(path):
 
 
 def copy_tables(copy):
-    """Copy all of the attached database `source`, in one transaction."""
+    """Copy all of the attached database `source`, in one transaction.
+
+    The copy has no live claims: their workers go on with the source.
+    """
     execute = copy.execute
     execute("begin")
     for kind in ("table", "index"):
@@ -6904,6 +6964,7 @@ def copy_tables(copy):
     for mark in ("application_id", "user_version"):
         value = execute("pragma source.%s" % mark).fetchone()[0]
         execute("pragma main.%s = %d" % (mark, value))
+    execute(SQL.END_CLAIMS)
     execute("commit")
 
 
@@ -7748,30 +7809,18 @@ def look_at_proxies(patient):
 
 def look_at_database(patient):
     """Return which database there is, None where none is named."""
-    path = patient.options.db
-    if path is None and os.path.lexists("jobman.db"):
-        path = "jobman.db"
-    if path is None:
+    path = patient.options.db or home_file("jobman.db")
+    if not (patient.options.db or os.path.lexists(path)):
         return None
-    folder = os.path.dirname(os.path.realpath(path))
-    if os.path.isdir(path) or not os.path.isdir(folder):
-        raise CommandError(
-            "%s can't be a database; name a file in a folder that"
-            " is there" % path)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise CommandError(
-            "Nothing can be written in %s, and a database has files"
-            " beside it; name another" % folder)
     version = inspect(path)
     patient.location = DatabaseLocation(path)
+    folder = os.path.dirname(patient.location.file)
+    if os.path.isdir(folder):
+        check_folder(folder)
     if version == 0:
         return "%s isn't there yet; serve makes it" % path
-    require_owner(path, patient.location.owner)
     if not os.access(path, os.W_OK):
         raise CommandError("%s can't be written; chmod u+w it" % path)
-    if os.stat(path).st_mode & 0o077:
-        raise CommandError(
-            "Others can read %s, and its jobix; chmod 600 it" % path)
     return "%s, schema %d" % (path, version)
 
 
@@ -7897,8 +7946,8 @@ def add_serve(command):
     """Describe serve."""
     command.set_defaults(check=check_serve)
     add = command.add_argument
-    add("--db", default="jobman.db", metavar="FILE",
-        help="the database (default jobman.db)")
+    add("--db", default=home_file("jobman.db"), metavar="FILE",
+        help="the database (default ~/.jobman/jobman.db)")
     add("--host", default="127.0.0.1",
         help="address to listen at (default 127.0.0.1)")
     add("--port", type=int, default=8642, help="default 8642; 0: any free")
@@ -8218,15 +8267,15 @@ def add_check(command):
     """Describe check."""
     add_output(command)
     command.add_argument(
-        "--db", default="jobman.db", metavar="FILE",
-        help="the database (default jobman.db)")
+        "--db", default=home_file("jobman.db"), metavar="FILE",
+        help="the database (default ~/.jobman/jobman.db)")
 
 
 def add_doctor(command):
     """Describe doctor."""
     command.add_argument(
         "--db", metavar="FILE",
-        help="the database (default: jobman.db, if it is here)")
+        help="the database (default: ~/.jobman/jobman.db, if it is there)")
     add_client(command)
 
 

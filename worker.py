@@ -744,9 +744,38 @@ def namespace(jobix):
     return hashlib.sha256(b"jobman %d" % int(jobix)).hexdigest()[:12]
 
 
+def is_ours(owner, folder):
+    """Return whether a user id is root's, or the one of our files in a folder.
+
+    A network file system may map our id to another.
+    """
+    if owner in (os.geteuid(), 0):
+        return True
+    with contextlib.suppress(OSError):
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            return os.fstat(probe.fileno()).st_uid == owner
+    return False
+
+
+def check_folder(folder):
+    """Raise OSError if a folder exists and others can write in it.
+
+    Results that they put there would be taken for ours.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        status = os.stat(folder)
+        if status.st_mode & 0o022 or not is_ours(status.st_uid, folder):
+            raise OSError(
+                "The folder %s can be written by other users: keep jobman's"
+                " files in a folder of your own (mkdir -m 700 FOLDER)."
+                % folder)
+
+
 def append_to(path):
     """Return a descriptor that writes at the end of a file, for us alone."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    folder = os.path.dirname(path)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    check_folder(folder)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
 
 
@@ -766,6 +795,7 @@ class OutputLog:
     """
 
     def __init__(self, path):
+        check_folder(os.path.dirname(path))
         self.path = path
         self.fds = None
         self.pieces = []  # not written yet: [key, stream, data]
@@ -854,7 +884,9 @@ def read_outcomes(lines):
     """Yield the outcomes in lines of a spool file, those that are any."""
     for line in lines:
         with contextlib.suppress(ValueError, TypeError):
-            yield Outcome(**json.loads(line.decode("ascii")))
+            outcome = Outcome(**json.loads(line.decode("ascii")))
+            if outcome.claim:  # as workers write it
+                yield outcome
 
 
 class Spool:
@@ -867,6 +899,7 @@ class Spool:
     SUFFIX = ".spool"
 
     def __init__(self, folder, name):
+        check_folder(folder)
         self.folder = folder
         self.path = os.path.join(folder, name + self.SUFFIX)
         self.fd = None
@@ -904,6 +937,7 @@ class Spool:
         """Return the outcomes that workers which have ended left behind."""
         found, names = [], []
         with contextlib.suppress(OSError):
+            check_folder(self.folder)
             names = sorted(os.listdir(self.folder))
         for name in names:
             path = os.path.join(self.folder, name)
@@ -1180,7 +1214,7 @@ class Claims:
             self.spool.add(fresh)
         except OSError as error:
             return self.say("%s can't be written: %s" % (
-                self.spool.path, error.strerror))
+                self.spool.path, error.strerror or error))
         self.spooled = len(self.waiting)
         self.safe(len(fresh))
 
@@ -1433,7 +1467,7 @@ class Slot:
 
     def __init__(self, folder, number):
         self.number = number
-        self.result = os.path.join(folder, "result-%d" % number)
+        self.put_results(folder)
         pipes = [os.pipe() for _ in "12"]
         self.readers = [reader for reader, _ in pipes]
         self.writers = [writer for _, writer in pipes]
@@ -1442,6 +1476,24 @@ class Slot:
         self.null = os.open(os.devnull, os.O_RDONLY)
         self.input = None
         self.output = None  # of its command, until it is told
+
+    def put_results(self, folder):
+        """Have commands leave their results in a folder of ours."""
+        self.result = os.path.join(folder, "result-%d" % self.number)
+        self.owner = os.stat(folder).st_uid  # ids may be mapped
+
+    def clear_result(self):
+        """Remove the last result; create another folder if ours is gone.
+
+        A job or a cleaner of /tmp may have removed it, and another user may
+        have created it anew.
+        """
+        folder = os.path.dirname(self.result)
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(folder).st_uid == self.owner:
+                return remove(self.result)
+        place, name = os.path.split(folder)
+        self.put_results(tempfile.mkdtemp(prefix=name + ".", dir=place))
 
     def given(self, data):
         """Return a descriptor from which a command can read `data`."""
@@ -1516,10 +1568,7 @@ class Attempt:
         Raises OSError, or ValueError for words that no command can have.
         """
         argv, cwd = [to_bytes(word) for word in argv], self.job.get("cwd")
-        folder = os.path.dirname(self.slot.result)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o700)  # a job may have removed it
-        remove(self.slot.result)
+        self.slot.clear_result()
         stdin = self.slot.given(given) if given else self.slot.null
         self.began = time.monotonic()
         self.pid = start_process(
@@ -1535,8 +1584,11 @@ class Attempt:
         try:
             flags = os.O_RDONLY | os.O_NONBLOCK  # it may be a pipe
             with open(os.open(self.slot.result, flags), "rb") as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                found = os.fstat(file.fileno())
+                if not stat.S_ISREG(found.st_mode):
                     raise ValueError("it is no file")
+                if found.st_uid not in (self.slot.owner, 0):
+                    raise ValueError("it is another user's")
                 text = file.read(RESULT_LIMIT + 1)
         except FileNotFoundError:
             return {}
@@ -2124,7 +2176,8 @@ class Worker:
         self.put_down()
         self.claims.close(ended=True)
         self.guard.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for slot, _ in self.slots.values():
+            shutil.rmtree(os.path.dirname(slot.result), ignore_errors=True)
 
     # Claims come
 
@@ -2505,7 +2558,7 @@ class Worker:
                 self.log.flush()
             except OSError as error:
                 self.put_in_quarantine("%s.out can't be written: %s" % (
-                    self.log.path, error.strerror))
+                    self.log.path, error.strerror or error))
         for attempt, verb, values in self.over:
             if verb is None:
                 job = attempt.job
