@@ -4591,7 +4591,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             response = error_response(error)
         else:
             response = respond(self.server.store, request)
-            self.unread = not request.loaded
+            refused = response.status in (401, 403)  # one try a connection
+            self.unread = refused or not request.loaded
         self.send(response)
 
     def read_request(self):
@@ -4622,8 +4623,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, response):
         """Send a response, and say whether the connection goes on."""
-        refused = response.status in (401, 403)  # one try a connection
-        if self.unread or self.server.ending or refused:
+        if self.unread or self.server.ending:
             self.close_connection = True
         fate = "close"
         if not self.close_connection:

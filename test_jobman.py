@@ -5731,7 +5731,8 @@ class RandomJsonTest(SeededCase):
 
     def setUp(self):
         super().setUp()
-        self.store = jobman.Store(self.path("jobman.db"), clock=Clock())
+        self.store = jobman.Store(
+            self.path("jobman.db"), clock=Clock(), open_to_all=True)
         self.addCleanup(self.store.close)
         self.fuzz = Fuzz(self.random, "x")
         self.database = sqlite3.connect(self.path("jobman.db"))
