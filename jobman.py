@@ -1266,7 +1266,7 @@ class Transaction:
         self.now = now
         self.sums = {}  # what to add to two columns, by (table, *key)
         self.freed = Counter()  # jobs set free, by (namespace, stage)
-        self.stages = set()  # (namespace, stage) that are in their table
+        self.stages = {}  # sets of those in their table, by namespace
         self.ended = OrderedDict()  # (end, last child told) by parent
 
     def add(self, first, second, *key):
@@ -1776,7 +1776,7 @@ class Store:
         self.open_to_all = open_to_all
         self.namespaces = {}  # ids of those in use, by jobix
         self.unfinished = {}  # what propagate() left for the next commit
-        self.known_stages = set()  # (namespace, stage) in their table
+        self.known_stages = {}  # sets of those in their table, by namespace
         self.wait_queue = WaitQueue(waiters)
         self.large_bodies = threading.BoundedSemaphore(LARGE_BODIES)
         self.ending = threading.Event()
@@ -1832,7 +1832,7 @@ class Store:
     def after_commit(self, tx):
         """Keep unfinished propagation, wake long polls for freed jobs."""
         self.unfinished = tx.ended
-        self.known_stages |= tx.stages
+        self.known_stages.update(tx.stages)
         for key, n in tx.freed.items():
             self.wait_queue.wake(key, n)
 
@@ -2395,25 +2395,27 @@ class Store:
     # Stages
 
     def add_stages(self, tx, namespace, stages):
-        """Make sure that stages are in their table.
+        """Make sure that a set of stages is in their table.
 
         Raises Error 400, before anything is written, for more than a
         namespace may have.
         """
-        wanted = {(namespace, stage) for stage in stages}
-        if wanted <= self.known_stages or wanted <= tx.stages:
+        if stages <= self.known_stages.get(namespace, set()):
             return
-        rows = tx.execute(SQL.STAGES, {"namespace": namespace})
-        known = {(namespace, row["stage"]) for row in rows}
-        if len(known | wanted) > MAX_STAGES:
+        if namespace not in tx.stages:
+            rows = tx.execute(SQL.STAGES, {"namespace": namespace})
+            tx.stages[namespace] = {row["stage"] for row in rows}
+        known = tx.stages[namespace]
+        new = stages - known
+        if len(known) + len(new) > MAX_STAGES:
             raise Error(400, "A jobix can't have over %d different stages."
                         % MAX_STAGES)
-        tx.executemany(SQL.ADD_STAGE, wanted - known)
-        tx.stages |= known | wanted
+        tx.executemany(SQL.ADD_STAGE, [(namespace, stage) for stage in new])
+        known |= new
 
     def change_stages(self, tx, namespace, changes):
         """Write the columns in `changes`, a dict by stage of dicts."""
-        self.add_stages(tx, namespace, changes)
+        self.add_stages(tx, namespace, set(changes))
         key = {"namespace": namespace}
         for row in tx.execute(SQL.STAGES, key).fetchall():
             if row["stage"] in changes:

@@ -6926,6 +6926,17 @@ class CostTest(StoreCase):
         self.ok("/cancel", {"ids": list(range(8000, 12000))})
         self.assertLess(self.costs()["claim"], few * 1.2 + 50)
 
+    def test_many_updates_to_stages_too_many_cost_one_look_at_them(self):
+        self.set_jobs([1])
+        self.assertReply(200, self.post("/set", {
+            i: {"jobstage": i} for i in range(1001, 2000)}))
+        costs = []
+        for n in (1, 100):
+            updates = [dict(jobid=1, stage=5000 + i) for i in range(n)]
+            costs.append(self.steps(functools.partial(
+                self.store.update_jobs, self.namespace, updates)))
+        self.assertLess((costs[1] - costs[0]) / 99, 60, costs)
+
     def test_names_are_looked_up_for_a_stage_that_is_no_number(self):
         self.jobix = self.store.jobix  # needs no look-up itself
         self.ok("/stages", {"0": {"name": "align"}})
@@ -17760,11 +17771,12 @@ class BrowserTest(StoreCase):
 
     def test_it_shows_a_bar_for_each_stage(self):
         self.pipeline()
+        self.ok("/stages", {"4": {"name": "end"}})
         self.clock.advance(61)
         self.store.tick()
         self.show()
         stages = self.see("#stages", "Stage 0", "Stage 1", "Stage 2",
-                          "Stage 4", "50 jobs", "lifetime 1 min",
+                          "Stage 4: end", "50 jobs", "lifetime 1 min",
                           "40 waiting", "10 failed", "50 expired", "20 done")
         self.assertLess(stages.index("Stage 0"), stages.index("Stage 4"))
         share = self.browser.script(
