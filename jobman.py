@@ -74,6 +74,7 @@ __version__ = "0.1.0"
 MAX_JOBIX = 2**63 - 1
 MAX_JOBID = 2**53 - 1
 MAX_STAGE = 1000000
+MAX_STAGES = 1000  # different ones in a namespace
 MAX_MINUTES = 10**9
 MAX_SECONDS = 10**9
 MAX_WAIT = 60  # seconds that a long poll may last
@@ -248,7 +249,7 @@ create table namespace (
     laststage integer,                 -- the last stage that /init named
     last_jobid integer not null default 0);  -- the highest one forgotten
 
-create table stage (
+create table stage (                   -- every one that was ever in use
     namespace integer not null, stage integer not null,
     minutes integer,                   -- lifetime, 0: no limit, null: not set
     paused integer not null default 0,
@@ -388,7 +389,11 @@ class SQL:
     # … and the rest of it
     WHOLE_JOB = STATE + """, free, priority, laststage, timeout, jobcmd,
         filename, files, files_stage, cwd, outputs from job """
-    SHOWN_JOB = WHOLE_JOB + "where namespace = :namespace and jobid = :jobid"
+    SHOWN_JOB = """
+        select *, (select name from stage where namespace = :namespace
+            and stage.stage = shown.stage) as stage_name from (""" + \
+        WHOLE_JOB + """
+            where namespace = :namespace and jobid = :jobid) as shown"""
     CONTENT = """
         select jobcmd, filename, files, files_stage from job where id = :id"""
     # one look-up in job_queue, however many jobs there are
@@ -547,12 +552,9 @@ class SQL:
     STAGES = """
         select stage, minutes, paused, name from stage
         where namespace = :namespace order by stage"""
-    ADD_STAGE = """
-        insert or ignore into stage (namespace, stage)
-        values (:namespace, :stage)"""
+    ADD_STAGE = "insert into stage (namespace, stage) values (?, ?)"
     SET_STAGE = """
-        update stage set minutes = coalesce(:minutes, minutes),
-            paused = coalesce(:paused, paused)
+        update stage set minutes = :minutes, paused = :paused, name = :name
         where namespace = :namespace and stage = :stage"""
     # jobs that are done now that there is a last stage
     NEWLY_DONE = ANY_JOB + """
@@ -1302,6 +1304,7 @@ class Transaction:
         self.now = now
         self.sums = {}  # what to add to two columns, by (table, *key)
         self.freed = Counter()  # jobs set free, by (namespace, stage)
+        self.stages = {}  # sets of those in their table, by namespace
         self.ended = OrderedDict()  # (end, last child told) by parent
 
     def add(self, first, second, *key):
@@ -1817,6 +1820,7 @@ class Store:
         self.open_to_all = open_to_all
         self.namespaces = {}  # ids of those in use, by jobix
         self.unfinished = {}  # what propagate() left for the next commit
+        self.known_stages = {}  # sets of those in their table, by namespace
         self.wait_queue = WaitQueue(waiters)
         self.large_bodies = threading.BoundedSemaphore(LARGE_BODIES)
         self.ending = threading.Event()
@@ -1873,6 +1877,7 @@ class Store:
     def after_commit(self, tx):
         """Keep unfinished propagation, wake long polls for freed jobs."""
         self.unfinished = tx.ended
+        self.known_stages.update(tx.stages)
         for key, n in tx.freed.items():
             self.wait_queue.wake(key, n)
 
@@ -2102,6 +2107,7 @@ class Store:
                 job["max_attempts"], job["timeout"], job["cwd"],
                 job["outputs"],
             ))
+        self.add_stages(tx, namespace, {stage for stage, _ in groups})
         for (stage, state), rows in groups.items():
             new = self.insert_rows(tx, rows)
             tx.count(new, 0, namespace, stage, state)
@@ -2170,6 +2176,8 @@ class Store:
             key = {"namespace": namespace, "stage": stage,
                    "limit": n - len(jobs)}
             jobs += map(as_dict, tx.execute(SQL.FREE, key))
+        self.add_stages(tx, namespace, {
+            job["stage"] + 1 if target is None else target for job in jobs})
         tokens = secrets.token_urlsafe(9 * len(jobs))  # 12 characters each
         moves = [
             self.claim_one(
@@ -2234,6 +2242,7 @@ class Store:
         job = self.find(tx, namespace, jobid)
         if self.already_ended(tx, job, claim, "done", stage):
             return
+        self.add_stages(tx, namespace, {stage})
         given = self.replace(tx, job, new) if new else None
         self.end_attempt(
             tx, job, "done", target=stage, report=report, given=given)
@@ -2435,51 +2444,90 @@ class Store:
 
     # Stages
 
+    def add_stages(self, tx, namespace, stages):
+        """Make sure that a set of stages is in their table.
+
+        Raises Error 400, before anything is written, for more than a
+        namespace may have.
+        """
+        if stages <= self.known_stages.get(namespace, set()):
+            return
+        if namespace not in tx.stages:
+            rows = tx.execute(SQL.STAGES, {"namespace": namespace})
+            tx.stages[namespace] = {row["stage"] for row in rows}
+        known = tx.stages[namespace]
+        new = stages - known
+        if len(known) + len(new) > MAX_STAGES:
+            raise Error(400, "A jobix can't have over %d different stages."
+                        % MAX_STAGES)
+        tx.executemany(SQL.ADD_STAGE, [(namespace, stage) for stage in new])
+        known |= new
+
+    def change_stages(self, tx, namespace, changes):
+        """Write the columns in `changes`, a dict by stage of dicts."""
+        self.add_stages(tx, namespace, set(changes))
+        key = {"namespace": namespace}
+        for row in tx.execute(SQL.STAGES, key).fetchall():
+            if row["stage"] in changes:
+                values = dict(as_dict(row), **changes[row["stage"]])
+                tx.execute(SQL.SET_STAGE, dict(key, **values))
+
     @change
     def pause(self, tx, namespace, stage, *, paused):
         """Hand out no more jobs of a stage, or go on with it."""
-        self.set_stage(tx, namespace, stage, paused=int(paused))
+        self.change_stages(tx, namespace, {stage: {"paused": int(paused)}})
         key = {"namespace": namespace, "stage": stage}
         tx.freed[namespace, stage] += \
             tx.execute(SQL.COUNT_FREE, key).fetchone()[0]
 
-    def minutes(self, execute, namespace):
-        """Return the lifetimes of a namespace: {stage: minutes}."""
+    def stage_values(self, execute, namespace):
+        """Return {stage: {"name", "minutes"}}, without what isn't set."""
         rows = execute(SQL.STAGES, {"namespace": namespace})
-        return {row["stage"]: row["minutes"] for row in rows
-                if row["minutes"] is not None}
+        return {
+            row["stage"]: {name: row[name] for name in ("name", "minutes")
+                           if row[name] is not None}
+            for row in rows if row["name"] or row["minutes"] is not None}
 
-    lifetimes = query(minutes)
+    stages = query(stage_values)
 
     @change
     def init(self, tx, namespace, minutes):
         """Set the lifetimes of stages 0 … n, and n as the last stage.
 
-        Only if the namespace has no lifetime yet. Returns {stage: minutes}
-        as they are in force.
+        Only if the namespace has no lifetime yet.
         """
-        if not self.minutes(tx.execute, namespace):
-            for stage, value in enumerate(minutes):
-                self.set_stage(tx, namespace, stage, minutes=value)
+        stages = self.stage_values(tx.execute, namespace)
+        if not any("minutes" in values for values in stages.values()):
+            self.change_stages(tx, namespace, {
+                stage: {"minutes": value}
+                for stage, value in enumerate(minutes)})
             key = {"namespace": namespace, "laststage": len(minutes) - 1}
             tx.execute(SQL.SET_LASTSTAGE, key)
             for job in tx.execute(SQL.NEWLY_DONE, key).fetchall():
                 self.move(tx, as_dict(job), state="done",
                           entered_at=job["entered_at"])
-        return self.minutes(tx.execute, namespace)
-
-    def set_stage(self, tx, namespace, stage, *, minutes=None, paused=None):
-        """Write the lifetime of a stage, or whether it is paused."""
-        values = {"namespace": namespace, "stage": stage, "minutes": minutes,
-                  "paused": paused}
-        tx.execute(SQL.ADD_STAGE, values)
-        tx.execute(SQL.SET_STAGE, values)
 
     @change
-    def set_lifetime(self, tx, namespace, stage, minutes):
-        """Set the lifetime of a stage, and mark its jobs accordingly."""
-        self.set_stage(tx, namespace, stage, minutes=minutes)
-        self.mark_expired(tx, namespace, stage, minutes)
+    def set_stages(self, tx, namespace, changes):
+        """Change names and lifetimes of stages, and mark jobs accordingly.
+
+        `changes` is {stage: {"name", "minutes"}}: None takes a value away, a
+        missing one stays. Raises Error 400 for too many stages, 409 for a
+        name that two would have. Returns what stage_values() does.
+        """
+        stages = self.stage_values(tx.execute, namespace)
+        for stage, values in changes.items():
+            stages[stage] = dict(stages.get(stage, {}), **values)
+        names = [values["name"] for values in stages.values()
+                 if values.get("name")]
+        if len(set(names)) < len(names):
+            raise Error(409, "Two stages can't have the name %s."
+                        % max(names, key=names.count))
+        self.change_stages(tx, namespace, changes)
+        for stage, values in changes.items():
+            if "minutes" in values:
+                self.mark_expired(tx, namespace, stage, values["minutes"])
+        return self.stage_values(tx.execute, namespace)
 
     def mark_expired(self, tx, namespace, stage, minutes):
         """Mark the jobs of a stage that are over its lifetime, no others."""
@@ -2508,7 +2556,7 @@ class Store:
         return not any(
             tx.execute(SQL.EXPIRED, {
                 "namespace": namespace, "stage": stage}).fetchone()
-            for stage in self.minutes(tx.execute, namespace)
+            for stage in self.stage_values(tx.execute, namespace)
         )
 
     @change
@@ -2519,6 +2567,7 @@ class Store:
         back. Returns whether nothing was marked in `old`, and how many jobs
         moved.
         """
+        self.add_stages(tx, namespace, {new})
         self.mark_all_expired(tx)
         key = {"namespace": namespace, "stage": old}
         marked = [as_dict(job) for job in tx.execute(SQL.EXPIRED, key)]
@@ -2804,15 +2853,22 @@ class Store:
     def workers(self, execute, namespace, *, within):
         """Return the time, and the workers heard `within` so many seconds.
 
-        They are dicts in the columns of the table, the latest first.
+        They are dicts in the columns of the table, the latest first, with the
+        `stage_names` of their stages.
         """
         now = self.clock()
         key = {"namespace": namespace, "since": now - within}
-        return now, [
+        workers = [
             dict(row, stages=from_json(row["stages"] or "null"),
                  drain=bool(row["drain"]))
             for row in execute(SQL.WORKERS, key)
         ]
+        values = self.stage_values(execute, namespace)
+        for worker in workers:
+            worker["stage_names"] = worker["stages"] and [
+                values.get(stage, {}).get("name")
+                for stage in worker["stages"]]
+        return now, workers
 
     @query
     def failures(self, execute, namespace):
@@ -2904,6 +2960,7 @@ class Store:
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,25}")
 DECIMAL = re.compile(r"[0-9]{1,10}\.[0-9]+")
 CLAIM_TOKEN = re.compile(r"[\w-]{1,64}", re.A)
+STAGE_NAME = re.compile(r"(?!(all|last)\Z)[A-Za-z][A-Za-z0-9_.-]{0,63}")
 
 
 def number(text):
@@ -2925,8 +2982,8 @@ class Request:
     `path` is percent-decoded, and its leading slashes count as one; `headers`
     have lower-case names. `receive()` returns the body of `length` bytes, or
     raises OSError or Error; None: there is no body. `gone()` tells whether
-    the caller has hung up. authorize() sets `jobix`, its `namespace` and
-    whether it is `readonly`.
+    the caller has hung up. authorize() sets `jobix`, its `namespace`, whether
+    it is `readonly`, and `stage`, a reader of its stages.
     """
 
     def __init__(
@@ -2941,7 +2998,7 @@ class Request:
         self.body = b""
         self.length = length
         self.gone = gone
-        self.jobix = self.namespace = None
+        self.jobix = self.namespace = self.stage = None
         self.readonly = False
         self.has_turn = False  # one of the few large bodies
 
@@ -3123,15 +3180,36 @@ MINUTES = integer(0, MAX_MINUTES)
 COUNT = integer(0, 2**53)
 
 
-def read_stages(text, name):
-    """Read one stage or several with commas between."""
-    return [STAGE(number(part), name) for part in text.split(",")]
+def is_stage_name(value):
+    """Return whether a value could be the name of a stage."""
+    return is_text(value) and STAGE_NAME.fullmatch(value)
 
 
-stages_served = reader(
-    lambda value: type(value) is list and all(
-        type(stage) is int and 0 <= stage <= MAX_STAGE for stage in value),
-    "a list of stages", to_json)
+stage_name = reader(
+    is_stage_name,
+    "a letter and up to 63 of A-Z a-z 0-9 _ . -, and neither all nor last")
+
+
+def stage_reader(store, request):
+    """Return a reader of stages, by their numbers or their names.
+
+    It raises Error 404 for a name that no stage has. The names are looked up
+    for the first one.
+    """
+    numbers = {}  # by name
+
+    def read(value, name):
+        if not is_stage_name(value):
+            return STAGE(value, name)
+        if not numbers:
+            stages = store.stages(request.namespace)
+            numbers.update((values.get("name"), stage)
+                           for stage, values in stages.items())
+        if value not in numbers:
+            raise Error(404, "No stage has the name %s." % value)
+        return numbers[value]
+
+    return read
 
 
 def read_files(value, name):
@@ -3183,7 +3261,7 @@ BLANK = dict(dict.fromkeys(CARRIES), priority=0)
 # Fields of a heartbeat, each with its reader.
 ABOUT_WORKER = {
     "host": label,
-    "stages": stages_served,
+    "stages": reader(lambda value: type(value) is list, "a list of stages"),
     "slots": COUNT,
     "busy": COUNT,
     "done": COUNT,
@@ -3193,7 +3271,7 @@ ABOUT_WORKER = {
 }
 
 
-def read_job(entry):
+def read_job(entry, readers):
     """Return a job of /set as a dict with all of CARRIES; or Error 400."""
     if type(entry) is not dict:
         raise Error(400, "A job must be an object with its jobstage.")
@@ -3202,19 +3280,31 @@ def read_job(entry):
         if name not in CARRIES:
             raise Error(400, "A job can't carry %.80r." % name)
         if value is not None:
-            job[name] = CARRIES[name](value, name)
+            job[name] = readers[name](value, name)
     if job["jobstage"] is None:
         raise Error(400, "A job's jobstage is missing.")
     return job
 
 
-def read_jobs(entries):
-    """Return jobs of a request, dicts with all of CARRIES; raise Error."""
-    jobs = [read_job(entry) for entry in entries]
+def read_jobs(entries, stage=STAGE):
+    """Return jobs of a request, dicts with all of CARRIES; raise Error.
+
+    `stage` reads their stages.
+    """
+    readers = dict(CARRIES, jobstage=stage, laststage=stage)
+    jobs = [read_job(entry, readers) for entry in entries]
     if sum(len(job["after"]) for job in jobs if job["after"]) > MAX_JOBS:
         raise Error(413, "The jobs of a request may wait for %d others in all."
                     % MAX_JOBS)
     return jobs
+
+
+def read_entries(request):
+    """Return the JSON object in a request's body; raise Error 400."""
+    given = request.json()
+    if type(given) is not dict:
+        raise Error(400, "The body must be a JSON object.")
+    return given
 
 
 def read_object(request, *required):
@@ -3222,9 +3312,7 @@ def read_object(request, *required):
 
     An empty body is {}, unless keys are `required`. Raises Error 400.
     """
-    given = request.json() if request.body or required else {}
-    if type(given) is not dict:
-        raise Error(400, "The body must be a JSON object.")
+    given = read_entries(request) if request.body or required else {}
     for name in required:
         if name not in given:
             raise Error(400, "%s is missing." % name)
@@ -3277,26 +3365,63 @@ def read_result(given):
 # ------------------------------------------------------------- endpoints ---
 
 
+def lifetimes(store, request):
+    """Return the lifetimes of the caller's stages: {stage: minutes}."""
+    stages = store.stages(request.namespace)
+    return {stage: values["minutes"] for stage, values in stages.items()
+            if "minutes" in values}
+
+
 def get_lifetimes(store, request):
     """Show the lifetimes in force."""
-    return Response.json(store.lifetimes(request.namespace))
+    return Response.json(lifetimes(store, request))
 
 
 def get_init(store, request, *minutes):
     """Set the lifetimes of stages 0 … n where there are none yet."""
-    return Response.json(store.init(request.namespace, minutes))
+    store.init(request.namespace, minutes)
+    return get_lifetimes(store, request)
 
 
 def get_lifetime(store, request, stage):
     """Show the lifetime of a stage in minutes, 0 when it has none."""
-    minutes = store.lifetimes(request.namespace).get(stage, 0)
-    return Response.json(minutes)
+    return Response.json(lifetimes(store, request).get(stage, 0))
 
 
 def get_set_lifetime(store, request, stage, minutes):
     """Set the lifetime of a stage."""
-    store.set_lifetime(request.namespace, stage, minutes)
+    store.set_stages(request.namespace, {stage: {"minutes": minutes}})
     return Response.json(minutes)
+
+
+def get_stages(store, request):
+    """Show the names and lifetimes of stages."""
+    return Response.json(store.stages(request.namespace))
+
+
+# What a stage may be given, each with its reader.
+STAGE_VALUES = {"name": stage_name, "minutes": MINUTES}
+
+
+def read_stage_values(given):
+    """Return what /stages gives a stage, null as None; raise Error 400."""
+    if type(given) is not dict:
+        raise Error(400, "A stage must be an object with name or minutes.")
+    for name in given:
+        if name not in STAGE_VALUES:
+            raise Error(400, "A stage can't be given %.80r." % name)
+    return {name: read_optional(given, name, STAGE_VALUES[name])
+            for name in given}
+
+
+def post_stages(store, request):
+    """Give stages names and lifetimes, all or none."""
+    given = read_entries(request)
+    stages = [request.stage(number(stage), "stage") for stage in given]
+    if len(set(stages)) != len(stages):
+        raise Error(400, "A stage is given twice.")
+    changes = dict(zip(stages, map(read_stage_values, given.values())))
+    return Response.json(store.set_stages(request.namespace, changes))
 
 
 def require_order(ids, jobs):
@@ -3322,10 +3447,8 @@ def require_order(ids, jobs):
 
 def post_set(store, request):
     """Add jobs, all or none."""
-    given = request.json()
-    if type(given) is not dict:
-        raise Error(400, "The body must be a JSON object.")
-    jobs = read_jobs(bounded(given).values())
+    given = read_entries(request)
+    jobs = read_jobs(bounded(given).values(), request.stage)
     ids = [JOBID(number(jobid), "jobid") for jobid in given]
     if len(set(ids)) != len(ids):
         raise Error(400, "A jobid is given twice.")
@@ -3339,7 +3462,7 @@ def post_submit(store, request):
     given = read_object(request, "key", "jobs")
     if type(given["jobs"]) is not list:
         raise Error(400, "jobs must be a list.")
-    jobs = read_jobs(bounded(given["jobs"]))
+    jobs = read_jobs(bounded(given["jobs"]), request.stage)
     key = to_json(word(given["key"], "key"))
     ids, = store.submit(request.namespace, [(key, len(jobs))], jobs)
     return Response.json({"ids": list(ids)})
@@ -3413,6 +3536,7 @@ CLAIM_OPTIONS = {
 def get_job_claim(store, request, stages, nextstage=None):
     """Claim a job, or several; wait for one if asked to."""
     given = request.options(**CLAIM_OPTIONS)
+    stages = [request.stage(number(stage), "stage") for stage in stages]
     if nextstage is None:
         STAGE(max(stages) + 1, "the stage that a claim leads to")
     n, wait = given.pop("n"), given.pop("wait") or 0
@@ -3441,14 +3565,14 @@ def get_update_job(store, request, jobid, stage):
     return Response.text(message % (jobid, stage))
 
 
-def read_update(entry):
-    """Return an entry of /update_jobs, read."""
+def read_update(entry, stage):
+    """Return an entry of /update_jobs, read, its stage by `stage`."""
     if type(entry) is not dict:
         raise Error(400, "An update must be an object.")
     return dict(
         read_result(entry),
         jobid=JOBID(entry.get("jobid"), "jobid"),
-        stage=STAGE(entry.get("jobstage"), "jobstage"),
+        stage=stage(entry.get("jobstage"), "jobstage"),
         claim=read_optional(entry, "claim", token),
     )
 
@@ -3458,7 +3582,7 @@ def post_update_jobs(store, request):
     given = request.json()
     if type(given) is not list:
         raise Error(400, "The body must be a JSON list.")
-    updates = [read_update(entry) for entry in bounded(given)]
+    updates = [read_update(entry, request.stage) for entry in bounded(given)]
     ids = [update["jobid"] for update in updates]
     errors = store.update_jobs(request.namespace, updates)
     return Response.json([
@@ -3489,11 +3613,18 @@ def post_release_job(store, request, jobid):
     return Response.json(store.release_job(request.namespace, jobid, **given))
 
 
-def read_worker(given):
-    """Return what a worker says of itself, as columns, and if it `ended`."""
-    return dict(
+def read_worker(given, stage=STAGE):
+    """Return what a worker says of itself, as columns, and if it `ended`.
+
+    `stage` reads its stages.
+    """
+    about = dict(
         dict.fromkeys(ABOUT_WORKER), **read_fields(given, ABOUT_WORKER),
         name=label(given["worker"], "worker"))
+    if about["stages"] is not None:
+        about["stages"] = to_json([
+            stage(each, "stages") for each in about["stages"]])
+    return about
 
 
 def post_heartbeat(store, request):
@@ -3509,7 +3640,7 @@ def post_heartbeat(store, request):
         request.namespace,
         claims=[(JOBID(i, "jobid"), token(t, "claim")) for i, t in claims],
         lease=period(given["lease"], "lease"),
-        worker=read_worker(given),
+        worker=read_worker(given, request.stage),
     )
     return Response.json({"lost": lost, "drain": drain})
 
@@ -3548,7 +3679,7 @@ def read_selector(request):
     if unknown:
         raise Error(400, "Jobs can't be named by %.80r." % min(unknown))
     selector = {
-        "stage": read_optional(given, "stage", STAGE),
+        "stage": read_optional(given, "stage", request.stage),
         "state": read_optional(given, "state", one_of(*STATES)),
         "ids": read_optional(given, "ids", jobid_list),
     }
@@ -3583,11 +3714,12 @@ def tagged(request, text, now=None):
 
 # What /job and /jobs show of a job: each name with its column.
 SHOWN = {
-    "jobid": "jobid", "stage": "stage", "state": "state",
-    "since": "entered_at", "due": "expires_at", "worker": "worker",
-    "attempt": "attempt", "failures": "failures", "lapses": "lapses",
-    "rejects": "rejects", "made": "files_stage", "laststage": "laststage",
-    "priority": "priority", "max_attempts": "max_attempts",
+    "jobid": "jobid", "stage": "stage", "stage_name": "stage_name",
+    "state": "state", "since": "entered_at", "due": "expires_at",
+    "worker": "worker", "attempt": "attempt", "failures": "failures",
+    "lapses": "lapses", "rejects": "rejects", "made": "files_stage",
+    "laststage": "laststage", "priority": "priority",
+    "max_attempts": "max_attempts",
     "timeout": "timeout", "waits": "unmet", "aborted_by": "aborted_by",
 }
 
@@ -3624,7 +3756,7 @@ def read_place(text, order):
 def get_jobs(store, request):
     """Show a page of jobs."""
     given = request.options(
-        stage=from_query(STAGE),
+        stage=from_query(request.stage),
         state=one_of(*STATES, "expired"),
         order=one_of("id", "time"),
         after=word,
@@ -4000,20 +4132,17 @@ def get_lifetime_page(store, request):
     return login_page(store, request, "lifetime") or page_response(
         PLAIN % html_table("Lifetimes", ("stage", "minutes"), [
             {"stage": stage, "minutes": minutes} for stage, minutes
-            in store.lifetimes(request.namespace).items()]))
+            in lifetimes(store, request).items()]))
 
 
 # ---------------------------------------------------------------- routes ---
 
 
+# Parameters of a path, each with its reader; all others are stages.
 PARAMETERS = {
-    "stage": from_query(STAGE),
-    "stages": read_stages,
-    "nextstage": from_query(STAGE),
-    "old": from_query(STAGE),
-    "new": from_query(STAGE),
     "jobid": from_query(JOBID),
     "minutes": from_query(MINUTES),
+    "stages": lambda text, name: text.split(","),
     "worker": lambda text, name: text,
 }
 
@@ -4029,6 +4158,8 @@ ROUTES = (
     ("GET", "/init/<minutes…>", get_init),
     ("GET", "/lifetime/<stage>", get_lifetime),
     ("GET", "/lifetime/<stage>/<minutes>", get_set_lifetime),
+    ("GET", "/stages", get_stages),
+    ("POST", "/stages", post_stages),
     ("POST", "/set", post_set),
     ("POST", "/submit", post_submit),
     ("GET", "/get/<stages>", get_job_claim),
@@ -4062,23 +4193,20 @@ PUBLIC = frozenset((
     get_greeting, get_health, get_metrics, get_dashboard, get_lifetime_page,
 ))
 READING = frozenset((
-    get_lifetimes, get_lifetime, get_status, get_pace, get_workers,
-    get_failures, get_stats, get_jobs, get_job, *PUBLIC
+    get_lifetimes, get_lifetime, get_stages, get_status, get_pace,
+    get_workers, get_failures, get_stats, get_jobs, get_job, *PUBLIC
 ))
 
 
 def routes_by_first_part():
-    """Return (method, readers, endless, endpoint) by a path's first part.
-
-    A reader is that of a parameter, and the parameter's name.
+    """Return (method, parameters, endless, endpoint) by a path's first part.
     """
     found = defaultdict(list)
     for method, path, endpoint in ROUTES:
         first, *parameters = path[1:].split("/")
         names = [parameter.strip("<…>") for parameter in parameters]
-        readers = [(PARAMETERS[name], name) for name in names]
         for each in (method, "HEAD") if endpoint in READING else (method,):
-            found[first].append((each, readers, "…" in path, endpoint))
+            found[first].append((each, names, "…" in path, endpoint))
     return dict(found)
 
 
@@ -4086,28 +4214,31 @@ ROUTES_BY_FIRST = routes_by_first_part()
 
 
 def find_route(request):
-    """Return the endpoint of a request and its arguments.
+    """Return the endpoint of a request and (parameter, text) from its path.
 
-    Raises Error 404 for an unknown path, 405 for a wrong method, 400 for a
-    bad argument.
+    Raises Error 404 for an unknown path, 405 for a wrong method.
     """
     if not request.path.startswith("/"):
         raise Error(400, "An address begins with a slash.")
     first, *texts = request.path[1:].split("/")
     allowed = []
-    for method, readers, endless, endpoint in ROUTES_BY_FIRST.get(first, ()):
-        more = len(texts) - len(readers)
+    for method, names, endless, endpoint in ROUTES_BY_FIRST.get(first, ()):
+        more = len(texts) - len(names)
         if more == 0 or (endless and more > 0):
             if method == request.method:
-                readers = readers + readers[-1:] * more
-                return endpoint, [
-                    read(text, name)
-                    for (read, name), text in zip(readers, texts)]
+                names = names + names[-1:] * more
+                return endpoint, list(zip(names, texts))
             allowed.append(method)
     if not allowed:
         raise Error(404, "There is nothing at this address.")
     allowed = ", ".join(allowed)
     raise Error(405, "Use %s for this address." % allowed, Allow=allowed)
+
+
+def read_parameter(request, name, text):
+    """Return the value of a path's parameter; raise Error 400 or 404."""
+    read = PARAMETERS.get(name) or from_query(request.stage)
+    return read(text, name)
 
 
 def error_response(error):
@@ -4122,6 +4253,7 @@ def authorize(store, request, endpoint):
     A jobix that is new to an open server gets its namespace here.
     """
     request.identify(store)
+    request.stage = stage_reader(store, request)
     if endpoint not in READING:
         if request.readonly:
             raise Error(403, "This jobix is only for reading.")
@@ -4147,13 +4279,16 @@ def receive_body(store, request):
 def respond(store, request):
     """Return the Response to a Request: the one place where errors become one.
 
-    The order is that of the checks: path, jobix, and only then the body.
+    The order is that of the checks: path, jobix, what the path names, and
+    only then the body.
     """
     try:
-        endpoint, arguments = find_route(request)
-        if endpoint not in PUBLIC:
-            authorize(store, request, endpoint)
-            receive_body(store, request)
+        endpoint, given = find_route(request)
+        if endpoint in PUBLIC:
+            return endpoint(store, request)
+        authorize(store, request, endpoint)
+        arguments = [read_parameter(request, *each) for each in given]
+        receive_body(store, request)
         return endpoint(store, request, *arguments)
     except Error as error:
         return error_response(error)

@@ -350,6 +350,11 @@ def made(*names):
     ]
 
 
+def to_text(value):
+    """Return the JSON of a value, nothing for None."""
+    return "" if value is None else json.dumps(value)
+
+
 def to_add(jobs):
     """Return jobs, {id: entry}, as a Store takes them."""
     return list(jobs), jobman.read_jobs(jobs.values())
@@ -592,14 +597,15 @@ class ContractTest(StoreCase):
         self.assertTrue(self.ok("/status", **reading)["readonly"])
         self.assertFalse(self.ok("/status")["readonly"])
         self.assertIn("<td>0</td>", self.call("/get?plain=1", **reading).text)
-        readable = {"/init", "/lifetime/<stage>", "/status", "/pace",
-                    "/workers", "/failures", "/stats", "/jobs",
+        readable = {"/init", "/lifetime/<stage>", "/stages", "/status",
+                    "/pace", "/workers", "/failures", "/stats", "/jobs",
                     "/job/<jobid>"}
         for method, pattern, endpoint in jobman.ROUTES:
             path = re.sub("<[^>]*>", "1", pattern)
             body = b"{}" if method == "POST" else None
             reply = self.call(path, body, method=method, **reading)
-            may = pattern in readable or endpoint in jobman.PUBLIC
+            may = endpoint in jobman.PUBLIC or (
+                method == "GET" and pattern in readable)
             self.assertEqual(200 if may else 403, reply.status, pattern)
             self.assertNotIn(str(self.jobix), reply.text)
         self.assertEqual(before, self.ok("/jobs"))
@@ -1186,10 +1192,10 @@ class ContractTest(StoreCase):
 
     def test_numbers_out_of_range_are_400(self):
         paths = (
-            "/get/1000001", "/get/-1", "/get/x", "/get/1.0", "/get/%D9%A3",
+            "/get/1000001", "/get/-1", "/get/1x", "/get/1.0", "/get/%D9%A3",
             "/get/0/1000001", "/update_job/-1/0", "/update_job/x/0",
             "/update_job/9007199254740992/0", "/update_job/1/1000001",
-            "/check_stages/0/1000001", "/check_stages/x/0",
+            "/check_stages/0/1000001", "/check_stages/all/0",
             "/lifetime/1000001", "/lifetime/0/1000000001", "/lifetime/0/-1",
             "/init/1000000001", "/init/1/x",
             "/get/0?n=0", "/get/0?n=x", "/get/0?wait=-1", "/get/0?wait=nan",
@@ -1302,6 +1308,226 @@ class ContractTest(StoreCase):
         self.ok("/lifetime/0/0")
         self.assertEqual(0, self.ok("/status")["totals"]["expired"])
         self.assertCounts()
+
+    def test_stages_are_given_names_and_lifetimes(self):
+        full = {"0": {"name": "align", "minutes": 5}, "2": {"name": "sort"}}
+        for given, status, left in (
+            ({"0": {"name": "align"}}, 200, {"0": {"name": "align"}}),
+            ({"0": {"minutes": 5}, "2": {"name": "sort"}}, 200, full),
+            ({}, 200, full),
+            ({"align": {"minutes": 6}, "2": {"minutes": 0}}, 200, {
+                "0": {"name": "align", "minutes": 6},
+                "2": {"name": "sort", "minutes": 0}}),
+            ({"0": {"name": "sort"}, "2": {"name": "align"}}, 200, {
+                "0": {"name": "sort", "minutes": 6},
+                "2": {"name": "align", "minutes": 0}}),
+            ({"0": {"name": None, "minutes": None}}, 200, {
+                "2": {"name": "align", "minutes": 0}}),
+            ({"2": {"minutes": None}}, 200, {"2": {"name": "align"}}),
+            ({"1": {"name": "A_b.c-9" + "x" * 57}}, 200, {
+                "1": {"name": "A_b.c-9" + "x" * 57}, "2": {"name": "align"}}),
+            ({"1": {"name": None}, "2": {"name": None}}, 200, {}),
+            (full, 200, full),
+            ({"3": {"name": "sort"}, "0": {"minutes": 9}}, 409, full),
+            ({"3": {"name": "new"}, "4": {"name": "new"}}, 409, full),
+            ({"0": {"minutes": 9}, "new": {"minutes": 9}}, 404, full),
+            ({"0": {"minutes": 9}, "align": {"minutes": 9}}, 400, full),
+            *(({"0": {"minutes": 9}, "1": bad}, 400, full) for bad in (
+                None, [], "x", {"name": ""}, {"name": "1a"}, {"name": "a b"},
+                {"name": "a,b"}, {"name": "all"}, {"name": "last"},
+                {"name": "a\n"}, {"name": "\xe9"}, {"name": "x" * 65},
+                {"name": 1}, {"minutes": -1}, {"minutes": "1"},
+                {"minutes": 10**9 + 1}, {"cores": 1}, {"paused": True})),
+            *(({"0": {"minutes": 9}, bad: {"minutes": 9}}, 400, full)
+              for bad in ("-1", "1000001", "1.0", "all", "")),
+            *((bad, 400, full) for bad in ([], [1], 7, None, "x")),
+        ):
+            with self.subTest(given=given):
+                reply = self.assertReply(status, self.post("/stages", given))
+                if status == 200:
+                    self.assertEqual(left, reply.json())
+                self.assertEqual(left, self.ok("/stages"))
+        self.assertReply(400, self.call("/stages", b""))
+        self.assertEqual({"0": 5}, self.ok("/init"))
+        self.assertEqual({}, self.ok("/stages", jobix=1))
+        self.restart()
+        self.assertEqual(full, self.ok("/stages"))
+
+    def test_two_stages_never_have_one_name(self):
+        outcomes = together(
+            self.store,
+            self.operation("set_stages", {0: {"name": "a", "minutes": 1}}),
+            self.operation("set_stages", {1: {"name": "a", "minutes": 1}}),
+            self.operation("set_stages", {2: {"name": "b"}}))
+        self.assertEqual(409, outcomes[1], outcomes)
+        self.assertEqual(2, len(outcomes[2]), outcomes)
+        self.assertEqual({"0": {"name": "a", "minutes": 1},
+                          "2": {"name": "b"}}, self.ok("/stages"))
+
+    NAMES = {0: "align", 1: "aligning", 2: "sort", 3: "sorting", 4: "end"}
+
+    def calls(self, names):
+        """Yield calls with each of their stages as `names` say it."""
+        zero, one, two, three, four = names
+        yield "/set", {i: {"jobstage": zero, "laststage": four}
+                       for i in range(1, 6)}
+        yield "/submit", {"key": "k", "jobs": [
+            {"jobstage": two, "laststage": four}]}
+        yield "/lifetime/%s/1" % one, None
+        yield "/lifetime/%s" % one, None
+        yield "/get/%s,%s?lease=60" % (two, zero), None
+        yield "/get/%s/%s" % (zero, three), None
+        yield "/update_job/2/%s" % two, None
+        yield "/update_job/1/%s" % four, {"filename": "x"}
+        yield "/update_jobs", [{"jobid": 3, "jobstage": two},
+                               {"jobid": 99, "jobstage": two}]
+        yield "/jobs?stage=%s" % two, None
+        yield "/pause/%s" % two, {}
+        yield "/get/%s" % two, None
+        yield "/resume/%s" % two, {}
+        yield "/cancel", {"stage": two, "state": "waiting"}
+        yield "/retry", {"stage": two}
+        yield "/get/%s" % zero, None
+        yield "/release", {"stage": one}
+        yield "/get/%s" % zero, None
+        yield "/check_stages/%s/%s" % (one, four), None
+        yield "/forget", {"stage": four}
+        yield "/heartbeat", {"worker": "w", "lease": 60, "claims": [],
+                             "stages": [two, zero]}
+        yield "/stages", {str(two): {"minutes": 7}}
+        yield "/workers", None
+        yield "/status", None
+        yield "/jobs", None
+
+    def replies(self, names):
+        """Return what calls() are answered in a new namespace."""
+        self.jobix += 1
+        self.ok("/stages", {
+            str(stage): {"name": name} for stage, name in self.NAMES.items()})
+        replies = []
+        for path, value in self.calls(names):
+            if path.startswith("/check_stages"):
+                self.clock.advance(61)
+            reply = self.call(path) if value is None else \
+                self.post(path, value)
+            self.assertReply(200, reply)
+            text = reply.text.replace(str(self.jobix), "JOBIX")
+            replies.append(re.sub('"claim": "[^"]*"', "", text))
+        return replies
+
+    def test_a_stages_name_works_wherever_its_number_does(self):
+        start = self.clock.now
+        by_number = self.replies(list(self.NAMES))
+        self.clock.now = start
+        by_name = self.replies(list(self.NAMES.values()))
+        paths = [path for path, _ in self.calls(self.NAMES)]
+        for path, one, other in zip(paths, by_number, by_name):
+            self.assertEqual(one, other, path)
+        self.assertCounts()
+
+    def test_a_name_that_no_stage_has_is_404_and_changes_nothing(self):
+        self.set_jobs([1, 2])
+        self.ok("/stages", {"0": {"name": "align"}}, jobix=1)
+        self.ok("/stages", {"2": {"name": "sort"}})
+        before = self.ok("/jobs"), self.ok("/stages"), self.ok("/status")
+        missed = 0
+        for path, value in self.calls(
+                ["align", "Sort", "absent", "sort.", "x" * 64]):
+            sent = path + to_text(value)
+            if any(name in sent for name in ("align", "Sort", "absent",
+                                             "sort.", "x" * 64)):
+                missed += 1
+                reply = self.call(path) if value is None else \
+                    self.post(path, value)
+                self.assertReply(404, reply)
+        self.assertEqual(22, missed)
+        self.assertEqual(
+            before, (self.ok("/jobs"), self.ok("/stages"), self.ok("/status")))
+
+    def test_a_path_is_read_for_an_accepted_jobix_alone(self):
+        for path in ("/get/absent", "/get/1x", "/lifetime/-1"):
+            reply = exchange(self.address, "GET", path, None, {"jobix": "x"})
+            self.assertReply(403, reply)
+
+    def test_answers_say_the_names_of_stages(self):
+        self.ok("/stages", {"0": {"name": "align"}, "5": {"name": "later"}})
+        self.set_jobs([1])
+        self.set_jobs([2], stage=2)
+        beat = {"worker": "w", "lease": 60, "claims": []}
+        for stages, names in (([2, 0], [None, "align"]), (None, None)):
+            self.ok("/heartbeat", dict(beat, stages=stages))
+            told, = self.ok("/workers")["workers"]
+            self.assertEqual(
+                (stages, names), (told["stages"], told["stage_names"]))
+        self.assertEqual(
+            [(0, "align"), (2, None), (5, "later")],
+            [(each["stage"], each["name"])
+             for each in self.ok("/status")["stages"]])
+        self.assertEqual(["align", None], [
+            job["stage_name"] for job in self.ok("/jobs")["jobs"]])
+        self.assertEqual("align", self.ok("/job/1")["stage_name"])
+        self.ok("/stages", {"0": {"name": None}})
+        self.assertIsNone(self.ok("/job/1")["stage_name"])
+
+    def rows(self, query):
+        """Return the rows that a query finds in the database."""
+        with contextlib.closing(self.look()) as db:
+            return db.execute(query).fetchall()
+
+    def test_a_namespace_has_1000_stages_at_most(self):
+        self.set_jobs([1, 2])
+        self.ok("/lifetime/2/7")
+        self.ok("/stages", {"4": {"name": "end"}})
+        job = self.get(0)  # which makes stage 1 the fourth
+        self.assertReply(200, self.post("/set", {
+            i: {"jobstage": i} for i in range(1004, 2000)}))
+        before = self.ok("/status"), self.ok("/stages"), self.states()
+        table = self.rows("select * from stage order by 1, 2")
+        for path, value in (
+            ("/set", {9: {"jobstage": 3}}),
+            ("/set", {9: {"jobstage": 0}, 10: {"jobstage": 3}}),
+            ("/submit", {"key": "k", "jobs": [{"jobstage": 3}]}),
+            ("/get/1999", None), ("/get/0/3", None),
+            ("/update_job/1/3?claim=" + job["claim"], None),
+            ("/update_job/1/3", {"filename": "x"}),
+            ("/check_stages/0/3", None), ("/lifetime/3/0", None),
+            ("/stages", {"0": {"minutes": 1}, "3": {"name": "x"}}),
+            ("/stages", {"3": {"minutes": 1}}), ("/pause/3", {}),
+        ):
+            with self.subTest(path=path):
+                reply = self.call(path) if value is None else \
+                    self.post(path, value)
+                reply = self.assertReply(400, reply)
+                self.assertIn("over 1000 different stages", reply.text)
+        self.assertEqual(
+            before, (self.ok("/status"), self.ok("/stages"), self.states()))
+        self.assertEqual(table, self.rows("select * from stage order by 1, 2"))
+        statuses = self.ok("/update_jobs", [
+            {"jobid": 1, "jobstage": 3}, {"jobid": 2, "jobstage": 4},
+            {"jobid": 1, "jobstage": 5}])
+        self.assertEqual(
+            [400, 200, 400], [each["status"] for each in statuses])
+        self.restart()
+        self.assertReply(400, self.post("/set", {9: {"jobstage": 3}}))
+        for path in ("/update_job/1/2", "/get/4/1999", "/lifetime/1999/1"):
+            self.assertReply(200, self.call(path))
+        self.assertReply(200, self.post("/set", {9: {"jobstage": 3}}, jobix=1))
+        self.assertCounts()
+
+    def test_init_sets_1000_lifetimes_at_most(self):
+        reply = self.assertReply(400, self.call("/init" + 1001 * "/0"))
+        self.assertIn("over 1000 different stages", reply.text)
+        self.assertEqual({}, self.ok("/init"))
+        self.assertEqual(1000, len(self.ok("/init" + 1000 * "/0")))
+
+    def test_a_refused_call_leaves_no_stage_behind(self):
+        self.set_jobs([1])
+        known = self.rows("select stage from stage")
+        new = {"2": {"jobstage": 7}, "3": {"jobstage": 8, "after": [99]}}
+        self.assertReply(400, self.post("/set", new))
+        self.assertEqual(known, self.rows("select stage from stage"))
+        self.set_jobs([2], stage=7)
+        self.assertEqual([(0,), (7,)], self.rows("select stage from stage"))
 
 
 class WsgiContractTest(ContractTest):
@@ -1541,8 +1767,8 @@ class ClaimTest(StoreCase):
         self.clock.advance(9)
         self.beat("second")
         heard = dict(self.ABOUT, name="first", heard=self.clock() - 9)
-        heard["drain"] = False
-        blank = dict.fromkeys(self.ABOUT)
+        heard.update(drain=False, stage_names=[None, None])
+        blank = dict.fromkeys([*self.ABOUT, "stage_names"])
         blank.update(name="second", heard=self.clock(), drain=False)
         self.assertEqual([blank, heard], self.ok("/workers")["workers"])
         self.assertEqual([], self.ok("/workers", jobix=1)["workers"])
@@ -1628,7 +1854,7 @@ class ClaimTest(StoreCase):
         self.assertEqual([0], [
             s["stage"] for s in self.ok("/status")["stages"] if s["paused"]])
         self.assertReply(405, self.call("/pause/0"))
-        self.assertReply(400, self.post("/pause/x", {}))
+        self.assertReply(400, self.post("/pause/1x", {}))
 
     def test_an_empty_stage_can_be_paused_and_shows_it(self):
         self.ok("/pause/7", {})
@@ -1647,7 +1873,8 @@ class ClaimTest(StoreCase):
             {"host": 7}, {"host": ""}, {"host": "h" * 256}, {"slots": -1},
             {"slots": "8"}, {"busy": 1.5}, {"done": True},
             {"failed": 2**53 + 1}, {"quarantine": 1}, {"ended": 1},
-            {"stages": 2}, {"stages": ["0"]}, {"stages": [1000001]},
+            {"stages": 2}, {"stages": "align"}, {"stages": ["0"]},
+            {"stages": [1000001]},
         ):
             beat = dict(about, worker="w", lease=60, claims=[])
             self.assertReply(400, self.post("/heartbeat", beat))
@@ -2355,10 +2582,10 @@ class ShowTest(StoreCase):
         shown = self.ok("/job/1")
         attempts = shown.pop("attempts")
         self.assertEqual(dict(
-            carried, jobid=1, stage=3, state="working", expired=False,
-            since=now, due=now + 60, worker="w3", attempt=1, failures=0,
-            lapses=0, rejects=0, jobcmd=["cmd", 2], files=made("a"), made=0,
-            waits=0, waits_for=[], aborted_by=None,
+            carried, jobid=1, stage=3, stage_name=None, state="working",
+            expired=False, since=now, due=now + 60, worker="w3", attempt=1,
+            failures=0, lapses=0, rejects=0, jobcmd=["cmd", 2],
+            files=made("a"), made=0, waits=0, waits_for=[], aborted_by=None,
         ), shown)
         self.assertNotIn(job["claim"], json.dumps(shown))
         self.assertEqual([
@@ -2454,7 +2681,7 @@ class ShowTest(StoreCase):
             ("state=working&stage=3", [4]), ("state=failed", []),
         ):
             self.assertEqual((ids, None), self.page(query), query)
-        for query in ("state=lost", "stage=x", "stage=-1", "limit=0",
+        for query in ("state=lost", "stage=1x", "stage=-1", "limit=0",
                       "limit=x", "after=-1", "after=x", "order=x"):
             self.assertReply(400, self.call("/jobs?" + query))
 
@@ -6721,6 +6948,52 @@ class CostTest(StoreCase):
         self.ok("/cancel", {"ids": list(range(8000, 12000))})
         self.assertLess(self.costs()["claim"], few * 1.2 + 50)
 
+    def test_many_updates_to_stages_too_many_cost_one_look_at_them(self):
+        self.set_jobs([1])
+        self.assertReply(200, self.post("/set", {
+            i: {"jobstage": i} for i in range(1001, 2000)}))
+        costs = []
+        for n in (1, 100):
+            updates = [dict(jobid=1, stage=5000 + i) for i in range(n)]
+            costs.append(self.steps(functools.partial(
+                self.store.update_jobs, self.namespace, updates)))
+        self.assertLess((costs[1] - costs[0]) / 99, 60, costs)
+
+    def test_1000_stages_cost_a_set_little_and_a_tick_no_statement(self):
+        costs, statements = [], []
+        connection = self.store.writer.connection
+        for stages in (1, 1000):
+            self.jobix += 1
+            jobs = to_add({i: {"jobstage": i % stages} for i in range(10000)})
+            costs.append(self.steps(functools.partial(
+                self.store.add_jobs, self.namespace, *jobs)))
+            self.ok("/stages", {i: {"minutes": 1} for i in range(stages)})
+            seen = []
+            connection.set_trace_callback(seen.append)
+            self.store.tick()
+            connection.set_trace_callback(None)
+            statements.append(len(seen))
+        self.assertLess(costs[1], costs[0] * 1.5)
+        self.assertEqual(statements[0], statements[1])
+
+    def test_names_are_looked_up_for_a_stage_that_is_no_number(self):
+        self.jobix = self.store.jobix  # needs no look-up itself
+        self.ok("/stages", {"0": {"name": "align"}})
+        self.set_jobs([1])
+        self.update(self.get(0), 2)
+        self.assertEqual([], self.store.readers.idle)  # nobody has read
+        self.assertEqual("nada", self.get("align"))
+        self.assertEqual(1, len(self.store.readers.idle))
+
+    def test_1000_stages_cost_a_claim_and_an_update_nothing(self):
+        self.set_jobs(range(500), laststage=4)
+        few = self.costs()
+        self.assertReply(200, self.post("/set", {
+            i: {"jobstage": i} for i in range(1004, 1990)}))
+        many = self.costs()
+        for name in ("claim", "miss", "update", "failure", "submit"):
+            self.assertLess(many[name], few[name] * 1.2 + 50, name)
+
     PIECES = "STATE", "ANY_JOB", "WHOLE_JOB", "IN_STAGE", "ENTERED", \
         "NEW_JOB"
     RARE = "UNFINISHED_PARENTS",  # at a start
@@ -7939,7 +8212,7 @@ class WorkerTest(WorkerCase):
     # What a job's command is
 
     def test_stages_that_are_none_are_said_to_be_so(self):
-        for text in ("a", "", "0,", "-1", "999999"):
+        for text in ("?", "", "0,", "a,", "-1", "0x1", "999999"):
             status, out, err = self.command(WORKER, "--stage=" + text)
             self.assertEqual((2, ""), (status, out))
             self.assertIn("--stage: %r is no list such as 0 or 2,0, of stages"
@@ -10671,6 +10944,40 @@ class LibraryTest(WorkerCase):
         files = json.loads(self.job()["files"])
         self.assertEqual(([3], 0), (
             [file["size"] for file in files], self.job()["files_stage"]))
+
+    def test_a_stages_name_stands_for_its_number(self):
+        self.assertEqual({}, self.client.stages())
+        given = {0: {"name": "align", "minutes": 5}, 2: {"name": "sort"}}
+        self.assertEqual(given, self.client.stages(given))
+        given[0] = {"name": "align"}
+        self.assertEqual(
+            given, self.client.stages({"align": {"minutes": None}}))
+        self.assertEqual(5, self.client.lifetime("sort", 5))
+        self.assertEqual(5, self.client.lifetime("sort"))
+        self.client.set({i: {"jobstage": "align", "laststage": 4,
+                             "jobcmd": "true"} for i in range(1, 5)})
+        self.client.pause("align")
+        self.assertIsNone(self.client.get("align"))
+        self.client.resume("align")
+        job = self.client.get("align", "sort", lease=60)
+        self.assertEqual((1, 0), (job["jobid"], job["jobstage"]))
+        self.client.update_job(1, "sort", job["claim"])
+        self.assertEqual(1, self.client.get(["sort", "align"])["jobid"])
+        self.assertEqual(1, self.client.release(ids=[1]))
+        self.assertEqual(
+            0, self.client.check_stages("sort", "align")[
+                "n_bad_jobs were degraded:"])
+        for name in ("absent", "not/a name"):
+            with self.assertRaises(worker.Refused):
+                self.client.pause(name)
+        out, _ = self.over("for job in worker.claim_jobs('align', **options):"
+                           "\n    print(job.jobid, job.stage)\n    job.done()")
+        self.assertEqual("2 0\n3 0\n4 0\n", out)
+        self.work("--stage", "align,sort")
+        self.assertEqual(["done"] * 4, self.states())
+        status, _, err = self.finish(self.start("--stage", "absent,0"))
+        self.assertEqual(
+            (1, "worker.py: No stage has the name absent.\n"), (status, err))
 
     def test_run_calls_a_function_for_each_job(self):
         self.add(2, "bad", 3, max_attempts=1)
@@ -13958,7 +14265,7 @@ class CareTest(TemporaryFolder):
         for job in store.claim(self.space, [0], n=9, **self.LENT):
             store.fail_job(self.space, job["jobid"], claim=job["claim"])
         store.sweep(self.space, "cancel", stage=0)
-        store.set_lifetime(self.space, 0, 1)
+        store.set_stages(self.space, {0: {"minutes": 1}})
         self.clock.advance(86400 * 2)
         commits, commit = [], store.writer.commit
         store.writer.commit = lambda batch: commits.append(commit(batch))
@@ -14203,7 +14510,7 @@ class FileSystemTest(TemporaryFolder):
         with contextlib.closing(jobman.Store(path)) as store:
             store.init(7, [1, 2, 3])
         with contextlib.closing(jobman.Store(path)) as store:
-            self.assertEqual(3, len(store.lifetimes(7)))
+            self.assertEqual(3, len(store.stages(7)))
             execute = store.writer.connection.execute
             self.assertEqual(
                 ["exclusive", "persist", 2],
@@ -17750,11 +18057,12 @@ class BrowserTest(StoreCase):
 
     def test_it_shows_a_bar_for_each_stage(self):
         self.pipeline()
+        self.ok("/stages", {"4": {"name": "end"}})
         self.clock.advance(61)
         self.store.tick()
         self.show()
         stages = self.see("#stages", "Stage 0", "Stage 1", "Stage 2",
-                          "Stage 4", "50 jobs", "lifetime 1 min",
+                          "Stage 4: end", "50 jobs", "lifetime 1 min",
                           "40 waiting", "10 failed", "50 expired", "20 done")
         self.assertLess(stages.index("Stage 0"), stages.index("Stage 4"))
         share = self.browser.script(

@@ -213,6 +213,12 @@ def parts(pairs, most, size):
         yield from halves([first, *itertools.islice(left, most - 1)], size)
 
 
+def path_of(*parts):
+    """Return the path of a call: its verb, then its arguments but None."""
+    return "".join("/" + quote(str(part), safe=",")
+                   for part in parts if part is not None)
+
+
 class Client:
     """Speak to a server: one method for each of its calls.
 
@@ -295,14 +301,24 @@ class Client:
 
         Returns {stage: minutes} in force; without arguments only that.
         """
-        path = "/".join(["/init", *map(str, minutes)])
-        found = self.call("GET", path)
+        found = self.call("GET", path_of("init", *minutes))
         return {int(stage): value for stage, value in found.items()}
 
     def lifetime(self, stage, minutes=None):
         """Return the lifetime of a stage in minutes, or set it."""
-        change = "" if minutes is None else "/%d" % minutes
-        return self.call("GET", "/lifetime/%d%s" % (stage, change))
+        return self.call("GET", path_of("lifetime", stage, minutes))
+
+    def stages(self, changes=None):
+        """Return {stage: {"name"?, "minutes"?}} in force; change some before.
+
+        `changes` is of the same kind; None takes a value away. The name of a
+        stage may stand for its number, as in all other calls.
+        """
+        if changes is None:
+            found = self.call("GET", "/stages")
+        else:
+            found = self.call("POST", "/stages", changes)
+        return {int(stage): values for stage, values in found.items()}
 
     def set(self, jobs):
         """Add `jobs`: {jobid: {"jobstage": int, "jobcmd": any JSON, …}}.
@@ -330,10 +346,8 @@ class Client:
         (a name), `wait`, `lease` (seconds), `n` (jobs: returns a list).
         A claim without a lease whose answer is lost is not repeated.
         """
-        listed = [stage] if isinstance(stage, int) else stage
-        path = "/get/" + ",".join(map(str, listed))
-        if nextstage is not None:
-            path += "/%d" % nextstage
+        listed = [stage] if isinstance(stage, (int, str)) else stage
+        path = path_of("get", ",".join(map(str, listed)), nextstage)
         found = self.call(
             "GET", path, options=options, repeat="lease" in options,
             timeout=self.TIMEOUT + options.get("wait", 0),
@@ -346,7 +360,7 @@ class Client:
         `result` may have `filename`, `jobcmd`, `files`, `error`, `stderr`,
         `exit_code` and `seconds`.
         """
-        path = "/update_job/%d/%d" % (jobid, stage)
+        path = path_of("update_job", jobid, stage)
         return self.call("POST", path, result, options={"claim": claim})
 
     def update_jobs(self, updates):
@@ -394,7 +408,7 @@ class Client:
         """Flag the expired jobs; move those of stage `old` to `new`."""
         if old is None:
             return self.call("GET", "/check_stages")
-        path = "/check_stages/%d/%d" % (old, new)
+        path = path_of("check_stages", old, new)
         return self.call("GET", path, repeat=False)
 
     def retry(self, **selector):
@@ -418,11 +432,11 @@ class Client:
 
     def pause(self, stage):
         """Let nothing be handed out of a stage."""
-        return self.call("POST", "/pause/%d" % stage, {})
+        return self.call("POST", path_of("pause", stage), {})
 
     def resume(self, stage):
         """Let jobs of a paused stage be handed out again."""
-        return self.call("POST", "/resume/%d" % stage, {})
+        return self.call("POST", path_of("resume", stage), {})
 
     def drain(self, worker):
         """Tell a worker, by its name, to claim no more."""
@@ -1777,6 +1791,23 @@ class Doubt:
         return outcomes
 
 
+def numbers_of(client, stages, say):
+    """Return the numbers of stages that are given by number or by name.
+
+    Raises Trouble for a name that no stage has.
+    """
+    if all(isinstance(stage, int) for stage in stages):
+        return stages
+    client.tell = say  # the server may not be there yet
+    named = {values.get("name"): number
+             for number, values in client.stages().items()}
+    client.tell = None
+    for stage in stages:
+        if isinstance(stage, str) and stage not in named:
+            raise Trouble("No stage has the name %s." % stage)
+    return [named.get(stage, stage) for stage in stages]
+
+
 class Claimer:
     """Claim jobs for a worker, in a thread of its own.
 
@@ -1799,7 +1830,8 @@ class Claimer:
         self.suspect = suspect
         self.fault = fault
         self.say = say
-        self.stages = sorted(options.stage, reverse=True)
+        stages = numbers_of(client, options.stage, say)
+        self.stages = sorted(stages, reverse=True)
         self.doubt = Doubt(client, name, self.stages)
         self.trip = 0.01  # seconds that a claim takes
         self.usual = {}  # stage: seconds that most of its commands need
@@ -2771,7 +2803,8 @@ def claim_jobs(
     )
     client, name = Client(access, patience=None), name or own_name()
     claimer = Claimer(options, client, name, busy=lambda: False, say=say)
-    about = {"host": socket.gethostname(), "slots": 1, "stages": [stage]}
+    about = {
+        "host": socket.gethostname(), "slots": 1, "stages": claimer.stages}
     claims = Claims(
         Client(access, patience=0),
         Spool(spool or beside(client.access, "spool"),
@@ -2825,14 +2858,16 @@ def send_spool(options):
 
 
 def stage_list(text):
-    """Read --stage: stages from which a job can move two up."""
+    """Read --stage: numbers, from which a job can move two up, or names."""
     most = MAX_STAGE - 2
-    with contextlib.suppress(ValueError):
-        stages = [int(stage) for stage in text.split(",")]
-        if 0 <= min(stages) <= max(stages) <= most:
-            return stages
+    stages = [int(stage) if stage.isdecimal() else stage
+              for stage in text.replace(" ", "").split(",")]
+    if all(re.match("[A-Za-z]", stage) if isinstance(stage, str)
+           else stage <= most for stage in stages):
+        return stages
     raise argparse.ArgumentTypeError(
-        "%r is no list such as 0 or 2,0, of stages up to %d" % (text, most))
+        "%r is no list such as 0 or 2,0, of stages up to %d, or of their names"
+        % (text, most))
 
 
 def time_limit(text):
