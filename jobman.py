@@ -65,6 +65,7 @@ import traceback
 import types
 import warnings
 import zlib
+from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from urllib.parse import quote, unquote, unquote_plus, urlencode, urlsplit
@@ -78,6 +79,7 @@ MAX_MINUTES = 10**9
 MAX_SECONDS = 10**9
 MAX_WAIT = 60  # seconds that a long poll may last
 MAX_CLAIMS = 10000  # jobs in one claim; more are clipped
+CLAIMS_AT_ONCE = 1000  # of these, in one transaction
 MAX_PAGE = 1000  # jobs in one answer of /jobs; more are clipped
 MAX_HEAD = 2**16  # bytes of a request's line and headers
 MAX_HEADERS = 100
@@ -546,31 +548,33 @@ class SQL:
             paused = coalesce(:paused, paused)
         where namespace = :namespace and stage = :stage"""
     # jobs that are done now that there is a last stage
-    NEWLY_DONE = ANY_JOB + """
+    NEWLY_DONE = """
+        select jobid from job
         where namespace = :namespace and stage >= :laststage
         and laststage is null and state in ('waiting', 'delayed', 'blocked')"""
 
-    # what is in a stage: a few ranges of job_age, one for each state
-    IN_STAGE = """
-        where namespace = :namespace and stage = :stage and state in (
-            'waiting', 'delayed', 'blocked', 'working', 'done', 'failed',
-            'cancelled', 'aborted') """
-    # SQLite 3.7.17 would walk over the whole stage instead
-    EXPIRED = ANY_JOB + "indexed by job_age" + IN_STAGE + "and expired = 1"
-    # jobs of a stage, marked or not, that entered it in a span of time
-    ENTERED = IN_STAGE + """
-        and expired = :marked and entered_at >= :start and entered_at < :end"""
-    COUNT_ENTERED = "select state, count(*) as jobs from job" + ENTERED + """
-        group by state"""
-    MARK = "update job set expired = 1 - :marked" + ENTERED
-    # stages of any namespace with jobs to mark
-    STALE_STAGES = """
-        select namespace, stage, minutes from stage
-        where minutes > 0 and exists (select 1 from job
-            where job.namespace = stage.namespace and job.stage = stage.stage
+    # jobs whose mark isn't what their stage's lifetime makes it: ranges of
+    # job_age, two for each state
+    MISMARKED = """
+        select job.id, job.namespace, job.stage, state, expired
+        from stage cross join job indexed by job_age
+        where stage.namespace = coalesce(:namespace, stage.namespace)
+            and minutes > 0
+            and job.namespace = stage.namespace and job.stage = stage.stage
             and state in ('waiting', 'delayed', 'blocked', 'working', 'done',
                 'failed', 'cancelled', 'aborted')
-            and expired = 0 and entered_at < :now - 60 * minutes)"""
+            and expired = 0 and entered_at < :now - 60 * minutes
+        union all
+        select job.id, job.namespace, job.stage, state, expired
+        from stage cross join job indexed by job_age
+        where stage.namespace = coalesce(:namespace, stage.namespace)
+            and job.namespace = stage.namespace and job.stage = stage.stage
+            and state in ('waiting', 'delayed', 'blocked', 'working', 'done',
+                'failed', 'cancelled', 'aborted')
+            and expired = 1 and entered_at >= case
+                when minutes > 0 then :now - 60 * minutes else 0 end
+        limit :limit"""
+    MARK = "update job set expired = 1 - expired where id = ?"
 
     # the places of a page of jobs: of all, by id …
     PAGE = """
@@ -758,6 +762,9 @@ class DatabaseLocation:
 # --------------------------------------- opening and copying the database ---
 
 
+WAL_KEPT = 4 * 2**20  # bytes of it that stay, once all is in the database
+
+
 def file_uri(path, *, readonly, vfs="unix"):
     """Return the URI by which SQLite opens the database at `path`.
 
@@ -905,7 +912,9 @@ def open_writer(location):
                 " begin exclusive; commit"  # keeps other programs off
             )
         else:
-            connection.execute("pragma journal_mode = wal")
+            connection.executescript(
+                "pragma journal_mode = wal; pragma journal_size_limit = %d"
+                % WAL_KEPT)
         undo.pop_all()
     return connection
 
@@ -1254,7 +1263,8 @@ class Transaction:
     """The connection, the time and the sums of one commit.
 
     `now` is in seconds since 1970. What the operations count is summed up
-    here and written once, just before the commit.
+    here and written once, just before the commit. `left` is how many jobs the
+    steps of this commit may still take: see Store.in_steps().
     """
 
     def __init__(self, connection, now):
@@ -1262,6 +1272,8 @@ class Transaction:
         self.execute = connection.execute
         self.executemany = connection.executemany
         self.now = now
+        self.left = 0
+        self.late = False  # more leases and delays are over
         self.sums = {}  # what to add to two columns, by (table, *key)
         self.freed = Counter()  # jobs set free, by (namespace, stage)
         self.ended = OrderedDict()  # (end, last child told) by parent
@@ -1620,7 +1632,7 @@ PAGE_TEXT = 8 * 2**20  # characters of text after which a page ends
 ATTEMPTS_SHOWN = 100  # of one job, the last
 JSON_COLUMNS = "jobcmd", "filename", "files", "cwd", "outputs"
 ROWS_AT_ONCE = 70  # 999 variables: SQLite's limit before 3.32
-CHUNK = 5000  # jobs that one transaction of a sweeping change moves
+CHUNK = 250  # jobs in a step: about 15 ms, and another claim waits for two
 PRUNED = 1000  # attempts that one transaction looks at
 PRUNE_EVERY = 3600  # seconds
 AWAY_AFTER = 300  # seconds without a heartbeat until a worker doesn't count
@@ -1629,6 +1641,11 @@ AWAY_AFTER = 300  # seconds without a heartbeat until a worker doesn't count
 def delay_after(failures):
     """Return the seconds that a job waits after so many failures."""
     return min(600, 2 * 4 ** (min(failures, 10) - 1))
+
+
+def never():
+    """Return False: a caller that can't hang up is never gone."""
+    return False
 
 
 def change(operation):
@@ -1773,6 +1790,7 @@ class Store:
         self.open_to_all = open_to_all
         self.namespaces = {}  # ids of those in use, by jobix
         self.unfinished = {}  # what propagate() left for the next commit
+        self.late = False  # more is overdue than the last commit has lapsed
         self.wait_queue = WaitQueue(waiters)
         self.large_bodies = threading.BoundedSemaphore(LARGE_BODIES)
         self.ending = threading.Event()
@@ -1826,8 +1844,8 @@ class Store:
             self.unfinished[parent] = dependency_end(state), -1
 
     def after_commit(self, tx):
-        """Keep unfinished propagation, wake long polls for freed jobs."""
-        self.unfinished = tx.ended
+        """Keep what is unfinished, wake long polls for freed jobs."""
+        self.unfinished, self.late = tx.ended, tx.late
         for key, n in tx.freed.items():
             self.wait_queue.wake(key, n)
 
@@ -1936,11 +1954,15 @@ class Store:
     def begin(self, tx):
         """Begin a commit: lapse overdue leases, end delays that are over.
 
-        What propagate() has left is taken up again.
+        What propagate() has left is taken up again. Steps take fewer jobs
+        then, so that it doesn't pile up.
         """
         tx.ended.update(self.unfinished)
+        tx.left = max(CHUNK // 4, CHUNK - len(tx.ended))
         values = {"now": tx.now, "limit": CHUNK}
-        for job in map(as_dict, tx.execute(SQL.OVERDUE, values).fetchall()):
+        overdue = tx.execute(SQL.OVERDUE, values).fetchall()
+        tx.late = len(overdue) == CHUNK
+        for job in map(as_dict, overdue):
             if job["state"] == "working":
                 self.lapse(tx, job)
             else:
@@ -2401,22 +2423,42 @@ class Store:
 
     lifetimes = query(minutes)
 
-    @change
-    def init(self, tx, namespace, minutes):
+    def init(self, namespace, minutes):
         """Set the lifetimes of stages 0 … n, and n as the last stage.
 
         Only if the namespace has no lifetime yet. Returns {stage: minutes}
-        as they are in force.
+        as they are in force. The lifetimes are set last: until then a
+        repetition goes on where a killed server has left it.
         """
+        if not self.lifetimes(namespace):
+            self.set_up(namespace, len(minutes) - 1)
+            ids = self.newly_done(namespace, len(minutes) - 1)
+            self.in_steps(namespace, self.finish_one, ids,
+                          ("waiting", "delayed", "blocked"))
+            self.set_up(namespace, len(minutes) - 1, minutes)
+        return self.lifetimes(namespace)
+
+    @change
+    def set_up(self, tx, namespace, laststage, minutes=()):
+        """Set the last stage, and lifetimes, unless there are lifetimes."""
         if not self.minutes(tx.execute, namespace):
+            tx.execute(SQL.SET_LASTSTAGE, {
+                "namespace": namespace, "laststage": laststage})
             for stage, value in enumerate(minutes):
                 self.set_stage(tx, namespace, stage, minutes=value)
-            key = {"namespace": namespace, "laststage": len(minutes) - 1}
-            tx.execute(SQL.SET_LASTSTAGE, key)
-            for job in tx.execute(SQL.NEWLY_DONE, key).fetchall():
-                self.move(tx, as_dict(job), state="done",
-                          entered_at=job["entered_at"])
-        return self.minutes(tx.execute, namespace)
+
+    @query
+    def newly_done(self, execute, namespace, laststage):
+        """Return the ids of the jobs that are done by a new last stage."""
+        key = {"namespace": namespace, "laststage": laststage}
+        return array("q", (jobid for jobid, in execute(SQL.NEWLY_DONE, key)))
+
+    def finish_one(self, tx, job):
+        """End a job that is in its last stage; return 1, or 0 if it isn't."""
+        if stage_state(job["stage"], job["final"]) != "done":
+            return 0
+        self.move(tx, job, state="done", entered_at=job["entered_at"])
+        return 1
 
     def set_stage(self, tx, namespace, stage, *, minutes=None, paused=None):
         """Write the lifetime of a stage, or whether it is paused."""
@@ -2425,71 +2467,84 @@ class Store:
         tx.execute(SQL.ADD_STAGE, values)
         tx.execute(SQL.SET_STAGE, values)
 
-    @change
-    def set_lifetime(self, tx, namespace, stage, minutes):
+    put_stage = change(set_stage)
+
+    def set_lifetime(self, namespace, stage, minutes, gone=never):
         """Set the lifetime of a stage, and mark its jobs accordingly."""
-        self.set_stage(tx, namespace, stage, minutes=minutes)
-        self.mark_expired(tx, namespace, stage, minutes)
+        self.put_stage(namespace, stage, minutes=minutes)
+        self.mark_expired(namespace, gone)
 
-    def mark_expired(self, tx, namespace, stage, minutes):
-        """Mark the jobs of a stage that are over its lifetime, no others."""
-        oldest = tx.now - minutes * 60 if minutes else -math.inf
-        for marked, start, end in (
-            (0, -math.inf, oldest), (1, oldest, math.inf),
-        ):
-            values = {"namespace": namespace, "stage": stage,
-                      "marked": marked, "start": start, "end": end}
-            for state, jobs in tx.execute(SQL.COUNT_ENTERED, values):
-                tx.count(0, -jobs if marked else jobs,
-                         namespace, stage, state)
-            tx.execute(SQL.MARK, values)
+    def mark_expired(self, namespace, gone=never):
+        """Mark the jobs of a namespace that are over their lifetime.
 
-    def mark_all_expired(self, tx):
-        """Mark the jobs of any namespace that are over their lifetime."""
-        for stage in tx.execute(SQL.STALE_STAGES, {"now": tx.now}).fetchall():
-            self.mark_expired(tx, *stage)
-
-    catch_up = change(mark_all_expired)
+        Others lose the mark. In steps, and no further once `gone()`: the tick
+        does the rest.
+        """
+        while self.mark_some(namespace) and not gone():
+            pass
 
     @change
-    def check_stages(self, tx, namespace):
+    def mark_some(self, tx, namespace=None):
+        """Mark the expired jobs of a namespace, None for all, in one step.
+
+        Returns whether there may be more.
+        """
+        values = {"namespace": namespace, "now": tx.now, "limit": tx.left}
+        jobs = tx.execute(SQL.MISMARKED, values).fetchall()
+        tx.executemany(SQL.MARK, [(job["id"],) for job in jobs])
+        for job in jobs:
+            tx.count(0, 1 - 2 * job["expired"],
+                     job["namespace"], job["stage"], job["state"])
+        tx.left -= len(jobs)
+        return tx.left == 0
+
+    def check_stages(self, namespace, gone=never):
         """Mark what has expired; return whether nothing is marked."""
-        self.mark_all_expired(tx)
-        return not any(
-            tx.execute(SQL.EXPIRED, {
-                "namespace": namespace, "stage": stage}).fetchone()
-            for stage in self.minutes(tx.execute, namespace)
-        )
+        self.mark_expired(namespace, gone)
+        return not self.marked_stages(namespace) & set(
+            self.lifetimes(namespace))
 
-    @change
-    def move_expired(self, tx, namespace, old, new):
+    @query
+    def marked_stages(self, execute, namespace):
+        """Return the set of the stages with jobs that are marked."""
+        rows = execute(SQL.TALLY, {"namespace": namespace})
+        return {row["stage"] for row in rows if row["expired"]}
+
+    def move_expired(self, namespace, old, new, gone=never):
         """Mark what has expired, then move the marked jobs of stage `old`.
 
         Failed, cancelled and aborted jobs stay: only a retry brings them
         back. Returns whether nothing was marked in `old`, and how many jobs
         moved.
         """
-        self.mark_all_expired(tx)
-        key = {"namespace": namespace, "stage": old}
-        marked = [as_dict(job) for job in tx.execute(SQL.EXPIRED, key)]
-        moving = [job for job in marked if job["state"] not in PUT_ASIDE]
-        for job in moving:
-            self.interrupt(tx, job, "expired")
-            state = self.settled_state(tx, job, new)
-            self.move(tx, job, stage=new, state=state, attempt=0, failures=0,
-                      lapses=0)
-        return not marked, len(moving)
+        self.mark_expired(namespace, gone)
+        ids = self.ids_in(namespace, STATES, old, marks=(1,))
+        move = functools.partial(self.expire_one, new)
+        return not ids, self.in_steps(
+            namespace, move, ids, (*UNENDED, "done"), old, gone)
+
+    def expire_one(self, new, tx, job):
+        """Move a job to stage `new`; return 1, or 0 if it isn't marked."""
+        if not job["expired"]:
+            return 0
+        self.interrupt(tx, job, "expired")
+        state = self.settled_state(tx, job, new)
+        self.move(tx, job, stage=new, state=state, attempt=0, failures=0,
+                  lapses=0)
+        return 1
 
     # Retrying, cancelling, releasing, forgetting
 
-    def sweep(self, namespace, action, *, ids=None, stage=None, state=None):
+    def sweep(
+        self, namespace, action, *, ids=None, stage=None, state=None,
+        gone=never
+    ):
         """Do an action of SWEEPS to the selected jobs; return how many.
 
         retry: put ended jobs back where they were claimed, budgets fresh;
         cancel: end whatever isn't done; release: give claims back unharmed;
         forget: delete done jobs. The selector has `ids` (Error 404 when one
-        doesn't exist), or `stage` and `state`, None for any. A commit takes a
-        few thousand jobs, so that other requests come between.
+        doesn't exist), or `stage` and `state`, None for any. See in_steps().
         """
         act = {
             "retry": self.retry_one, "cancel": self.cancel_one,
@@ -2497,54 +2552,72 @@ class Store:
         }[action]
         _, states = SWEEPS[action]
         states = [known for known in states if state in (None, known)]
-        ids = self.ids_in(namespace, ids, states, stage)
-        return sum(
-            self.sweep_ids(namespace, act, ids[i : i + CHUNK], states, stage)
-            for i in range(0, len(ids), CHUNK)
-        )
+        if ids is None:
+            ids = self.ids_in(namespace, states, stage)
+        else:
+            self.require_jobs(namespace, ids)
+        return self.in_steps(namespace, act, ids, states, stage, gone)
 
     @query
-    def ids_in(self, execute, namespace, ids, states, stage):
-        """Return `ids`, or those of all jobs in `states` and a stage."""
-        if ids is None:
-            found = self.in_groups(execute, SQL.GROUP_PAGE, namespace, states,
-                                   stage, after=-1, limit=-1)
-            return [jobid for jobid, in found]
+    def require_jobs(self, execute, namespace, ids):
+        """Raise Error 404 when one of the jobs `ids` doesn't exist."""
         for jobid in ids:
             key = {"namespace": namespace, "jobid": jobid}
             if not execute(SQL.JOB, key).fetchone():
                 raise Error(404, "There is no job %d." % jobid)
-        return ids
 
-    def in_groups(
-        self, execute, sql, namespace, states, stage, marks=(0, 1), **values
-    ):
-        """Return the rows that a statement finds in groups of jobs.
+    @query
+    def ids_in(self, execute, namespace, states, stage, **marks):
+        """Return the ids of all jobs in `states` and a stage, None for any.
 
-        A group has one stage, state and mark `expired`: each of `states` and
-        `marks`, and `stage`, None for any.
+        Of one snapshot: a job that moves while a sweep goes on isn't missed.
         """
-        return [
-            row
-            for group in execute(SQL.TALLY, {"namespace": namespace})
-            if group["state"] in states and stage in (None, group["stage"])
-            for mark in marks
-            for row in execute(sql, dict(
-                values, namespace=namespace, stage=group["stage"],
-                state=group["state"], expired=mark))
-        ]
+        found = self.in_groups(execute, SQL.GROUP_PAGE, namespace, states,
+                               stage, after=-1, limit=-1, **marks)
+        return array("q", (jobid for jobid, in found))
+
+    def in_steps(self, namespace, act, ids, states, stage=None, gone=never):
+        """Do `act` to those of the jobs `ids` that fit; return the sum.
+
+        A step is a commit of its own, of up to CHUNK jobs, and other requests
+        come between two steps. Once `gone()` there are no more.
+        """
+        done = start = 0
+        while start < len(ids) and not (start and gone()):
+            more, start = self.step(namespace, act, ids, start, states, stage)
+            done += more
+        return done
 
     @change
-    def sweep_ids(self, tx, namespace, act, ids, states, stage):
-        """Do `act` to those of the jobs `ids` that fit; count them."""
-        done = 0
-        for jobid in ids:
+    def step(self, tx, namespace, act, ids, start, states, stage=None):
+        """Do `act` to some of the jobs that fit, from ids[start] on.
+
+        Returns the sum, and where to go on.
+        """
+        some, done = ids[start : start + tx.left], 0
+        tx.left -= len(some)
+        for jobid in some:
             key = {"namespace": namespace, "jobid": jobid}
             job = tx.execute(SQL.JOB, key).fetchone()
             if job and job["state"] in states \
                     and stage in (None, job["stage"]):
                 done += act(tx, as_dict(job))
-        return done
+        return done, start + len(some)
+
+    def in_groups(
+        self, execute, sql, namespace, states, stage, marks=(0, 1), **values
+    ):
+        """Yield the rows that a statement finds in groups of jobs.
+
+        A group has one stage, state and mark `expired`: each of `states` and
+        `marks`, and `stage`, None for any.
+        """
+        for group in execute(SQL.TALLY, {"namespace": namespace}):
+            if group["state"] in states and stage in (None, group["stage"]):
+                for mark in marks:
+                    yield from execute(sql, dict(
+                        values, namespace=namespace, stage=group["stage"],
+                        state=group["state"], expired=mark))
 
     def retry_one(self, tx, job):
         """Retry an ended job; return 1, or 0 if it can't be."""
@@ -2775,8 +2848,8 @@ class Store:
         failed = sum(row["jobs"] for row in rows if row["state"] == "failed")
         rows = self.in_groups(execute, SQL.LATEST, namespace, ("failed",),
                               None, limit=FAILURES_READ)
-        rows.sort(key=lambda row: row[:2], reverse=True)
-        return failed, rows[:FAILURES_READ]
+        latest = sorted(rows, key=lambda row: row[:2], reverse=True)
+        return failed, latest[:FAILURES_READ]
 
     @query
     def health(self, execute):
@@ -2804,13 +2877,15 @@ class Store:
     def tick(self):
         """Do what time alone brings about.
 
-        A commit marks the expired and, as any does, lapses overdue leases and
-        goes on with what propagate() left. Then wake long polls for jobs that
+        A commit marks some of the expired and, as any does, lapses overdue
+        leases and goes on with what propagate() left: one at least, and more
+        as long as there is more to do. Then wake long polls for jobs that
         other processes freed, and prune.
         """
-        self.catch_up()
-        while self.unfinished and not self.ending.is_set():
-            self.catch_up()
+        more = True
+        while more:
+            more = self.mark_some() or self.late or self.unfinished
+            more = more and not self.ending.is_set()
         if self.shared:
             self.wake_for_others(self.wait_queue.keys())
         if self.keep_days is not None:
@@ -3245,7 +3320,7 @@ def get_lifetime(store, request, stage):
 
 def get_set_lifetime(store, request, stage, minutes):
     """Set the lifetime of a stage."""
-    store.set_lifetime(request.namespace, stage, minutes)
+    store.set_lifetime(request.namespace, stage, minutes, request.gone)
     return Response.json(minutes)
 
 
@@ -3319,6 +3394,26 @@ def claim_in_time(store, request, stages, claim, wait):
             waiter.used = True  # somebody else has claimed the job
 
 
+def claim_in_steps(claim, n):
+    """Return what `claim(n=...)` gives, called until it is `n` jobs.
+
+    Each call is a commit of its own. A job claimed without a lease may be
+    free again: then the latest claim counts. When one of them is refused, as
+    at the server's end, the jobs claimed before it are the answer.
+    """
+    jobs, wanted = {}, 0
+    while len(jobs) == wanted < n:
+        wanted = min(n, wanted + CLAIMS_AT_ONCE)
+        try:
+            some = claim(n=wanted - len(jobs))
+        except Error:
+            if not jobs:
+                raise
+            break
+        jobs.update((job["id"], job) for job in some)
+    return list(jobs.values())
+
+
 def splice(values, texts):
     """Return, in JSON, an object of `values` and of `texts`, JSON already."""
     kept = "".join(', "%s": %s' % pair for pair in texts.items())
@@ -3367,9 +3462,10 @@ def get_job_claim(store, request, stages, nextstage=None):
         STAGE(max(stages) + 1, "the stage that a claim leads to")
     n, wait = given.pop("n"), given.pop("wait") or 0
     claim = functools.partial(
-        store.claim, request.namespace, stages,
-        target=nextstage, n=min(n or 1, MAX_CLAIMS), **given
-    )
+        claim_in_steps, functools.partial(
+            store.claim, request.namespace, stages, target=nextstage,
+            **given),
+        min(n or 1, MAX_CLAIMS))
     jobs = claim() if not wait else claim_in_time(
         store, request, stages, claim, min(wait, MAX_WAIT))
     replies = [claim_json(request.jobix, job) for job in jobs]
@@ -3485,9 +3581,10 @@ def get_check_stages(store, request, old=None, new=None):
     """Mark the expired jobs; move those of one stage to another."""
     name = "Are all simulations within time frame?"
     if old is None:
-        fine = store.check_stages(request.namespace)
+        fine = store.check_stages(request.namespace, request.gone)
         return Response.json({name: int(fine)})
-    fine, moved = store.move_expired(request.namespace, old, new)
+    fine, moved = store.move_expired(
+        request.namespace, old, new, request.gone)
     return Response.json({name: int(fine), "n_bad_jobs were degraded:": moved})
 
 
@@ -3513,7 +3610,8 @@ def read_selector(request):
 def post_sweep(store, request):
     """Retry, cancel, release or forget jobs, as the path says."""
     action = request.path[1:]
-    n = store.sweep(request.namespace, action, **read_selector(request))
+    n = store.sweep(request.namespace, action, gone=request.gone,
+                    **read_selector(request))
     return Response.json({SWEEPS[action][0]: n})
 
 
@@ -4933,7 +5031,7 @@ class Application:
             environ.get("QUERY_STRING", ""),
             headers,
             lambda: require_length(environ["wsgi.input"].read(length), length),
-            lambda: False,
+            never,
             length,
         )
 
@@ -7088,7 +7186,7 @@ def check(options):
 
 BENCH_JOBS = 200000  # at most: on a disk they take 50 MB
 BENCH_CLIENTS = 16
-BATCH = 1000  # jobs claimed, and updated, at once
+BATCH = 1000  # jobs added, claimed, and updated, at once
 LENGTHS = {"1 s": 1, "10 s": 10, "1 min": 60, "10 min": 600, "1 h": 3600}
 USED = 0.5  # of what was measured, by the workers that we think it good for
 CONTENT_LENGTH = re.compile(rb"\r\nContent-Length: ([0-9]+)\r\n")
@@ -7164,14 +7262,14 @@ def converse(access, talks):
 
 def adding(counted, end):
     """Add jobs until they are many enough, or it is `end`: a talk."""
-    for first in range(0, BENCH_JOBS, CHUNK):
+    for first in range(0, BENCH_JOBS, BATCH):
         if time.monotonic() >= end:
             break
-        ids = range(first, first + CHUNK)
+        ids = range(first, first + BATCH)
         yield "POST", "/set", {i: {
             "jobstage": 0, "jobcmd": "simulate --seed %d" % i, "laststage": 2,
         } for i in ids}
-        counted.append(CHUNK)
+        counted.append(BATCH)
 
 
 def moving(counted, end):

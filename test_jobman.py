@@ -3002,6 +3002,181 @@ class SweepTest(StoreCase):
                  == [{"state": "waiting"}], "the delay's end")
 
 
+class BrokenOffCase(StoreCase):
+    """A Store whose tests make the ticks, and whose callers hang up."""
+
+    def open(self):
+        super().open()
+        self.hold_ticks()
+
+    def broken_off(self, path, value=None, meanwhile=lambda: None):
+        """Make a call, and hang up before its change begins."""
+        leads, go = threading.Event(), threading.Event()
+        self.addCleanup(go.set)
+        threading.Thread(target=self.store.writer.run, daemon=True, args=(
+            lambda tx: (leads.set(), go.wait(PATIENCE)),)).start()
+        self.assertTrue(leads.wait(PATIENCE))
+        method, body = "GET", None
+        if value is not None:
+            method, body = "POST", packed(value)
+        connection = http.client.HTTPConnection(*self.address)
+        connection.request(method, path, body, {"jobix": str(self.jobix)})
+        wait_for(lambda: self.store.writer.queue, "the change")
+        connection.close()
+        meanwhile()
+        go.set()
+        wait_for(lambda: not self.door.server.busy, "its end")
+
+
+class StepsTest(BrokenOffCase):
+    """Changes of many jobs go in steps, and others come between them."""
+
+    N = 7
+
+    def setUp(self):
+        super().setUp()
+        self.replace("CHUNK", 3)
+        self.replace("CLAIMS_AT_ONCE", 3)
+
+    def sizes(self, act):
+        """Return how many jobs each of the commits of `act` has changed."""
+        sizes, writer = [], self.store.writer
+        committed = writer.committed
+
+        def note(tx):
+            sizes.append(sum(max(map(abs, added))
+                             for (table, *_), added in tx.sums.items()
+                             if table == "tally"))
+            committed(tx)
+
+        writer.committed = note
+        act()
+        writer.committed = committed
+        return [size for size in sizes if size]
+
+    def claim(self, **options):
+        return self.get(0, n=self.N, **options)
+
+    def do(self, act):
+        """Make a call, a tuple of its path and body, or what else it is."""
+        return act() if callable(act) else self.ok(*act)
+
+    def prepare(self, *acts):
+        """Add jobs of a namespace of their own, and do `acts` to them."""
+        self.jobix += 1
+        self.set_jobs(range(self.N))
+        for act in acts:
+            self.do(act)
+
+    def expire(self):
+        self.clock.advance(61)
+
+    def cases(self):
+        """Return, by name, what comes before a change, and the change.
+
+        Then how often it counts a job: one that moves where it leaves and
+        where it comes.
+        """
+        everything = {"all": True}
+        cancel = "/cancel", everything
+        by_ids = "/cancel", {"ids": list(range(self.N))}
+        lifetime, finish = ("/lifetime/0/1",), ("/init/0",)
+        return {
+            "cancel": ([], cancel, 2),
+            "cancel by ids": ([], by_ids, 2),
+            "retry": ([cancel], ("/retry", everything), 2),
+            "release": ([self.claim], ("/release", everything), 2),
+            "forget": ([finish], ("/forget", everything), 1),
+            "mark": ([self.expire], lifetime, 1),
+            "unmark": ([self.expire, lifetime], ("/lifetime/0/0",), 1),
+            "check": ([lifetime, self.expire], ("/check_stages",), 1),
+            "init": ([], finish, 2),
+            "tick": ([lifetime, self.expire], self.store.tick, 1),
+            "lapses": ([lambda: self.claim(lease=9), self.expire],
+                       self.store.tick, 2),
+            "claims": ([], lambda: self.claim(lease=60), 2),
+        }
+
+    def test_a_change_of_many_jobs_goes_in_steps(self):
+        for name, (acts, change, counted) in self.cases().items():
+            self.prepare(*acts)
+            sizes = self.sizes(lambda act=change: self.do(act))
+            with self.subTest(name):
+                self.assertEqual([3 * counted, 3 * counted, counted], sizes)
+            self.assertCounts()
+
+    def test_the_expired_are_marked_and_moved_in_steps(self):
+        self.prepare(("/lifetime/0/1",), self.expire)
+        replies = []
+        sizes = self.sizes(
+            lambda: replies.append(self.ok("/check_stages/0/2")))
+        self.assertEqual([3, 3, 1, 6, 6, 2], sizes)
+        self.assertEqual([[0, self.N]], [list(r.values()) for r in replies])
+        self.assertEqual({(2, "waiting"): self.N}, self.states())
+
+    def test_a_sweep_stops_when_its_caller_hangs_up(self):
+        for name, (acts, change, counted) in self.cases().items():
+            if name in ("init", "tick", "lapses", "claims"):
+                continue
+            self.prepare(*acts)
+            sizes = self.sizes(lambda call=change: self.broken_off(*call))
+            with self.subTest(name):
+                self.assertEqual([3 * counted], sizes)
+
+    def test_the_tick_goes_on_with_marks_that_a_caller_left(self):
+        self.prepare(self.expire)
+        for minutes, marked in ((1, self.N), (0, 0)):
+            self.broken_off("/lifetime/0/%d" % minutes)
+            self.store.tick()
+            self.assertEqual(
+                marked, self.ok("/status")["totals"]["expired"])
+
+    def test_an_init_that_failed_half_way_is_repeated(self):
+        self.prepare()
+        finish, n = self.store.writer.finish, itertools.count()
+
+        def spoiled(tx):
+            finish(tx)
+            if next(n) == 2:
+                raise sqlite3.OperationalError("the disk is full")
+
+        self.store.writer.finish = spoiled
+        self.assertReply(503, self.call("/init/5"))
+        self.assertEqual({}, self.ok("/init"))
+        self.assertEqual(4, self.states()[0, "waiting"])
+        self.assertEqual({"0": 5}, self.ok("/init/5"))
+        self.assertEqual({(0, "done"): self.N}, self.states())
+
+    def test_a_job_is_in_a_large_claim_once(self):
+        self.set_jobs(range(7))
+        jobs = self.get("0/0", n=7)  # without a lease they are free again
+        self.assertEqual([0, 1, 2], [job["jobid"] for job in jobs])
+        for job in jobs:
+            self.assertReply(200, self.update(job, 3))
+
+    def test_claims_before_one_that_is_refused_are_answered(self):
+        self.set_jobs(range(7))
+
+        def claim(n):
+            jobs = self.store.claim(
+                self.namespace, [0], n=n, worker=None, lease=60)
+            self.closing.close()
+            return jobs
+
+        self.assertEqual(3, len(jobman.claim_in_steps(claim, 7)))
+        with self.assertRaises(jobman.Unavailable):
+            jobman.claim_in_steps(claim, 7)
+        self.open()
+
+    def test_the_wal_shrinks_again(self):
+        wal = self.path("jobs.db-wal")
+        self.store.add_jobs(self.namespace, *to_add({
+            jobid: {"jobstage": 0} for jobid in range(60000)}))
+        self.assertGreater(os.path.getsize(wal), jobman.WAL_KEPT)
+        self.set_jobs([10**6])
+        self.assertLessEqual(os.path.getsize(wal), jobman.WAL_KEPT)
+
+
 class DependencyTest(StoreCase):
     """Jobs wait for other jobs."""
 
@@ -6129,8 +6304,9 @@ class TogetherTest(StoreCase):
 
     def sweep(self, act, *ids):
         """Return an operation on jobs in any state."""
-        return self.do("sweep_ids", getattr(self.store, act), ids,
-                       states=jobman.STATES, stage=None)
+        step = self.do("step", getattr(self.store, act), ids, 0,
+                       jobman.STATES)
+        return lambda tx: step(tx)[0]
 
     def commit(self, *operations):
         """Run operations in one commit; return their results or statuses."""
@@ -6699,21 +6875,19 @@ class CostTest(StoreCase):
         self.ok("/cancel", {"ids": list(range(8000, 12000))})
         self.assertLess(self.costs()["claim"], few * 1.2 + 50)
 
-    PIECES = "STATE", "ANY_JOB", "WHOLE_JOB", "IN_STAGE", "ENTERED", \
-        "NEW_JOB"
+    PIECES = "STATE", "ANY_JOB", "WHOLE_JOB", "NEW_JOB"
     RARE = "UNFINISHED_PARENTS",  # at a start
     INDEXES = {  # by which a statement finds jobs: which statements
         "job_queue": ("FREE", "COUNT_FREE"),
         "job_expiry": ("OVERDUE", "RENEW_ALL"),
         "job_age": (
-            "EXPIRED", "COUNT_ENTERED", "MARK", "STALE_STAGES", "GROUP_PAGE",
-            "AGE_PAGE", "LATEST", "NEWLY_DONE"),
+            "MISMARKED", "GROUP_PAGE", "AGE_PAGE", "LATEST", "NEWLY_DONE"),
         "sqlite_autoindex_job_1": (
             "JOB", "SHOWN_JOB", "RENEW", "LIMIT_ATTEMPTS", "PAGE",
             "ADD_DEPENDENCY", "LAST_JOBID"),
         "INTEGER PRIMARY KEY": (
-            "JOB_BY_ID", "CONTENT", "MOVE", "REPLACE", "FORGET", "SET_UNMET",
-            "MEET_ONE", "WAITED_FOR", "ABORTED_BY", "PRUNE"),
+            "JOB_BY_ID", "CONTENT", "MARK", "MOVE", "REPLACE", "FORGET",
+            "SET_UNMET", "MEET_ONE", "WAITED_FOR", "ABORTED_BY", "PRUNE"),
     }
     SORTED = "FREE", "OVERDUE", "PAGE", "AGE_PAGE", "LATEST", "CHILDREN"
 
@@ -13706,7 +13880,8 @@ class CareTest(TemporaryFolder):
         store.set_lifetime(self.space, 0, 1)
         self.clock.advance(86400 * 2)
         commits, commit = [], store.writer.commit
-        store.writer.commit = lambda batch: commits.append(commit(batch))
+        store.writer.commit = lambda batch: (
+            commits.append(1), commit(batch))
         self.assertEqual(dict.fromkeys(range(21), 0), self.kept(store))
         self.assertGreater(len(commits), 18 // 4)
 
@@ -13721,7 +13896,7 @@ class CareTest(TemporaryFolder):
         shutil.move(made, path)
         store = self.store(path, keep_days=1)
         self.clock.advance(86400 * 2)
-        store.catch_up()  # so that only pruning is left to do
+        store.mark_some()  # so that only pruning is left to do
         self.fill(disk)
         for _ in range(2):
             with self.assertRaises(jobman.Unavailable):
@@ -16919,8 +17094,9 @@ class ApacheStore:
         now = self.clock()
         with contextlib.closing(self.look()) as db:
             return not any(
-                db.execute(sql, {"now": now, "limit": 1}).fetchone()
-                for sql in (jobman.SQL.OVERDUE, jobman.SQL.STALE_STAGES))
+                db.execute(sql, {
+                    "namespace": None, "now": now, "limit": 1}).fetchone()
+                for sql in (jobman.SQL.OVERDUE, jobman.SQL.MISMARKED))
 
 
 @long
