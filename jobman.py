@@ -555,22 +555,17 @@ class SQL:
 
     # jobs whose mark isn't what their stage's lifetime makes it: ranges of
     # job_age, two for each state
-    MISMARKED = """
-        select job.id, job.namespace, job.stage, state, expired
-        from stage cross join job indexed by job_age
-        where stage.namespace = coalesce(:namespace, stage.namespace)
-            and minutes > 0
-            and job.namespace = stage.namespace and job.stage = stage.stage
-            and state in ('waiting', 'delayed', 'blocked', 'working', 'done',
-                'failed', 'cancelled', 'aborted')
-            and expired = 0 and entered_at < :now - 60 * minutes
-        union all
+    STAGES_JOBS = """
         select job.id, job.namespace, job.stage, state, expired
         from stage cross join job indexed by job_age
         where stage.namespace = coalesce(:namespace, stage.namespace)
             and job.namespace = stage.namespace and job.stage = stage.stage
             and state in ('waiting', 'delayed', 'blocked', 'working', 'done',
-                'failed', 'cancelled', 'aborted')
+                'failed', 'cancelled', 'aborted')"""
+    MISMARKED = STAGES_JOBS + """
+            and expired = 0 and minutes > 0
+            and entered_at < :now - 60 * minutes
+        union all""" + STAGES_JOBS + """
             and expired = 1 and entered_at >= case
                 when minutes > 0 then :now - 60 * minutes else 0 end
         limit :limit"""

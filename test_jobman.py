@@ -6875,7 +6875,7 @@ class CostTest(StoreCase):
         self.ok("/cancel", {"ids": list(range(8000, 12000))})
         self.assertLess(self.costs()["claim"], few * 1.2 + 50)
 
-    PIECES = "STATE", "ANY_JOB", "WHOLE_JOB", "NEW_JOB"
+    PIECES = "STATE", "ANY_JOB", "WHOLE_JOB", "STAGES_JOBS", "NEW_JOB"
     RARE = "UNFINISHED_PARENTS",  # at a start
     INDEXES = {  # by which a statement finds jobs: which statements
         "job_queue": ("FREE", "COUNT_FREE"),
