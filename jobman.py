@@ -97,6 +97,7 @@ MAX_NAME = 255  # characters of a worker's name or a submission's key
 MAX_REPORT = 4096  # characters kept of an attempt's error and stderr
 MAX_ATTEMPTS = 3  # failures in a stage before a job is failed
 MAX_LAPSES = 5  # lapsed leases in a stage before a job is failed
+OUTAGE = 10  # seconds without a commit after which leases are renewed
 
 
 # ---------------------------------------------------------------- errors ---
@@ -431,7 +432,7 @@ class SQL:
         update job set expires_at = :expires_at, lease = :lease, free = 0
         where namespace = :namespace and jobid = :jobid and claim = :claim
         and state = 'working'"""
-    # at a server's start: an outage costs no lease
+    # at a server's start and after a pause: an outage costs no lease
     RENEW_ALL = """
         update job set expires_at = :now + lease
         where expires_at > 0 and state = 'working'"""
@@ -1766,7 +1767,8 @@ class Store:
     one, None for the one that the database has made. A job fails after its
     `max_attempts` failures, if it doesn't say another number, or after
     `max_lapses`. Attempts of jobs that ended `keep_days` ago are pruned;
-    None: never.
+    None: never. No commit for `outage` seconds, where the Store ticks, means
+    that the server was paused, or the clock set.
     """
 
     TICK = {False: 1, True: 0.2}  # seconds between ticks, by `shared`
@@ -1774,13 +1776,16 @@ class Store:
     def __init__(
         self, path, *, clock=time.time, shared=False, waiters=20000,
         jobix=None, open_to_all=True, max_attempts=MAX_ATTEMPTS,
-        max_lapses=MAX_LAPSES, keep_days=None
+        max_lapses=MAX_LAPSES, keep_days=None, outage=math.inf
     ):
         self.clock = clock
         self.max_attempts = max_attempts
         self.max_lapses = max_lapses
         self.keep_days = keep_days
         self.pruned_at = -math.inf  # when prune() was run
+        self.outage = outage
+        self.outage_ended = -math.inf  # the last one
+        self.committed_at = clock()
         self.shared = shared
         self.open_to_all = open_to_all
         self.namespaces = {}  # ids of those in use, by jobix
@@ -1841,6 +1846,7 @@ class Store:
     def after_commit(self, tx):
         """Keep what is unfinished, wake long polls for freed jobs."""
         self.unfinished, self.late = tx.ended, tx.late
+        self.committed_at = tx.now
         for key, n in tx.freed.items():
             self.wait_queue.wake(key, n)
 
@@ -1949,9 +1955,13 @@ class Store:
     def begin(self, tx):
         """Begin a commit: lapse overdue leases, end delays that are over.
 
-        What propagate() has left is taken up again. Steps take fewer jobs
+        After an outage every live lease gets its full time first. What
+        propagate() has left is taken up again. Steps take fewer jobs
         then, so that it doesn't pile up.
         """
+        if abs(tx.now - self.committed_at) > self.outage:
+            tx.execute(SQL.RENEW_ALL, {"now": tx.now})
+            self.outage_ended = tx.now
         tx.ended.update(self.unfinished)
         tx.left = max(CHUNK // 4, CHUNK - len(tx.ended))
         values = {"now": tx.now, "limit": CHUNK}
@@ -2124,14 +2134,18 @@ class Store:
 
     @change
     def claim(
-        self, tx, namespace, stages, *, target=None, n=1, worker, lease
+        self, tx, namespace, stages, *, target=None, n=1, worker, lease,
+        gone=never
     ):
         """Claim up to `n` free jobs, from the first of `stages` first.
 
         A job moves to the stage `target`, or one up without it. `worker` is
         a name or None, `lease` is in seconds or None. Returns the jobs as
-        they are in the claim, dicts of SQL.WHOLE_JOB.
+        they are in the claim, dicts of SQL.WHOLE_JOB. After an outage there
+        are none for a caller that is `gone()`.
         """
+        if tx.now - self.outage_ended < self.outage and gone():
+            return []
         jobs = []
         for stage in dict.fromkeys(stages):
             key = {"namespace": namespace, "stage": stage,
@@ -3459,7 +3473,7 @@ def get_job_claim(store, request, stages, nextstage=None):
     claim = functools.partial(
         claim_in_steps, functools.partial(
             store.claim, request.namespace, stages, target=nextstage,
-            **given),
+            gone=request.gone, **given),
         min(n or 1, MAX_CLAIMS))
     jobs = claim() if not wait else claim_in_time(
         store, request, stages, claim, min(wait, MAX_WAIT))
@@ -5001,7 +5015,8 @@ class Application:
             get("JOBMAN_WAITERS", "2"), "JOBMAN_WAITERS")
         store = Store(
             get("JOBMAN_DB", "jobman.db"), shared=True, waiters=waiters,
-            jobix=given_jobix(), open_to_all=get("JOBMAN_OPEN") == "1")
+            jobix=given_jobix(), open_to_all=get("JOBMAN_OPEN") == "1",
+            outage=OUTAGE)
         url = get("JOBMAN_URL")
         if url is not None:
             self.names = names_in(url)
@@ -5112,7 +5127,7 @@ def serving(options, access_file, jobix=None):
         options.db, shared=options.shared, waiters=server.limit * 4 // 5,
         jobix=jobix, open_to_all=options.open or is_local(server),
         max_attempts=options.retries + 1, max_lapses=options.lapses,
-        keep_days=options.keep_days,
+        keep_days=options.keep_days, outage=OUTAGE,
     )
     if server.store.location.exclusive:
         say("jobman.py: %s: so only this server may have it, its reads wait"

@@ -3177,6 +3177,67 @@ class StepsTest(BrokenOffCase):
         self.assertLessEqual(os.path.getsize(wal), jobman.WAL_KEPT)
 
 
+class GapTest(BrokenOffCase):
+    """After a pause of the server nobody loses a lease."""
+
+    def open(self):
+        super().open()
+        self.store.outage = 10
+
+    def pass_time(self, *steps):
+        for seconds in steps:
+            self.clock.advance(seconds)
+            self.store.tick()
+
+    def test_a_pause_gives_every_lease_its_full_time(self):
+        for name, steps, state in (
+            ("busy", [9] * 7, "waiting"),
+            ("paused", [75], "working"),
+            ("paused, then not renewed", [75] + [9] * 7, "waiting"),
+            ("set a day on", [86400, 9], "working"),
+            ("set back", [-3600, 9, 9], "working"),
+            ("set back, then not renewed", [-3600] + [9] * 7, "waiting"),
+        ):
+            self.jobix += 1
+            self.set_jobs([1])
+            self.get(0, lease=60)
+            self.pass_time(*steps)
+            with self.subTest(name):
+                self.assertEqual(state, self.ok("/job/1")["state"])
+
+    def test_a_disk_that_is_full_for_long_costs_no_lease(self):
+        self.set_jobs([1])
+        self.get(0, lease=60)
+        finish = self.store.writer.finish
+        self.store.writer.finish = lambda tx: tx.execute("no statement")
+        for _ in range(9):
+            with self.assertRaises(jobman.Unavailable):
+                self.pass_time(9)
+        self.store.writer.finish = finish
+        self.pass_time(9)
+        self.assertEqual("working", self.ok("/job/1")["state"])
+
+    def test_after_a_pause_a_caller_that_is_gone_claims_nothing(self):
+        for seconds, state in ((9, "working"), (11, "waiting")):
+            self.jobix += 1
+            self.set_jobs([1])
+            self.broken_off("/get/0?lease=60", meanwhile=functools.partial(
+                self.clock.advance, seconds))
+            self.assertEqual(state, self.ok("/job/1")["state"])
+
+    def test_a_server_that_was_stopped_ends_no_lease(self):
+        server, self.address = self.serve("--open", start=changed(
+            "jobman", "jobman.OUTAGE = 2"))
+        self.set_jobs([1])
+        job = self.get(0, lease=3)
+        os.kill(server.pid, signal.SIGSTOP)
+        time.sleep(4)
+        os.kill(server.pid, signal.SIGCONT)
+        self.assertReply(200, self.update(job, 2))
+        self.assertEqual(["done"], [
+            attempt["outcome"] for attempt in self.ok("/job/1")["attempts"]])
+
+
 class DependencyTest(StoreCase):
     """Jobs wait for other jobs."""
 
