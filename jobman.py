@@ -1618,6 +1618,9 @@ class WaitQueue:
 
 # ----------------------------------------------------------------- store ---
 
+DAMAGED = (
+    "jobman.py: The database %s is damaged (%s): end the server, see what is"
+    " wrong by the command check, and go on from a backup.")
 BLANK_REPORT = dict.fromkeys(("exit_code", "error", "stderr", "seconds"))
 LAPSES_SPENT = (
     "%d leases lapsed in this stage: its workers were not heard of in time."
@@ -1795,6 +1798,7 @@ class Store:
         self.large_bodies = threading.BoundedSemaphore(LARGE_BODIES)
         self.ending = threading.Event()
         self.ticker = None
+        self.damaged = False  # and we have said so
         inspect(path)  # before a lock file is made beside it
         with translate_errors(path), contextlib.ExitStack() as undo:
             self.location = DatabaseLocation(path)
@@ -1849,6 +1853,17 @@ class Store:
         self.committed_at = tx.now
         for key, n in tx.freed.items():
             self.wait_queue.wake(key, n)
+
+    def explain(self, error):
+        """Return the Error that answers a request which met `error`.
+
+        Say it once on standard error when the database is damaged.
+        """
+        reason = getattr(error, "reason", error)
+        if type(reason) is sqlite3.DatabaseError and not self.damaged:
+            self.damaged = True
+            say(DAMAGED % (self.location.path, reason))
+        return error if isinstance(error, Error) else Unavailable(error)
 
     # Namespaces
 
@@ -2878,8 +2893,8 @@ class Store:
         while not self.ending.wait(self.TICK[self.shared]):
             try:
                 self.tick()
-            except (Error, sqlite3.Error):
-                pass  # a full disk: once more at the next tick
+            except (Error, sqlite3.Error) as error:
+                self.explain(error)  # a full disk: once more at the next tick
             except Exception:
                 traceback.print_exc()
 
@@ -4212,10 +4227,8 @@ def respond(store, request):
             authorize(store, request, endpoint)
             receive_body(store, request)
         return endpoint(store, request, *arguments)
-    except Error as error:
-        return error_response(error)
-    except sqlite3.Error as error:
-        return error_response(Unavailable(error))
+    except (Error, sqlite3.Error) as error:
+        return error_response(store.explain(error))
     except Exception:
         traceback.print_exc()
         return error_response(

@@ -13738,18 +13738,37 @@ class CareTest(TemporaryFolder):
         self.serve("--db", "jobman.db")
         self.assertWhole("jobman.db")
 
-    def test_a_damaged_page_is_found(self):
-        path = self.made()
+    def damage(self, path, index):
+        """Damage an index of a database."""
         found = rows(path, "select rootpage from sqlite_master"
-                     " where name = 'job_queue'")
+                     " where name = '%s'" % index)
         size = rows(path, "pragma page_size")[0]["page_size"]
         at, data = (found[0]["rootpage"] - 1) * size, bytearray(read(path))
         data[at : at + size] = bytes(255 - b for b in data[at : at + size])
         with open(path, "wb") as file:
             file.write(data)
+
+    def test_a_damaged_page_is_found(self):
+        path = self.made()
+        self.damage(path, "job_queue")
         status, found = self.check()
         self.assertEqual(1, status)
         self.assertRegex(found["integrity"], "^wrong  ")
+
+    def test_a_server_says_once_that_its_database_is_damaged(self):
+        path = self.made()
+        self.damage(path, "attempt_job")
+        server, address = self.serve("--db", path, "--open")
+        for method, path, body in (
+            ("GET", "/job/1", None), ("GET", "/job/2", None),
+            ("POST", "/retry", packed({"all": True})),
+        ):
+            reply = exchange(address, method, path, body, {"jobix": "7"})
+            self.assertEqual(503, reply.status, reply.text)
+        server.terminate()
+        _, _, err = self.finish(server)
+        self.assertRegex(
+            err, r"\Ajobman\.py: The database \S+ is damaged .*\.\n\Z")
 
     DAMAGES = {  # what is done: what is said of it
         "update tally set jobs = jobs + 1 where state = 'done'":
