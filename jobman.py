@@ -65,6 +65,7 @@ import traceback
 import types
 import warnings
 import zlib
+from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from urllib.parse import quote, unquote, unquote_plus, urlencode, urlsplit
@@ -79,6 +80,7 @@ MAX_MINUTES = 10**9
 MAX_SECONDS = 10**9
 MAX_WAIT = 60  # seconds that a long poll may last
 MAX_CLAIMS = 10000  # jobs in one claim; more are clipped
+CLAIMS_AT_ONCE = 1000  # of these, in one transaction
 MAX_PAGE = 1000  # jobs in one answer of /jobs; more are clipped
 MAX_HEAD = 2**16  # bytes of a request's line and headers
 MAX_HEADERS = 100
@@ -97,6 +99,7 @@ MAX_NAME = 255  # characters of a worker's name or a submission's key
 MAX_REPORT = 4096  # characters kept of an attempt's error and stderr
 MAX_ATTEMPTS = 3  # failures in a stage before a job is failed
 MAX_LAPSES = 5  # lapsed leases in a stage before a job is failed
+OUTAGE = 10  # seconds without a commit after which leases are renewed
 
 
 # ---------------------------------------------------------------- errors ---
@@ -438,15 +441,10 @@ class SQL:
         update job set expires_at = :expires_at, lease = :lease, free = 0
         where namespace = :namespace and jobid = :jobid and claim = :claim
         and state = 'working'"""
-    # at a server's start: an outage costs no lease
+    # at a server's start and after a pause: an outage costs no lease
     RENEW_ALL = """
         update job set expires_at = :now + lease
         where expires_at > 0 and state = 'working'"""
-    # in a copy: no earlier token is accepted, leases lapse at the next start
-    END_CLAIMS = """
-        update job set lease = 0 * lease,
-            claim = case state when 'working' then hex(randomblob(16)) end
-        where claim is not null"""
     FORGET = "delete from job where id = :id"
     FORGET_ATTEMPTS = "delete from attempt where job = :id"
     FORGET_PARENTS = "delete from dependency where child = :id"
@@ -557,31 +555,28 @@ class SQL:
         update stage set minutes = :minutes, paused = :paused, name = :name
         where namespace = :namespace and stage = :stage"""
     # jobs that are done now that there is a last stage
-    NEWLY_DONE = ANY_JOB + """
+    NEWLY_DONE = """
+        select jobid from job
         where namespace = :namespace and stage >= :laststage
         and laststage is null and state in ('waiting', 'delayed', 'blocked')"""
 
-    # what is in a stage: a few ranges of job_age, one for each state
-    IN_STAGE = """
-        where namespace = :namespace and stage = :stage and state in (
-            'waiting', 'delayed', 'blocked', 'working', 'done', 'failed',
-            'cancelled', 'aborted') """
-    # SQLite 3.7.17 would walk over the whole stage instead
-    EXPIRED = ANY_JOB + "indexed by job_age" + IN_STAGE + "and expired = 1"
-    # jobs of a stage, marked or not, that entered it in a span of time
-    ENTERED = IN_STAGE + """
-        and expired = :marked and entered_at >= :start and entered_at < :end"""
-    COUNT_ENTERED = "select state, count(*) as jobs from job" + ENTERED + """
-        group by state"""
-    MARK = "update job set expired = 1 - :marked" + ENTERED
-    # stages of any namespace with jobs to mark
-    STALE_STAGES = """
-        select namespace, stage, minutes from stage
-        where minutes > 0 and exists (select 1 from job
-            where job.namespace = stage.namespace and job.stage = stage.stage
+    # jobs whose mark isn't what their stage's lifetime makes it: ranges of
+    # job_age, two for each state
+    STAGES_JOBS = """
+        select job.id, job.namespace, job.stage, state, expired
+        from stage cross join job indexed by job_age
+        where stage.namespace = coalesce(:namespace, stage.namespace)
+            and job.namespace = stage.namespace and job.stage = stage.stage
             and state in ('waiting', 'delayed', 'blocked', 'working', 'done',
-                'failed', 'cancelled', 'aborted')
-            and expired = 0 and entered_at < :now - 60 * minutes)"""
+                'failed', 'cancelled', 'aborted')"""
+    MISMARKED = STAGES_JOBS + """
+            and expired = 0 and minutes > 0
+            and entered_at < :now - 60 * minutes
+        union all""" + STAGES_JOBS + """
+            and expired = 1 and entered_at >= case
+                when minutes > 0 then :now - 60 * minutes else 0 end
+        limit :limit"""
+    MARK = "update job set expired = 1 - expired where id = ?"
 
     # the places of a page of jobs: of all, by id …
     PAGE = """
@@ -816,6 +811,9 @@ class DatabaseLocation:
 # --------------------------------------- opening and copying the database ---
 
 
+WAL_KEPT = 4 * 2**20  # bytes of it that stay, once all is in the database
+
+
 def file_uri(path, *, readonly, vfs="unix"):
     """Return the URI by which SQLite opens the database at `path`.
 
@@ -944,7 +942,9 @@ def open_writer(location):
                 " begin exclusive; commit"  # keeps other programs off
             )
         else:
-            connection.execute("pragma journal_mode = wal")
+            connection.executescript(
+                "pragma journal_mode = wal; pragma journal_size_limit = %d"
+                % WAL_KEPT)
         undo.pop_all()
     return connection
 
@@ -1294,7 +1294,8 @@ class Transaction:
     """The connection, the time and the sums of one commit.
 
     `now` is in seconds since 1970. What the operations count is summed up
-    here and written once, just before the commit.
+    here and written once, just before the commit. `left` is how many jobs the
+    steps of this commit may still take: see Store.in_steps().
     """
 
     def __init__(self, connection, now):
@@ -1302,6 +1303,8 @@ class Transaction:
         self.execute = connection.execute
         self.executemany = connection.executemany
         self.now = now
+        self.left = 0
+        self.late = False  # more leases and delays are over
         self.sums = {}  # what to add to two columns, by (table, *key)
         self.freed = Counter()  # jobs set free, by (namespace, stage)
         self.stages = {}  # sets of those in their table, by namespace
@@ -1651,6 +1654,9 @@ class WaitQueue:
 
 # ----------------------------------------------------------------- store ---
 
+DAMAGED = (
+    "jobman.py: The database %s is damaged (%s): end the server, see what is"
+    " wrong by the command check, and go on from a backup.")
 BLANK_REPORT = dict.fromkeys(("exit_code", "error", "stderr", "seconds"))
 LAPSES_SPENT = (
     "%d leases lapsed in this stage: its workers were not heard of in time."
@@ -1661,7 +1667,7 @@ PAGE_TEXT = 8 * 2**20  # characters of text after which a page ends
 ATTEMPTS_SHOWN = 100  # of one job, the last
 JSON_COLUMNS = "jobcmd", "filename", "files", "cwd", "outputs"
 ROWS_AT_ONCE = 70  # 999 variables: SQLite's limit before 3.32
-CHUNK = 5000  # jobs that one transaction of a sweeping change moves
+CHUNK = 250  # jobs in a step: about 15 ms, and another claim waits for two
 PRUNED = 1000  # attempts that one transaction looks at
 PRUNE_EVERY = 3600  # seconds
 AWAY_AFTER = 300  # seconds without a heartbeat until a worker doesn't count
@@ -1670,6 +1676,11 @@ AWAY_AFTER = 300  # seconds without a heartbeat until a worker doesn't count
 def delay_after(failures):
     """Return the seconds that a job waits after so many failures."""
     return min(600, 2 * 4 ** (min(failures, 10) - 1))
+
+
+def never():
+    """Return False: a caller that can't hang up is never gone."""
+    return False
 
 
 def change(operation):
@@ -1801,7 +1812,8 @@ class Store:
     replaces, and the reading one with it. A job fails after its
     `max_attempts` failures, if it doesn't say another number, or after
     `max_lapses`. Attempts of jobs that ended `keep_days` ago are pruned;
-    None: never.
+    None: never. No commit for `outage` seconds, where the Store ticks, means
+    that the server was paused, or the clock set.
     """
 
     TICK = {False: 1, True: 0.2}  # seconds between ticks, by `shared`
@@ -1809,22 +1821,28 @@ class Store:
     def __init__(
         self, path, *, clock=time.time, shared=False, waiters=20000,
         jobix=None, new_jobix=False, open_to_all=False,
-        max_attempts=MAX_ATTEMPTS, max_lapses=MAX_LAPSES, keep_days=None
+        max_attempts=MAX_ATTEMPTS, max_lapses=MAX_LAPSES, keep_days=None,
+        outage=math.inf
     ):
         self.clock = clock
         self.max_attempts = max_attempts
         self.max_lapses = max_lapses
         self.keep_days = keep_days
         self.pruned_at = -math.inf  # when prune() was run
+        self.outage = outage
+        self.outage_ended = -math.inf  # the last one
+        self.committed_at = clock()
         self.shared = shared
         self.open_to_all = open_to_all
         self.namespaces = {}  # ids of those in use, by jobix
         self.unfinished = {}  # what propagate() left for the next commit
         self.known_stages = {}  # sets of those in their table, by namespace
+        self.late = False  # more is overdue than the last commit has lapsed
         self.wait_queue = WaitQueue(waiters)
         self.large_bodies = threading.BoundedSemaphore(LARGE_BODIES)
         self.ending = threading.Event()
         self.ticker = None
+        self.damaged = False  # and we have said so
         inspect(path)  # before a lock file is made beside it
         with translate_errors(path), contextlib.ExitStack() as undo:
             self.location = DatabaseLocation(path)
@@ -1875,11 +1893,23 @@ class Store:
             self.unfinished[parent] = dependency_end(state), -1
 
     def after_commit(self, tx):
-        """Keep unfinished propagation, wake long polls for freed jobs."""
-        self.unfinished = tx.ended
+        """Keep what is unfinished, wake long polls for freed jobs."""
+        self.unfinished, self.late = tx.ended, tx.late
+        self.committed_at = tx.now
         self.known_stages.update(tx.stages)
         for key, n in tx.freed.items():
             self.wait_queue.wake(key, n)
+
+    def explain(self, error):
+        """Return the Error that answers a request which met `error`.
+
+        Say it once on standard error when the database is damaged.
+        """
+        reason = getattr(error, "reason", error)
+        if type(reason) is sqlite3.DatabaseError and not self.damaged:
+            self.damaged = True
+            say(DAMAGED % (self.location.path, reason))
+        return error if isinstance(error, Error) else Unavailable(error)
 
     # Namespaces
 
@@ -1991,11 +2021,19 @@ class Store:
     def begin(self, tx):
         """Begin a commit: lapse overdue leases, end delays that are over.
 
-        What propagate() has left is taken up again.
+        After an outage every live lease gets its full time first. What
+        propagate() has left is taken up again. Steps take fewer jobs
+        then, so that it doesn't pile up.
         """
+        if abs(tx.now - self.committed_at) > self.outage:
+            tx.execute(SQL.RENEW_ALL, {"now": tx.now})
+            self.outage_ended = tx.now
         tx.ended.update(self.unfinished)
+        tx.left = max(CHUNK // 4, CHUNK - len(tx.ended))
         values = {"now": tx.now, "limit": CHUNK}
-        for job in map(as_dict, tx.execute(SQL.OVERDUE, values).fetchall()):
+        overdue = tx.execute(SQL.OVERDUE, values).fetchall()
+        tx.late = len(overdue) == CHUNK
+        for job in map(as_dict, overdue):
             if job["state"] == "working":
                 self.lapse(tx, job)
             else:
@@ -2163,14 +2201,18 @@ class Store:
 
     @change
     def claim(
-        self, tx, namespace, stages, *, target=None, n=1, worker, lease
+        self, tx, namespace, stages, *, target=None, n=1, worker, lease,
+        gone=never
     ):
         """Claim up to `n` free jobs, from the first of `stages` first.
 
         A job moves to the stage `target`, or one up without it. `worker` is
         a name or None, `lease` is in seconds or None. Returns the jobs as
-        they are in the claim, dicts of SQL.WHOLE_JOB.
+        they are in the claim, dicts of SQL.WHOLE_JOB. After an outage there
+        are none for a caller that is `gone()`.
         """
+        if tx.now - self.outage_ended < self.outage and gone():
+            return []
         jobs = []
         for stage in dict.fromkeys(stages):
             key = {"namespace": namespace, "stage": stage,
@@ -2490,31 +2532,56 @@ class Store:
 
     stages = query(stage_values)
 
-    @change
-    def init(self, tx, namespace, minutes):
+    def minutes(self, execute, namespace):
+        """Return the lifetimes of a namespace: {stage: minutes}."""
+        stages = self.stage_values(execute, namespace)
+        return {stage: values["minutes"] for stage, values in stages.items()
+                if "minutes" in values}
+
+    lifetimes = query(minutes)
+
+    def init(self, namespace, minutes):
         """Set the lifetimes of stages 0 … n, and n as the last stage.
 
-        Only if the namespace has no lifetime yet.
+        Only if the namespace has no lifetime yet. They are set last: until
+        then a repetition goes on where a killed server has left it.
         """
-        stages = self.stage_values(tx.execute, namespace)
-        if not any("minutes" in values for values in stages.values()):
-            self.change_stages(tx, namespace, {
-                stage: {"minutes": value}
-                for stage, value in enumerate(minutes)})
-            key = {"namespace": namespace, "laststage": len(minutes) - 1}
-            tx.execute(SQL.SET_LASTSTAGE, key)
-            for job in tx.execute(SQL.NEWLY_DONE, key).fetchall():
-                self.move(tx, as_dict(job), state="done",
-                          entered_at=job["entered_at"])
+        if not self.lifetimes(namespace):
+            self.set_up(namespace, minutes, in_force=False)
+            ids = self.newly_done(namespace, len(minutes) - 1)
+            self.in_steps(namespace, self.finish_one, ids,
+                          ("waiting", "delayed", "blocked"))
+            self.set_up(namespace, minutes, in_force=True)
 
     @change
-    def set_stages(self, tx, namespace, changes):
-        """Change names and lifetimes of stages, and mark jobs accordingly.
+    def set_up(self, tx, namespace, minutes, *, in_force):
+        """Set the last stage, and lifetimes, unless there are lifetimes.
 
-        `changes` is {stage: {"name", "minutes"}}: None takes a value away, a
-        missing one stays. Raises Error 400 for too many stages, 409 for a
-        name that two would have. Returns what stage_values() does.
+        Without `in_force` the stages get their lifetimes later.
         """
+        if not self.minutes(tx.execute, namespace):
+            self.change_stages(tx, namespace, {
+                stage: {"minutes": value} if in_force else {}
+                for stage, value in enumerate(minutes)})
+            tx.execute(SQL.SET_LASTSTAGE, {
+                "namespace": namespace, "laststage": len(minutes) - 1})
+
+    @query
+    def newly_done(self, execute, namespace, laststage):
+        """Return the ids of the jobs that are done by a new last stage."""
+        key = {"namespace": namespace, "laststage": laststage}
+        return array("q", (jobid for jobid, in execute(SQL.NEWLY_DONE, key)))
+
+    def finish_one(self, tx, job):
+        """End a job that is in its last stage; return 1, or 0 if it isn't."""
+        if stage_state(job["stage"], job["final"]) != "done":
+            return 0
+        self.move(tx, job, state="done", entered_at=job["entered_at"])
+        return 1
+
+    @change
+    def put_stages(self, tx, namespace, changes):
+        """Change names and lifetimes: see set_stages()."""
         stages = self.stage_values(tx.execute, namespace)
         for stage, values in changes.items():
             stages[stage] = dict(stages.get(stage, {}), **values)
@@ -2524,71 +2591,92 @@ class Store:
             raise Error(409, "Two stages can't have the name %s."
                         % max(names, key=names.count))
         self.change_stages(tx, namespace, changes)
-        for stage, values in changes.items():
-            if "minutes" in values:
-                self.mark_expired(tx, namespace, stage, values["minutes"])
         return self.stage_values(tx.execute, namespace)
 
-    def mark_expired(self, tx, namespace, stage, minutes):
-        """Mark the jobs of a stage that are over its lifetime, no others."""
-        oldest = tx.now - minutes * 60 if minutes else -math.inf
-        for marked, start, end in (
-            (0, -math.inf, oldest), (1, oldest, math.inf),
-        ):
-            values = {"namespace": namespace, "stage": stage,
-                      "marked": marked, "start": start, "end": end}
-            for state, jobs in tx.execute(SQL.COUNT_ENTERED, values):
-                tx.count(0, -jobs if marked else jobs,
-                         namespace, stage, state)
-            tx.execute(SQL.MARK, values)
+    def set_stages(self, namespace, changes, gone=never):
+        """Change names and lifetimes of stages, and mark jobs accordingly.
 
-    def mark_all_expired(self, tx):
-        """Mark the jobs of any namespace that are over their lifetime."""
-        for stage in tx.execute(SQL.STALE_STAGES, {"now": tx.now}).fetchall():
-            self.mark_expired(tx, *stage)
+        `changes` is {stage: {"name", "minutes"}}: None takes a value away, a
+        missing one stays. Raises Error 400 for too many stages, 409 for a
+        name that two would have. Returns what stage_values() does.
+        """
+        stages = self.put_stages(namespace, changes)
+        if any("minutes" in values for values in changes.values()):
+            self.mark_expired(namespace, gone)
+        return stages
 
-    catch_up = change(mark_all_expired)
+    def mark_expired(self, namespace, gone=never):
+        """Mark the jobs of a namespace that are over their lifetime.
+
+        Others lose the mark. In steps, and no further once `gone()`: the tick
+        does the rest.
+        """
+        while self.mark_some(namespace) and not gone():
+            pass
 
     @change
-    def check_stages(self, tx, namespace):
+    def mark_some(self, tx, namespace=None):
+        """Mark the expired jobs of a namespace, None for all, in one step.
+
+        Returns whether there may be more.
+        """
+        values = {"namespace": namespace, "now": tx.now, "limit": tx.left}
+        jobs = tx.execute(SQL.MISMARKED, values).fetchall()
+        tx.executemany(SQL.MARK, [(job["id"],) for job in jobs])
+        for job in jobs:
+            tx.count(0, 1 - 2 * job["expired"],
+                     job["namespace"], job["stage"], job["state"])
+        tx.left -= len(jobs)
+        return tx.left == 0
+
+    def check_stages(self, namespace, gone=never):
         """Mark what has expired; return whether nothing is marked."""
-        self.mark_all_expired(tx)
-        return not any(
-            tx.execute(SQL.EXPIRED, {
-                "namespace": namespace, "stage": stage}).fetchone()
-            for stage in self.stage_values(tx.execute, namespace)
-        )
+        self.mark_expired(namespace, gone)
+        return not self.marked_stages(namespace) & set(
+            self.lifetimes(namespace))
 
-    @change
-    def move_expired(self, tx, namespace, old, new):
+    @query
+    def marked_stages(self, execute, namespace):
+        """Return the set of the stages with jobs that are marked."""
+        rows = execute(SQL.TALLY, {"namespace": namespace})
+        return {row["stage"] for row in rows if row["expired"]}
+
+    def move_expired(self, namespace, old, new, gone=never):
         """Mark what has expired, then move the marked jobs of stage `old`.
 
         Failed, cancelled and aborted jobs stay: only a retry brings them
         back. Returns whether nothing was marked in `old`, and how many jobs
         moved.
         """
-        self.add_stages(tx, namespace, {new})
-        self.mark_all_expired(tx)
-        key = {"namespace": namespace, "stage": old}
-        marked = [as_dict(job) for job in tx.execute(SQL.EXPIRED, key)]
-        moving = [job for job in marked if job["state"] not in PUT_ASIDE]
-        for job in moving:
-            self.interrupt(tx, job, "expired")
-            state = self.settled_state(tx, job, new)
-            self.move(tx, job, stage=new, state=state, attempt=0, failures=0,
-                      lapses=0)
-        return not marked, len(moving)
+        self.put_stages(namespace, {new: {}})  # or it is refused
+        self.mark_expired(namespace, gone)
+        ids = self.ids_in(namespace, STATES, old, marks=(1,))
+        move = functools.partial(self.expire_one, new)
+        return not ids, self.in_steps(
+            namespace, move, ids, (*UNENDED, "done"), old, gone)
+
+    def expire_one(self, new, tx, job):
+        """Move a job to stage `new`; return 1, or 0 if it isn't marked."""
+        if not job["expired"]:
+            return 0
+        self.interrupt(tx, job, "expired")
+        state = self.settled_state(tx, job, new)
+        self.move(tx, job, stage=new, state=state, attempt=0, failures=0,
+                  lapses=0)
+        return 1
 
     # Retrying, cancelling, releasing, forgetting
 
-    def sweep(self, namespace, action, *, ids=None, stage=None, state=None):
+    def sweep(
+        self, namespace, action, *, ids=None, stage=None, state=None,
+        gone=never
+    ):
         """Do an action of SWEEPS to the selected jobs; return how many.
 
         retry: put ended jobs back where they were claimed, budgets fresh;
         cancel: end whatever isn't done; release: give claims back unharmed;
         forget: delete done jobs. The selector has `ids` (Error 404 when one
-        doesn't exist), or `stage` and `state`, None for any. A commit takes a
-        few thousand jobs, so that other requests come between.
+        doesn't exist), or `stage` and `state`, None for any. See in_steps().
         """
         act = {
             "retry": self.retry_one, "cancel": self.cancel_one,
@@ -2596,54 +2684,72 @@ class Store:
         }[action]
         _, states = SWEEPS[action]
         states = [known for known in states if state in (None, known)]
-        ids = self.ids_in(namespace, ids, states, stage)
-        return sum(
-            self.sweep_ids(namespace, act, ids[i : i + CHUNK], states, stage)
-            for i in range(0, len(ids), CHUNK)
-        )
+        if ids is None:
+            ids = self.ids_in(namespace, states, stage)
+        else:
+            self.require_jobs(namespace, ids)
+        return self.in_steps(namespace, act, ids, states, stage, gone)
 
     @query
-    def ids_in(self, execute, namespace, ids, states, stage):
-        """Return `ids`, or those of all jobs in `states` and a stage."""
-        if ids is None:
-            found = self.in_groups(execute, SQL.GROUP_PAGE, namespace, states,
-                                   stage, after=-1, limit=-1)
-            return [jobid for jobid, in found]
+    def require_jobs(self, execute, namespace, ids):
+        """Raise Error 404 when one of the jobs `ids` doesn't exist."""
         for jobid in ids:
             key = {"namespace": namespace, "jobid": jobid}
             if not execute(SQL.JOB, key).fetchone():
                 raise Error(404, "There is no job %d." % jobid)
-        return ids
 
-    def in_groups(
-        self, execute, sql, namespace, states, stage, marks=(0, 1), **values
-    ):
-        """Return the rows that a statement finds in groups of jobs.
+    @query
+    def ids_in(self, execute, namespace, states, stage, **marks):
+        """Return the ids of all jobs in `states` and a stage, None for any.
 
-        A group has one stage, state and mark `expired`: each of `states` and
-        `marks`, and `stage`, None for any.
+        Of one snapshot: a job that moves while a sweep goes on isn't missed.
         """
-        return [
-            row
-            for group in execute(SQL.TALLY, {"namespace": namespace})
-            if group["state"] in states and stage in (None, group["stage"])
-            for mark in marks
-            for row in execute(sql, dict(
-                values, namespace=namespace, stage=group["stage"],
-                state=group["state"], expired=mark))
-        ]
+        found = self.in_groups(execute, SQL.GROUP_PAGE, namespace, states,
+                               stage, after=-1, limit=-1, **marks)
+        return array("q", (jobid for jobid, in found))
+
+    def in_steps(self, namespace, act, ids, states, stage=None, gone=never):
+        """Do `act` to those of the jobs `ids` that fit; return the sum.
+
+        A step is a commit of its own, of up to CHUNK jobs, and other requests
+        come between two steps. Once `gone()` there are no more.
+        """
+        done = start = 0
+        while start < len(ids) and not (start and gone()):
+            more, start = self.step(namespace, act, ids, start, states, stage)
+            done += more
+        return done
 
     @change
-    def sweep_ids(self, tx, namespace, act, ids, states, stage):
-        """Do `act` to those of the jobs `ids` that fit; count them."""
-        done = 0
-        for jobid in ids:
+    def step(self, tx, namespace, act, ids, start, states, stage=None):
+        """Do `act` to some of the jobs that fit, from ids[start] on.
+
+        Returns the sum, and where to go on.
+        """
+        some, done = ids[start : start + tx.left], 0
+        tx.left -= len(some)
+        for jobid in some:
             key = {"namespace": namespace, "jobid": jobid}
             job = tx.execute(SQL.JOB, key).fetchone()
             if job and job["state"] in states \
                     and stage in (None, job["stage"]):
                 done += act(tx, as_dict(job))
-        return done
+        return done, start + len(some)
+
+    def in_groups(
+        self, execute, sql, namespace, states, stage, marks=(0, 1), **values
+    ):
+        """Yield the rows that a statement finds in groups of jobs.
+
+        A group has one stage, state and mark `expired`: each of `states` and
+        `marks`, and `stage`, None for any.
+        """
+        for group in execute(SQL.TALLY, {"namespace": namespace}):
+            if group["state"] in states and stage in (None, group["stage"]):
+                for mark in marks:
+                    yield from execute(sql, dict(
+                        values, namespace=namespace, stage=group["stage"],
+                        state=group["state"], expired=mark))
 
     def retry_one(self, tx, job):
         """Retry an ended job; return 1, or 0 if it can't be."""
@@ -2881,8 +2987,8 @@ class Store:
         failed = sum(row["jobs"] for row in rows if row["state"] == "failed")
         rows = self.in_groups(execute, SQL.LATEST, namespace, ("failed",),
                               None, limit=FAILURES_READ)
-        rows.sort(key=lambda row: row[:2], reverse=True)
-        return failed, rows[:FAILURES_READ]
+        latest = sorted(rows, key=lambda row: row[:2], reverse=True)
+        return failed, latest[:FAILURES_READ]
 
     @query
     def health(self, execute):
@@ -2902,21 +3008,23 @@ class Store:
         while not self.ending.wait(self.TICK[self.shared]):
             try:
                 self.tick()
-            except (Error, sqlite3.Error):
-                pass  # a full disk: once more at the next tick
+            except (Error, sqlite3.Error) as error:
+                self.explain(error)  # a full disk: once more at the next tick
             except Exception:
                 traceback.print_exc()
 
     def tick(self):
         """Do what time alone brings about.
 
-        A commit marks the expired and, as any does, lapses overdue leases and
-        goes on with what propagate() left. Then wake long polls for jobs that
+        A commit marks some of the expired and, as any does, lapses overdue
+        leases and goes on with what propagate() left: one at least, and more
+        as long as there is more to do. Then wake long polls for jobs that
         other processes freed, and prune.
         """
-        self.catch_up()
-        while self.unfinished and not self.ending.is_set():
-            self.catch_up()
+        more = True
+        while more:
+            more = self.mark_some() or self.late or self.unfinished
+            more = more and not self.ending.is_set()
         if self.shared:
             self.wake_for_others(self.wait_queue.keys())
         if self.keep_days is not None:
@@ -3365,16 +3473,9 @@ def read_result(given):
 # ------------------------------------------------------------- endpoints ---
 
 
-def lifetimes(store, request):
-    """Return the lifetimes of the caller's stages: {stage: minutes}."""
-    stages = store.stages(request.namespace)
-    return {stage: values["minutes"] for stage, values in stages.items()
-            if "minutes" in values}
-
-
 def get_lifetimes(store, request):
     """Show the lifetimes in force."""
-    return Response.json(lifetimes(store, request))
+    return Response.json(store.lifetimes(request.namespace))
 
 
 def get_init(store, request, *minutes):
@@ -3385,12 +3486,13 @@ def get_init(store, request, *minutes):
 
 def get_lifetime(store, request, stage):
     """Show the lifetime of a stage in minutes, 0 when it has none."""
-    return Response.json(lifetimes(store, request).get(stage, 0))
+    return Response.json(store.lifetimes(request.namespace).get(stage, 0))
 
 
 def get_set_lifetime(store, request, stage, minutes):
     """Set the lifetime of a stage."""
-    store.set_stages(request.namespace, {stage: {"minutes": minutes}})
+    store.set_stages(
+        request.namespace, {stage: {"minutes": minutes}}, request.gone)
     return Response.json(minutes)
 
 
@@ -3492,6 +3594,26 @@ def claim_in_time(store, request, stages, claim, wait):
             waiter.used = True  # somebody else has claimed the job
 
 
+def claim_in_steps(claim, n):
+    """Return what `claim(n=...)` gives, called until it is `n` jobs.
+
+    Each call is a commit of its own. A job claimed without a lease may be
+    free again: then the latest claim counts. When one of them is refused, as
+    at the server's end, the jobs claimed before it are the answer.
+    """
+    jobs, wanted = {}, 0
+    while len(jobs) == wanted < n:
+        wanted = min(n, wanted + CLAIMS_AT_ONCE)
+        try:
+            some = claim(n=wanted - len(jobs))
+        except Error:
+            if not jobs:
+                raise
+            break
+        jobs.update((job["id"], job) for job in some)
+    return list(jobs.values())
+
+
 def splice(values, texts):
     """Return, in JSON, an object of `values` and of `texts`, JSON already."""
     kept = "".join(', "%s": %s' % pair for pair in texts.items())
@@ -3541,9 +3663,10 @@ def get_job_claim(store, request, stages, nextstage=None):
         STAGE(max(stages) + 1, "the stage that a claim leads to")
     n, wait = given.pop("n"), given.pop("wait") or 0
     claim = functools.partial(
-        store.claim, request.namespace, stages,
-        target=nextstage, n=min(n or 1, MAX_CLAIMS), **given
-    )
+        claim_in_steps, functools.partial(
+            store.claim, request.namespace, stages, target=nextstage,
+            gone=request.gone, **given),
+        min(n or 1, MAX_CLAIMS))
     jobs = claim() if not wait else claim_in_time(
         store, request, stages, claim, min(wait, MAX_WAIT))
     replies = [claim_json(request.jobix, job) for job in jobs]
@@ -3666,9 +3789,10 @@ def get_check_stages(store, request, old=None, new=None):
     """Mark the expired jobs; move those of one stage to another."""
     name = "Are all simulations within time frame?"
     if old is None:
-        fine = store.check_stages(request.namespace)
+        fine = store.check_stages(request.namespace, request.gone)
         return Response.json({name: int(fine)})
-    fine, moved = store.move_expired(request.namespace, old, new)
+    fine, moved = store.move_expired(
+        request.namespace, old, new, request.gone)
     return Response.json({name: int(fine), "n_bad_jobs were degraded:": moved})
 
 
@@ -3694,7 +3818,8 @@ def read_selector(request):
 def post_sweep(store, request):
     """Retry, cancel, release or forget jobs, as the path says."""
     action = request.path[1:]
-    n = store.sweep(request.namespace, action, **read_selector(request))
+    n = store.sweep(request.namespace, action, gone=request.gone,
+                    **read_selector(request))
     return Response.json({SWEEPS[action][0]: n})
 
 
@@ -4132,7 +4257,7 @@ def get_lifetime_page(store, request):
     return login_page(store, request, "lifetime") or page_response(
         PLAIN % html_table("Lifetimes", ("stage", "minutes"), [
             {"stage": stage, "minutes": minutes} for stage, minutes
-            in lifetimes(store, request).items()]))
+            in store.lifetimes(request.namespace).items()]))
 
 
 # ---------------------------------------------------------------- routes ---
@@ -4290,10 +4415,8 @@ def respond(store, request):
         arguments = [read_parameter(request, *each) for each in given]
         receive_body(store, request)
         return endpoint(store, request, *arguments)
-    except Error as error:
-        return error_response(error)
-    except sqlite3.Error as error:
-        return error_response(Unavailable(error))
+    except (Error, sqlite3.Error) as error:
+        return error_response(store.explain(error))
     except Exception:
         traceback.print_exc()
         return error_response(
@@ -5085,7 +5208,7 @@ class Application:
         make_folder(path)
         store = Store(
             path, shared=True, waiters=waiters, jobix=given_jobix(),
-            open_to_all=get("JOBMAN_OPEN") == "1")
+            open_to_all=get("JOBMAN_OPEN") == "1", outage=OUTAGE)
         if url is not None:
             make_folder(access_path())
             write_access(access_path(), url, store)
@@ -5108,7 +5231,7 @@ class Application:
             environ.get("QUERY_STRING", ""),
             headers,
             lambda: require_length(environ["wsgi.input"].read(length), length),
-            lambda: False,
+            never,
             length,
         )
 
@@ -5216,7 +5339,7 @@ def serving(options, access_file, jobix=None):
         options.db, shared=options.shared, waiters=server.limit * 4 // 5,
         jobix=jobix, new_jobix=options.new_jobix, open_to_all=options.open,
         max_attempts=options.retries + 1, max_lapses=options.lapses,
-        keep_days=options.keep_days,
+        keep_days=options.keep_days, outage=OUTAGE,
     )
     if server.store.location.exclusive:
         say("jobman.py: %s: so only this server may have it, its reads wait"
@@ -7080,6 +7203,13 @@ def open_snapshot(path):
             yield connection.execute
 
 
+# No earlier token is accepted, and leases lapse at the next start.
+END_CLAIMS = """
+    update job set lease = 0 * lease,
+        claim = case state when 'working' then hex(randomblob(16)) end
+    where claim is not null"""
+
+
 def copy_tables(copy):
     """Copy all of the attached database `source`, in one transaction.
 
@@ -7099,7 +7229,7 @@ def copy_tables(copy):
     for mark in ("application_id", "user_version"):
         value = execute("pragma source.%s" % mark).fetchone()[0]
         execute("pragma main.%s = %d" % (mark, value))
-    execute(SQL.END_CLAIMS)
+    execute(END_CLAIMS)
     execute("commit")
 
 
@@ -7285,7 +7415,7 @@ def check(options):
 
 BENCH_JOBS = 200000  # at most: on a disk they take 50 MB
 BENCH_CLIENTS = 16
-BATCH = 1000  # jobs claimed, and updated, at once
+BATCH = 1000  # jobs added, claimed, and updated, at once
 LENGTHS = {"1 s": 1, "10 s": 10, "1 min": 60, "10 min": 600, "1 h": 3600}
 USED = 0.5  # of what was measured, by the workers that we think it good for
 CONTENT_LENGTH = re.compile(rb"\r\nContent-Length: ([0-9]+)\r\n")
@@ -7361,14 +7491,14 @@ def converse(access, talks):
 
 def adding(counted, end):
     """Add jobs until they are many enough, or it is `end`: a talk."""
-    for first in range(0, BENCH_JOBS, CHUNK):
+    for first in range(0, BENCH_JOBS, BATCH):
         if time.monotonic() >= end:
             break
-        ids = range(first, first + CHUNK)
+        ids = range(first, first + BATCH)
         yield "POST", "/set", {i: {
             "jobstage": 0, "jobcmd": "simulate --seed %d" % i, "laststage": 2,
         } for i in ids}
-        counted.append(CHUNK)
+        counted.append(BATCH)
 
 
 def moving(counted, end):

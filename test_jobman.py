@@ -1356,9 +1356,9 @@ class ContractTest(StoreCase):
     def test_two_stages_never_have_one_name(self):
         outcomes = together(
             self.store,
-            self.operation("set_stages", {0: {"name": "a", "minutes": 1}}),
-            self.operation("set_stages", {1: {"name": "a", "minutes": 1}}),
-            self.operation("set_stages", {2: {"name": "b"}}))
+            self.operation("put_stages", {0: {"name": "a", "minutes": 1}}),
+            self.operation("put_stages", {1: {"name": "a", "minutes": 1}}),
+            self.operation("put_stages", {2: {"name": "b"}}))
         self.assertEqual(409, outcomes[1], outcomes)
         self.assertEqual(2, len(outcomes[2]), outcomes)
         self.assertEqual({"0": {"name": "a", "minutes": 1},
@@ -3240,6 +3240,255 @@ class SweepTest(StoreCase):
         query = "select state from job"
         wait_for(lambda: rows(self.path("jobs.db"), query)
                  == [{"state": "waiting"}], "the delay's end")
+
+
+class BrokenOffCase(StoreCase):
+    """A Store whose tests make the ticks, and whose callers hang up."""
+
+    def open(self):
+        super().open()
+        self.hold_ticks()
+
+    def broken_off(self, path, value=None, meanwhile=lambda: None):
+        """Make a call, and hang up before its change begins."""
+        leads, go = threading.Event(), threading.Event()
+        self.addCleanup(go.set)
+        threading.Thread(target=self.store.writer.run, daemon=True, args=(
+            lambda tx: (leads.set(), go.wait(PATIENCE)),)).start()
+        self.assertTrue(leads.wait(PATIENCE))
+        method, body = "GET", None
+        if value is not None:
+            method, body = "POST", packed(value)
+        connection = http.client.HTTPConnection(*self.address)
+        connection.request(method, path, body, {"jobix": str(self.jobix)})
+        wait_for(lambda: self.store.writer.queue, "the change")
+        connection.close()
+        meanwhile()
+        go.set()
+        wait_for(lambda: not self.door.server.busy, "its end")
+
+
+class StepsTest(BrokenOffCase):
+    """Changes of many jobs go in steps, and others come between them."""
+
+    N = 7
+
+    def setUp(self):
+        super().setUp()
+        self.replace("CHUNK", 3)
+        self.replace("CLAIMS_AT_ONCE", 3)
+
+    def sizes(self, act):
+        """Return how many jobs each of the commits of `act` has changed."""
+        sizes, writer = [], self.store.writer
+        committed = writer.committed
+
+        def note(tx):
+            sizes.append(sum(max(map(abs, added))
+                             for (table, *_), added in tx.sums.items()
+                             if table == "tally"))
+            committed(tx)
+
+        writer.committed = note
+        act()
+        writer.committed = committed
+        return [size for size in sizes if size]
+
+    def claim(self, **options):
+        return self.get(0, n=self.N, **options)
+
+    def do(self, act):
+        """Make a call, a tuple of its path and body, or what else it is."""
+        return act() if callable(act) else self.ok(*act)
+
+    def prepare(self, *acts):
+        """Add jobs of a namespace of their own, and do `acts` to them."""
+        self.jobix += 1
+        self.set_jobs(range(self.N))
+        for act in acts:
+            self.do(act)
+
+    def expire(self):
+        self.clock.advance(61)
+
+    def cases(self):
+        """Return, by name, what comes before a change, and the change.
+
+        Then how often it counts a job: one that moves where it leaves and
+        where it comes.
+        """
+        everything = {"all": True}
+        cancel = "/cancel", everything
+        by_ids = "/cancel", {"ids": list(range(self.N))}
+        lifetime, finish = ("/lifetime/0/1",), ("/init/0",)
+        return {
+            "cancel": ([], cancel, 2),
+            "cancel by ids": ([], by_ids, 2),
+            "retry": ([cancel], ("/retry", everything), 2),
+            "release": ([self.claim], ("/release", everything), 2),
+            "forget": ([finish], ("/forget", everything), 1),
+            "mark": ([self.expire], lifetime, 1),
+            "unmark": ([self.expire, lifetime], ("/lifetime/0/0",), 1),
+            "check": ([lifetime, self.expire], ("/check_stages",), 1),
+            "init": ([], finish, 2),
+            "tick": ([lifetime, self.expire], self.store.tick, 1),
+            "lapses": ([lambda: self.claim(lease=9), self.expire],
+                       self.store.tick, 2),
+            "claims": ([], lambda: self.claim(lease=60), 2),
+        }
+
+    def test_a_change_of_many_jobs_goes_in_steps(self):
+        for name, (acts, change, counted) in self.cases().items():
+            self.prepare(*acts)
+            sizes = self.sizes(lambda act=change: self.do(act))
+            with self.subTest(name):
+                self.assertEqual([3 * counted, 3 * counted, counted], sizes)
+            self.assertCounts()
+
+    def test_the_expired_are_marked_and_moved_in_steps(self):
+        self.prepare(("/lifetime/0/1",), self.expire)
+        replies = []
+        sizes = self.sizes(
+            lambda: replies.append(self.ok("/check_stages/0/2")))
+        self.assertEqual([3, 3, 1, 6, 6, 2], sizes)
+        self.assertEqual([[0, self.N]], [list(r.values()) for r in replies])
+        self.assertEqual({(2, "waiting"): self.N}, self.states())
+
+    def test_a_sweep_stops_when_its_caller_hangs_up(self):
+        for name, (acts, change, counted) in self.cases().items():
+            if name in ("init", "tick", "lapses", "claims"):
+                continue
+            self.prepare(*acts)
+            sizes = self.sizes(lambda call=change: self.broken_off(*call))
+            with self.subTest(name):
+                self.assertEqual([3 * counted], sizes)
+
+    def test_the_tick_goes_on_with_marks_that_a_caller_left(self):
+        self.prepare(self.expire)
+        for minutes, marked in ((1, self.N), (0, 0)):
+            self.broken_off("/lifetime/0/%d" % minutes)
+            self.store.tick()
+            self.assertEqual(
+                marked, self.ok("/status")["totals"]["expired"])
+
+    def test_an_init_that_failed_half_way_is_repeated(self):
+        self.prepare()
+        finish, n = self.store.writer.finish, itertools.count()
+
+        def spoiled(tx):
+            finish(tx)
+            if next(n) == 2:
+                raise sqlite3.OperationalError("the disk is full")
+
+        self.store.writer.finish = spoiled
+        self.assertReply(503, self.call("/init/5"))
+        self.assertEqual({}, self.ok("/init"))
+        self.assertEqual(4, self.states()[0, "waiting"])
+        self.assertEqual({"0": 5}, self.ok("/init/5"))
+        self.assertEqual({(0, "done"): self.N}, self.states())
+
+    def test_a_job_is_in_a_large_claim_once(self):
+        self.set_jobs(range(7))
+        jobs = self.get("0/0", n=7)  # without a lease they are free again
+        self.assertEqual([0, 1, 2], [job["jobid"] for job in jobs])
+        for job in jobs:
+            self.assertReply(200, self.update(job, 3))
+
+    def test_claims_before_one_that_is_refused_are_answered(self):
+        self.set_jobs(range(7))
+
+        def claim(n):
+            jobs = self.store.claim(
+                self.namespace, [0], n=n, worker=None, lease=60)
+            self.closing.close()
+            return jobs
+
+        self.assertEqual(3, len(jobman.claim_in_steps(claim, 7)))
+        with self.assertRaises(jobman.Unavailable):
+            jobman.claim_in_steps(claim, 7)
+        self.open()
+
+    def test_what_is_still_to_be_told_does_not_pile_up(self):
+        self.replace("CHUNK", 8)
+        self.set_jobs(range(0, 400, 2))
+        self.post("/set", {i: {"jobstage": 0, "after": [i - 1]}
+                           for i in range(1, 400, 2)})
+        left, writer = [], self.store.writer
+        committed = writer.committed
+        writer.committed = lambda tx: (
+            left.append(len(tx.ended)), committed(tx))
+        self.ok("/cancel", {"all": True})
+        writer.committed = committed
+        self.assertLess(max(left), 2 * jobman.CHUNK)
+        self.assertEqual({(0, "cancelled"): 400}, self.states())
+
+    def test_the_wal_shrinks_again(self):
+        wal = self.path("jobs.db-wal")
+        self.store.add_jobs(self.namespace, *to_add({
+            jobid: {"jobstage": 0} for jobid in range(60000)}))
+        self.assertGreater(os.path.getsize(wal), jobman.WAL_KEPT)
+        self.set_jobs([10**6])
+        self.assertLessEqual(os.path.getsize(wal), jobman.WAL_KEPT)
+
+
+class GapTest(BrokenOffCase):
+    """After a pause of the server nobody loses a lease."""
+
+    def open(self):
+        super().open()
+        self.store.outage = 10
+
+    def pass_time(self, *steps):
+        for seconds in steps:
+            self.clock.advance(seconds)
+            self.store.tick()
+
+    def test_a_pause_gives_every_lease_its_full_time(self):
+        for name, steps, state in (
+            ("busy", [9] * 7, "waiting"),
+            ("paused", [75], "working"),
+            ("paused, then not renewed", [75] + [9] * 7, "waiting"),
+            ("set a day on", [86400, 9], "working"),
+            ("set back", [-3600, 9, 9], "working"),
+            ("set back, then not renewed", [-3600] + [9] * 7, "waiting"),
+        ):
+            self.jobix += 1
+            self.set_jobs([1])
+            self.get(0, lease=60)
+            self.pass_time(*steps)
+            with self.subTest(name):
+                self.assertEqual(state, self.ok("/job/1")["state"])
+
+    def test_a_disk_that_is_full_for_long_costs_no_lease(self):
+        self.set_jobs([1])
+        self.get(0, lease=60)
+        finish = self.store.writer.finish
+        self.store.writer.finish = lambda tx: tx.execute("no statement")
+        for _ in range(9):
+            with self.assertRaises(jobman.Unavailable):
+                self.pass_time(9)
+        self.store.writer.finish = finish
+        self.pass_time(9)
+        self.assertEqual("working", self.ok("/job/1")["state"])
+
+    def test_after_a_pause_a_caller_that_is_gone_claims_nothing(self):
+        for seconds, state in ((9, "working"), (11, "waiting")):
+            self.jobix += 1
+            self.set_jobs([1])
+            self.broken_off("/get/0?lease=60", meanwhile=functools.partial(
+                self.clock.advance, seconds))
+            self.assertEqual(state, self.ok("/job/1")["state"])
+
+    def test_a_server_that_was_stopped_ends_no_lease(self):
+        server, self.address = self.serve("--open", start=changed(
+            "jobman", "jobman.OUTAGE = 2"))
+        self.set_jobs([1])
+        self.get(0, lease=3)
+        os.kill(server.pid, signal.SIGSTOP)
+        time.sleep(4)
+        os.kill(server.pid, signal.SIGCONT)
+        self.ok("/pause/9", {})  # a commit, in which it would lapse
+        self.assertEqual("working", self.ok("/job/1")["state"])
 
 
 class DependencyTest(StoreCase):
@@ -6377,8 +6626,9 @@ class TogetherTest(StoreCase):
 
     def sweep(self, act, *ids):
         """Return an operation on jobs in any state."""
-        return self.do("sweep_ids", getattr(self.store, act), ids,
-                       states=jobman.STATES, stage=None)
+        step = self.do("step", getattr(self.store, act), ids, 0,
+                       jobman.STATES)
+        return lambda tx: step(tx)[0]
 
     def commit(self, *operations):
         """Run operations in one commit; return their results or statuses."""
@@ -6994,21 +7244,19 @@ class CostTest(StoreCase):
         for name in ("claim", "miss", "update", "failure", "submit"):
             self.assertLess(many[name], few[name] * 1.2 + 50, name)
 
-    PIECES = "STATE", "ANY_JOB", "WHOLE_JOB", "IN_STAGE", "ENTERED", \
-        "NEW_JOB"
+    PIECES = "STATE", "ANY_JOB", "WHOLE_JOB", "STAGES_JOBS", "NEW_JOB"
     RARE = "UNFINISHED_PARENTS",  # at a start
     INDEXES = {  # by which a statement finds jobs: which statements
         "job_queue": ("FREE", "COUNT_FREE"),
         "job_expiry": ("OVERDUE", "RENEW_ALL"),
         "job_age": (
-            "EXPIRED", "COUNT_ENTERED", "MARK", "STALE_STAGES", "GROUP_PAGE",
-            "AGE_PAGE", "LATEST", "NEWLY_DONE"),
+            "MISMARKED", "GROUP_PAGE", "AGE_PAGE", "LATEST", "NEWLY_DONE"),
         "sqlite_autoindex_job_1": (
             "JOB", "SHOWN_JOB", "RENEW", "LIMIT_ATTEMPTS", "PAGE",
             "ADD_DEPENDENCY", "LAST_JOBID"),
         "INTEGER PRIMARY KEY": (
-            "JOB_BY_ID", "CONTENT", "MOVE", "REPLACE", "FORGET", "SET_UNMET",
-            "MEET_ONE", "WAITED_FOR", "ABORTED_BY", "PRUNE"),
+            "JOB_BY_ID", "CONTENT", "MARK", "MOVE", "REPLACE", "FORGET",
+            "SET_UNMET", "MEET_ONE", "WAITED_FOR", "ABORTED_BY", "PRUNE"),
     }
     SORTED = "FREE", "OVERDUE", "PAGE", "AGE_PAGE", "LATEST", "CHILDREN"
 
@@ -14065,18 +14313,37 @@ class CareTest(TemporaryFolder):
         self.serve("--db", "jobman.db")
         self.assertWhole("jobman.db")
 
-    def test_a_damaged_page_is_found(self):
-        path = self.made()
+    def damage(self, path, index):
+        """Damage an index of a database."""
         found = rows(path, "select rootpage from sqlite_master"
-                     " where name = 'job_queue'")
+                     " where name = '%s'" % index)
         size = rows(path, "pragma page_size")[0]["page_size"]
         at, data = (found[0]["rootpage"] - 1) * size, bytearray(read(path))
         data[at : at + size] = bytes(255 - b for b in data[at : at + size])
         with open(path, "wb") as file:
             file.write(data)
+
+    def test_a_damaged_page_is_found(self):
+        path = self.made()
+        self.damage(path, "job_queue")
         status, found = self.check()
         self.assertEqual(1, status)
         self.assertRegex(found["integrity"], "^wrong  ")
+
+    def test_a_server_says_once_that_its_database_is_damaged(self):
+        path = self.made()
+        self.damage(path, "attempt_job")
+        server, address = self.serve("--db", path, "--open")
+        for method, path, body in (
+            ("GET", "/job/1", None), ("GET", "/job/2", None),
+            ("POST", "/retry", packed({"all": True})),
+        ):
+            reply = exchange(address, method, path, body, {"jobix": "7"})
+            self.assertEqual(503, reply.status, reply.text)
+        server.terminate()
+        _, _, err = self.finish(server)
+        self.assertRegex(
+            err, r"\Ajobman\.py: The database \S+ is damaged .*\.\n\Z")
 
     DAMAGES = {  # what is done: what is said of it
         "update tally set jobs = jobs + 1 where state = 'done'":
@@ -14268,7 +14535,8 @@ class CareTest(TemporaryFolder):
         store.set_stages(self.space, {0: {"minutes": 1}})
         self.clock.advance(86400 * 2)
         commits, commit = [], store.writer.commit
-        store.writer.commit = lambda batch: commits.append(commit(batch))
+        store.writer.commit = lambda batch: (
+            commits.append(1), commit(batch))
         self.assertEqual(dict.fromkeys(range(21), 0), self.kept(store))
         self.assertGreater(len(commits), 18 // 4)
 
@@ -14283,7 +14551,7 @@ class CareTest(TemporaryFolder):
         shutil.move(made, path)
         store = self.store(path, keep_days=1)
         self.clock.advance(86400 * 2)
-        store.catch_up()  # so that only pruning is left to do
+        store.mark_some()  # so that only pruning is left to do
         self.fill(disk)
         for _ in range(2):
             with self.assertRaises(jobman.Unavailable):
@@ -17495,8 +17763,9 @@ class ApacheStore:
         now = self.clock()
         with contextlib.closing(self.look()) as db:
             return not any(
-                db.execute(sql, {"now": now, "limit": 1}).fetchone()
-                for sql in (jobman.SQL.OVERDUE, jobman.SQL.STALE_STAGES))
+                db.execute(sql, {
+                    "namespace": None, "now": now, "limit": 1}).fetchone()
+                for sql in (jobman.SQL.OVERDUE, jobman.SQL.MISMARKED))
 
 
 @long
