@@ -6937,6 +6937,23 @@ class CostTest(StoreCase):
                 self.store.update_jobs, self.namespace, updates)))
         self.assertLess((costs[1] - costs[0]) / 99, 60, costs)
 
+    def test_1000_stages_cost_a_set_little_and_a_tick_no_statement(self):
+        costs, statements = [], []
+        connection = self.store.writer.connection
+        for stages in (1, 1000):
+            self.jobix += 1
+            jobs = to_add({i: {"jobstage": i % stages} for i in range(10000)})
+            costs.append(self.steps(functools.partial(
+                self.store.add_jobs, self.namespace, *jobs)))
+            self.ok("/stages", {i: {"minutes": 1} for i in range(stages)})
+            seen = Counter()
+            connection.set_trace_callback(lambda sql, n=seen: n.update([sql]))
+            self.store.tick()
+            connection.set_trace_callback(None)
+            statements.append(sum(seen.values()))
+        self.assertLess(costs[1], costs[0] * 1.5)
+        self.assertEqual(statements[0], statements[1])
+
     def test_names_are_looked_up_for_a_stage_that_is_no_number(self):
         self.jobix = self.store.jobix  # needs no look-up itself
         self.ok("/stages", {"0": {"name": "align"}})
