@@ -2650,7 +2650,7 @@ class Store:
         """
         self.put_stages(namespace, {new: {}})  # or it is refused
         self.mark_expired(namespace, gone)
-        ids = self.ids_in(namespace, STATES, old, marks=(1,))
+        ids = self.ids_in(namespace, None, STATES, old, marks=(1,))
         move = functools.partial(self.expire_one, new)
         return not ids, self.in_steps(
             namespace, move, ids, (*UNENDED, "done"), old, gone)
@@ -2684,29 +2684,24 @@ class Store:
         }[action]
         _, states = SWEEPS[action]
         states = [known for known in states if state in (None, known)]
-        if ids is None:
-            ids = self.ids_in(namespace, states, stage)
-        else:
-            self.require_jobs(namespace, ids)
+        ids = self.ids_in(namespace, ids, states, stage)
         return self.in_steps(namespace, act, ids, states, stage, gone)
 
     @query
-    def require_jobs(self, execute, namespace, ids):
-        """Raise Error 404 when one of the jobs `ids` doesn't exist."""
+    def ids_in(self, execute, namespace, ids, states, stage, **marks):
+        """Return `ids`, or those of all jobs in `states` and a stage.
+
+        Of one snapshot: a job that moves while a sweep goes on isn't missed.
+        """
+        if ids is None:
+            found = self.in_groups(execute, SQL.GROUP_PAGE, namespace, states,
+                                   stage, after=-1, limit=-1, **marks)
+            return array("q", (jobid for jobid, in found))
         for jobid in ids:
             key = {"namespace": namespace, "jobid": jobid}
             if not execute(SQL.JOB, key).fetchone():
                 raise Error(404, "There is no job %d." % jobid)
-
-    @query
-    def ids_in(self, execute, namespace, states, stage, **marks):
-        """Return the ids of all jobs in `states` and a stage, None for any.
-
-        Of one snapshot: a job that moves while a sweep goes on isn't missed.
-        """
-        found = self.in_groups(execute, SQL.GROUP_PAGE, namespace, states,
-                               stage, after=-1, limit=-1, **marks)
-        return array("q", (jobid for jobid, in found))
+        return ids
 
     def in_steps(self, namespace, act, ids, states, stage=None, gone=never):
         """Do `act` to those of the jobs `ids` that fit; return the sum.
