@@ -5511,7 +5511,7 @@ class ApplicationTest(TemporaryFolder):
         environ = {"REQUEST_METHOD": "POST", "CONTENT_LENGTH": "2"}
         with open(self.path("body"), "wb") as body:
             environ["wsgi.input"] = body  # reading it raises OSError
-            started = self.plain_call("/set", application, environ)
+            started = self.plain_call("/fail_job/1", application, environ)
         self.assertEqual("400", started[:3])
 
     def test_it_opens_anew_after_its_end(self):
@@ -6553,7 +6553,7 @@ class LoadTest(StoreCase):
     def test_a_closed_store_takes_no_change(self):
         store = self.shared()
         store.close()
-        with self.assertRaises(jobman.Unavailable):
+        with self.assertRaisesRegex(jobman.Unavailable, "it is ending"):
             store.add_jobs(store.namespace, *to_add({}))
 
     def test_an_end_waits_for_the_commit_on_its_way(self):
@@ -15938,14 +15938,19 @@ class TlsTest(Certified, TemporaryFolder):
         subprocess.check_call([
             "openssl", "rsa", "-in", self.keyfile, "-out", locked, "-aes128",
             "-passout", "pass:secret"], stderr=subprocess.DEVNULL)
+        trusted = self.path("trusted")
+        subprocess.check_call([
+            "openssl", "x509", "-in", self.certfile, "-trustout",
+            "-out", trusted])
         for given in ((self.certfile,), (self.path("none"),), (JOBMAN,),
+                      (trusted, "--keyfile", self.keyfile),
                       (self.certfile, "--keyfile", self.other[1]),
                       (self.certfile, "--keyfile", locked)):
             said = self.told(JOBMAN, *SERVE, "--certfile", *given)
             self.assertIn("The certificate %s can't be used" % given[0], said)
         self.assertIn("its key has a password", said)
         self.assertEqual(
-            {".jobman", "locked"}, set(os.listdir(self.folder)))
+            {".jobman", "locked", "trusted"}, set(os.listdir(self.folder)))
 
     def test_without_openssl_there_is_one_sentence(self):
         self.environment["PATH"] = self.path("nothing")
