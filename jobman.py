@@ -971,7 +971,8 @@ class ServerLock:
     takes the file over. A holder that couldn't confirm for LIMIT seconds that
     the file is its own changes nothing until it can.
 
-    `clock` returns seconds and is never set back.
+    `clock` returns seconds and is never set back. `pause` waits for so many
+    seconds, or raises CommandError to give up.
     """
 
     LOOK = 1  # seconds between two looks at the files
@@ -981,7 +982,9 @@ class ServerLock:
     LIMIT = 12
     STALE = 20
 
-    def __init__(self, location, *, shared, clock=time.monotonic):
+    def __init__(
+        self, location, *, shared, clock=time.monotonic, pause=time.sleep
+    ):
         if shared and location.exclusive:
             raise CommandError(
                 "%s, so servers can't share it: put it on a local file system"
@@ -991,7 +994,7 @@ class ServerLock:
         self.location = location
         self.path = location.file + ".lock"
         self.shared = shared
-        self.clock = clock
+        self.clock, self.pause = clock, pause
         self.key = secrets.token_hex(8)
         self.beats = 0
         self.lost = None  # why, once the database isn't ours any more
@@ -1029,7 +1032,7 @@ class ServerLock:
         self.file_id, self.confirmed_at = file_id, self.clock()
         self.write()
         if waits:
-            time.sleep(self.LOOK)  # another that waited may take it, too
+            self.pause(self.LOOK)  # another that waited may take it, too
             if not self.holds_file():
                 raise self.refusal()
 
@@ -1066,7 +1069,7 @@ class ServerLock:
                 name_holder(holder), self.location.path, self.STALE))
         end = self.clock() + self.STALE
         while later == holder and self.clock() < end:
-            time.sleep(self.LOOK)
+            self.pause(self.LOOK)
             later = read_holder(self.location)
         if later and later != holder:
             raise self.refusal()
@@ -1763,7 +1766,7 @@ class Store:
     replaces, and the reading one with it. A job fails after its
     `max_attempts` failures, if it doesn't say another number, or after
     `max_lapses`. Attempts of jobs that ended `keep_days` ago are pruned;
-    None: never.
+    None: never. `pause` is that of ServerLock.
     """
 
     TICK = {False: 1, True: 0.2}  # seconds between ticks, by `shared`
@@ -1771,7 +1774,8 @@ class Store:
     def __init__(
         self, path, *, clock=time.time, shared=False, waiters=20000,
         jobix=None, new_jobix=False, open_to_all=False,
-        max_attempts=MAX_ATTEMPTS, max_lapses=MAX_LAPSES, keep_days=None
+        max_attempts=MAX_ATTEMPTS, max_lapses=MAX_LAPSES, keep_days=None,
+        pause=time.sleep
     ):
         self.clock = clock
         self.max_attempts = max_attempts
@@ -1790,7 +1794,7 @@ class Store:
         with translate_errors(path), contextlib.ExitStack() as undo:
             self.location = DatabaseLocation(path)
             self.readers = Readers(self.location.file)
-            self.lock = ServerLock(self.location, shared=shared)
+            self.lock = ServerLock(self.location, shared=shared, pause=pause)
             undo.callback(self.lock.close)
             fair_lock = contextlib.ExitStack()  # no turns to take
             if shared:
@@ -5008,6 +5012,47 @@ def is_local(server):
     return ipaddress.ip_address(server.server_address[0]).is_loopback
 
 
+@contextlib.contextmanager
+def serving(options, access_file, ending, jobix=None):
+    """Serve `options.db` at `options.host` and port while the body runs.
+
+    `jobix` is the own one, if not that of the database. Hands out the Server
+    and the content of its access file. Raises CommandError when `ending`, an
+    Event, is set while another server may have the database.
+    """
+    def pause(seconds):
+        if ending.wait(seconds):
+            raise CommandError("A signal ended it before it had the database.")
+
+    server = listen(options.host, options.port)
+    server.tls, fingerprint = credentials(options, local=is_local(server))
+    server.store = Store(
+        options.db, shared=options.shared, waiters=server.limit * 4 // 5,
+        jobix=jobix, new_jobix=options.new_jobix, open_to_all=options.open,
+        max_attempts=options.retries + 1, max_lapses=options.lapses,
+        keep_days=options.keep_days, pause=pause,
+    )
+    if server.store.location.exclusive:
+        say("jobman.py: %s: so only this server may have it, its reads wait"
+            " for writes, and it keeps a rollback journal instead of a WAL."
+            % server.store.location.describe())
+    host = options.host
+    if host in ("", "0.0.0.0"):
+        host = socket.gethostname()
+    url = options.url or "%s://%s:%d" % (
+        "https" if server.tls else "http", host, server.server_port)
+    server.names = own_names(url)
+    server.start()
+    try:
+        access = write_access(access_file, url, server.store, fingerprint)
+        try:
+            yield server, access
+        finally:
+            remove_access(access_file, access)
+    finally:
+        server.stop()
+
+
 def until_signal():
     """Return an Event that a signal to end sets; it keeps the `number`."""
     ending = threading.Event()
@@ -5023,45 +5068,6 @@ def until_signal():
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, end)
     return ending
-
-
-@contextlib.contextmanager
-def serving(options, access_file, jobix=None):
-    """Serve `options.db` at `options.host` and port while the body runs.
-
-    `jobix` is the own one, if not that of the database. Hands out the Server,
-    the content of its access file, and the Event of until_signal(). A signal
-    that comes before the database is open ends the process at once: a server
-    may have to watch another's heartbeat first.
-    """
-    server = listen(options.host, options.port)
-    server.tls, fingerprint = credentials(options, local=is_local(server))
-    server.store = Store(
-        options.db, shared=options.shared, waiters=server.limit * 4 // 5,
-        jobix=jobix, new_jobix=options.new_jobix, open_to_all=options.open,
-        max_attempts=options.retries + 1, max_lapses=options.lapses,
-        keep_days=options.keep_days,
-    )
-    if server.store.location.exclusive:
-        say("jobman.py: %s: so only this server may have it, its reads wait"
-            " for writes, and it keeps a rollback journal instead of a WAL."
-            % server.store.location.describe())
-    host = options.host
-    if host in ("", "0.0.0.0"):
-        host = socket.gethostname()
-    url = options.url or "%s://%s:%d" % (
-        "https" if server.tls else "http", host, server.server_port)
-    server.names = own_names(url)
-    ending = until_signal()
-    server.start()
-    try:
-        access = write_access(access_file, url, server.store, fingerprint)
-        try:
-            yield server, access, ending
-        finally:
-            remove_access(access_file, access)
-    finally:
-        server.stop()
 
 
 def raise_file_limit():
@@ -5107,10 +5113,11 @@ def serve(options):
     """Serve a database until a signal ends it."""
     raise_file_limit()
     gc.set_threshold(50000)  # a large body of JSON is no garbage
+    ending = until_signal()
     access_file = options.access or access_path()
     with contextlib.ExitStack() as stack:
-        server, access, ending = stack.enter_context(
-            serving(options, access_file, given_jobix(options.jobix_file)))
+        server, access = stack.enter_context(serving(
+            options, access_file, ending, given_jobix(options.jobix_file)))
         if options.snapshot is not None:
             store = server.store
             write_snapshot(options.snapshot, overview(store, store.namespace))
@@ -6496,9 +6503,10 @@ def run(options):
     """Run a command for each item; exit status 1 when a job failed."""
     worker_script()
     source = open_items(options)
+    ending = until_signal()
     access_file = options.db + ".access"
     progress = Progress(sys.stderr)
-    with serving(options, access_file) as (server, access, ending):
+    with serving(options, access_file, ending) as (server, access):
         say("Watch it at " + page_address(access, sys.stderr))
         this = Run(server.store, command_in(options))
         this.put_others_aside()
