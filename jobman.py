@@ -4267,12 +4267,11 @@ def credentials(options, *, local):
 
     A server that isn't `local` speaks TLS unless --plain says otherwise.
     """
-    wanted = options.tls or options.certfile
-    if not wanted and (local or options.plain):
+    if (local or options.plain) and not (options.tls or options.certfile):
         return None, None
     if options.url and not options.url.lower().startswith("https://"):
-        raise CommandError("With TLS the --url begins with https://; --plain"
-                           " speaks plain HTTP.")
+        raise CommandError(
+            "With TLS the --url begins with https://; --plain speaks HTTP.")
     certfile = options.certfile or own_certificate(options.db)
     try:
         context = tls_context(certfile, options.keyfile)
@@ -4466,9 +4465,8 @@ def check_host(host, names):
     """Raise Error 421 for a name that isn't among `names`, our own.
 
     Another site's name can be led to our address (DNS rebinding): then a
-    browser takes us for that site, and its pages may call us, with any jobix
-    where any is taken. A numeric address needs no check, nor does
-    `localhost` (RFC 6761).
+    browser takes us for that site, and its pages may call us. A numeric
+    address needs no check, nor does `localhost` (RFC 6761).
     """
     name = name_of(host)
     if not NUMERIC_OR_LOCAL.fullmatch(name) and name not in names:
