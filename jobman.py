@@ -1007,7 +1007,8 @@ class ServerLock:
     takes the file over. A holder that couldn't confirm for LIMIT seconds that
     the file is its own changes nothing until it can.
 
-    `clock` returns seconds and is never set back.
+    `clock` returns seconds and is never set back. `pause` waits for so many
+    seconds, or raises CommandError to give up.
     """
 
     LOOK = 1  # seconds between two looks at the files
@@ -1017,7 +1018,9 @@ class ServerLock:
     LIMIT = 12
     STALE = 20
 
-    def __init__(self, location, *, shared, clock=time.monotonic):
+    def __init__(
+        self, location, *, shared, clock=time.monotonic, pause=time.sleep
+    ):
         if shared and location.exclusive:
             raise CommandError(
                 "%s, so servers can't share it: put it on a local file system"
@@ -1028,7 +1031,7 @@ class ServerLock:
         self.location = location
         self.path = location.file + ".lock"
         self.shared = shared
-        self.clock = clock
+        self.clock, self.pause = clock, pause
         self.key = secrets.token_hex(8)
         self.beats = 0
         self.lost = None  # why, once the database isn't ours any more
@@ -1066,7 +1069,7 @@ class ServerLock:
         self.file_id, self.confirmed_at = file_id, self.clock()
         self.write()
         if waits:
-            time.sleep(self.LOOK)  # another that waited may take it, too
+            self.pause(self.LOOK)  # another that waited may take it, too
             if not self.holds_file():
                 raise self.refusal()
 
@@ -1103,7 +1106,7 @@ class ServerLock:
                 name_holder(holder), self.location.path, self.STALE))
         end = self.clock() + self.STALE
         while later == holder and self.clock() < end:
-            time.sleep(self.LOOK)
+            self.pause(self.LOOK)
             later = read_holder(self.location)
         if later and later != holder:
             raise self.refusal()
@@ -1813,7 +1816,8 @@ class Store:
     `max_attempts` failures, if it doesn't say another number, or after
     `max_lapses`. Attempts of jobs that ended `keep_days` ago are pruned;
     None: never. No commit for `outage` seconds, where the Store ticks, means
-    that the server was paused, or the clock set.
+    that the server was paused, or the clock set. `pause` is that of
+    ServerLock.
     """
 
     TICK = {False: 1, True: 0.2}  # seconds between ticks, by `shared`
@@ -1822,7 +1826,7 @@ class Store:
         self, path, *, clock=time.time, shared=False, waiters=20000,
         jobix=None, new_jobix=False, open_to_all=False,
         max_attempts=MAX_ATTEMPTS, max_lapses=MAX_LAPSES, keep_days=None,
-        outage=math.inf
+        outage=math.inf, pause=time.sleep
     ):
         self.clock = clock
         self.max_attempts = max_attempts
@@ -1847,7 +1851,7 @@ class Store:
         with translate_errors(path), contextlib.ExitStack() as undo:
             self.location = DatabaseLocation(path)
             self.readers = Readers(self.location.file)
-            self.lock = ServerLock(self.location, shared=shared)
+            self.lock = ServerLock(self.location, shared=shared, pause=pause)
             undo.callback(self.lock.close)
             fair_lock = contextlib.ExitStack()  # no turns to take
             if shared:
@@ -4551,12 +4555,11 @@ def credentials(options, *, local):
 
     A server that isn't `local` speaks TLS unless --plain says otherwise.
     """
-    wanted = options.tls or options.certfile
-    if not wanted and (local or options.plain):
+    if (local or options.plain) and not (options.tls or options.certfile):
         return None, None
     if options.url and not options.url.lower().startswith("https://"):
-        raise CommandError("With TLS the --url begins with https://; --plain"
-                           " speaks plain HTTP.")
+        raise CommandError(
+            "With TLS the --url begins with https://; --plain speaks HTTP.")
     certfile = options.certfile or own_certificate(options.db)
     try:
         context = tls_context(certfile, options.keyfile)
@@ -4750,9 +4753,8 @@ def check_host(host, names):
     """Raise Error 421 for a name that isn't among `names`, our own.
 
     Another site's name can be led to our address (DNS rebinding): then a
-    browser takes us for that site, and its pages may call us, with any jobix
-    where any is taken. A numeric address needs no check, nor does
-    `localhost` (RFC 6761).
+    browser takes us for that site, and its pages may call us. A numeric
+    address needs no check, nor does `localhost` (RFC 6761).
     """
     name = name_of(host)
     if not NUMERIC_OR_LOCAL.fullmatch(name) and name not in names:
@@ -5298,6 +5300,51 @@ def is_local(server):
     return ipaddress.ip_address(server.server_address[0]).is_loopback
 
 
+@contextlib.contextmanager
+def serving(options, access_file, ending, jobix=None):
+    """Serve `options.db` at `options.host` and port while the body runs.
+
+    `jobix` is the own one, if not that of the database. Hands out the Server
+    and the content of its access file. Raises CommandError when `ending`, an
+    Event, is set while another server may have the database.
+    """
+    def pause(seconds):
+        if ending.wait(seconds):
+            raise CommandError("A signal ended it before it had the database.")
+
+    if connections_bound() < LEAST_CONNECTIONS:
+        raise CommandError(
+            "The limits on open files (ulimit -n) or processes (ulimit -u)"
+            " are too low for a server; raise them.")
+    server = listen(options.host, options.port)
+    server.tls, fingerprint = credentials(options, local=is_local(server))
+    server.store = Store(
+        options.db, shared=options.shared, waiters=server.limit * 4 // 5,
+        jobix=jobix, new_jobix=options.new_jobix, open_to_all=options.open,
+        max_attempts=options.retries + 1, max_lapses=options.lapses,
+        keep_days=options.keep_days, outage=OUTAGE, pause=pause,
+    )
+    if server.store.location.exclusive:
+        say("jobman.py: %s: so only this server may have it, its reads wait"
+            " for writes, and it keeps a rollback journal instead of a WAL."
+            % server.store.location.describe())
+    host = options.host
+    if host in ("", "0.0.0.0"):
+        host = socket.gethostname()
+    url = options.url or "%s://%s:%d" % (
+        "https" if server.tls else "http", host, server.server_port)
+    server.names = own_names(url)
+    server.start()
+    try:
+        access = write_access(access_file, url, server.store, fingerprint)
+        try:
+            yield server, access
+        finally:
+            remove_access(access_file, access)
+    finally:
+        server.stop()
+
+
 def until_signal():
     """Return an Event that a signal to end sets; it keeps the `number`."""
     ending = threading.Event()
@@ -5313,49 +5360,6 @@ def until_signal():
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, end)
     return ending
-
-
-@contextlib.contextmanager
-def serving(options, access_file, jobix=None):
-    """Serve `options.db` at `options.host` and port while the body runs.
-
-    `jobix` is the own one, if not that of the database. Hands out the Server,
-    the content of its access file, and the Event of until_signal(). A signal
-    that comes before the database is open ends the process at once: a server
-    may have to watch another's heartbeat first.
-    """
-    if connections_bound() < LEAST_CONNECTIONS:
-        raise CommandError(
-            "The limits on open files (ulimit -n) or processes (ulimit -u)"
-            " are too low for a server; raise them.")
-    server = listen(options.host, options.port)
-    server.tls, fingerprint = credentials(options, local=is_local(server))
-    server.store = Store(
-        options.db, shared=options.shared, waiters=server.limit * 4 // 5,
-        jobix=jobix, new_jobix=options.new_jobix, open_to_all=options.open,
-        max_attempts=options.retries + 1, max_lapses=options.lapses,
-        keep_days=options.keep_days, outage=OUTAGE,
-    )
-    if server.store.location.exclusive:
-        say("jobman.py: %s: so only this server may have it, its reads wait"
-            " for writes, and it keeps a rollback journal instead of a WAL."
-            % server.store.location.describe())
-    host = options.host
-    if host in ("", "0.0.0.0"):
-        host = socket.gethostname()
-    url = options.url or "%s://%s:%d" % (
-        "https" if server.tls else "http", host, server.server_port)
-    server.names = own_names(url)
-    ending = until_signal()
-    server.start()
-    try:
-        access = write_access(access_file, url, server.store, fingerprint)
-        try:
-            yield server, access, ending
-        finally:
-            remove_access(access_file, access)
-    finally:
-        server.stop()
 
 
 def raise_file_limit(enough=math.inf):
@@ -5402,12 +5406,13 @@ def serve(options):
     """Serve a database until a signal ends it."""
     raise_file_limit()
     gc.set_threshold(50000)  # a large body of JSON is no garbage
+    ending = until_signal()
     access_file = options.access or access_path()
     for path in (options.db, access_file):
         make_folder(path)
     with contextlib.ExitStack() as stack:
-        server, access, ending = stack.enter_context(
-            serving(options, access_file, given_jobix(options.jobix_file)))
+        server, access = stack.enter_context(serving(
+            options, access_file, ending, given_jobix(options.jobix_file)))
         if options.snapshot is not None:
             store = server.store
             write_snapshot(options.snapshot, overview(store, store.namespace))
@@ -6807,10 +6812,11 @@ def run(options):
     worker_script()
     raise_file_limit(1024)  # the usual limit, which the commands inherit
     source = open_items(options)
+    ending = until_signal()
     access_file = options.db + ".access"
     make_folder(options.db, warn=True)
     progress = Progress(sys.stderr)
-    with serving(options, access_file) as (server, access, ending):
+    with serving(options, access_file, ending) as (server, access):
         say("Watch it at " + page_address(access, sys.stderr))
         this = Run(server.store, command_in(options))
         this.put_others_aside()
