@@ -17519,7 +17519,9 @@ class SlurmTest(TemporaryFolder):
         self.cluster.query("scancel", server)
         self.over(server)
         self.assertFalse(os.path.exists(access))
-        self.assertEqual(["jobman.db"], os.listdir(home + "/.jobman"))
+        self.assertEqual(
+            ["jobman.db", "jobman.db.crt", "jobman.db.key"],
+            sorted(os.listdir(home + "/.jobman")))
         self.assertEqual(4, read(home + "/jobman.log").count(b"listens at"))
 
     def test_slurm_takes_further_options_and_the_last_one_wins(self):
