@@ -1353,19 +1353,6 @@ class ContractTest(StoreCase):
         self.restart()
         self.assertEqual(full, self.ok("/stages"))
 
-    def test_two_stages_never_have_one_name(self):
-        outcomes = together(
-            self.store,
-            self.operation("put_stages", {0: {"name": "a", "minutes": 1}}),
-            self.operation("put_stages", {1: {"name": "a", "minutes": 1}}),
-            self.operation("put_stages", {2: {"name": "b"}}))
-        self.assertEqual(409, outcomes[1], outcomes)
-        self.assertEqual(2, len(outcomes[2]), outcomes)
-        self.assertEqual({"0": {"name": "a", "minutes": 1},
-                          "2": {"name": "b"}}, self.ok("/stages"))
-
-    NAMES = {0: "align", 1: "aligning", 2: "sort", 3: "sorting", 4: "end"}
-
     def calls(self, names):
         """Yield calls with each of their stages as `names` say it."""
         zero, one, two, three, four = names
@@ -5099,6 +5086,19 @@ class AtOnceTest(StoreCase):
             jobs = {claim.result()["jobid"] for claim in claims}
         self.assertEqual(set(range(20)), jobs)
         self.assertEqual([20], [n for n in commits if n > 1])
+
+    def test_two_stages_never_have_one_name(self):
+        outcomes = together(
+            self.store,
+            self.operation("put_stages", {0: {"name": "a", "minutes": 1}}),
+            self.operation("put_stages", {1: {"name": "a", "minutes": 1}}),
+            self.operation("put_stages", {2: {"name": "b"}}))
+        self.assertEqual(409, outcomes[1], outcomes)
+        self.assertEqual(2, len(outcomes[2]), outcomes)
+        self.assertEqual({"0": {"name": "a", "minutes": 1},
+                          "2": {"name": "b"}}, self.ok("/stages"))
+
+    NAMES = {0: "align", 1: "aligning", 2: "sort", 3: "sorting", 4: "end"}
 
     def test_few_large_bodies_are_in_memory_at_a_time(self):
         self.store.large_bodies = threading.BoundedSemaphore(2)
@@ -15278,8 +15278,7 @@ class LockTest(TemporaryFolder):
         self.assertRegex(
             said, r"\Ajobman\.py: process 17 on far .* waiting .*\n\Z")
         lock.close()
-        self.assertEqual(
-            [".jobman", "mountinfo"], sorted(os.listdir(self.folder)))
+        self.assertEqual(["mountinfo"], os.listdir(self.folder))
 
     def test_what_was_there_before_may_be_anything(self):
         self.make_exclusive()
@@ -17601,6 +17600,7 @@ class WaitQueue(jobman.WaitQueue):
 
 jobman.WaitQueue = WaitQueue
 jobman.Store = functools.partial(jobman.Store, clock=clock)
+jobman.OUTAGE = float("inf")  # that clock leaps
 os.environ["JOBMAN_OPEN"] = "%(open)d"
 from jobman import application
 """
