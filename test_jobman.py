@@ -1402,6 +1402,8 @@ class ContractTest(StoreCase):
             replies.append(re.sub('"claim": "[^"]*"', "", text))
         return replies
 
+    NAMES = {0: "align", 1: "aligning", 2: "sort", 3: "sorting", 4: "end"}
+
     def test_a_stages_name_works_wherever_its_number_does(self):
         start = self.clock.now
         by_number = self.replies(list(self.NAMES))
@@ -5097,8 +5099,6 @@ class AtOnceTest(StoreCase):
         self.assertEqual(2, len(outcomes[2]), outcomes)
         self.assertEqual({"0": {"name": "a", "minutes": 1},
                           "2": {"name": "b"}}, self.ok("/stages"))
-
-    NAMES = {0: "align", 1: "aligning", 2: "sort", 3: "sorting", 4: "end"}
 
     def test_few_large_bodies_are_in_memory_at_a_time(self):
         self.store.large_bodies = threading.BoundedSemaphore(2)
