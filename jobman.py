@@ -252,7 +252,7 @@ create table namespace (
     laststage integer,                 -- the last stage that /init named
     last_jobid integer not null default 0);  -- the highest one forgotten
 
-create table stage (                   -- every one that was ever in use
+create table stage (                   -- all in use, and some that were
     namespace integer not null, stage integer not null,
     minutes integer,                   -- lifetime, 0: no limit, null: not set
     paused integer not null default 0,
@@ -551,14 +551,21 @@ class SQL:
         select stage, minutes, paused, name from stage
         where namespace = :namespace order by stage"""
     ADD_STAGE = "insert into stage (namespace, stage) values (?, ?)"
+    UNUSED_STAGES = """
+        select stage from stage where namespace = :namespace
+        and minutes is null and name is null and not paused
+        and not exists (select 1 from tally where jobs > 0
+            and tally.namespace = :namespace and tally.stage = stage.stage)"""
+    FORGET_STAGE = "delete from stage where namespace = ? and stage = ?"
     SET_STAGE = """
         update stage set minutes = :minutes, paused = :paused, name = :name
         where namespace = :namespace and stage = :stage"""
     # jobs that are done now that there is a last stage
     NEWLY_DONE = """
         select jobid from job
-        where namespace = :namespace and stage >= :laststage
-        and laststage is null and state in ('waiting', 'delayed', 'blocked')"""
+        where namespace = :namespace and laststage is null
+        and stage >= (select laststage from namespace where id = :namespace)
+        and state in ('waiting', 'delayed', 'blocked')"""
 
     # jobs whose mark isn't what their stage's lifetime makes it: ranges of
     # job_age, two for each state
@@ -719,7 +726,8 @@ def make_folder(path, *, warn=False):
     """
     folder = os.path.dirname(os.path.realpath(path))
     try:
-        os.makedirs(folder, 0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
     except OSError as error:
         raise CommandError("The folder %s can't be made: %s." % (
             folder, error.strerror)) from None
@@ -1311,6 +1319,7 @@ class Transaction:
         self.sums = {}  # what to add to two columns, by (table, *key)
         self.freed = Counter()  # jobs set free, by (namespace, stage)
         self.stages = {}  # sets of those in their table, by namespace
+        self.unused = {}  # sets of those without jobs, by namespace
         self.ended = OrderedDict()  # (end, last child told) by parent
 
     def add(self, first, second, *key):
@@ -2504,8 +2513,16 @@ class Store:
         known = tx.stages[namespace]
         new = stages - known
         if len(known) + len(new) > MAX_STAGES:
-            raise Error(400, "A jobix can't have over %d different stages."
-                        % MAX_STAGES)
+            if namespace not in tx.unused:
+                rows = tx.execute(SQL.UNUSED_STAGES, {"namespace": namespace})
+                tx.unused[namespace] = {row["stage"] for row in rows}
+            unused = (tx.unused[namespace] & known) - stages
+            if len(known) + len(new) - len(unused) > MAX_STAGES:
+                raise Error(400, "A jobix can't have over %d different stages."
+                            % MAX_STAGES)
+            tx.executemany(SQL.FORGET_STAGE, [
+                (namespace, stage) for stage in unused])
+            known -= unused
         tx.executemany(SQL.ADD_STAGE, [(namespace, stage) for stage in new])
         known |= new
 
@@ -2547,34 +2564,28 @@ class Store:
     def init(self, namespace, minutes):
         """Set the lifetimes of stages 0 … n, and n as the last stage.
 
-        Only if the namespace has no lifetime yet. They are set last: until
-        then a repetition goes on where a killed server has left it.
+        Only if the namespace has no lifetime yet. Then jobs that have got
+        into their last stage are done, also those that a killed server left.
         """
-        if not self.lifetimes(namespace):
-            self.set_up(namespace, minutes, in_force=False)
-            ids = self.newly_done(namespace, len(minutes) - 1)
-            self.in_steps(namespace, self.finish_one, ids,
-                          ("waiting", "delayed", "blocked"))
-            self.set_up(namespace, minutes, in_force=True)
+        self.set_up(namespace, minutes)
+        self.in_steps(namespace, self.finish_one, self.newly_done(namespace),
+                      ("waiting", "delayed", "blocked"))
 
     @change
-    def set_up(self, tx, namespace, minutes, *, in_force):
-        """Set the last stage, and lifetimes, unless there are lifetimes.
-
-        Without `in_force` the stages get their lifetimes later.
-        """
+    def set_up(self, tx, namespace, minutes):
+        """Set lifetimes and the last stage, unless there are lifetimes."""
         if not self.minutes(tx.execute, namespace):
             self.change_stages(tx, namespace, {
-                stage: {"minutes": value} if in_force else {}
+                stage: {"minutes": value}
                 for stage, value in enumerate(minutes)})
             tx.execute(SQL.SET_LASTSTAGE, {
                 "namespace": namespace, "laststage": len(minutes) - 1})
 
     @query
-    def newly_done(self, execute, namespace, laststage):
+    def newly_done(self, execute, namespace):
         """Return the ids of the jobs that are done by a new last stage."""
-        key = {"namespace": namespace, "laststage": laststage}
-        return array("q", (jobid for jobid, in execute(SQL.NEWLY_DONE, key)))
+        rows = execute(SQL.NEWLY_DONE, {"namespace": namespace})
+        return array("q", (jobid for jobid, in rows))
 
     def finish_one(self, tx, job):
         """End a job that is in its last stage; return 1, or 0 if it isn't."""
@@ -2711,10 +2722,12 @@ class Store:
         """Do `act` to those of the jobs `ids` that fit; return the sum.
 
         A step is a commit of its own, of up to CHUNK jobs, and other requests
-        come between two steps. Once `gone()` there are no more.
+        come between two steps. Raises Error 503 once `gone()`.
         """
         done = start = 0
-        while start < len(ids) and not (start and gone()):
+        while start < len(ids):
+            if gone():
+                raise Error(503, "The caller hung up; the rest is not done.")
             more, start = self.step(namespace, act, ids, start, states, stage)
             done += more
         return done
@@ -3593,24 +3606,18 @@ def claim_in_time(store, request, stages, claim, wait):
             waiter.used = True  # somebody else has claimed the job
 
 
-def claim_in_steps(claim, n):
-    """Return what `claim(n=...)` gives, called until it is `n` jobs.
+def claim_in_steps(claim, n, step):
+    """Return up to `n` jobs that `claim(n=…)` gives, `step` in each commit.
 
-    Each call is a commit of its own. A job claimed without a lease may be
-    free again: then the latest claim counts. When one of them is refused, as
-    at the server's end, the jobs claimed before it are the answer.
+    When a later one is refused, as at the server's end, the jobs claimed
+    before it are the answer.
     """
-    jobs, wanted = {}, 0
-    while len(jobs) == wanted < n:
-        wanted = min(n, wanted + CLAIMS_AT_ONCE)
-        try:
-            some = claim(n=wanted - len(jobs))
-        except Error:
-            if not jobs:
-                raise
-            break
-        jobs.update((job["id"], job) for job in some)
-    return list(jobs.values())
+    jobs = some = claim(n=min(n, step))
+    with contextlib.suppress(Error):
+        while len(some) == step and len(jobs) < n:
+            some = claim(n=min(n - len(jobs), step))
+            jobs = jobs + some
+    return jobs
 
 
 def splice(values, texts):
@@ -3661,11 +3668,13 @@ def get_job_claim(store, request, stages, nextstage=None):
     if nextstage is None:
         STAGE(max(stages) + 1, "the stage that a claim leads to")
     n, wait = given.pop("n"), given.pop("wait") or 0
+    # without a lease a job is free at once, and the next step would take it
+    step = MAX_CLAIMS if given["lease"] is None else CLAIMS_AT_ONCE
     claim = functools.partial(
         claim_in_steps, functools.partial(
             store.claim, request.namespace, stages, target=nextstage,
             gone=request.gone, **given),
-        min(n or 1, MAX_CLAIMS))
+        min(n or 1, MAX_CLAIMS), step)
     jobs = claim() if not wait else claim_in_time(
         store, request, stages, claim, min(wait, MAX_WAIT))
     replies = [claim_json(request.jobix, job) for job in jobs]
@@ -5363,7 +5372,7 @@ def until_signal():
 
 
 def raise_file_limit(enough=math.inf):
-    """Let the process open enough files, so connections, if it may."""
+    """Raise the soft limit on open files, so on connections, if possible."""
     soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(
@@ -7180,6 +7189,7 @@ def exclusive_access(path):
     with translate_errors(path), contextlib.ExitStack() as stack:
         location = DatabaseLocation(path)
         if inspect(path):
+            check_folder(os.path.dirname(location.file), warn=True)
             if location.exclusive:
                 stack.callback(ServerLock(location, shared=False).close)
                 recover(location)
@@ -7206,7 +7216,7 @@ def open_snapshot(path):
 
 # No earlier token is accepted, and leases lapse at the next start.
 END_CLAIMS = """
-    update job set lease = 0 * lease,
+    update job set lease = 0 * lease, lapses = 0,
         claim = case state when 'working' then hex(randomblob(16)) end
     where claim is not null"""
 
@@ -8203,9 +8213,9 @@ def check_serve(parser, options):
     if options.keep_days is not None and options.keep_days < 1:
         parser.error("--keep-days must be at least 1")
     given = options.jobix_file or "JOBMAN_JOBIX" in os.environ
-    if options.new_jobix and (given or options.shared):
+    if options.new_jobix and (given or options.shared or options.open):
         parser.error("--new-jobix makes the number itself, for one server:"
-                     " give no --jobix-file, JOBMAN_JOBIX or --shared")
+                     " give no --jobix-file, JOBMAN_JOBIX, --shared or --open")
 
 
 def add_serve(command):

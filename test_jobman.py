@@ -1496,8 +1496,9 @@ class ContractTest(StoreCase):
             {"jobid": 1, "jobstage": 5}])
         self.assertEqual(
             [400, 200, 400], [each["status"] for each in statuses])
-        self.restart()
-        self.assertReply(400, self.post("/set", {9: {"jobstage": 3}}))
+        self.restart()  # stage 0 is empty now, and makes room for one
+        self.assertReply(200, self.post("/set", {9: {"jobstage": 3}}))
+        self.assertReply(400, self.post("/set", {10: {"jobstage": 5}}))
         for path in ("/update_job/1/2", "/get/4/1999", "/lifetime/1999/1"):
             self.assertReply(200, self.call(path))
         self.assertReply(200, self.post("/set", {9: {"jobstage": 3}}, jobix=1))
@@ -3371,15 +3372,19 @@ class StepsTest(BrokenOffCase):
 
         self.store.writer.finish = spoiled
         self.assertReply(503, self.call("/init/5"))
-        self.assertEqual({}, self.ok("/init"))
         self.assertEqual(4, self.states()[0, "waiting"])
         self.assertEqual({"0": 5}, self.ok("/init/5"))
         self.assertEqual({(0, "done"): self.N}, self.states())
 
     def test_a_job_is_in_a_large_claim_once(self):
         self.set_jobs(range(7))
-        jobs = self.get("0/0", n=7)  # without a lease they are free again
-        self.assertEqual([0, 1, 2], [job["jobid"] for job in jobs])
+        for place in ("0/0", "1,0", "2,1", "3,2"):
+            # without a lease they are free again
+            jobs = self.get(place, n=7)
+            self.assertEqual(
+                list(range(7)), [job["jobid"] for job in jobs], place)
+            self.assertEqual(
+                {int(place[-1])}, {job["jobstage"] for job in jobs}, place)
         for job in jobs:
             self.assertReply(200, self.update(job, 3))
 
@@ -3392,9 +3397,9 @@ class StepsTest(BrokenOffCase):
             self.closing.close()
             return jobs
 
-        self.assertEqual(3, len(jobman.claim_in_steps(claim, 7)))
+        self.assertEqual(3, len(jobman.claim_in_steps(claim, 7, 3)))
         with self.assertRaises(jobman.Unavailable):
-            jobman.claim_in_steps(claim, 7)
+            jobman.claim_in_steps(claim, 7, 3)
         self.open()
 
     def test_what_is_still_to_be_told_does_not_pile_up(self):
@@ -13316,6 +13321,7 @@ class StartTest(TemporaryFolder):
     def test_a_new_jobix_is_made_by_one_server_alone(self):
         for options, variables in (
             (("--jobix-file", "x"), {}), (("--shared",), {}),
+            (("--open",), {}),
             ((), {"JOBMAN_JOBIX": "7"}),
         ):
             status, _, err = self.command(

@@ -1492,7 +1492,7 @@ class Slot:
         self.output = None  # of its command, until it is told
 
     def put_results(self, folder):
-        """Have commands leave their results in a folder of ours."""
+        """Choose the folder where commands leave their results."""
         self.result = os.path.join(folder, "result-%d" % self.number)
         self.owner = os.stat(folder).st_uid  # ids may be mapped
 
