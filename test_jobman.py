@@ -14201,6 +14201,8 @@ class CareTest(TemporaryFolder):
         self.update(store, 0, 4, claim=ended["claim"])
         self.clock.advance(2)
         store.tick()
+        store.writer.run(lambda tx: tx.execute(  # the next would be the last
+            "update job set lapses = 4 where jobid = 2"))
         self.assertEqual(0, self.command(JOBMAN, *BACKUP, "copy")[0])
         store.close()
         self.assertWhole("copy")
@@ -14215,6 +14217,15 @@ class CareTest(TemporaryFolder):
         restored.update_jobs(self.space, [{"jobid": 3, "stage": 4}])
         self.assertEqual(
             2, restored.status(self.space)["totals"]["states"]["done"])
+
+    def test_a_database_where_others_can_write_is_not_read(self):
+        self.made()
+        os.chmod(self.folder, 0o777)
+        for command in (CHECK, (*BACKUP, "copy")):
+            status, _, err = self.command(JOBMAN, *command)
+            self.assertEqual(1, status)
+            self.assertIn("can be written by anyone", err)
+        self.assertOnly("jobman.db")
 
     def test_backup_is_one_private_file_and_the_whole(self):
         path = self.made()
