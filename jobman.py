@@ -2722,11 +2722,11 @@ class Store:
         """Do `act` to those of the jobs `ids` that fit; return the sum.
 
         A step is a commit of its own, of up to CHUNK jobs, and other requests
-        come between two steps. Raises Error 503 once `gone()`.
+        come between two steps. Raises Error 503 when it is `gone()` by then.
         """
         done = start = 0
         while start < len(ids):
-            if gone():
+            if start and gone():
                 raise Error(503, "The caller hung up; the rest is not done.")
             more, start = self.step(namespace, act, ids, start, states, stage)
             done += more

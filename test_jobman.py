@@ -3353,6 +3353,24 @@ class StepsTest(BrokenOffCase):
             with self.subTest(name):
                 self.assertEqual([3 * counted], sizes)
 
+    def test_half_a_sweep_is_no_success(self):
+        self.prepare()
+        leads, go = threading.Event(), threading.Event()
+        self.addCleanup(go.set)
+        threading.Thread(target=self.store.writer.run, daemon=True, args=(
+            lambda tx: (leads.set(), go.wait(PATIENCE)),)).start()
+        self.assertTrue(leads.wait(PATIENCE))
+        with socket.create_connection(self.address, PATIENCE) as client:
+            client.sendall(
+                b"POST /cancel HTTP/1.1\r\nHost: localhost\r\njobix: %d\r\n"
+                b'Content-Length: 13\r\n\r\n{"all": true}' % self.jobix)
+            client.shutdown(socket.SHUT_WR)  # as one that has hung up
+            wait_for(lambda: self.store.writer.queue, "the change")
+            go.set()
+            reply = client.recv(65536)
+        self.assertIn(b" 503 ", reply[:13])
+        self.assertIn(b"the rest is not done", reply)
+
     def test_the_tick_goes_on_with_marks_that_a_caller_left(self):
         self.prepare(self.expire)
         for minutes, marked in ((1, self.N), (0, 0)):
