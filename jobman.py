@@ -3333,7 +3333,7 @@ def stage_reader(store, request):
 
 
 def read_files(value, name):
-    """Read a list of files as they were made; return it as JSON text."""
+    """Read a list of files, with size and SHA-256; return it as JSON text."""
     keys = "path", "size", "sha256"
     if type(value) is not list or any(
         type(file) is not dict or set(file) != set(keys) for file in value
@@ -3730,7 +3730,7 @@ def post_fail_job(store, request, jobid):
 
 
 def post_reject_job(store, request, jobid):
-    """Send a job back for files that aren't there as they were made."""
+    """Send a job back because its files are missing or have changed."""
     given = request.options(claim=token)
     body = read_object(request)
     given["files"] = read_optional(body, "files", read_files)
@@ -6429,7 +6429,7 @@ def snapshot(options):
 
 
 def damaged(worker, jobs, lag):
-    """Yield those of `jobs` whose files aren't as they were made, and these.
+    """Yield those of `jobs` whose files are missing or changed, and these.
 
     A shared file system may show files late: the wait for that is `lag`
     seconds, once for all.

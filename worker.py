@@ -268,7 +268,7 @@ class Client:
     def locate(self):
         """Find out where the server is, and with what jobix to come.
 
-        Once found it is that jobix for good: another has other jobs.
+        Once found, the jobix stays the same: another has other jobs.
         """
         url, jobix, fingerprint = self.fixed or read_access(self.access)
         try:
@@ -475,7 +475,7 @@ class Client:
         return self.call("GET", "/jobs", options=options)
 
     def failures(self):
-        """Return the failed jobs of late, in groups of one reason each.
+        """Return the latest failed jobs, in groups of one reason each.
 
         {"failed": jobs, "looked_at": jobs, "groups": [{"stage", "exit_code",
         "message", "host", "jobs", "ids"}, …]}
@@ -2075,7 +2075,7 @@ class Worker:
         self.quarantine = None  # why, if the node is in doubt
         self.done = self.failed = 0
         self.claiming, self.asking, self.dry = True, False, False
-        self.pace = None  # seconds for which a command has its slot, of late
+        self.pace = None  # seconds for which recent commands had their slot
 
     def busy(self):
         """Return whether there is work, or an outcome on its way.
@@ -2736,7 +2736,7 @@ class Job:
             self.claims.wait()
 
     def check(self, lag):
-        """Return whether the files it is given are as they were made."""
+        """Return whether the files that it is given are unchanged."""
         files = self.job.get("files") or ()
         if self.job.get("made") == self.stage:
             files = ()
