@@ -3437,7 +3437,8 @@ class StepsTest(BrokenOffCase):
     def test_the_wal_shrinks_again(self):
         wal = self.path("jobs.db-wal")
         self.store.add_jobs(self.namespace, *to_add({
-            jobid: {"jobstage": 0} for jobid in range(60000)}))
+            jobid: {"jobstage": 0, "jobcmd": "x" * 4000}
+            for jobid in range(10000)}))
         self.assertGreater(os.path.getsize(wal), jobman.WAL_KEPT)
         self.set_jobs([10**6])
         self.assertLessEqual(os.path.getsize(wal), jobman.WAL_KEPT)
