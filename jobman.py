@@ -1915,6 +1915,12 @@ class Store:
         for key, n in tx.freed.items():
             self.wait_queue.wake(key, n)
 
+    def was_paused(self):
+        """Return whether an outage ended a moment ago, or is about to."""
+        now = self.clock()
+        return (now - self.outage_ended < self.outage
+                or abs(now - self.committed_at) > self.outage)
+
     def explain(self, error):
         """Return the Error that answers a request which met `error`.
 
@@ -2216,18 +2222,14 @@ class Store:
 
     @change
     def claim(
-        self, tx, namespace, stages, *, target=None, n=1, worker, lease,
-        gone=never
+        self, tx, namespace, stages, *, target=None, n=1, worker, lease
     ):
         """Claim up to `n` free jobs, from the first of `stages` first.
 
         A job moves to the stage `target`, or one up without it. `worker` is
         a name or None, `lease` is in seconds or None. Returns the jobs as
-        they are in the claim, dicts of SQL.WHOLE_JOB. After an outage there
-        are none for a caller that is `gone()`.
+        they are in the claim, dicts of SQL.WHOLE_JOB.
         """
-        if tx.now - self.outage_ended < self.outage and gone():
-            return []
         jobs = []
         for stage in dict.fromkeys(stages):
             key = {"namespace": namespace, "stage": stage,
@@ -3675,7 +3677,7 @@ def get_job_claim(store, request, stages, nextstage=None):
     claim = functools.partial(
         claim_in_steps, functools.partial(
             store.claim, request.namespace, stages, target=nextstage,
-            gone=request.gone, **given),
+            **given),
         min(n or 1, MAX_CLAIMS), step)
     jobs = claim() if not wait else claim_in_time(
         store, request, stages, claim, min(wait, MAX_WAIT))
@@ -4415,7 +4417,8 @@ def respond(store, request):
     """Return the Response to a Request: the one place where errors become one.
 
     The order is that of the checks: path, jobix, what the path names, and
-    only then the body.
+    only then the body. After an outage a caller that has gone gets nothing
+    done: it asks again, if it is still there.
     """
     try:
         endpoint, given = find_route(request)
@@ -4424,6 +4427,8 @@ def respond(store, request):
         authorize(store, request, endpoint)
         arguments = [read_parameter(request, *each) for each in given]
         receive_body(store, request)
+        if store.was_paused() and request.gone():
+            raise Unavailable("its caller has gone")
         return endpoint(store, request, *arguments)
     except (Error, sqlite3.Error) as error:
         return error_response(store.explain(error))
@@ -5212,7 +5217,8 @@ class Application:
         get = os.environ.get
         waiters = from_query(COUNT)(
             get("JOBMAN_WAITERS", "2"), "JOBMAN_WAITERS")
-        path, url = get("JOBMAN_DB", "jobman.db"), get("JOBMAN_URL")
+        path = get("JOBMAN_DB") or home_file("jobman.db")
+        url = get("JOBMAN_URL")
         make_folder(path)
         store = Store(
             path, shared=True, waiters=waiters, jobix=given_jobix(),
