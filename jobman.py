@@ -347,10 +347,14 @@ create table worker (
     drain integer not null default 0,  -- 1: it should claim no more
     primary key (namespace, name));
 
-create table submission (
-    namespace integer not null, key text not null,
+create table submission (              -- in parts, one after another
+    id integer primary key,
+    namespace integer not null,
+    key text not null,                 -- its name, as JSON
+    part integer not null,             -- the jobs that came before
     first integer not null, jobs integer not null,
-    primary key (namespace, key));
+    added real not null,
+    unique (namespace, key, part));
 """
 
 
@@ -452,9 +456,16 @@ class SQL:
 
     SUBMISSION = """
         select first, jobs from submission
-        where namespace = :namespace and key = :key"""
+        where namespace = :namespace and key = :key and part = :part"""
     ADD_SUBMISSION = """
-        insert into submission values (:namespace, :key, :first, :jobs)"""
+        insert into submission (namespace, key, part, first, jobs, added)
+        values (:namespace, :key, :part, :first, :jobs, :now)"""
+    PARTS = """
+        select first, jobs, added from submission
+        where namespace = :namespace and key = :key order by part"""
+    LATEST_KEYS = """
+        select key from submission where namespace = :namespace
+        group by key order by max(id) desc limit :limit"""
 
     ADD_DEPENDENCY = """
         insert into dependency select :child, id, state = 'done' from job
@@ -587,13 +598,14 @@ class SQL:
 
     # the places of a page of jobs: of all, by id …
     PAGE = """
-        select jobid from job where namespace = :namespace and jobid > :after
+        select jobid from job where namespace = :namespace
+            and jobid > :after and jobid <= :last
         order by jobid limit :limit"""
     # … of one stage and state, sorted: a range of job_age …
     GROUP_PAGE = """
         select jobid from job indexed by job_age
         where namespace = :namespace and stage = :stage and state = :state
-            and expired = :expired and jobid > :after
+            and expired = :expired and jobid > :after and jobid <= :last
         order by jobid limit :limit"""
     # … or by time in their stage
     AGE_PAGE = """
@@ -601,6 +613,7 @@ class SQL:
         where namespace = :namespace and stage = :stage and state = :state
             and expired = :expired and entered_at >= :since
             and (entered_at > :since or jobid > :after)
+            and jobid >= :first and jobid <= :last
         order by entered_at, jobid limit :limit"""
     # the latest of a group, with their last attempts
     LATEST = """
@@ -611,6 +624,7 @@ class SQL:
             select max(id) from attempt where job = job.id)
         where namespace = :namespace and job.stage = :stage
             and state = :state and expired = :expired
+            and jobid >= :first and jobid <= :last
         order by entered_at desc, jobid desc limit :limit"""
 
     COUNT = """
@@ -622,6 +636,11 @@ class SQL:
     TALLY = """
         select stage, state, jobs, expired from tally
         where namespace = :namespace and jobs > 0 order by stage, state"""
+    COUNT_JOBS = """
+        select stage, state, count(*) as jobs, sum(expired) as expired
+        from job where namespace = :namespace
+            and jobid >= :first and jobid <= :last
+        group by +stage, +state"""
     PACE = """
         update pace set done = done + ?, updates = updates + ?
         where namespace = ? and minute = ?"""
@@ -1679,12 +1698,34 @@ PACE_POINTS = 360  # at most, in the line that /pace draws
 FAILURES_READ = 1000  # failed jobs that /failures groups, the latest
 PAGE_TEXT = 8 * 2**20  # characters of text after which a page ends
 ATTEMPTS_SHOWN = 100  # of one job, the last
+SUBMISSIONS_SHOWN = 100  # the latest
 JSON_COLUMNS = "jobcmd", "filename", "files", "cwd", "outputs"
 ROWS_AT_ONCE = 70  # 999 variables: SQLite's limit before 3.32
 CHUNK = 250  # jobs in a step: about 15 ms, and another claim waits for two
 PRUNED = 1000  # attempts that one transaction looks at
 PRUNE_EVERY = 3600  # seconds
 AWAY_AFTER = 300  # seconds without a heartbeat until a worker doesn't count
+
+
+EVERY_JOB = (range(MAX_JOBID + 1),)
+
+
+def ids_text(ranges):
+    """Return ranges of jobids as text: 1,3,5-8."""
+    return ",".join("%d" % ids[0] if len(ids) == 1
+                    else "%d-%d" % (ids[0], ids[-1]) for ids in ranges)
+
+
+def joined(ranges):
+    """Return ranges of jobids in order and apart."""
+    apart = []
+    for ids in sorted(ranges, key=lambda ids: ids.start):
+        if apart and ids.start <= apart[-1].stop:
+            stop = max(ids.stop, apart[-1].stop)
+            apart[-1] = range(apart[-1].start, stop)
+        else:
+            apart.append(ids)
+    return apart
 
 
 def delay_after(failures):
@@ -2191,9 +2232,9 @@ class Store:
     def submit(self, tx, namespace, submissions, jobs):
         """Add jobs under ids that the server gives.
 
-        `submissions` is a list of (key, number of jobs). Returns a range of
-        ids for each; a key that is known has its ids from then, and its jobs
-        are not added again.
+        `submissions` is a list of (key, part, number of jobs). Returns a
+        range of ids for each; a part of a key that is known has its ids from
+        then, and its jobs are not added again.
         """
         key = {"namespace": namespace}
         last = tx.execute(SQL.LAST_JOBID, key).fetchone()[0]
@@ -2201,15 +2242,15 @@ class Store:
             raise Error(400, "A job can't wait for jobs that aren't there.")
         given, new, first = [], [], last + 1
         jobs = iter(jobs)
-        for name, n in submissions:
+        for name, part, n in submissions:
             some = list(itertools.islice(jobs, n))
-            known = tx.execute(SQL.SUBMISSION, dict(key, key=name)).fetchone()
+            key.update(key=name, part=part, now=tx.now)
+            known = tx.execute(SQL.SUBMISSION, key).fetchone()
             if known:
                 ids = range(known["first"], known["first"] + known["jobs"])
             else:
                 ids = range(first, first + n)
-                tx.execute(SQL.ADD_SUBMISSION, dict(
-                    key, key=name, first=first, jobs=n))
+                tx.execute(SQL.ADD_SUBMISSION, dict(key, first=first, jobs=n))
                 first += n
                 new += some
             given.append(ids)
@@ -2217,6 +2258,33 @@ class Store:
             raise Error(409, "The numbers of jobs are used up.")
         self.insert_jobs(tx, namespace, range(last + 1, first), new)
         return given
+
+    @query
+    def submissions(self, execute, namespace, name=None):
+        """Return the latest submissions, or the one of a name.
+
+        Dicts of `key`, `ids` (a list of ranges), `jobs` and `time`, the
+        latest first. Raises Error 404 for a name that none has; `last` is
+        the latest.
+        """
+        keys = [to_json(name)]
+        if name in (None, "last"):
+            limit = SUBMISSIONS_SHOWN if name is None else 1
+            keys = [key for key, in execute(SQL.LATEST_KEYS, {
+                "namespace": namespace, "limit": limit})]
+        found = []
+        for key in keys:
+            parts = execute(SQL.PARTS, {
+                "namespace": namespace, "key": key}).fetchall()
+            if parts:
+                ids = joined(range(part["first"], part["first"] + part["jobs"])
+                             for part in parts if part["jobs"])
+                found.append({
+                    "key": from_json(key), "ids": ids,
+                    "jobs": sum(map(len, ids)), "time": parts[0]["added"]})
+        if name is not None and not found:
+            raise Error(404, "There is no submission %s." % name)
+        return found
 
     # Claiming jobs
 
@@ -2669,7 +2737,7 @@ class Store:
         """
         self.put_stages(namespace, {new: {}})  # or it is refused
         self.mark_expired(namespace, gone)
-        ids = self.ids_in(namespace, None, STATES, old, marks=(1,))
+        ids = self.ids_in(namespace, STATES, old, EVERY_JOB, marks=(1,))
         move = functools.partial(self.expire_one, new)
         return not ids, self.in_steps(
             namespace, move, ids, (*UNENDED, "done"), old, gone)
@@ -2688,14 +2756,15 @@ class Store:
 
     def sweep(
         self, namespace, action, *, ids=None, stage=None, state=None,
-        gone=never
+        ranges=EVERY_JOB, gone=never
     ):
         """Do an action of SWEEPS to the selected jobs; return how many.
 
         retry: put ended jobs back where they were claimed, budgets fresh;
         cancel: end whatever isn't done; release: give claims back unharmed;
         forget: delete done jobs. The selector has `ids` (Error 404 when one
-        doesn't exist), or `stage` and `state`, None for any. See in_steps().
+        doesn't exist), or `stage` and `state`, None for any, and `ranges` of
+        jobids. See in_steps().
         """
         act = {
             "retry": self.retry_one, "cancel": self.cancel_one,
@@ -2703,24 +2772,29 @@ class Store:
         }[action]
         _, states = SWEEPS[action]
         states = [known for known in states if state in (None, known)]
-        ids = self.ids_in(namespace, ids, states, stage)
+        if ids is None:
+            ids = self.ids_in(namespace, states, stage, ranges)
+        else:
+            self.require_jobs(namespace, ids)
         return self.in_steps(namespace, act, ids, states, stage, gone)
 
     @query
-    def ids_in(self, execute, namespace, ids, states, stage, **marks):
-        """Return `ids`, or those of all jobs in `states` and a stage.
+    def ids_in(self, execute, namespace, states, stage, ranges, **marks):
+        """Return the ids of all jobs in `states`, a stage and `ranges`.
 
         Of one snapshot: a job that moves while a sweep goes on isn't missed.
         """
-        if ids is None:
-            found = self.in_groups(execute, SQL.GROUP_PAGE, namespace, states,
-                                   stage, after=-1, limit=-1, **marks)
-            return array("q", (jobid for jobid, in found))
+        found = self.in_groups(execute, SQL.GROUP_PAGE, namespace, states,
+                               stage, ranges, limit=-1, **marks)
+        return array("q", (jobid for jobid, in found))
+
+    @query
+    def require_jobs(self, execute, namespace, ids):
+        """Raise Error 404 when one of some jobs doesn't exist."""
         for jobid in ids:
             key = {"namespace": namespace, "jobid": jobid}
             if not execute(SQL.JOB, key).fetchone():
                 raise Error(404, "There is no job %d." % jobid)
-        return ids
 
     def in_steps(self, namespace, act, ids, states, stage=None, gone=never):
         """Do `act` to those of the jobs `ids` that fit; return the sum.
@@ -2753,19 +2827,21 @@ class Store:
         return done, start + len(some)
 
     def in_groups(
-        self, execute, sql, namespace, states, stage, marks=(0, 1), **values
+        self, execute, sql, namespace, states, stage, ranges=EVERY_JOB,
+        marks=(0, 1), after=-1, **values
     ):
         """Yield the rows that a statement finds in groups of jobs.
 
         A group has one stage, state and mark `expired`: each of `states` and
-        `marks`, and `stage`, None for any.
+        `marks`, and `stage`, None for any. Jobs are those in `ranges`.
         """
         for group in execute(SQL.TALLY, {"namespace": namespace}):
             if group["state"] in states and stage in (None, group["stage"]):
-                for mark in marks:
+                for mark, ids in itertools.product(marks, ranges):
                     yield from execute(sql, dict(
                         values, namespace=namespace, stage=group["stage"],
-                        state=group["state"], expired=mark))
+                        state=group["state"], expired=mark, first=ids[0],
+                        last=ids[-1], after=max(after, ids[0] - 1)))
 
     def retry_one(self, tx, job):
         """Retry an ended job; return 1, or 0 if it can't be."""
@@ -2804,14 +2880,34 @@ class Store:
 
     # Figures and pages
 
+    def count_jobs(self, execute, namespace, ranges):
+        """Return rows of stage, state, jobs, expired; `ranges` None: of all.
+
+        Raises Error 404 for a range without a job.
+        """
+        if ranges is None:
+            return execute(SQL.TALLY, {"namespace": namespace}).fetchall()
+        rows = []
+        for ids in ranges:
+            some = execute(SQL.COUNT_JOBS, {
+                "namespace": namespace, "first": ids[0], "last": ids[-1]})
+            before = len(rows)
+            rows += some.fetchall()
+            if len(rows) == before:
+                raise Error(404, "There is no job %s." % ids_text([ids]))
+        return rows
+
     @query
-    def status(self, execute, namespace):
-        """Return the figures of a namespace: see GET /status in README."""
+    def status(self, execute, namespace, ranges=None):
+        """Return the figures of a namespace, or of `ranges` of its jobs.
+
+        See GET /status in README.
+        """
         key = {"namespace": namespace}
         stages = defaultdict(lambda: dict(
             new_figures(), lifetime=0, paused=False, name=None, runtime=None))
         totals = new_figures()
-        for row in execute(SQL.TALLY, key):
+        for row in self.count_jobs(execute, namespace, ranges):
             for figures in (stages[row["stage"]], totals):
                 figures["jobs"] += row["jobs"]
                 figures["expired"] += row["expired"]
@@ -2831,7 +2927,8 @@ class Store:
             "version": __version__,
             "time": self.clock(),
             "stages": [dict(figures, stage=stage)
-                       for stage, figures in sorted(stages.items())],
+                       for stage, figures in sorted(stages.items())
+                       if figures["jobs"] or ranges is None],
             "totals": totals,
             "rate": rate,
             "seconds_left": left / rate if rate else None,
@@ -2927,18 +3024,18 @@ class Store:
     @query
     def jobs(
         self, execute, namespace, *, order, after, limit, stage, state,
-        attempts=0
+        attempts=0, ranges=EVERY_JOB
     ):
         """Return a page of jobs and the place to go on from, None at the end.
 
         `order` is by `id` or `time` in their stage, the longest first; a
         place, None at first, is an id or a tuple (time, id). Jobs are those
-        of a stage and a state (`expired` for the marked), None for any. A
-        page has up to `limit` pairs of a job and a list of its last
-        `attempts`, fewer when they are large.
+        of a stage and a state (`expired` for the marked), None for any, in
+        `ranges` of jobids. A page has up to `limit` pairs of a job and a list
+        of its last `attempts`, fewer when they are large.
         """
         places = self.places(
-            execute, namespace, order, after, limit + 1, stage, state)
+            execute, namespace, order, after, limit + 1, stage, state, ranges)
         jobs, size = [], 0
         for place in places[:limit]:
             job = self.shown_job(execute, namespace, place[-1])
@@ -2952,23 +3049,28 @@ class Store:
             return jobs, None
         return jobs, place[0] if order == "id" else place
 
-    def places(self, execute, namespace, order, after, limit, stage, state):
+    def places(
+        self, execute, namespace, order, after, limit, stage, state, ranges
+    ):
         """Return up to `limit` tuples, (id,) or (time, id), after a place."""
-        if order == "id":
-            sql, values = SQL.GROUP_PAGE, {
-                "after": -1 if after is None else after}
-        else:
-            since, jobid = after or (-1, -1)
-            sql, values = SQL.AGE_PAGE, {"since": since, "after": jobid}
-        values["limit"] = limit
+        since = -1
+        if order == "time":
+            since, after = after or (-1, -1)
+        after = -1 if after is None else after
         if order == "id" and stage is None and state is None:
-            rows = execute(SQL.PAGE, dict(values, namespace=namespace))
+            rows = itertools.chain.from_iterable(
+                execute(SQL.PAGE, {
+                    "namespace": namespace, "limit": limit, "last": ids[-1],
+                    "after": max(after, ids[0] - 1)})
+                for ids in ranges)
         else:
             marked = state == "expired"
             states = STATES if marked or state is None else (state,)
             rows = self.in_groups(
-                execute, sql, namespace, states, stage,
-                marks=(1,) if marked else (0, 1), **values)
+                execute, SQL.GROUP_PAGE if order == "id" else SQL.AGE_PAGE,
+                namespace, states, stage, ranges,
+                marks=(1,) if marked else (0, 1), after=after, since=since,
+                limit=limit)
         return sorted(map(tuple, rows))[:limit]
 
     @query
@@ -2993,16 +3095,18 @@ class Store:
         return now, workers
 
     @query
-    def failures(self, execute, namespace):
+    def failures(self, execute, namespace, ranges=None):
         """Return how many jobs are failed, and the latest of them.
 
         The latter are rows with jobid, stage, exit_code, error, stderr,
-        worker and host, at most FAILURES_READ.
+        worker and host, at most FAILURES_READ. `ranges` of jobids: only of
+        those.
         """
-        rows = execute(SQL.TALLY, {"namespace": namespace})
+        rows = self.count_jobs(execute, namespace, ranges)
         failed = sum(row["jobs"] for row in rows if row["state"] == "failed")
-        rows = self.in_groups(execute, SQL.LATEST, namespace, ("failed",),
-                              None, limit=FAILURES_READ)
+        rows = self.in_groups(
+            execute, SQL.LATEST, namespace, ("failed",), None,
+            EVERY_JOB if ranges is None else ranges, limit=FAILURES_READ)
         latest = sorted(rows, key=lambda row: row[:2], reverse=True)
         return failed, latest[:FAILURES_READ]
 
@@ -3360,6 +3464,21 @@ def bounded(items):
     return items
 
 
+def read_ranges(text, name):
+    """Read ids such as 1,3,5-8; return ranges, in order and apart."""
+    ranges = []
+    for part in text.split(","):
+        ends = re.fullmatch("([0-9]{1,20})(?:-([0-9]{1,20}))?", part.strip())
+        first, last = 1, 0
+        if ends:
+            first, last = int(ends[1]), int(ends[2] or ends[1])
+        if not first <= last <= MAX_JOBID:
+            raise Error(400, "%.80r names no jobs; write ids as 1,3,5-8, up to"
+                        " %d." % (part, MAX_JOBID))
+        ranges.append(range(first, last + 1))
+    return joined(ranges)
+
+
 def jobid_list(value, name):
     """Read a list of jobids; return it with each one once."""
     if type(value) is not list:
@@ -3582,8 +3701,31 @@ def post_submit(store, request):
         raise Error(400, "jobs must be a list.")
     jobs = read_jobs(bounded(given["jobs"]), request.stage)
     key = to_json(word(given["key"], "key"))
-    ids, = store.submit(request.namespace, [(key, len(jobs))], jobs)
+    part = read_optional(given, "part", JOBID) or 0
+    ids, = store.submit(request.namespace, [(key, part, len(jobs))], jobs)
     return Response.json({"ids": list(ids)})
+
+
+def get_submissions(store, request):
+    """Show the latest submissions, or the one of a name."""
+    name = request.options(submission=word)["submission"]
+    return Response.json([
+        dict(found, ids=ids_text(found["ids"]))
+        for found in store.submissions(request.namespace, name)])
+
+
+def read_selected(store, request, **readers):
+    """Return a request's options, with `ranges` where it names some jobs.
+
+    That is by `ids`, or by the name of a `submission`.
+    """
+    given = request.options(ids=read_ranges, submission=word, **readers)
+    name, ranges = given.pop("submission"), given.pop("ids")
+    if name is not None:
+        ranges = store.submissions(request.namespace, name)[0]["ids"]
+    if ranges is not None:
+        given["ranges"] = ranges
+    return given
 
 
 def claim_in_time(store, request, stages, claim, wait):
@@ -3808,10 +3950,10 @@ def get_check_stages(store, request, old=None, new=None):
     return Response.json({name: int(fine), "n_bad_jobs were degraded:": moved})
 
 
-def read_selector(request):
+def read_selector(store, request):
     """Return which jobs a request names: ids, or stage and state."""
     given = read_object(request)
-    unknown = set(given) - {"ids", "stage", "state", "all"}
+    unknown = set(given) - {"ids", "stage", "state", "all", "submission"}
     if unknown:
         raise Error(400, "Jobs can't be named by %.80r." % min(unknown))
     selector = {
@@ -3821,9 +3963,16 @@ def read_selector(request):
     }
     if given.get("all", True) is not True:
         raise Error(400, "all must be true.")
+    name = read_optional(given, "submission", word)
+    if name is not None:
+        if selector["ids"] is not None:
+            raise Error(400, "Name jobs by ids or by a submission, not both.")
+        found, = store.submissions(request.namespace, name)
+        selector["ranges"] = found["ids"]
     named = any(value is not None for value in selector.values())
     if named == ("all" in given):
-        raise Error(400, "Name jobs by ids, stage and state, or by all.")
+        raise Error(400, "Name jobs by ids, submission, stage and state, or by"
+                    " all.")
     return selector
 
 
@@ -3831,7 +3980,7 @@ def post_sweep(store, request):
     """Retry, cancel, release or forget jobs, as the path says."""
     action = request.path[1:]
     n = store.sweep(request.namespace, action, gone=request.gone,
-                    **read_selector(request))
+                    **read_selector(store, request))
     return Response.json({SWEEPS[action][0]: n})
 
 
@@ -3892,7 +4041,8 @@ def read_place(text, order):
 
 def get_jobs(store, request):
     """Show a page of jobs."""
-    given = request.options(
+    given = read_selected(
+        store, request,
         stage=from_query(request.stage),
         state=one_of(*STATES, "expired"),
         order=one_of("id", "time"),
@@ -3929,7 +4079,8 @@ def last_line(text):
 
 def get_failures(store, request):
     """Show the latest failed jobs in groups of one reason each."""
-    failed, rows = store.failures(request.namespace)
+    failed, rows = store.failures(
+        request.namespace, **read_selected(store, request))
     groups = {}
     for row in rows:
         message = last_line(row["stderr"]) or last_line(row["error"])
@@ -3955,7 +4106,8 @@ def get_pace(store, request):
 
 def get_status(store, request):
     """Show the figures."""
-    figures = store.status(request.namespace)
+    figures = store.status(
+        request.namespace, **read_selected(store, request))
     figures["readonly"], now = request.readonly, figures.pop("time")
     return tagged(request, to_json(figures), now)
 
@@ -4299,6 +4451,7 @@ ROUTES = (
     ("POST", "/stages", post_stages),
     ("POST", "/set", post_set),
     ("POST", "/submit", post_submit),
+    ("GET", "/submissions", get_submissions),
     ("GET", "/get/<stages>", get_job_claim),
     ("GET", "/get/<stages>/<nextstage>", get_job_claim),
     ("GET", "/update_job/<jobid>/<stage>", get_update_job),
@@ -4330,7 +4483,8 @@ PUBLIC = frozenset((
     get_greeting, get_health, get_metrics, get_dashboard, get_lifetime_page,
 ))
 READING = frozenset((
-    get_lifetimes, get_lifetime, get_stages, get_status, get_pace,
+    get_lifetimes, get_lifetime, get_stages, get_submissions, get_status,
+    get_pace,
     get_workers, get_failures, get_stats, get_jobs, get_job, *PUBLIC
 ))
 
@@ -5489,6 +5643,43 @@ def speaking(options, patience=5):
 
 PATIENCE = 60  # seconds for a server to answer who changes something
 
+DURATION_FORMS = (  # days, hours, minutes, seconds
+    r"()()()(\d+(?:\.\d+)?)",
+    r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)",
+    r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?",
+)
+
+
+def duration(text):
+    """Return the seconds in `90`, `90s`, `2h30m`, `1:00:00` or `1-12:00:00`.
+
+    Raises ArgumentTypeError, for argparse.
+    """
+    matches = (re.fullmatch(form, text[:40], re.ASCII)
+               for form in DURATION_FORMS)
+    found = next(filter(None, matches), None)
+    value = math.inf
+    if found and text:
+        days, hours, minutes, rest = (
+            float(part or 0) for part in found.groups())
+        value = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    if value > MAX_SECONDS:
+        raise argparse.ArgumentTypeError(
+            "%.80r is no duration; write 90 (seconds), 90s, 2h30m or 1:00:00"
+            % text)
+    return int(value) if value == int(value) else value
+
+
+def read_stage(text):
+    """Return the number of a stage, or its name; ArgumentTypeError for others.
+    """
+    try:
+        return text if is_stage_name(text) else STAGE(number(text), "it")
+    except Error:
+        raise argparse.ArgumentTypeError(
+            "%.80r is no stage; write its number, 0 to %d, or its name"
+            % (text, MAX_STAGE)) from None
+
 
 def read_array(text):
     """Return the numbers that --array names, a list of ranges.
@@ -5511,28 +5702,19 @@ def read_array(text):
 
 
 def read_ids(text):
-    """Return the jobids that `1,3,5-8` names: ranges, in order and apart.
+    """Return the jobs that IDS names: a list of ranges, or a str, a name.
 
-    Raises ArgumentTypeError, for argparse.
+    `1,3,5-8`, the name of a submission, or `last`. Raises ArgumentTypeError,
+    for argparse.
     """
-    ranges = []
-    for part in text.split(","):
-        ends = re.fullmatch("([0-9]{1,20})(?:-([0-9]{1,20}))?", part.strip())
-        first, last = 1, 0
-        if ends:
-            first, last = int(ends[1]), int(ends[2] or ends[1])
-        if not first <= last <= MAX_JOBID:
-            raise argparse.ArgumentTypeError(
-                "%.80r names no jobs; write ids as 1,3,5-8, up to %d" % (
-                    part, MAX_JOBID))
-        ranges.append((first, last + 1))
-    apart = []
-    for start, stop in sorted(ranges):
-        if apart and start <= apart[-1].stop:
-            apart[-1] = range(apart[-1].start, max(stop, apart[-1].stop))
-        else:
-            apart.append(range(start, stop))
-    return apart
+    if is_stage_name(text) or text == "last":
+        return text
+    try:
+        return read_ranges(text, "ids")
+    except Error as error:
+        raise argparse.ArgumentTypeError(
+            "%s, or the name of a submission" % str(error).rstrip(".")
+        ) from None
 
 
 # What a word looks like on a terminal: numbers of ECMA-48's SGR.
@@ -6699,7 +6881,7 @@ class Run:
         for place, item in enumerate(items, self.items + 1):
             seen[item] += 1
             known = to_json([self.command, item, seen[item]]).encode("ascii")
-            keys.append((hashlib.sha256(known).hexdigest()[:32], 1))
+            keys.append((hashlib.sha256(known).hexdigest()[:32], 0, 1))
             argv = argv_of(self.command, item, place)
             jobs.append({"jobstage": 0, "jobcmd": argv, "laststage": 2})
         namespace = self.store.namespace
@@ -6886,7 +7068,7 @@ def count_selected(client, options, states):
     return sum(
         stage["states"][state]
         for stage in client.status()["stages"]
-        if options.stage in (None, stage["stage"])
+        if options.stage in (None, stage["stage"], stage["name"])
         for state in states if options.state in (None, state)
     )
 
@@ -6966,7 +7148,7 @@ def move_jobs(options):
     """Move the expired jobs of a stage to another."""
     with speaking(options, PATIENCE) as client:
         n = sum(stage["expired"] for stage in client.status()["stages"]
-                if stage["stage"] == options.old)
+                if options.old in (stage["stage"], stage["name"]))
         if n > ASKED_FROM:
             agree(options, "move %d jobs" % n)
         answer = client.check_stages(options.old, options.new)
@@ -7002,12 +7184,6 @@ def set_lifetimes(options):
             "There were lifetimes already, and they stay: change one"
             " with `lifetime STAGE MINUTES`.")
     return 0
-
-
-def ids_text(ranges):
-    """Return ranges of jobids as read_ids() reads them."""
-    return ",".join("%d" % ids[0] if len(ids) == 1
-                    else "%d-%d" % (ids[0], ids[-1]) for ids in ranges)
 
 
 def add_ids(ranges, ids):
@@ -8350,8 +8526,8 @@ def add_some(command, *more):
         "--state", choices=(*STATES, *more), metavar="STATE",
         help="only jobs in this state: " + ", ".join((*STATES, *more)))
     command.add_argument(
-        "--stage", type=stage_number, metavar="N",
-        help="only jobs in this stage")
+        "--stage", type=read_stage, metavar="STAGE",
+        help="only jobs in this stage: its number or name")
 
 
 def add_yes(command):
@@ -8380,7 +8556,7 @@ def add_selector(command):
 
 def add_stage(command):
     """Describe pause or resume."""
-    command.add_argument("stage", type=stage_number, metavar="STAGE")
+    command.add_argument("stage", type=read_stage, metavar="STAGE")
     add_client(command)
 
 
@@ -8392,15 +8568,15 @@ def add_worker(command):
 
 def add_move(command):
     """Describe move."""
-    command.add_argument("old", type=stage_number, metavar="OLD")
-    command.add_argument("new", type=stage_number, metavar="NEW")
+    command.add_argument("old", type=read_stage, metavar="OLD")
+    command.add_argument("new", type=read_stage, metavar="NEW")
     add_yes(command)
 
 
 def add_lifetime(command):
     """Describe lifetime."""
     add = command.add_argument
-    add("stage", nargs="?", type=stage_number, metavar="STAGE")
+    add("stage", nargs="?", type=read_stage, metavar="STAGE")
     add("minutes", nargs="?", type=argument(MINUTES), metavar="MINUTES",
         help="0: no limit")
     add_client(command)
@@ -8489,7 +8665,7 @@ def add_verify(command):
     """Describe verify."""
     add_client(command)
     add = command.add_argument
-    add("--lag", type=float, default=10, metavar="SECONDS",
+    add("--lag", type=duration, default=10, metavar="SECONDS",
         help="how late files of other nodes may be seen here (default 10)")
     add("--dry-run", action="store_true", help="only say what is damaged")
 

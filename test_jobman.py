@@ -597,9 +597,9 @@ class ContractTest(StoreCase):
         self.assertTrue(self.ok("/status", **reading)["readonly"])
         self.assertFalse(self.ok("/status")["readonly"])
         self.assertIn("<td>0</td>", self.call("/get?plain=1", **reading).text)
-        readable = {"/init", "/lifetime/<stage>", "/stages", "/status",
-                    "/pace", "/workers", "/failures", "/stats", "/jobs",
-                    "/job/<jobid>"}
+        readable = {"/init", "/lifetime/<stage>", "/stages", "/submissions",
+                    "/status", "/pace", "/workers", "/failures", "/stats",
+                    "/jobs", "/job/<jobid>"}
         for method, pattern, endpoint in jobman.ROUTES:
             path = re.sub("<[^>]*>", "1", pattern)
             body = b"{}" if method == "POST" else None
@@ -2783,6 +2783,99 @@ class ShowTest(StoreCase):
         self.replace("PAGE_TEXT", 10)
         self.assertEqual(([7], None), self.page("after=6"))
         self.assertEqual(([], None), self.page("after=7"))
+
+
+class SubmissionTest(StoreCase):
+    """Jobs are named by ids, or by the submission that added them."""
+
+    def submit(self, key, n, **more):
+        """Add jobs; return their ids."""
+        jobs = [{"jobstage": 0, "laststage": 2, "max_attempts": 1}] * n
+        return self.ok("/submit", dict({"key": key, "jobs": jobs}, **more))
+
+    def named(self, name):
+        """Return the submission of a name."""
+        found, = self.ok("/submissions?submission=" + name)
+        return found
+
+    def listed(self, path):
+        """Return the ids of a page of jobs."""
+        return [job["jobid"] for job in self.ok(path)["jobs"]]
+
+    def test_parts_are_one_submission(self):
+        self.submit("a", 2)
+        self.clock.advance(5)
+        self.submit("b/c", 3)
+        for _ in "12":
+            self.submit("a", 2, part=2)
+        self.assertEqual(
+            {"key": "a", "ids": "1-2,6-7", "jobs": 4,
+             "time": self.clock.now - 5}, self.named("a"))
+        self.assertEqual(self.named("a"), self.named("last"))
+        self.assertEqual(["a", "b/c"], [
+            found["key"] for found in self.ok("/submissions")])
+        self.assertEqual("3-5", self.named("b/c")["ids"])
+        self.submit("empty", 0)
+        self.assertEqual("", self.named("last")["ids"])
+        self.assertEqual(0, self.ok("/status?submission=last")[
+            "totals"]["jobs"])
+
+    def test_calls_about_some_jobs_only(self):
+        self.submit("a", 2)
+        self.submit("b", 3)
+        self.submit("a", 1, part=2)
+        self.set_jobs([9], stage=4)
+        self.update(self.get(0, lease=60), 2)
+        self.fail(self.get(0, lease=60))
+        for named, ids in (
+            ("submission=a", [1, 2, 6]), ("submission=last", [1, 2, 6]),
+            ("submission=b", [3, 4, 5]), ("ids=2-3,9", [2, 3, 9]),
+        ):
+            figures = self.ok("/status?" + named)
+            self.assertEqual(len(ids), figures["totals"]["jobs"], named)
+            for more in ("", "&limit=2", "&order=time", "&stage=0"):
+                found = self.listed("/jobs?" + named + more)
+                if more == "&stage=0":
+                    self.assertLess(set(found), {*ids, 0})
+                else:
+                    self.assertEqual(
+                        ids[:2] if "limit" in more else ids, sorted(found))
+        self.assertEqual([6], self.listed("/jobs?submission=a&after=2"))
+        self.assertEqual([0, 2], [
+            stage["stage"] for stage in
+            self.ok("/status?submission=a")["stages"]])
+        self.assertEqual({"cancelled": 3}, self.ok(
+            "/cancel", {"submission": "b"}))
+        self.assertEqual({"retried": 0}, self.ok(
+            "/retry", {"submission": "a", "state": "cancelled"}))
+
+    def test_failures_of_some_jobs(self):
+        self.submit("a", 2)
+        self.submit("b", 1)
+        for job in self.get(0, n=3, lease=60):
+            self.fail(job)
+        for named, n in (("submission=a", 2), ("ids=3", 1)):
+            found = self.ok("/failures?" + named)
+            self.assertEqual((n, n), (found["failed"], found["looked_at"]))
+
+    def test_what_names_none_is_refused(self):
+        self.assertReply(404, self.call("/submissions?submission=last"))
+        self.submit("a", 2)
+        for path, status in (
+            ("/submissions?submission=x", 404), ("/jobs?submission=x", 404),
+            ("/status?ids=1-2,7", 404), ("/status?ids=x", 400),
+            ("/jobs?ids=3-1", 400), ("/failures?submission=", 400),
+        ):
+            self.assertReply(status, self.call(path))
+        for given, status in (
+            ({"submission": "x"}, 404), ({"submission": 5}, 400),
+            ({"submission": "a", "ids": [1]}, 400),
+            ({"submission": "a", "all": True}, 400),
+        ):
+            self.assertReply(status, self.post("/cancel", given))
+        for part in (-1, "1", 1.5):
+            self.assertReply(400, self.post(
+                "/submit", {"key": "b", "jobs": [], "part": part}))
 
 
 class SweepTest(StoreCase):
@@ -7172,7 +7265,7 @@ class CostTest(StoreCase):
             "failure": lambda: store.fail_job(
                 space, failing["jobid"], claim=failing["claim"]),
             "submit": lambda: store.submit(
-                space, [(next(self.keys), 1)], entry),
+                space, [(next(self.keys), 0, 1)], entry),
             "status": lambda: self.assertTrue(
                 store.status(space)["totals"]["jobs"]),
             "check_stages": lambda: store.check_stages(space),
@@ -7282,7 +7375,7 @@ class CostTest(StoreCase):
             "MISMARKED", "GROUP_PAGE", "AGE_PAGE", "LATEST", "NEWLY_DONE"),
         "sqlite_autoindex_job_1": (
             "JOB", "SHOWN_JOB", "RENEW", "LIMIT_ATTEMPTS", "PAGE",
-            "ADD_DEPENDENCY", "LAST_JOBID"),
+            "ADD_DEPENDENCY", "LAST_JOBID", "COUNT_JOBS"),
         "INTEGER PRIMARY KEY": (
             "JOB_BY_ID", "CONTENT", "MARK", "MOVE", "REPLACE", "FORGET",
             "SET_UNMET", "MEET_ONE", "WAITED_FOR", "ABORTED_BY", "PRUNE"),
@@ -11545,6 +11638,22 @@ class ActingTest(CommandCase):
         self.assertEqual(1, self.get(0)["jobid"])
         self.does("pause", status=2, err=USAGE)
 
+    def test_a_stage_goes_by_its_name(self):
+        self.set_jobs([1, 2], stage=4)
+        self.ok("/stages", {"4": {"name": "align"}})
+        self.does("pause", "align")
+        self.does("lifetime", "align", "1")
+        self.does("cancel", "--stage", "align", "--state", "waiting")
+        self.assertEqual("2 jobs retried\n", self.does(
+            "retry", "--stage", "align"))
+        self.clock.advance(61)
+        self.store.tick()
+        self.does("move", "align", "align")
+        self.assertEqual("1\n2\n", self.does(
+            "jobs", "--stage", "align", "--output", "quiet"))
+        self.does("resume", "merge", status=1,
+                  err="jobman.py: No stage has the name merge.\n")
+
     def beat(self, name):
         """Let a worker be heard of; return whether it should drain."""
         return self.ok("/heartbeat", {
@@ -11797,7 +11906,7 @@ class SubmitTest(CommandCase):
         sizes, submit = [], self.store.submit
 
         def noted(jobix, keys, jobs):
-            sizes.append(keys[0][1])
+            sizes.append(keys[0][2])
             return submit(jobix, keys, jobs)
 
         self.store.submit = noted
@@ -11955,14 +12064,44 @@ class IdsTest(unittest.TestCase):
 
     def test_what_names_no_jobs_is_refused(self):
         for text in (
-            "", ",", "1,", "1,,2", "a", "-1", "1-", "8-5", "1-2-3", "1.5",
+            "", ",", "1,", "1,,2", "-1", "1-", "8-5", "1-2-3", "1.5",
             "9007199254740992", "1-9007199254740992", "\u0663", "9" * 5000,
-            "1 2", "0x1", "all",
+            "1 2", "0x1", "all", "-a", "run 3", "run3,4",
         ):
             with self.subTest(text=text[:20]):
                 with self.assertRaises(argparse.ArgumentTypeError) as caught:
                     jobman.read_ids(text)
                 self.assertIn("1,3,5-8", str(caught.exception))
+
+
+class ArgumentTest(unittest.TestCase):
+    """What durations and stages are on the command line."""
+
+    def test_a_duration_is_seconds_however_it_is_written(self):
+        for text, seconds in (
+            ("90", 90), ("90s", 90), ("0", 0), ("0.5", 0.5), ("2h30m", 9000),
+            ("1d", 86400), ("1:00:00", 3600), ("1-12:00:00", 129600),
+            ("5m", 300), ("1000000000", 10**9),
+        ):
+            with self.subTest(text=text):
+                self.assertEqual(seconds, jobman.duration(text))
+
+    def test_a_stage_is_its_number_or_its_name(self):
+        self.assertEqual([7, "align", "a.b-c_1"], list(map(
+            jobman.read_stage, ("7", "align", "a.b-c_1"))))
+
+    def test_what_is_none_is_refused(self):
+        for read, texts in (
+            (jobman.duration, (
+                "", "x", "-1", "1:00", "2h30", "m", "1000000001", "nan",
+                "1e3", "9" * 50, "\u0663")),
+            (jobman.read_stage, (
+                "", "-1", "1.5", "1000001", "all", "last", "a b", "x" * 65)),
+        ):
+            for text in texts:
+                with self.subTest(text=text):
+                    with self.assertRaises(argparse.ArgumentTypeError):
+                        read(text)
 
 
 class LookCase(StoreCase):
@@ -13001,7 +13140,7 @@ class RunTest(TemporaryFolder):
         store = jobman.Store(self.path("jobman-run.db"))
         touch = {"jobstage": 0, "jobcmd": "touch leftover", "laststage": 2}
         jobs = jobman.read_jobs([touch] * 8000)
-        store.submit(store.namespace, [("others", 8000)], jobs)
+        store.submit(store.namespace, [("others", 0, 8000)], jobs)
         store.close()
         _, err = self.over("echo {}", ":::", "x")
         self.assertIn("1 of 1 done, 0 failed", err)

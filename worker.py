@@ -332,12 +332,22 @@ class Client:
             answer = self.call("POST", "/set", text=text)
         return answer
 
-    def submit(self, key, jobs):
+    def submit(self, key, jobs, part=0):
         """Add `jobs`, a list of entries; return the ids they are given.
 
-        The same key again gives the same ids and adds nothing.
+        The same key again gives the same ids and adds nothing. More jobs can
+        be added under it with another `part`: how many there are before.
         """
-        return self.call("POST", "/submit", {"key": key, "jobs": jobs})["ids"]
+        value = {"key": key, "jobs": jobs, "part": part}
+        return self.call("POST", "/submit", value)["ids"]
+
+    def submissions(self, name=None):
+        """Return the latest 100 submissions, or a list of the one so named.
+
+        [{"key": its name, "ids": "1-1000", "jobs": 1000, "time"}, …]; the
+        name `last` is that of the latest.
+        """
+        return self.call("GET", "/submissions", options={"submission": name})
 
     def get(self, stage, nextstage=None, **options):
         """Claim a job that waits in `stage`; return it, None without one.
@@ -414,7 +424,8 @@ class Client:
     def retry(self, **selector):
         """Let ended jobs run again; return how many.
 
-        `selector`: `ids`, or `stage` and `state`, or `all=True`.
+        `selector`: `ids`, or `submission`, `stage` and `state`, or
+        `all=True`.
         """
         return self.sweep("/retry", selector)["retried"]
 
@@ -446,9 +457,12 @@ class Client:
         """Tell a drained worker to go on."""
         return self.call("POST", "/undrain/" + quote(worker), {})
 
-    def status(self):
-        """Return the figures: jobs per stage and state, totals, rate."""
-        return self.call("GET", "/status")
+    def status(self, **options):
+        """Return the figures: jobs per stage and state, totals, rate.
+
+        Options: `ids` (as 1,3,5-8) or `submission`, a name: only those jobs.
+        """
+        return self.call("GET", "/status", options=options)
 
     def pace(self, minutes=None):
         """Return how many attempts and jobs became done, as time went.
@@ -470,17 +484,20 @@ class Client:
 
         Options: `stage`, `state` (also `expired`), `order` (`id` or `time`),
         `after` (from the page before), `limit`, `attempts` (of each job so
-        many, the last). A page may be short and not the last.
+        many, the last), and those of status(). A page may be short and not
+        the last.
         """
         return self.call("GET", "/jobs", options=options)
 
-    def failures(self):
+    def failures(self, **options):
         """Return the latest failed jobs, in groups of one reason each.
+
+        Options are those of status().
 
         {"failed": jobs, "looked_at": jobs, "groups": [{"stage", "exit_code",
         "message", "host", "jobs", "ids"}, …]}
         """
-        return self.call("GET", "/failures")
+        return self.call("GET", "/failures", options=options)
 
     def stats(self):
         """Return what time attempts have taken: see GET /stats in README."""
