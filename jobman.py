@@ -4077,21 +4077,32 @@ def last_line(text):
     return ((text or "").strip().splitlines() or [None])[-1]
 
 
+# What differs between two messages of one fault: quoted parts, paths, numbers.
+DIFFERS = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|[0-9]+""")
+
+
 def get_failures(store, request):
-    """Show the latest failed jobs in groups of one reason each."""
+    """Show the latest failed jobs in groups of one reason each.
+
+    A group has the message and the host of its latest job; `hosts` is how
+    many there are.
+    """
     failed, rows = store.failures(
         request.namespace, **read_selected(store, request))
-    groups = {}
+    groups = OrderedDict()
     for row in rows:
         message = last_line(row["stderr"]) or last_line(row["error"])
         host = row["host"] or row["worker"]
-        key = row["stage"], row["exit_code"], message, host
-        groups.setdefault(key, []).append(row["jobid"])
-    names = "stage", "exit_code", "message", "host"
+        group = groups.setdefault(
+            (row["stage"], row["exit_code"], DIFFERS.sub("", message or "")),
+            {"stage": row["stage"], "exit_code": row["exit_code"],
+             "message": message, "host": host, "hosts": set(), "ids": []})
+        group["hosts"].add(host)
+        group["ids"].append(row["jobid"])
     listed = [
-        dict(zip(names, key), jobs=len(ids), ids=ids) for key, ids
-        in sorted(groups.items(), key=lambda group: -len(group[1]))
-    ]
+        dict(group, hosts=len(group["hosts"]), jobs=len(group["ids"]))
+        for group in sorted(
+            groups.values(), key=lambda group: -len(group["ids"]))]
     return tagged(request, to_json({
         "failed": failed, "looked_at": len(rows), "groups": listed}))
 

@@ -3098,17 +3098,28 @@ class SweepTest(StoreCase):
         answer = self.ok("/failures")
         groups = answer.pop("groups")
         self.assertEqual({"failed": 11, "looked_at": 11}, answer)
-        named = [
-            (g["stage"], g["exit_code"], g["message"], g["host"], g["jobs"],
-             sorted(g["ids"])) for g in groups]
-        self.assertEqual([5, 3, 2, 1], [g["jobs"] for g in groups])
         self.assertEqual([
-            (0, 1, "no such file", "n1", 5, a),
-            (0, None, "the end", None, 3, c),
-            (0, 1, "no such file", "other", 2, b),
-            (2, 1, "no such file", "n1", 1, d),
-        ], named)
+            (0, 1, "no such file", "other", 2, 7, b[::-1] + a[::-1]),
+            (0, None, "the end", None, 1, 3, c[::-1]),
+            (2, 1, "no such file", "n1", 1, 1, d),
+        ], [(g["stage"], g["exit_code"], g["message"], g["host"], g["hosts"],
+             g["jobs"], g["ids"]) for g in groups])
         self.assertEqual([], self.ok("/failures", jobix=1)["groups"])
+
+    def test_names_paths_and_numbers_do_not_part_failures_of_one_kind(self):
+        messages = (
+            "FileNotFoundError: '/scratch/fold1/seed_7.npz'",
+            "FileNotFoundError: '/scratch/fold2/a b.npz'",
+            'no "this" in /a/b at line 12',
+            'no "that" in c/d at line 3456',
+            "out of memory", "out of time", "",
+        )
+        self.set_jobs(range(len(messages)), max_attempts=1)
+        for message in messages:
+            self.failed([self.get(0)], stderr=message)
+        self.assertEqual(
+            [[3, 2], [1, 0], [6], [5], [4]],
+            [group["ids"] for group in self.ok("/failures")["groups"]])
 
     def test_a_retried_job_counts_by_its_last_failure_alone(self):
         self.set_jobs([1], max_attempts=1)
