@@ -325,10 +325,11 @@ create table tally (                   -- how many jobs there are
     jobs integer not null, expired integer not null,
     primary key (namespace, stage, state));
 
-create table pace (                    -- what became done in each minute
+create table pace (                    -- what ended in each minute
     namespace integer not null, minute integer not null,
     done integer not null,             -- jobs
     updates integer not null,          -- attempts, of any stage
+    failed integer not null,           -- attempts that failed
     primary key (namespace, minute));
 
 create table spent (                   -- sums of time
@@ -615,6 +616,10 @@ class SQL:
             and (entered_at > :since or jobid > :after)
             and jobid >= :first and jobid <= :last
         order by entered_at, jobid limit :limit"""
+    HELD = """
+        select jobid, worker, entered_at from job indexed by job_age
+        where namespace = :namespace and stage = :stage and state = :state
+            and expired = :expired"""
     # the latest of a group, with their last attempts
     LATEST = """
         select entered_at, jobid, job.stage, exit_code,
@@ -642,14 +647,15 @@ class SQL:
             and jobid >= :first and jobid <= :last
         group by +stage, +state"""
     PACE = """
-        update pace set done = done + ?, updates = updates + ?
+        update pace set done = done + ?, updates = updates + ?,
+            failed = failed + ?
         where namespace = ? and minute = ?"""
     PACE_FIRST = """
-        insert into pace (done, updates, namespace, minute)
-        values (?, ?, ?, ?)"""
+        insert into pace (done, updates, failed, namespace, minute)
+        values (?, ?, ?, ?, ?)"""
     PACES = """
         select minute / :step as point, sum(done) as done,
-            sum(updates) as updates
+            sum(updates) as updates, sum(failed) as failed
         from pace where namespace = :namespace and minute >= :minute
         group by 1"""
     FIRST_MINUTE = "select min(minute) from pace where namespace = :namespace"
@@ -1343,28 +1349,31 @@ class Transaction:
         self.unused = {}  # sets of those without jobs, by namespace
         self.ended = OrderedDict()  # (end, last child told) by parent
 
-    def add(self, first, second, *key):
-        """Add to both sums of a row; `key` is its table in SUMS, and its key.
+    def add(self, key, *values):
+        """Add values to the sums of a row.
+
+        `key` is its table in SUMS, and its primary key.
         """
-        row = self.sums.setdefault(key, [0, 0])
-        row[0] += first
-        row[1] += second
+        sums = self.sums.get(key)
+        self.sums[key] = values if sums is None else [
+            a + b for a, b in zip(sums, values)]
 
     def count(self, jobs, expired, *group):
         """Count jobs that come to a group, or leave it.
 
         A group is a namespace, stage and state.
         """
-        self.add(jobs, expired, "tally", *group)
+        self.add(("tally", *group), jobs, expired)
 
-    def count_done(self, namespace, *, jobs=0, updates=0):
-        """Count jobs that become done, and attempts."""
-        self.add(jobs, updates, "pace", namespace, int(self.now // 60))
+    def count_ends(self, namespace, *, jobs=0, updates=0, failed=0):
+        """Count jobs that become done, attempts that do, and failed ones."""
+        key = "pace", namespace, int(self.now // 60)
+        self.add(key, jobs, updates, failed)
 
     def add_time(self, job, stage, kind, seconds):
         """Add seconds that an attempt of a job took, or a claim waited for."""
-        self.add(1, seconds, "spent", job["namespace"], stage, kind,
-                 time_bucket(seconds))
+        key = "spent", job["namespace"], stage, kind, time_bucket(seconds)
+        self.add(key, 1, seconds)
 
     def move(self, moves):
         """Write and count moves of jobs, as after_move() returns them."""
@@ -2072,8 +2081,8 @@ class Store:
         if seconds is None:
             seconds = max(0, tx.now - values["started"])
         tx.add_time(job, job["claimed_from"], outcome, seconds)
-        if outcome == "done":
-            tx.count_done(job["namespace"], updates=1)
+        tx.count_ends(job["namespace"], updates=int(outcome == "done"),
+                      failed=int(outcome == "failed"))
 
     def interrupt(self, tx, job, outcome):
         """End the attempt of a job that is taken away while it runs."""
@@ -2377,7 +2386,7 @@ class Store:
         self.move(tx, job, stage=stage, state=state, attempt=0, failures=0,
                   lapses=0)
         if state == "done" != job["state"]:
-            tx.count_done(namespace, jobs=1)
+            tx.count_ends(namespace, jobs=1)
 
     def replace(self, tx, job, new):
         """Give a job new content; return, in JSON, what that replaces."""
@@ -2964,10 +2973,11 @@ class Store:
 
     @query
     def throughput(self, execute, namespace, minutes):
-        """Return how many attempts and jobs became done, as time went.
+        """Return how many attempts and jobs ended, as time went.
 
         Of the last `minutes`, None: of all. A dict: the `time`, `start` and
-        `step` (seconds) of the points, and `updates` and `done` in each.
+        `step` (seconds) of the points, and lists of what was counted in each:
+        attempts done (`updates`), jobs `done`, attempts `failed`.
         """
         now = self.clock()
         this = int(now // 60)
@@ -2978,15 +2988,13 @@ class Store:
         step = -(-minutes // PACE_POINTS)
         points = range((this - minutes + 1) // step, this // step + 1)
         start = points[0] * step
-        updates, done = Counter(), Counter()
-        for row in execute(SQL.PACES, dict(key, minute=start, step=step)):
-            updates[row["point"]] = row["updates"]
-            done[row["point"]] = row["done"]
-        return {
-            "time": now, "start": start * 60, "step": step * 60,
-            "updates": [updates[point] for point in points],
-            "done": [done[point] for point in points],
-        }
+        rows = execute(SQL.PACES, dict(key, minute=start, step=step))
+        found = {row["point"]: as_dict(row) for row in rows}
+        pace = {"time": now, "start": start * 60, "step": step * 60}
+        for name in ("updates", "done", "failed"):
+            pace[name] = [found.get(point, {}).get(name, 0)
+                          for point in points]
+        return pace
 
     @query
     def job(self, execute, namespace, jobid):
@@ -3078,20 +3086,26 @@ class Store:
         """Return the time, and the workers heard `within` so many seconds.
 
         They are dicts in the columns of the table, the latest first, with the
-        `stage_names` of their stages.
+        `stage_names` of their stages and what each `holds` by its claims: a
+        list of [jobid, seconds], the longest first.
         """
         now = self.clock()
-        key = {"namespace": namespace, "since": now - within}
-        workers = [
-            dict(row, stages=from_json(row["stages"] or "null"),
-                 drain=bool(row["drain"]))
-            for row in execute(SQL.WORKERS, key)
-        ]
         values = self.stage_values(execute, namespace)
-        for worker in workers:
-            worker["stage_names"] = worker["stages"] and [
-                values.get(stage, {}).get("name")
-                for stage in worker["stages"]]
+        held = defaultdict(list)
+        for row in self.in_groups(
+                execute, SQL.HELD, namespace, ("working",), None):
+            held[row["worker"]].append(
+                [row["jobid"], max(0, now - row["entered_at"])])
+        workers = []
+        key = {"namespace": namespace, "since": now - within}
+        for row in execute(SQL.WORKERS, key):
+            stages = from_json(row["stages"] or "null")
+            names = stages and [
+                values.get(stage, {}).get("name") for stage in stages]
+            holds = sorted(held[row["name"]], key=lambda job: -job[1])
+            workers.append(dict(
+                row, stages=stages, stage_names=names, holds=holds,
+                drain=bool(row["drain"])))
         return now, workers
 
     @query

@@ -1751,25 +1751,43 @@ class ClaimTest(StoreCase):
     ABOUT = {"host": "n\u00e41", "stages": [2, 0], "slots": 8, "busy": 0,
              "done": 2**53, "failed": 1, "quarantine": "too hot"}
 
+    def test_a_worker_holds_what_it_has_claimed(self):
+        self.set_jobs(range(4))
+        first = self.get(0, worker="a")
+        self.clock.advance(7)
+        self.get(0, n=2, worker="a")
+        self.get(0, worker="b", lease=60)
+        for name in ("a", "b", "c"):
+            self.beat(name)
+        self.assertEqual(
+            [("a", [[0, 7], [1, 0], [2, 0]]), ("b", [[3, 0]]), ("c", [])],
+            self.workers("name", "holds"))
+        self.update(first, 2)
+        self.clock.advance(61)
+        self.store.tick()
+        self.assertEqual([([[1, 61], [2, 61]],), ([],), ([],)],
+                         self.workers("holds"))
+
     def test_workers_are_those_heard_of_in_the_last_day(self):
         self.assertEqual([], self.workers())
         self.beat("first", **self.ABOUT)
         self.clock.advance(9)
         self.beat("second")
         heard = dict(self.ABOUT, name="first", heard=self.clock() - 9)
-        heard.update(drain=False, stage_names=[None, None])
+        more = {"drain": False, "holds": []}
+        heard.update(more, stage_names=[None, None])
         blank = dict.fromkeys([*self.ABOUT, "stage_names"])
-        blank.update(name="second", heard=self.clock(), drain=False)
+        blank.update(more, name="second", heard=self.clock())
         self.assertEqual([blank, heard], self.ok("/workers")["workers"])
         self.assertEqual([], self.ok("/workers", jobix=1)["workers"])
         self.clock.advance(86400 - 8)
         self.assertEqual([("second",)], self.workers("name"))
         self.beat("third")
-        self.beat("first", busy=3)
+        self.beat("first", slots=3)
         self.assertEqual(
             [("first", 3, None), ("third", None, None),
              ("second", None, None)],
-            self.workers("name", "busy", "host"),
+            self.workers("name", "slots", "host"),
         )
 
     def test_a_worker_that_ended_well_is_gone(self):
@@ -3035,6 +3053,7 @@ class SweepTest(StoreCase):
         pace = self.ok("/pace" + query)
         self.assertEqual(self.clock(), pace["time"])
         self.assertEqual(len(pace["done"]), len(pace["updates"]))
+        self.assertEqual(len(pace["done"]), len(pace["failed"]))
         return pace["start"], pace["step"], pace["updates"], pace["done"]
 
     def test_pace_counts_what_was_done_in_each_minute(self):
@@ -3058,6 +3077,14 @@ class SweepTest(StoreCase):
             self.assertReply(400, self.call("/pace?" + query))
         other = self.ok("/pace", jobix=1)
         self.assertEqual([0], other["updates"])
+
+    def test_pace_counts_failed_attempts_and_no_released_ones(self):
+        self.set_jobs(range(3))
+        one, two, three = self.get(0, n=3)
+        self.fail(one)
+        self.fail(two, exit_code=75)  # it asks to be tried later
+        self.ok("/release_job/%d" % three["jobid"], {})
+        self.assertEqual([1], self.ok("/pace")["failed"])
 
     def test_pace_has_a_bounded_number_of_points(self):
         self.clock.now = start = 1.6e9 // 86400 * 86400
