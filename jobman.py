@@ -597,29 +597,36 @@ class SQL:
         limit :limit"""
     MARK = "update job set expired = 1 - expired where id = ?"
 
-    # the places of a page of jobs: of all, by id …
-    PAGE = """
-        select jobid from job where namespace = :namespace
-            and jobid > :after and jobid <= :last
-        order by jobid limit :limit"""
-    # … of one stage and state, sorted: a range of job_age …
-    GROUP_PAGE = """
-        select jobid from job indexed by job_age
+    # a group of jobs, with one stage, state and mark, is a range of job_age
+    GROUP = """ from job indexed by job_age
         where namespace = :namespace and stage = :stage and state = :state
-            and expired = :expired and jobid > :after and jobid <= :last
-        order by jobid limit :limit"""
-    # … or by time in their stage
-    AGE_PAGE = """
-        select entered_at, jobid from job
-        where namespace = :namespace and stage = :stage and state = :state
-            and expired = :expired and entered_at >= :since
-            and (entered_at > :since or jobid > :after)
-            and jobid >= :first and jobid <= :last
-        order by entered_at, jobid limit :limit"""
-    HELD = """
-        select jobid, worker, entered_at from job indexed by job_age
-        where namespace = :namespace and stage = :stage and state = :state
-            and expired = :expired"""
+            and expired = :expired and jobid >= :first and jobid <= :last"""
+    GROUP_IDS = "select jobid" + GROUP + " order by jobid"
+    HELD = "select jobid, worker, entered_at" + GROUP
+    # the places of a page of jobs: what they are, those after one, the order
+    PLACES = {
+        "id": ("jobid", "", "jobid"),
+        "-id": ("jobid", "", "jobid desc"),
+        "time": (
+            "entered_at, jobid",
+            " and entered_at >= :since"
+            " and (entered_at > :since or jobid > :after)",
+            "entered_at, jobid"),
+        "-time": (
+            "entered_at, jobid",
+            " and entered_at <= :since"
+            " and (entered_at < :since or jobid < :after)",
+            "entered_at desc, jobid desc"),
+    }
+    WHOLE = """ from job
+        where namespace = :namespace and jobid >= :first and jobid <= :last
+            and (:stage is null or stage = :stage)
+            and (:state is null or state = :state
+                or (:state = 'expired' and expired = 1))"""
+    FITS = """
+            and (:worker is null or worker = :worker and state = 'working')
+            and (:match is null or instr(lower(jobcmd), :match)
+                or instr(lower(filename), :match))"""
     # the latest of a group, with their last attempts
     LATEST = """
         select entered_at, jobid, job.stage, exit_code,
@@ -680,6 +687,14 @@ class SQL:
     ALL_WORKERS = """
         select count(*) as workers, coalesce(sum(slots), 0) as slots,
             coalesce(sum(busy), 0) as busy from worker where heard >= :since"""
+
+
+def page_sql(source, order):
+    """Return the statement for the places of a page, of all jobs or a group.
+    """
+    columns, following, ordered = SQL.PLACES[order]
+    return "select " + columns + source + following + SQL.FITS + \
+        " order by " + ordered + " limit :limit"
 
 
 # ------------------------------------------------ where the database lies ---
@@ -2793,8 +2808,8 @@ class Store:
 
         Of one snapshot: a job that moves while a sweep goes on isn't missed.
         """
-        found = self.in_groups(execute, SQL.GROUP_PAGE, namespace, states,
-                               stage, ranges, limit=-1, **marks)
+        found = self.in_groups(execute, SQL.GROUP_IDS, namespace, states,
+                               stage, ranges, **marks)
         return array("q", (jobid for jobid, in found))
 
     @query
@@ -2837,7 +2852,7 @@ class Store:
 
     def in_groups(
         self, execute, sql, namespace, states, stage, ranges=EVERY_JOB,
-        marks=(0, 1), after=-1, **values
+        marks=(0, 1), **values
     ):
         """Yield the rows that a statement finds in groups of jobs.
 
@@ -2850,7 +2865,7 @@ class Store:
                     yield from execute(sql, dict(
                         values, namespace=namespace, stage=group["stage"],
                         state=group["state"], expired=mark, first=ids[0],
-                        last=ids[-1], after=max(after, ids[0] - 1)))
+                        last=ids[-1]))
 
     def retry_one(self, tx, job):
         """Retry an ended job; return 1, or 0 if it can't be."""
@@ -3031,19 +3046,18 @@ class Store:
 
     @query
     def jobs(
-        self, execute, namespace, *, order, after, limit, stage, state,
-        attempts=0, ranges=EVERY_JOB
+        self, execute, namespace, *, order, after, limit, attempts=0, **which
     ):
         """Return a page of jobs and the place to go on from, None at the end.
 
-        `order` is by `id` or `time` in their stage, the longest first; a
-        place, None at first, is an id or a tuple (time, id). Jobs are those
-        of a stage and a state (`expired` for the marked), None for any, in
-        `ranges` of jobids. A page has up to `limit` pairs of a job and a list
-        of its last `attempts`, fewer when they are large.
+        `order` is by `id` or `time` in their stage, the longest first, with a
+        minus the other way round; a place, None at first, is an id or a tuple
+        (time, id). `which` are those of places(). A page has up to `limit`
+        pairs of a job and a list of its last `attempts`, fewer when they are
+        large.
         """
         places = self.places(
-            execute, namespace, order, after, limit + 1, stage, state, ranges)
+            execute, namespace, order, after, limit + 1, **which)
         jobs, size = [], 0
         for place in places[:limit]:
             job = self.shown_job(execute, namespace, place[-1])
@@ -3055,31 +3069,48 @@ class Store:
                 break
         if len(jobs) == len(places):
             return jobs, None
-        return jobs, place[0] if order == "id" else place
+        return jobs, place if len(place) > 1 else place[0]
 
     def places(
-        self, execute, namespace, order, after, limit, stage, state, ranges
+        self, execute, namespace, order, after, limit, *, stage=None,
+        state=None, worker=None, match=None, ranges=EVERY_JOB
     ):
-        """Return up to `limit` tuples, (id,) or (time, id), after a place."""
-        since = -1
-        if order == "time":
-            since, after = after or (-1, -1)
-        after = -1 if after is None else after
-        if order == "id" and stage is None and state is None:
+        """Return up to `limit` tuples, (id,) or (time, id), after a place.
+
+        The jobs are those of a stage, a state (`expired` for the marked) and
+        a worker that holds them, with `match` in their command or filename,
+        in `ranges` of jobids; None for any.
+        """
+        back, by_id = order.startswith("-"), order.endswith("id")
+        values = {"limit": limit, "worker": worker, "match": None}
+        if match is not None:
+            values["match"] = to_json(match)[1:-1].lower()
+        if not by_id:
+            values["since"], values["after"] = after or (
+                (math.inf, MAX_JOBID + 1) if back else (-1, -1))
+        elif after is not None:
+            ranges = [
+                range(ids.start, min(ids.stop, after)) if back
+                else range(max(ids.start, after + 1), ids.stop)
+                for ids in ranges]
+        ranges = list(filter(None, ranges))
+        if by_id and (match or not (stage is not None or state or worker)):
+            values.update(namespace=namespace, stage=stage, state=state)
             rows = itertools.chain.from_iterable(
-                execute(SQL.PAGE, {
-                    "namespace": namespace, "limit": limit, "last": ids[-1],
-                    "after": max(after, ids[0] - 1)})
-                for ids in ranges)
+                execute(page_sql(SQL.WHOLE, order), dict(
+                    values, first=ids[0], last=ids[-1])) for ids in ranges)
         else:
-            marked = state == "expired"
-            states = STATES if marked or state is None else (state,)
+            states, marks = [*STATES], (0, 1)
+            if worker is not None:
+                states = ["working"]
+            if state == "expired":
+                marks = (1,)
+            elif state is not None:
+                states = [known for known in states if known == state]
             rows = self.in_groups(
-                execute, SQL.GROUP_PAGE if order == "id" else SQL.AGE_PAGE,
-                namespace, states, stage, ranges,
-                marks=(1,) if marked else (0, 1), after=after, since=since,
-                limit=limit)
-        return sorted(map(tuple, rows))[:limit]
+                execute, page_sql(SQL.GROUP, order), namespace, states, stage,
+                ranges, marks=marks, **values)
+        return sorted(map(tuple, rows), reverse=back)[:limit]
 
     @query
     def workers(self, execute, namespace, *, within):
@@ -4044,7 +4075,7 @@ def get_job(store, request, jobid):
 
 def read_place(text, order):
     """Return where a page goes on, as an earlier answer's `after` says."""
-    if order == "id":
+    if order.endswith("id"):
         return JOBID(number(text), "after")
     since, _, jobid = text.partition(",")
     try:
@@ -4059,8 +4090,10 @@ def get_jobs(store, request):
         store, request,
         stage=from_query(request.stage),
         state=one_of(*STATES, "expired"),
-        order=one_of("id", "time"),
+        order=one_of("id", "-id", "time", "-time"),
         after=word,
+        match=word,
+        worker=label,
         limit=from_query(integer(1, 10**25)),
         attempts=from_query(integer(0, ATTEMPTS_SHOWN)),
     )

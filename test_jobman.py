@@ -2743,13 +2743,36 @@ class ShowTest(StoreCase):
                 job for job in jobs if stage in (None, job["stage"])
                 and state in (None, job["state"])
             ]
-            for order, key in orders.items():
-                ids = [job["jobid"] for job in sorted(wanted, key=key)]
+            for order, back in itertools.product(orders, ("", "-")):
+                ids = [job["jobid"] for job in sorted(
+                    wanted, key=orders[order], reverse=back != "")]
                 pages = [ids[i : i + 4] for i in range(0, len(ids), 4)]
                 self.assertEqual(
-                    pages, self.turn(query + "&order=" + order),
-                    (query, order),
+                    pages, self.turn(query + "&order=" + back + order),
+                    (query, back + order),
                 )
+
+    def test_jobs_are_found_by_their_text_and_by_who_holds_them(self):
+        self.set_jobs({1: "Align a", 2: "align \u00e4/b", 3: ["sort", 'x"y']})
+        self.set_jobs([4], filename="out/ALIGN.bam")
+        first = self.get(0, worker="w")
+        self.get(0, worker="v", lease=9)
+        for query, ids in (
+            ("match=align", [1, 2, 4]), ("match=ALIGN", [1, 2, 4]),
+            ("match=%C3%A4/b", [2]), ("match=x%22y", [3]), ("match=%25", []),
+            ("match=align&state=working", [1, 2]), ("match=a&stage=0", [4]),
+            ("match=align&order=-id", [4, 2, 1]),
+            ("match=align&order=-time", [4, 2, 1]),
+            ("match=align&order=-id&after=4", [2, 1]),
+            ("match=align&state=expired", []), ("match=align&worker=v", [2]),
+            ("worker=w", [1]), ("worker=v", [2]), ("worker=x", []),
+            ("worker=v&order=-time&stage=1", [2]), ("worker=v&stage=0", []),
+        ):
+            with self.subTest(query):
+                self.assertEqual((ids, None), self.page(query))
+        self.update(first, 2)
+        self.assertEqual([], self.page("worker=w")[0])
+        self.assertReply(400, self.call("/jobs?match="))
 
     def test_pages_by_time_pass_over_no_job_of_one_moment(self):
         self.set_jobs(range(7))
@@ -7404,21 +7427,26 @@ class CostTest(StoreCase):
         for name in ("claim", "miss", "update", "failure", "submit"):
             self.assertLess(many[name], few[name] * 1.2 + 50, name)
 
-    PIECES = "STATE", "ANY_JOB", "WHOLE_JOB", "STAGES_JOBS", "NEW_JOB"
+    PIECES = ("STATE", "ANY_JOB", "WHOLE_JOB", "STAGES_JOBS", "NEW_JOB",
+              "GROUP", "WHOLE", "PLACES", "FITS")
     RARE = "UNFINISHED_PARENTS",  # at a start
     INDEXES = {  # by which a statement finds jobs: which statements
         "job_queue": ("FREE", "COUNT_FREE"),
         "job_expiry": ("OVERDUE", "RENEW_ALL"),
         "job_age": (
-            "MISMARKED", "GROUP_PAGE", "AGE_PAGE", "LATEST", "NEWLY_DONE"),
+            "MISMARKED", "GROUP_IDS", "HELD", "LATEST", "NEWLY_DONE",
+            "GROUP by id", "GROUP by -id", "GROUP by time",
+            "GROUP by -time"),
         "sqlite_autoindex_job_1": (
-            "JOB", "SHOWN_JOB", "RENEW", "LIMIT_ATTEMPTS", "PAGE",
+            "JOB", "SHOWN_JOB", "RENEW", "LIMIT_ATTEMPTS",
+            "WHOLE by id", "WHOLE by -id",
             "ADD_DEPENDENCY", "LAST_JOBID", "COUNT_JOBS"),
         "INTEGER PRIMARY KEY": (
             "JOB_BY_ID", "CONTENT", "MARK", "MOVE", "REPLACE", "FORGET",
             "SET_UNMET", "MEET_ONE", "WAITED_FOR", "ABORTED_BY", "PRUNE"),
     }
-    SORTED = "FREE", "OVERDUE", "PAGE", "AGE_PAGE", "LATEST", "CHILDREN"
+    SORTED = ("FREE", "OVERDUE", "LATEST", "CHILDREN", "WHOLE by id",
+              "WHOLE by -id", "GROUP by time", "GROUP by -time")
 
     def plan(self, sql):
         """Return SQLite's plan of a statement, lines in its words."""
@@ -7430,24 +7458,29 @@ class CostTest(StoreCase):
         return [row["detail"].replace(" TABLE ", " ") for row in plan]
 
     def statements(self):
-        """Return the names of the statements that run now and then."""
-        names = [name for name in vars(jobman.SQL) if name.isupper()
-                 and name not in self.PIECES]
-        self.assertGreater(len(names), 60)
-        return names
+        """Return the statements, by their names."""
+        sql = jobman.SQL
+        found = {name: text for name, text in vars(sql).items()
+                 if name.isupper() and name not in self.PIECES}
+        for source, order in itertools.product(("WHOLE", "GROUP"), sql.PLACES):
+            if (source, order[-4:]) != ("WHOLE", "time"):
+                found["%s by %s" % (source, order)] = jobman.page_sql(
+                    getattr(sql, source), order)
+        self.assertGreater(len(found), 60)
+        return found
 
     def test_no_statement_walks_over_all_jobs(self):
         large = re.compile("SCAN (job|attempt|other|dependency)\\b", re.I)
-        for name in self.statements():
-            plan = self.plan(getattr(jobman.SQL, name))
+        for name, sql in self.statements().items():
+            plan = self.plan(sql)
             walks = [line for line in plan if large.match(line)]
             self.assertEqual(name in self.RARE, bool(walks), (name, plan))
 
     def test_each_statement_finds_jobs_by_the_index_that_is_meant(self):
         wanted = {name: index for index, names in self.INDEXES.items()
                   for name in names}
-        for name in self.statements():
-            plan = self.plan(getattr(jobman.SQL, name))
+        for name, sql in self.statements().items():
+            plan = self.plan(sql)
             used = [line for line in plan
                     if line.startswith("SEARCH job ")]
             self.assertEqual(
