@@ -5481,6 +5481,43 @@ def speaking(options, patience=5):
 
 PATIENCE = 60  # seconds for a server to answer who changes something
 
+DURATION_FORMS = (  # days, hours, minutes, seconds
+    r"()()()(\d+(?:\.\d+)?)",
+    r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)",
+    r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?",
+)
+
+
+def duration(text):
+    """Return the seconds in `90`, `90s`, `2h30m`, `1:00:00` or `1-12:00:00`.
+
+    Raises ArgumentTypeError, for argparse.
+    """
+    matches = (re.fullmatch(form, text[:40], re.ASCII)
+               for form in DURATION_FORMS)
+    found = next(filter(None, matches), None)
+    value = math.inf
+    if found and text:
+        days, hours, minutes, rest = (
+            float(part or 0) for part in found.groups())
+        value = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    if value > MAX_SECONDS:
+        raise argparse.ArgumentTypeError(
+            "%.80r is no duration; write 90 (seconds), 90s, 2h30m or 1:00:00"
+            % text)
+    return int(value) if value == int(value) else value
+
+
+def read_stage(text):
+    """Return the number of a stage, or its name; ArgumentTypeError for others.
+    """
+    try:
+        return text if is_stage_name(text) else STAGE(number(text), "it")
+    except Error:
+        raise argparse.ArgumentTypeError(
+            "%.80r is no stage; write its number, 0 to %d, or its name"
+            % (text, MAX_STAGE)) from None
+
 
 def read_array(text):
     """Return the numbers that --array names, a list of ranges.
@@ -6878,7 +6915,7 @@ def count_selected(client, options, states):
     return sum(
         stage["states"][state]
         for stage in client.status()["stages"]
-        if options.stage in (None, stage["stage"])
+        if options.stage in (None, stage["stage"], stage["name"])
         for state in states if options.state in (None, state)
     )
 
@@ -6958,7 +6995,7 @@ def move_jobs(options):
     """Move the expired jobs of a stage to another."""
     with speaking(options, PATIENCE) as client:
         n = sum(stage["expired"] for stage in client.status()["stages"]
-                if stage["stage"] == options.old)
+                if options.old in (stage["stage"], stage["name"]))
         if n > ASKED_FROM:
             agree(options, "move %d jobs" % n)
         answer = client.check_stages(options.old, options.new)
@@ -8342,8 +8379,8 @@ def add_some(command, *more):
         "--state", choices=(*STATES, *more), metavar="STATE",
         help="only jobs in this state: " + ", ".join((*STATES, *more)))
     command.add_argument(
-        "--stage", type=stage_number, metavar="N",
-        help="only jobs in this stage")
+        "--stage", type=read_stage, metavar="STAGE",
+        help="only jobs in this stage: its number or name")
 
 
 def add_yes(command):
@@ -8372,7 +8409,7 @@ def add_selector(command):
 
 def add_stage(command):
     """Describe pause or resume."""
-    command.add_argument("stage", type=stage_number, metavar="STAGE")
+    command.add_argument("stage", type=read_stage, metavar="STAGE")
     add_client(command)
 
 
@@ -8384,15 +8421,15 @@ def add_worker(command):
 
 def add_move(command):
     """Describe move."""
-    command.add_argument("old", type=stage_number, metavar="OLD")
-    command.add_argument("new", type=stage_number, metavar="NEW")
+    command.add_argument("old", type=read_stage, metavar="OLD")
+    command.add_argument("new", type=read_stage, metavar="NEW")
     add_yes(command)
 
 
 def add_lifetime(command):
     """Describe lifetime."""
     add = command.add_argument
-    add("stage", nargs="?", type=stage_number, metavar="STAGE")
+    add("stage", nargs="?", type=read_stage, metavar="STAGE")
     add("minutes", nargs="?", type=argument(MINUTES), metavar="MINUTES",
         help="0: no limit")
     add_client(command)
@@ -8481,7 +8518,7 @@ def add_verify(command):
     """Describe verify."""
     add_client(command)
     add = command.add_argument
-    add("--lag", type=float, default=10, metavar="SECONDS",
+    add("--lag", type=duration, default=10, metavar="SECONDS",
         help="how late files of other nodes may be seen here (default 10)")
     add("--dry-run", action="store_true", help="only say what is damaged")
 

@@ -11539,6 +11539,22 @@ class ActingTest(CommandCase):
         self.assertEqual(1, self.get(0)["jobid"])
         self.does("pause", status=2, err=USAGE)
 
+    def test_a_stage_goes_by_its_name(self):
+        self.set_jobs([1, 2], stage=4)
+        self.ok("/stages", {"4": {"name": "align"}})
+        self.does("pause", "align")
+        self.does("lifetime", "align", "1")
+        self.does("cancel", "--stage", "align", "--state", "waiting")
+        self.assertEqual("2 jobs retried\n", self.does(
+            "retry", "--stage", "align"))
+        self.clock.advance(61)
+        self.store.tick()
+        self.does("move", "align", "align")
+        self.assertEqual("1\n2\n", self.does(
+            "jobs", "--stage", "align", "--output", "quiet"))
+        self.does("resume", "merge", status=1,
+                  err="jobman.py: No stage has the name merge.\n")
+
     def beat(self, name):
         """Let a worker be heard of; return whether it should drain."""
         return self.ok("/heartbeat", {
@@ -11957,6 +11973,36 @@ class IdsTest(unittest.TestCase):
                 with self.assertRaises(argparse.ArgumentTypeError) as caught:
                     jobman.read_ids(text)
                 self.assertIn("1,3,5-8", str(caught.exception))
+
+
+class ArgumentTest(unittest.TestCase):
+    """What durations and stages are on the command line."""
+
+    def test_a_duration_is_seconds_however_it_is_written(self):
+        for text, seconds in (
+            ("90", 90), ("90s", 90), ("0", 0), ("0.5", 0.5), ("2h30m", 9000),
+            ("1d", 86400), ("1:00:00", 3600), ("1-12:00:00", 129600),
+            ("5m", 300), ("1000000000", 10**9),
+        ):
+            with self.subTest(text=text):
+                self.assertEqual(seconds, jobman.duration(text))
+
+    def test_a_stage_is_its_number_or_its_name(self):
+        self.assertEqual([7, "align", "a.b-c_1"], list(map(
+            jobman.read_stage, ("7", "align", "a.b-c_1"))))
+
+    def test_what_is_none_is_refused(self):
+        for read, texts in (
+            (jobman.duration, (
+                "", "x", "-1", "1:00", "2h30", "m", "1000000001", "nan",
+                "1e3", "9" * 50, "\u0663")),
+            (jobman.read_stage, (
+                "", "-1", "1.5", "1000001", "all", "last", "a b", "x" * 65)),
+        ):
+            for text in texts:
+                with self.subTest(text=text):
+                    with self.assertRaises(argparse.ArgumentTypeError):
+                        read(text)
 
 
 class LookCase(StoreCase):
