@@ -26,12 +26,12 @@ import atexit
 import base64
 import contextlib
 import csv
+import difflib
 import email.utils
 import errno
 import fcntl
 import functools
 import gc
-import glob
 import hashlib
 import html
 import http.client
@@ -58,17 +58,14 @@ import struct
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import traceback
-import types
 import warnings
 import zlib
 from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from urllib.parse import quote, unquote, unquote_plus, urlencode, urlsplit
+from urllib.parse import quote, unquote, unquote_plus, urlencode
 
 __version__ = "0.1.0"
 
@@ -4356,6 +4353,14 @@ def overview(store, namespace):
     return seen
 
 
+def rate_text(rate):
+    """Return a number of jobs a second as a person says it: 2 per minute."""
+    unit, seconds = next((pair for pair in (("second", 1), ("minute", 60))
+                          if rate * pair[1] >= 1), ("hour", 3600))
+    n = rate * seconds
+    return ("%d per %s" if n >= 10 else "%.2g per %s") % (n, unit)
+
+
 def progress_line(figures):
     """Return a sentence on how far all jobs are."""
     totals = figures["totals"]
@@ -4365,7 +4370,7 @@ def progress_line(figures):
         line = "%d %%: %s" % (100 * done // jobs, line)
     left = figures["seconds_left"]
     if left is not None:
-        line += ", %.3g a second over the last two minutes" % figures["rate"]
+        line += ", %s over the last two minutes" % rate_text(figures["rate"])
     if left:
         line += ", so %s left, until %s" % (
             span(left), clock_time(figures["time"] + left))
@@ -5775,16 +5780,13 @@ def read_ids(text):
         ) from None
 
 
-# What a word looks like on a terminal: numbers of ECMA-48's SGR.
-COLOURS = {
-    "working": 36, "done": 32, "failed": 31, "aborted": 31, "expired": 33,
-    "blocked": 35, "delayed": 33, "cancelled": 90, "ok": 32, "wrong": 31,
-}
-
-
-def is_coloured(stream):
-    """Return whether colours may go to a stream: see no-color.org."""
-    return stream.isatty() and not os.environ.get("NO_COLOR")
+def add_ids(ranges, ids):
+    """Add jobids to a list of ranges."""
+    for jobid in ids:
+        if ranges and ranges[-1].stop == jobid:
+            ranges[-1] = range(ranges[-1].start, jobid + 1)
+        else:
+            ranges.append(range(jobid, jobid + 1))
 
 
 def screen_size(stream):
@@ -5801,38 +5803,31 @@ def shorten(text, width):
     return text if len(text) <= width else text[: max(0, width - 3)] + "..."
 
 
-def in_line(texts, widths, right, colours):
-    """Return a table's line: a text for each width, to the `right` or not."""
-    cells = []
-    for text, width, to_right in zip(texts, widths, right):
-        cell = text.rjust(width) if to_right else text.ljust(width)
-        colour = colours.get(text.rpartition(", ")[2])
-        cells.append("\033[%dm%s\033[0m" % (colour, cell) if colour else cell)
-    return "  ".join(cells).rstrip()
-
-
-def columns(heads, rows, widths=None, most=math.inf):
+def table(columns, rows, widths=None):
     """Yield the lines of a table for standard output, numbers to the right.
 
-    A value may be None; a word that is a state has its colour. Of a table in
-    pages only the first has `heads`, and all have a list of `widths`, which
-    grow. A line has `most` characters, if its last column can be cut to that.
+    Each column is a head, and a key of a row or a function of it; a value may
+    be None. The pages of one table share a list of `widths`, and only the
+    first has heads. On a terminal lines are cut to its width.
     """
-    rows = list(rows)
-    shown = [["" if v is None else printable(str(v)) for v in row]
-             for row in [heads, *rows] if row]
-    right = [{type(v) for v in column} <= {int, float, type(None)}
-             for column in zip(*rows)] or [False] * len(heads or ())
-    found = [max(map(len, column)) for column in zip(*shown)]
-    if right and not right[-1]:
-        found[-1] = 0  # nothing stands beyond it
+    heads, readers = zip(*columns)
+    values = [[read(row) if callable(read) else row[read] for read in readers]
+              for row in rows]
+    right = [{type(value) for value in column} <= {int, float, type(None)}
+             for column in zip(*values)] or [False] * len(heads)
+    texts = [["" if value is None else printable(str(value)) for value in row]
+             for row in values]
+    if not widths:
+        texts.insert(0, heads)
     widths = [] if widths is None else widths
-    widths[:] = map(max, itertools.zip_longest(found, widths, fillvalue=0))
-    room = max(10, most - sum(widths[:-1]) - 2 * len(widths[1:]))
-    colours = COLOURS if is_coloured(sys.stdout) else {}
-    for texts in shown:
-        texts[-1] = shorten(texts[-1], room)
-        yield in_line(texts, widths, right, colours)
+    found = [max(map(len, column)) for column in zip(*texts)]
+    widths[:] = map(max, found, widths or found)
+    most = screen_size(sys.stdout)[0] if sys.stdout.isatty() else None
+    for row in texts:
+        line = "  ".join(
+            text.rjust(width) if to_right else text.ljust(width)
+            for text, width, to_right in zip(row, widths, right)).rstrip()
+        yield shorten(line, most) if most else line
 
 
 def number_of(n, thing):
@@ -5854,30 +5849,27 @@ def report(options, value, lines, names=()):
         print(line)
 
 
-def finding_lines(findings, names, seen):
-    """Yield a line for each finding, and add it to those `seen`."""
-    widths = [max(map(len, names)), len("wrong"), 0]
-    for one in findings:
-        seen.append(one)
-        row = one["name"], "ok" if one["ok"] else "wrong", one["said"]
-        yield from columns(None, [row], widths)
+def report_findings(options, findings):
+    """Print findings as they come; return the exit status.
 
-
-def report_findings(options, names, findings):
-    """Print findings, of these names, as they come; return the exit status.
-
-    Each is a dict of its name, whether it is ok, and what is said of it.
+    Each is a name, whether it is all right, and what there is to say of it.
     """
-    seen = []
-    if options.output != "table":  # those come one by one
-        seen.extend(findings)
-    wrong = (one["name"] for one in seen if not one["ok"])
-    report(options, seen, finding_lines(findings, names, seen), wrong)
-    return int(not all(one["ok"] for one in seen))
+    found = []
+    for name, ok, said in findings:
+        found.append({"name": name, "ok": ok, "said": said})
+        if options.output == "table":
+            word = "ok" if ok else "wrong"
+            print(printable("%-12s %-6s %s" % (name, word, said)).rstrip(),
+                  flush=True)
+    wrong = [one["name"] for one in found if not one["ok"]]
+    report(options, found, (), wrong)
+    return int(bool(wrong))
 
 
 def took(period):
-    """Return how long something took, in seconds when they are few."""
+    """Return how long something took: 41 ms, 3.2 s, 4:05."""
+    if period < 0.9995:
+        return "%d ms" % round(1000 * period)
     return "%.3g s" % period if period < 59.95 else span(period)
 
 
@@ -5885,6 +5877,13 @@ def bar(part, width=20):
     """Return a bar of which `part` (0 to 1) is full, and its percentage."""
     full = int(part * width)
     return "[%s%s] %3d%%" % ("#" * full, "." * (width - full), part * 100)
+
+
+def draw(text):
+    """Write a line that the next one replaces, where a person looks on."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\r%s\033[K\r" % text)
+        sys.stderr.flush()
 
 
 class Progress:
@@ -5953,132 +5952,45 @@ class Progress:
 
 SILENT = 120  # seconds without a heartbeat, after which a worker is in doubt
 
-
-def status_lines(figures):
-    """Yield the lines of a table of the stages, and how far all is."""
-    totals = figures["totals"]
-    states = [state for state in STATES if totals["states"][state]]
-    rows = []
-    for stage in [*figures["stages"], dict(totals, stage="all")]:
-        ran = stage.get("runtime") or {"median": None}
-        rows.append((
-            str(stage["stage"]), stage["jobs"],
-            *(stage["states"][state] or None for state in states),
-            stage["expired"] or None, ran["median"] and took(ran["median"]),
-            "paused" if stage.get("paused") else None,
-        ))
-    heads = "stage", "jobs", *states, "expired", "median", ""
-    yield from columns(heads, rows)
-    yield progress_line(figures)
+# A job of each state in the bar of a stage, in order.
+SIGNS = {
+    "done": "#", "working": "=", "waiting": ".", "delayed": "-",
+    "blocked": ":", "failed": "!", "aborted": "!", "cancelled": "x",
+}
 
 
-def print_status(options):
-    """Show how far the jobs are."""
-    with speaking(options) as client:
-        figures = client.status()
-    report(options, figures, status_lines(figures))
-    return 0
+def stage_label(stage):
+    """Return the name of a stage of /status, or its number; `align, paused`.
+    """
+    label = stage["name"] or str(stage["stage"])
+    return label + ", paused" * stage["paused"]
 
 
-def pages(client, *, most=math.inf, after=None, **options):
-    """Yield lists of jobs until there are no more, or were `most`."""
-    while most > 0:
-        limit = min(most, MAX_PAGE)
-        page = client.jobs(after=after, limit=limit, **options)
-        yield page["jobs"]
-        after, most = page["after"], most - len(page["jobs"])
-        if after is None:
-            return
+def label_of(job):
+    """Return the name of a job's stage, its number if it has none."""
+    return job["stage_name"] or job["stage"]
 
 
-def json_array(pages):
-    """Yield the parts of a JSON array of what is in `pages`, one a line."""
-    before = "[\n"
-    for page in pages:
-        if page:
-            yield before + ",\n".join(map(to_json, page))
-            before = ",\n"
-    yield "[]\n" if before == "[\n" else "\n]\n"
+def stage_bar(stage, width=20):
+    """Return a bar that shows which part of a stage's jobs is in each state.
+    """
+    states, jobs, drawn, n = stage["states"], stage["jobs"], "", 0
+    for state, sign in SIGNS.items():
+        n += states[state]
+        drawn = drawn.ljust(n * width // max(jobs, 1), sign)
+    return "[%s]" % drawn.ljust(width)
 
 
-def command_of(job):
-    """Return a job's command as one would write it in a shell."""
-    command = job["jobcmd"]
-    if command is None or type(command) is str:
-        return command
-    if type(command) is list and {type(word) for word in command} == {str}:
-        return " ".join(map(shlex.quote, command))
-    return to_json(command)
+def names_of_stages(client):
+    """Return {stage: its name} of the stages that have one."""
+    return {stage: values["name"] for stage, values
+            in client.stages().items() if "name" in values}
 
 
-ITEM_FIRST = 'export JOBMAN_ITEM="$1"; '  # of what shell_script() makes
-
-
-def told_command(job):
-    """Return a job's command as a person wrote it, the item filled in."""
-    command = job["jobcmd"]
-    if type(command) is list and len(command) == 5 and type(
-            command[2]) is str and command[2].startswith(ITEM_FIRST):
-        item = shlex.quote(str(command[4]))
-        return command[2][len(ITEM_FIRST):].replace(
-            '"${JOBMAN_ITEM}"', item).replace("${JOBMAN_ITEM}", item)
-    return command_of(job)
-
-
-def job_row(job):
-    """Return what a table of jobs shows of one."""
-    state = job["state"] + ", expired" * job["expired"]
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job["since"]))
-    return (job["jobid"], job["stage"], state, since, job["worker"],
-            job["attempt"] or None, told_command(job))
-
-
-def job_lines(pages):
-    """Yield the lines of a table of the jobs in `pages`, a page at a time."""
-    heads = "job", "stage", "state", "since", "worker", "attempt", "command"
-    stdout, widths = sys.stdout, []
-    most = screen_size(stdout)[0] if stdout.isatty() else math.inf
-    for page in pages:
-        lines = columns(heads, map(job_row, page), widths, most)
-        yield "".join(line + "\n" for line in lines)
-        heads = None
-
-
-def print_jobs(options):
-    """List jobs, a page at a time."""
-    asked = {"stage": options.stage, "state": options.state}
-    with speaking(options) as client:
-        found = pages(client, most=options.limit, order=options.order, **asked)
-        if options.output == "json":
-            parts = json_array(found)
-        elif options.output == "quiet":
-            parts = ("".join("%d\n" % job["jobid"] for job in page)
-                     for page in found)
-        else:
-            parts = job_lines(found)
-        for part in parts:
-            sys.stdout.write(part)
-            sys.stdout.flush()
-    return 0
-
-
-def moment(then, now):
-    """Return a moment near now as a time of day, another with its date."""
-    if abs(then - now) < 43200:
-        return time.strftime("%H:%M:%S", time.localtime(then))
-    return clock_time(then)
-
-
-def reason(job):
-    """Return why a job's last attempt ended: `exit 1: no such file`."""
-    attempt = job["attempts"][-1] if job["attempts"] else None
-    if attempt is None:
-        return "no attempt of it is known"
-    code, error = attempt["exit_code"], last_line(attempt["error"])
-    if code is not None and error in (None, "exit status %d" % code):
-        error = "exit %d" % code
-    words = error or attempt["outcome"], last_line(attempt["stderr"])
-    return ": ".join(shorten(word, 200) for word in words if word)
+def median_time(stage):
+    """Return how long the jobs of a stage of /status take."""
+    ran = stage.get("runtime")
+    return ran and took(ran["median"])
 
 
 def fault(worker, now):
@@ -6090,235 +6002,10 @@ def fault(worker, now):
     return "silent" if now - worker["heard"] > SILENT else None
 
 
-def why_none(stage, serving, now):
-    """Return why no worker of those serving a stage takes its jobs."""
-    faults = Counter(fault(worker, now) for worker in serving)
-    which, = faults if len(faults) == 1 else (None,)
-    if which == "silent":
-        which += " for " + span(now - max(w["heard"] for w in serving))
-    elif which is None:
-        which = ", ".join("%s (%d)" % pair for pair in sorted(faults.items()))
-    if len(serving) > 1:
-        return "all %d workers of stage %d are %s" % (
-            len(serving), stage, which)
-    only, = serving
-    line = "the only worker of stage %d, %s, is %s" % (
-        stage, only["name"], which)
-    return line + ": %s" % only["quarantine"] if only["quarantine"] else line
-
-
-def why_waiting(job, figures, heard):
-    """Return why a job that could be claimed isn't."""
-    now, stage = heard["time"], job["stage"]
-    if any(s["paused"] for s in figures["stages"] if s["stage"] == stage):
-        return "stage %d is paused" % stage
-    serving = [w for w in heard["workers"] if stage in (w["stages"] or ())]
-    if not serving:
-        return "no worker serves stage %d" % stage
-    able = [worker for worker in serving if fault(worker, now) is None]
-    if not able:
-        return why_none(stage, serving, now)
-    line = "%s serve%s stage %d" % (
-        number_of(len(able), "worker"), "s" * (len(able) == 1), stage)
-    slots = sum(worker["slots"] or 0 for worker in able)
-    free = slots - sum(worker["busy"] or 0 for worker in able)
-    if free > 0:
-        return "%s, and of %s %d free: its turn should come soon" % (
-            line, number_of(slots, "slot"), free)
-    if slots > 1:
-        return "%s and all %s %d slots are busy" % (
-            line, "their" if len(able) > 1 else "its", slots)
-    return line + ", which is busy"
-
-
-def why_delayed(job, figures, heard):
-    """Return until when a job is delayed, and what for."""
-    now, due = figures["time"], job["due"]
-    last = job["attempts"][-1]["outcome"] if job["attempts"] else None
-    after = "failure %d" % job["failures"]
-    if last == "deferred":
-        after = "it was deferred"
-    elif last == "rejected" or not job["failures"]:
-        after = "its files were rejected"
-    elif job["max_attempts"]:
-        after += " of %d" % job["max_attempts"]
-    return "delayed until %s (in %s) after %s: %s" % (
-        moment(due, now), span(max(0, due - now)), after, reason(job))
-
-
-def why_blocked(job, figures, heard):
-    """Return which jobs a job waits for."""
-    named = [str(jobid) for jobid in job["waits_for"][:2]]
-    more = job["waits"] - len(named)
-    if more > 0:
-        named.append(number_of(more, "other"))
-    rest, last = named[:-1], named[-1:]
-    return "waits for " + " and ".join(filter(None, [", ".join(rest), *last]))
-
-
-def why_working(job, figures, heard):
-    """Return who works on a job, since when and until when."""
-    now, since, due = figures["time"], job["since"], job["due"]
-    end = "has no lease"
-    if due is not None:
-        end = "has a lease until " + moment(due, now)
-    return "%s has worked on it since %s (for %s) and %s" % (
-        job["worker"] or "somebody", moment(since, now),
-        span(max(0, now - since)), end)
-
-
-def why_aborted(job, figures, heard):
-    """Return by which job a job was aborted."""
-    return "aborted, because job %s, which it waits for, failed, was " \
-        "cancelled or aborted" % job["aborted_by"]
-
-
-def why_ended(job, figures, heard):
-    """Return since when a job has been in its state."""
-    return "%s since %s" % (job["state"], clock_time(job["since"]))
-
-
-def why_failed(job, figures, heard):
-    """Return what a job has failed of."""
-    return "failed: " + reason(job)
-
-
-WHY = {
-    "waiting": why_waiting, "delayed": why_delayed, "blocked": why_blocked,
-    "working": why_working, "done": why_ended, "failed": why_failed,
-    "cancelled": why_ended, "aborted": why_aborted,
-}
-
-
-def why(job, figures, heard):
-    """Return in one sentence why a job isn't running, or who works on it.
-
-    Of what /job, /status and /workers say, and nothing else.
-    """
-    return printable(WHY[job["state"]](job, figures, heard))
-
-
-def attempt_row(attempt):
-    """Return what a table of attempts shows of one."""
-    return (
-        attempt["attempt"], attempt["stage"],
-        attempt["host"] or attempt["worker"], clock_time(attempt["started"]),
-        took(attempt["ended"] - attempt["started"]), attempt["outcome"],
-        attempt["exit_code"],
-        last_line(attempt["stderr"]) or last_line(attempt["error"]),
-    )
-
-
-def details(job):
-    """Yield the lines that show a job and its attempts to a person."""
-    told = "jobid", "attempts", "why", "jobcmd", "expired", "since", "due"
-    stages = "stage", "laststage", "made"  # that may be 0
-    rows = [("why", job["why"]), ("command", told_command(job)),
-            ("since", clock_time(job["since"]))]
-    rows += [("expired", "its stage's lifetime is over")] * job["expired"]
-    rows += [
-        (name, value if type(value) is str else to_json(value))
-        for name, value in job.items()
-        if name not in told and (value or name in stages)
-        and value is not None
-    ]
-    yield from columns(("job", str(job["jobid"])), rows)
-    if job["attempts"]:
-        yield ""
-        heads = ("attempt", "stage", "where", "started", "took", "outcome",
-                 "exit", "said")
-        yield from columns(heads, map(attempt_row, job["attempts"]))
-        said = (job["attempts"][-1]["stderr"] or "").splitlines()
-        if len(said) > 1:
-            yield "\nThe end of what the last one said:"
-            yield from ("  " + printable(line) for line in said)
-
-
-def print_job(options):
-    """Show all that is known of a job, and why it isn't running."""
-    with speaking(options) as client:
-        job = client.job(options.jobid)
-        job["why"] = why(job, client.status(), client.workers())
-    report(options, job, details(job), [job["jobid"]])
-    return 0
-
-
-def worker_row(worker, now):
-    """Return what a table of workers shows of one."""
-    note = fault(worker, now)
-    if worker["quarantine"]:
-        note += ": " + worker["quarantine"]
-    return (
-        worker["name"], worker["host"],
-        ",".join(map(str, worker["stages"] or ())), worker["slots"],
-        worker["busy"], worker["done"], worker["failed"],
-        span(max(0, now - worker["heard"])) + " ago", note,
-    )
-
-
-def worker_lines(heard):
-    """Yield the lines of a table of the workers."""
-    heads = ("worker", "host", "stages", "slots", "busy", "done", "failed",
-             "heard", "")
-    now = heard["time"]
-    if heard["workers"]:
-        rows = [worker_row(worker, now) for worker in heard["workers"]]
-        yield from columns(heads, rows)
-    else:
-        yield ("No worker is there; those that have ended, or send no"
-               " heartbeats, aren't shown.")
-
-
-def print_workers(options):
-    """Show the workers that were heard of in the last day."""
-    with speaking(options) as client:
-        heard = client.workers()
-    names = [worker["name"] for worker in heard["workers"]]
-    report(options, heard, worker_lines(heard), names)
-    return 0
-
-
-# What stands for a job in each state in the bar of a stage, in order.
-SIGNS = {
-    "done": "#", "working": "=", "waiting": ".", "delayed": "-",
-    "blocked": ":", "failed": "!", "aborted": "!", "cancelled": "x",
-}
-
-
-def parts_of(states, width):
-    """Return how many of a bar's characters each state has, in order.
-
-    Whatever there is has one at least; the largest part makes up for that.
-    """
-    jobs = sum(states.values())
-    parts = {
-        state: max(1, int(width * states[state] / jobs))
-        for state in SIGNS if states[state]
-    }
-    if parts:
-        most = max(parts, key=lambda state: states[state])
-        parts[most] += width - sum(parts.values())
-    return parts
-
-
-def stage_line(name, states, width, coloured):
-    """Return a line of a `width` on a stage: a bar, and its figures."""
-    def shown(state, text):
-        colour = COLOURS.get(state) if coloured else None
-        return "\033[%dm%s\033[0m" % (colour, text) if colour else text
-
-    line, room = "%9s [" % name, max(10, min(40, width // 3))
-    parts = parts_of(states, room)
-    line += "".join(shown(s, SIGNS[s] * n) for s, n in parts.items())
-    line += ("" if parts else " " * room) + "]"
-    left = width - 12 - room
-    for state in parts:
-        text = " %s %d %s" % (SIGNS[state], states[state], state)
-        if len(text) > left:
-            break
-        line += shown(state, text)
-        left -= len(text)
-    return line
+def note(worker, now):
+    """Return what is wrong with a worker, None if nothing is."""
+    words = fault(worker, now), worker["quarantine"]
+    return ": ".join(filter(None, words)) or None
 
 
 def workers_line(heard):
@@ -6337,123 +6024,556 @@ def workers_line(heard):
     return line + "."
 
 
-def frame(figures, heard, size, coloured):
-    """Return the lines of a live view that fits into a terminal."""
-    width, height = size
-    stages = [
-        stage_line("stage %d%s" % (s["stage"], "*" * s["paused"]),
-                   s["states"], width - 1, coloured)
-        for s in figures["stages"]
-    ]
-    paused = any(s["paused"] for s in figures["stages"])
-    said = [
-        line for text in (
-            progress_line(figures),
-            workers_line(heard) + " (*: paused)" * paused)
-        for line in textwrap.wrap(text, width - 1)
-    ]
-    room = max(0, height - len(said) - 4)  # and 4 lines that aren't stages
-    if len(stages) > room:
-        more = number_of(len(stages) - room, "more stage")
-        stages[room:] = ["    ... and " + more]
-    all_states = figures["totals"]["states"]
-    return [
-        *stages, stage_line("all", all_states, width - 1, coloured), *said]
+def status_lines(figures, heard, *, bars=False):
+    """Yield the lines of a table of the stages, and how far all is."""
+    totals = dict(figures["totals"], stage="all", name=None, paused=False)
+    columns = [("stage", stage_label), ("jobs", "jobs")]
+    if bars:
+        columns.append(("", stage_bar))
+    columns += [
+        (state, lambda stage, state=state: stage["states"][state] or None)
+        for state in STATES if totals["states"][state]]
+    if totals["expired"]:
+        columns.append(("expired", lambda stage: stage["expired"] or None))
+    columns.append(("median", median_time))
+    yield from table(columns, [*figures["stages"], totals])
+    yield progress_line(figures)
+    yield workers_line(heard)
 
 
-def away(seen, trouble):
-    """Return a line that says that the server can't be asked."""
-    line = printable(str(trouble)) + " Still asking."
-    if seen:
-        line += " Figures of %s." % clock_time(seen[0]["time"])
-    return line
+def print_status(options):
+    """Show how far the jobs are."""
+    with speaking(options) as client:
+        figures, heard = client.status(), client.workers()
+    report(options, figures, status_lines(figures, heard))
+    return 0
 
 
-class Screen:
-    """A live view on a terminal, drawn again in its place.
-
-    A view is one write that leaves the terminal as it found it, so that we
-    may be ended at any moment. Lines don't wrap, and after a change of the
-    terminal's size, which may have moved them, it begins at the top.
-    """
-
-    def __init__(self, stream):
-        self.stream = stream
-        self.size = screen_size(stream)
-        self.drawn = 0  # lines above the cursor that are ours
-
-    def show(self, seen, trouble):
-        """Draw what was `seen` last, and what `trouble` there is now."""
-        size, up = screen_size(self.stream), "\033[%dA" % self.drawn
-        if size != self.size:
-            self.size, up = size, "\033[H\033[2J"
-        elif not self.drawn:
-            up = ""
-        lines = []
-        if trouble:
-            lines.append(shorten(away(seen, trouble), size[0] - 1))
-        if seen:
-            lines += frame(*seen, size, is_coloured(self.stream))
-        del lines[size[1] - 1:]
-        self.drawn = len(lines)
-        self.stream.write("%s\033[?7l%s\033[J\033[?7h" % (
-            up, "".join(line + "\033[K\n" for line in lines)))
-        self.stream.flush()
-
-    def end(self):
-        """Leave what is drawn, and begin a new line."""
-        self.stream.write("\n")
-
-
-class Ticker:
-    """A live view where there is no terminal: a line when there is news."""
-
-    PERIOD = 10  # seconds between two lines at least
-
-    def __init__(self, stream):
-        self.stream = stream
-        self.said = -math.inf
-        self.states = self.trouble = None
-        self.reader = select.poll()
-        self.reader.register(stream, 0)
-
-    def show(self, seen, trouble):
-        """Say what is new; raise BrokenPipeError when nobody reads us."""
-        if any(event & select.POLLERR for _, event in self.reader.poll(0)):
-            raise BrokenPipeError
-        if trouble and not self.trouble:
-            say(away(seen, trouble))
-        self.trouble = trouble
-        states = seen and seen[0]["totals"]["states"]
-        now = time.monotonic()
-        if states != self.states and now >= self.said + self.PERIOD:
-            self.states, self.said = states, now
-            line = "%s %s" % (
-                clock_time(seen[0]["time"]), progress_line(seen[0]))
-            self.stream.write(line + "\n")
-            self.stream.flush()
-
-    def end(self):
-        """Leave it at that."""
+def watch_lines(figures, heard, height):
+    """Return the lines of `status`, with bars, cut to a terminal's height."""
+    lines = list(status_lines(figures, heard, bars=True))
+    more = len(lines) - height
+    if more > 0:
+        lines[-more - 4:-3] = ["... and %s" % number_of(more + 1, "more line")]
+    return lines
 
 
 def watch(options):
-    """Show live how the jobs stand, until a signal."""
-    view = (Screen if sys.stdout.isatty() else Ticker)(sys.stdout)
-    seen = None
+    """Show the status again every 2 seconds, until a signal.
+
+    Where nobody looks on it prints a line when there is news, every 10
+    seconds at most.
+    """
+    live = sys.stdout.isatty()
+    lines, news, said = [], None, -math.inf
     with using_worker() as worker, speaking(options, 0) as client:
-        try:
-            while True:
-                began, trouble = time.monotonic(), None
+        while True:
+            trouble = None
+            try:
+                figures, heard = client.status(), client.workers()
+            except worker.Unreachable as lost:
+                trouble = "Still asking: " + printable(str(lost))
+            if live:
+                width, height = screen_size(sys.stdout)
+                if not trouble:
+                    lines = watch_lines(figures, heard, height - 3)
+                shown = [clock_time(time.time()), *lines, trouble or ""]
+                sys.stdout.write("\033[H%s\033[J" % "".join(
+                    shorten(line, width - 1) + "\033[K\n" for line in shown))
+            else:
+                line = trouble or progress_line(figures)
+                if line != news and time.monotonic() > said + 10:
+                    news, said = line, time.monotonic()
+                    print(clock_time(time.time()), line)
+            sys.stdout.flush()
+            time.sleep(2)
+
+
+def pages(client, *, most=math.inf, after=None, **options):
+    """Yield lists of jobs until there are no more, or were `most`."""
+    while most > 0:
+        limit = min(most, MAX_PAGE)
+        page = client.jobs(after=after, limit=limit, **options)
+        yield page["jobs"]
+        after, most = page["after"], most - len(page["jobs"])
+        if after is None:
+            return
+
+
+ITEM_FIRST = 'export JOBMAN_ITEM="$1"; '  # of what shell_script() makes
+
+
+def item_of(job):
+    """Return the item that a job's command is for, None without one."""
+    command = job["jobcmd"]
+    made = type(command) is list and len(command) == 5 and type(
+        command[2]) is str and command[2].startswith(ITEM_FIRST)
+    return str(command[4]) if made else None
+
+
+def command_of(job):
+    """Return a job's command as one would write it in a shell."""
+    command = job["jobcmd"]
+    if command is None or type(command) is str:
+        return command
+    if type(command) is list and {type(word) for word in command} == {str}:
+        return " ".join(map(shlex.quote, command))
+    return to_json(command)
+
+
+def told_command(job):
+    """Return a job's command as a person wrote it, the item filled in."""
+    item = item_of(job)
+    if item is None:
+        return command_of(job)
+    item = shlex.quote(item)
+    return job["jobcmd"][2][len(ITEM_FIRST):].replace(
+        '"${JOBMAN_ITEM}"', item).replace("${JOBMAN_ITEM}", item)
+
+
+def last_attempt(job):
+    """Return what is known of the last attempt at a job, {} if nothing."""
+    return job["attempts"][-1] if job["attempts"] else {}
+
+
+def last_words(attempt):
+    """Return the last line that an attempt wrote to stderr, else its error.
+    """
+    return last_line(attempt.get("stderr")) or last_line(attempt.get("error"))
+
+
+# What `jobs` shows of each, and what of those that have failed.
+JOB_TABLE = (
+    ("job", "jobid"), ("stage", label_of),
+    ("state", lambda job: job["state"] + ", expired" * job["expired"]),
+    ("since", lambda job: clock_time(job["since"])[:19]), ("worker", "worker"),
+    ("attempt", lambda job: job["attempt"] or None),
+    ("command", told_command),
+)
+FAILED_TABLE = (
+    ("job", "jobid"), ("stage", label_of),
+    ("since", lambda job: clock_time(job["since"])[:19]), ("worker", "worker"),
+    ("exit", lambda job: last_attempt(job).get("exit_code")),
+    ("said", lambda job: shorten(last_words(last_attempt(job)) or "", 60)),
+    ("command", told_command),
+)
+
+
+def table_of_jobs(pages, columns=JOB_TABLE):
+    """Yield a table of the jobs in `pages`, in parts, as they come."""
+    widths = []
+    for page in pages:
+        yield "".join(line + "\n" for line in table(columns, page, widths))
+
+
+def table_of_failed(pages):
+    """Yield a table of failed jobs: how their last attempts ended."""
+    return table_of_jobs(pages, FAILED_TABLE)
+
+
+def json_array(pages):
+    """Yield the parts of a JSON array of what is in `pages`, one a line."""
+    before = "[\n"
+    for page in pages:
+        if page:
+            yield before + ",\n".join(map(to_json, page))
+            before = ",\n"
+    yield "[]\n" if before == "[\n" else "\n]\n"
+
+
+def id_lines(pages):
+    """Yield the ids of jobs, one a line."""
+    for page in pages:
+        yield "".join("%d\n" % job["jobid"] for job in page)
+
+
+JOB_COLUMNS = (
+    "jobid", "stage", "state", "expired", "since", "priority", "laststage",
+    "worker", "attempt", "failures", "lapses", "waits", "aborted_by",
+    "filename", "jobcmd", "command", "item",
+)
+ATTEMPT_COLUMNS = (
+    "host", "started", "ended", "seconds", "outcome", "exit_code", "error",
+    "stderr")
+JOBLOG_COLUMNS = (
+    "Seq", "Host", "Starttime", "JobRuntime", "Send", "Receive", "Exitval",
+    "Signal", "Command",
+)
+
+
+def csv_line(cells):
+    """Return a line of a CSV file, by the rules of RFC 4180.
+
+    Text stays as it is; other values are written as JSON.
+    """
+    file = io.StringIO(newline="")
+    csv.writer(file).writerow([
+        cell if type(cell) is str else "" if cell is None else to_json(cell)
+        for cell in cells])
+    return file.getvalue()
+
+
+def csv_lines(pages):
+    """Yield a line for each job, with its last attempt."""
+    yield csv_line([*JOB_COLUMNS, *ATTEMPT_COLUMNS])
+    for job in itertools.chain.from_iterable(pages):
+        attempt = dict(last_attempt(job))
+        if attempt:
+            attempt["seconds"] = round(
+                attempt["ended"] - attempt["started"], 3)
+        job.update(command=told_command(job), item=item_of(job))
+        yield csv_line([job[name] for name in JOB_COLUMNS]
+                       + [attempt.get(name) for name in ATTEMPT_COLUMNS])
+
+
+def joblog_line(job):
+    """Return a job's line in a log as GNU parallel's --joblog writes it.
+
+    It says 0 and a signal where that ended the command, and has a NUL for
+    each end of a line in the command; so it can read the line again.
+    """
+    attempt = job["attempts"][-1]
+    code, number = attempt["exit_code"] or -1, 0
+    if attempt["outcome"] == "done":
+        code = 0
+    elif 128 < code <= 192:
+        code, number = 0, code - 128
+    where = attempt["host"] or attempt["worker"] or ":"
+    return "\t".join((
+        str(job["jobid"]), re.sub(r"\s", "_", where),
+        "%.3f" % attempt["started"],
+        "%10.3f" % max(0, attempt["ended"] - attempt["started"]),
+        "0", "0", str(code), str(number),
+        (command_of(job) or "").replace("\n", "\0"),
+    )) + "\n"
+
+
+def joblog_lines(pages):
+    """Yield a line for each job of which an attempt has ended."""
+    yield "\t".join(JOBLOG_COLUMNS) + "\n"
+    for job in itertools.chain.from_iterable(pages):
+        if job["attempts"]:
+            yield joblog_line(job)
+
+
+def to_bytes(text):
+    """Return `text` as bytes, names of files that aren't UTF-8 as they are.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return clean(text).encode()
+
+
+# The forms in which jobs are printed.
+FORMATS = {
+    "table": table_of_jobs, "json": json_array, "quiet": id_lines,
+    "csv": csv_lines, "joblog": joblog_lines,
+}
+
+
+def print_jobs(options):
+    """List jobs, a page at a time, each with its last attempt."""
+    form, output = FORMATS[options.output], sys.stdout.buffer
+    if options.output == "table" and options.state == "failed":
+        form = table_of_failed
+    with speaking(options) as client:
+        found = pages(
+            client, most=options.limit, order=options.order,
+            stage=options.stage, state=options.state,
+            attempts=None if form in (table_of_jobs, id_lines) else 1)
+        for text in form(found):
+            output.write(to_bytes(text))
+    output.flush()
+    return 0
+
+
+def moment(then, now):
+    """Return a moment near now as a time of day, another with its date."""
+    if abs(then - now) < 43200:
+        return time.strftime("%H:%M:%S", time.localtime(then))
+    return clock_time(then)
+
+
+def reason(job):
+    """Return why a job's last attempt ended: `exit 1: no such file`."""
+    attempt = last_attempt(job)
+    if not attempt:
+        return "no attempt of it is known"
+    code, error = attempt["exit_code"], last_line(attempt["error"])
+    if code is not None and error in (None, "exit status %d" % code):
+        error = "exit %d" % code
+    words = [error or attempt["outcome"], last_line(attempt["stderr"])]
+    return ": ".join(shorten(word, 200) for word in words[
+        : 1 if words[0] == words[1] else 2] if word)
+
+
+def why_waiting(job, figures, heard):
+    """Return why a job that could be claimed isn't."""
+    now, stage, label = heard["time"], job["stage"], label_of(job)
+    if any(s["paused"] for s in figures["stages"] if s["stage"] == stage):
+        return "stage %s is paused" % label
+    serving = [w for w in heard["workers"] if stage in (w["stages"] or ())]
+    if not serving:
+        return "no worker serves stage %s" % label
+    able = [worker for worker in serving if fault(worker, now) is None]
+    if not able:
+        return "no worker of stage %s takes jobs: %s%s" % (
+            label, ", ".join("%s is %s" % (worker["name"], note(worker, now))
+                             for worker in serving[:3]),
+            ", ..." * (len(serving) > 3))
+    slots = sum(worker["slots"] or 0 for worker in able)
+    busy = sum(worker["busy"] or 0 for worker in able)
+    return "%s serve%s stage %s, and %d of %s %s busy%s" % (
+        number_of(len(able), "worker"), "s" * (len(able) == 1), label, busy,
+        number_of(slots, "slot"), "is" if slots == 1 else "are",
+        ": its turn should come soon" * (busy < slots))
+
+
+def why_delayed(job, now):
+    """Return until when a job is delayed, and what for."""
+    after = "failure %d" % job["failures"]
+    last = last_attempt(job).get("outcome")
+    if last == "deferred":
+        after = "it was deferred"
+    elif last == "rejected" or not job["failures"]:
+        after = "its files were rejected"
+    elif job["max_attempts"]:
+        after += " of %d" % job["max_attempts"]
+    return "delayed until %s (in %s) after %s: %s" % (
+        moment(job["due"], now), span(max(0, job["due"] - now)), after,
+        reason(job))
+
+
+def why_blocked(job):
+    """Return which jobs a job waits for."""
+    named = [str(jobid) for jobid in job["waits_for"][:2]]
+    more = job["waits"] - len(named)
+    if more > 0:
+        named.append(number_of(more, "other"))
+    rest, last = named[:-1], named[-1:]
+    return "waits for " + " and ".join(filter(None, [", ".join(rest), *last]))
+
+
+def why_working(job, now):
+    """Return which worker has a job, since when and until when."""
+    end = "has no lease"
+    if job["due"] is not None:
+        end = "has a lease until " + moment(job["due"], now)
+    return "%s has worked on it since %s (for %s) and %s" % (
+        job["worker"] or "somebody", moment(job["since"], now),
+        span(max(0, now - job["since"])), end)
+
+
+def why(job, figures, heard):
+    """Return in one sentence why a job isn't running, or which worker has it.
+
+    It is made of what /job, /status and /workers say.
+    """
+    state, now = job["state"], figures["time"]
+    if state == "waiting":
+        line = why_waiting(job, figures, heard)
+    elif state == "delayed":
+        line = why_delayed(job, now)
+    elif state == "blocked":
+        line = why_blocked(job)
+    elif state == "working":
+        line = why_working(job, now)
+    elif state == "aborted":
+        line = "aborted, because job %s, which it waits for, failed, was " \
+            "cancelled or aborted" % job["aborted_by"]
+    elif state == "failed":
+        line = "failed: " + reason(job)
+    else:
+        line = "%s since %s" % (state, clock_time(job["since"]))
+    return printable(line)
+
+
+ATTEMPT_TABLE = (
+    ("attempt", "attempt"), ("stage", "stage"),
+    ("worker", lambda attempt: attempt["worker"] or attempt["host"]),
+    ("started", lambda attempt: clock_time(attempt["started"])),
+    ("took", lambda attempt: took(attempt["ended"] - attempt["started"])),
+    ("outcome", "outcome"), ("exit", "exit_code"), ("said", last_words),
+)
+DETAILS_ELSEWHERE = {  # of a job, shown in words, or not to people
+    "jobid", "stage_name", "attempts", "why", "jobcmd", "expired", "since",
+    "due", "files"}
+
+
+def details(job):
+    """Yield the lines that show a job and its attempts to a person."""
+    rows = [("job", str(job["jobid"])), ("why", job["why"]),
+            ("command", told_command(job)),
+            ("since", clock_time(job["since"]))]
+    if job["expired"]:
+        rows.append(("expired", "its stage's lifetime is over"))
+    if job["files"]:
+        rows.append(("files", ", ".join(
+            "%(path)s (%(size)d bytes)" % file for file in job["files"])))
+    for name, value in dict(job, stage=label_of(job)).items():
+        shown = value or name in ("stage", "laststage", "made")  # may be 0
+        if name not in DETAILS_ELSEWHERE and shown and value is not None:
+            rows.append((name, value if type(value) is str
+                         else to_json(value)))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        yield printable("%s  %s" % (name.ljust(width), value or "")).rstrip()
+    if job["attempts"]:
+        yield ""
+        yield from table(ATTEMPT_TABLE, job["attempts"])
+        said = (job["attempts"][-1]["stderr"] or "").splitlines()
+        if len(said) > 1:
+            yield "\nThe end of what the last one said:"
+            yield from ("  " + printable(line) for line in said)
+
+
+def print_job(options):
+    """Show all that is known of a job, and why it isn't running."""
+    with speaking(options) as client:
+        job = client.job(options.jobid)
+        job["why"] = why(job, client.status(), client.workers())
+    report(options, job, details(job), [job["jobid"]])
+    return 0
+
+
+def stages_of(worker):
+    """Return the names of the stages that a worker serves, or their numbers.
+    """
+    return ",".join(name or str(stage) for stage, name in zip(
+        worker["stages"] or (), worker["stage_names"] or ()))
+
+
+def print_workers(options):
+    """Show the workers that were heard of in the last day."""
+    with speaking(options) as client:
+        heard = client.workers()
+    now, workers = heard["time"], heard["workers"]
+    columns = (
+        ("worker", "name"), ("host", "host"), ("stages", stages_of),
+        ("slots", "slots"), ("busy", "busy"), ("done", "done"),
+        ("failed", "failed"),
+        ("heard", lambda w: span(max(0, now - w["heard"])) + " ago"),
+        ("", lambda w: note(w, now)),
+    )
+    lines = table(columns, workers) if workers else [
+        "No worker is there; those that have ended, or send no heartbeats,"
+        " aren't shown."]
+    report(options, heard, lines, [worker["name"] for worker in workers])
+    return 0
+
+
+def failure_lines(found, names):
+    """Yield two lines for each group of failures: what failed, and a remedy.
+    """
+    for group in found["groups"]:
+        how = "" if group["exit_code"] is None \
+            else ", exit status %d" % group["exit_code"]
+        where = " on %s" % group["host"] if group["host"] else ""
+        if group.get("hosts", 1) > 1:
+            where = " on %d hosts" % group["hosts"]
+        yield printable("%s of stage %s%s%s: %s" % (
+            number_of(group["jobs"], "job"),
+            names.get(group["stage"], group["stage"]), how, where,
+            group["message"] or "nothing was said"))
+        ranges = []
+        add_ids(ranges, sorted(group["ids"]))
+        yield "    python3 jobman.py retry " + ids_text(ranges)
+    left = found["failed"] - found["looked_at"]
+    if left:
+        yield "%s failed before these." % number_of(left, "job")
+    elif not found["failed"]:
+        yield "No job has failed."
+
+
+def print_failures(options):
+    """Show why jobs have failed, in groups, each with what retries it."""
+    with speaking(options) as client:
+        found, names = client.failures(), names_of_stages(client)
+    report(options, found, failure_lines(found, names),
+           [jobid for group in found["groups"] for jobid in group["ids"]])
+    return 0
+
+
+def print_stats(options):
+    """Show what time the jobs of each stage took."""
+    with speaking(options) as client:
+        figures, names = client.stats(), names_of_stages(client)
+
+    def part(name, at):
+        return lambda stage: took(stage[name][at]) if stage.get(name) else None
+
+    ends = sorted({kind for stage in figures["stages"]
+                   for kind in stage["outcomes"]})
+    columns = [
+        ("stage", lambda s: str(names.get(s["stage"], s["stage"]))),
+        ("claims", "claims"), ("retries", "retries"),
+        *((kind, lambda s, kind=kind: s.get("outcomes", {}).get(
+            kind, {}).get("attempts")) for kind in ends),
+        ("run median", part("run", "median")), ("p95", part("run", "p95")),
+        ("wait median", part("wait", "median")), ("p95", part("wait", "p95")),
+        ("useful", lambda s: span(s["useful"])),
+        ("lost", lambda s: span(s["lost"])),
+        ("lifetime advised", lambda s: s.get("advised") and number_of(
+            s["advised"], "minute")),
+    ]
+    rows = [*figures["stages"], dict(figures["totals"], stage="all")]
+    report(options, figures, table(columns, rows))
+    return 0
+
+
+def snapshot(options):
+    """Write a page of how the jobs stand that needs no server."""
+    with speaking(options) as client:
+        paths = {endpoint: path for _, path, endpoint in ROUTES}
+        seen = {
+            name: client.call("GET", paths[endpoint], options=asked)
+            for name, endpoint, asked in OVERVIEW
+        }
+    path = write_snapshot(options.folder, seen)
+    report(options, {"file": path}, [path], [path])
+    return 0
+
+
+def verify(options):
+    """Check the files of all done jobs; send back the damaged ones."""
+    checked, doubtful, damaged = 0, [], []
+    with using_worker() as worker, speaking(options, PATIENCE) as client:
+
+        def bad_files(job, lag):
+            return [file["path"] for file in worker.await_files(
+                job["files"] or (), lag, threading.Event())]
+
+        for page in pages(client, state="done"):
+            checked += sum(bool(job["files"]) for job in page)
+            doubtful += [job for job in page if bad_files(job, 0)]
+            draw("%s checked" % number_of(checked, "job"))
+        draw("")
+        if doubtful:
+            say("The files of %s look damaged; they are checked again for %s,"
+                " since a shared file system may show them late." % (
+                    number_of(len(doubtful), "job"), took(options.lag)))
+        end = time.monotonic() + options.lag
+        for job in doubtful:
+            names = bad_files(job, max(0, end - time.monotonic()))
+            if not names:
+                continue
+            damaged.append({"jobid": job["jobid"], "files": names})
+            error = "not as it was made: " + printable(", ".join(names))
+            line = "job %d: %s" % (job["jobid"], error)
+            if not options.dry_run:
                 try:
-                    seen = client.status(), client.workers()
-                except worker.Unreachable as lost:
-                    trouble = lost
-                view.show(seen, trouble)
-                time.sleep(max(1, time.monotonic() - began))
-        except KeyboardInterrupt:
-            view.end()
-            raise
+                    line += " (now %(state)s in stage %(stage)d)" % \
+                        client.reject_job(job["jobid"], error=error,
+                                          files=job["files"])
+                except worker.Refused as refused:
+                    line += " (%s)" % refused
+            say(line)
+    say("The files of %s checked: %d damaged." % (
+        number_of(checked, "done job"), len(damaged)))
+    report(options, {"checked": checked, "damaged": damaged}, (),
+           [one["jobid"] for one in damaged])
+    return 1 if damaged else 0
 
 
 def first_open(client, ids, seen):
@@ -6546,187 +6666,6 @@ def wait(options):
     report(options, {"jobs": ended, "states": states},
            ["%s ended%s." % (number_of(ended, "job"), line and ": " + line)])
     return 1 if options.exit_code and ended > seen["done"] else 0
-
-
-JOB_COLUMNS = (
-    "jobid", "stage", "state", "expired", "since", "priority", "laststage",
-    "worker", "attempt", "failures", "lapses", "waits", "aborted_by",
-    "filename", "jobcmd",
-)
-ATTEMPT_COLUMNS = (
-    "host", "started", "ended", "outcome", "exit_code", "error", "stderr")
-JOBLOG_COLUMNS = (
-    "Seq", "Host", "Starttime", "JobRuntime", "Send", "Receive", "Exitval",
-    "Signal", "Command",
-)
-
-
-def csv_cell(value):
-    """Return a value for a cell of a CSV file: text as it is, else JSON."""
-    return value if type(value) is str else \
-        "" if value is None else to_json(value)
-
-
-def as_csv(pages, write):
-    """Write jobs, each with its last attempt, by the rules of RFC 4180."""
-    line = csv.writer(types.SimpleNamespace(write=write)).writerow
-    line([*JOB_COLUMNS, *ATTEMPT_COLUMNS])
-    for job in itertools.chain.from_iterable(pages):
-        attempt = job["attempts"][-1] if job["attempts"] else {}
-        line([csv_cell(job[name]) for name in JOB_COLUMNS]
-             + [csv_cell(attempt.get(name)) for name in ATTEMPT_COLUMNS])
-
-
-def as_json(pages, write):
-    """Write jobs, each with its last attempt, as a JSON array."""
-    for part in json_array(pages):
-        write(part)
-
-
-def joblog_line(job):
-    """Return a job's line in a log as GNU parallel's --joblog writes it.
-
-    It says 0 and a signal where that ended the command, and has a NUL for
-    each end of a line in the command; so it can read the line again.
-    """
-    attempt = job["attempts"][-1]
-    code, number = attempt["exit_code"] or -1, 0
-    if attempt["outcome"] == "done":
-        code = 0
-    elif 128 < code <= 192:
-        code, number = 0, code - 128
-    where = attempt["host"] or attempt["worker"] or ":"
-    return "\t".join((
-        str(job["jobid"]), re.sub(r"\s", "_", where),
-        "%.3f" % attempt["started"],
-        "%10.3f" % max(0, attempt["ended"] - attempt["started"]),
-        "0", "0", str(code), str(number),
-        (command_of(job) or "").replace("\n", "\0"),
-    )) + "\n"
-
-
-def as_joblog(pages, write):
-    """Write a line for each job of which an attempt has ended."""
-    write("\t".join(JOBLOG_COLUMNS) + "\n")
-    for job in itertools.chain.from_iterable(pages):
-        if job["attempts"]:
-            write(joblog_line(job))
-
-
-def to_bytes(text):
-    """Return `text` as bytes, names of files that aren't UTF-8 as they are.
-    """
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return clean(text).encode()
-
-
-FORMATS = {"csv": as_csv, "json": as_json, "joblog": as_joblog}
-
-
-def export(options):
-    """Print all jobs, or some, each with its last attempt."""
-    output = sys.stdout.buffer
-    with speaking(options) as client:
-        found = pages(client, attempts=1, stage=options.stage,
-                      state=options.state)
-        FORMATS[options.format](
-            found, lambda text: output.write(to_bytes(text)))
-    output.flush()
-    return 0
-
-
-def stats_lines(figures):
-    """Yield the lines of a table of what time the jobs took."""
-    rows = []
-    for stage in [*figures["stages"], dict(figures["totals"], stage="all")]:
-        row = [str(stage["stage"]), stage["claims"], stage["retries"]]
-        for name in ("run", "wait"):
-            parts = stage.get(name) or {"median": None, "p95": None}
-            row += [None if parts[part] is None else took(parts[part])
-                    for part in ("median", "p95")]
-        row += ["%.2f" % (stage[name] / 3600)
-                for name in ("useful", "lost")]
-        advised = stage.get("advised")
-        rows.append([*row, advised and "%d min" % advised])
-    yield from columns((
-        "stage", "claims", "retries", "run median", "p95", "wait median",
-        "p95", "useful h", "lost h", "lifetime advised"), rows)
-
-
-def print_stats(options):
-    """Show what time the jobs of each stage took."""
-    with speaking(options) as client:
-        figures = client.stats()
-    report(options, figures, stats_lines(figures))
-    return 0
-
-
-def snapshot(options):
-    """Write a page of how the jobs stand that needs no server."""
-    with speaking(options) as client:
-        paths = {endpoint: path for _, path, endpoint in ROUTES}
-        seen = {
-            name: client.call("GET", paths[endpoint], options=asked)
-            for name, endpoint, asked in OVERVIEW
-        }
-    path = write_snapshot(options.folder, seen)
-    report(options, {"file": path}, [path], [path])
-    return 0
-
-
-def damaged(worker, jobs, lag):
-    """Yield those of `jobs` whose files are missing or changed, and these.
-
-    A shared file system may show files late: the wait for that is `lag`
-    seconds, once for all.
-    """
-    end = time.monotonic() + lag
-    for job in jobs:
-        left = max(0, end - time.monotonic())
-        bad = worker.await_files(job["files"] or (), left, threading.Event())
-        if bad:
-            yield job, bad
-
-
-def send_back(worker, client, job, bad, options):
-    """Say what is wrong with a job's files, and reject them if that is so."""
-    names = ", ".join(printable(file["path"]) for file in bad)
-    line = "job %d: not as it was made: %s" % (job["jobid"], names)
-    if not options.dry_run:
-        error = "not as it was made: " + names
-        try:
-            answer = client.reject_job(
-                job["jobid"], error=error, files=job["files"]
-            )
-            line += " (now %(state)s in stage %(stage)d)" % answer
-        except worker.Refused as refused:
-            line += " (%s)" % refused
-    say(line)
-
-
-def verify(options):
-    """Check the files of all done jobs; send back the damaged ones."""
-    checked, doubtful = 0, []
-    with using_worker() as worker:
-        client = worker.Client(options.access)
-        for jobs in pages(client, state="done"):
-            doubtful += [job for job, _ in damaged(worker, jobs, 0)]
-            checked += len(jobs)
-            if sys.stderr.isatty():
-                sys.stderr.write("\r%d jobs checked\033[K\r" % checked)
-        found = list(damaged(worker, doubtful, options.lag))
-        for job, bad in found:
-            send_back(worker, client, job, bad, options)
-        client.close()
-    say("%d done jobs checked, %d of them damaged." % (checked, len(found)))
-    listed = [
-        {"jobid": job["jobid"], "files": [file["path"] for file in bad]}
-        for job, bad in found]
-    report(options, {"checked": checked, "damaged": listed}, (),
-           [job["jobid"] for job, _ in found])
-    return 1 if found else 0
 
 
 def open_own(path):
@@ -7102,10 +7041,11 @@ PART = 2000  # jobs that are submitted in a call
 PART_SIZE = 2**20  # characters of them
 
 
-def agree(options, what):
-    """Ask whether to do `what`; raise CommandError where that isn't wanted."""
-    if options.yes:
+def confirm(options, n, things):
+    """Ask whether to change so many things; raise CommandError if not."""
+    if n <= ASKED_FROM or options.yes:
         return
+    what = "%s %d %s" % (options.command, n, things)
     if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
         raise CommandError("That would %s; say --yes to do it." % what)
     sys.stderr.write("%s? [y/N] " % (what[0].upper() + what[1:]))
@@ -7116,6 +7056,9 @@ def agree(options, what):
 
 def read_selection(text):
     """Return what IDS names: "all", or a list of ranges of jobids."""
+    if text in STATES:
+        raise argparse.ArgumentTypeError(
+            "%r is a state: write --state %s" % (text, text))
     return text if text == "all" else read_ids(text)
 
 
@@ -7123,9 +7066,12 @@ def count_selected(client, options, states):
     """Return how many jobs a selection may be about."""
     if type(options.ids) is list:
         return sum(map(len, options.ids))
+    named = {}
+    if options.ids not in (None, "all"):
+        named["submission"] = options.ids
     return sum(
         stage["states"][state]
-        for stage in client.status()["stages"]
+        for stage in client.status(**named)["stages"]
         if options.stage in (None, stage["stage"], stage["name"])
         for state in states if options.state in (None, state)
     )
@@ -7134,7 +7080,9 @@ def count_selected(client, options, states):
 def selections(options):
     """Yield what a selection is in calls, ids in parts."""
     narrowed = {"stage": options.stage, "state": options.state}
-    if type(options.ids) is list:
+    if type(options.ids) is str and options.ids != "all":
+        yield dict(narrowed, submission=options.ids)
+    elif type(options.ids) is list:
         ids = itertools.chain.from_iterable(options.ids)
         for some in iter(lambda: list(itertools.islice(ids, IDS_AT_ONCE)), []):
             yield dict(narrowed, ids=some)
@@ -7146,12 +7094,12 @@ def selections(options):
 
 def change_jobs(options):
     """Do to the selected jobs what the command is called."""
+    if options.ids is options.stage is options.state is None:
+        options.error("name jobs: 1,3,5-8, or all, or by --state or --stage")
     deed, states = SWEEPS[options.command]
     changed = 0
     with speaking(options, PATIENCE) as client:
-        n = count_selected(client, options, states)
-        if n > ASKED_FROM:
-            agree(options, "%s %d jobs" % (options.command, n))
+        confirm(options, count_selected(client, options, states), "jobs")
         try:
             for selector in selections(options):
                 changed += getattr(client, options.command)(**selector)
@@ -7164,37 +7112,20 @@ def change_jobs(options):
     return 0
 
 
-def change_stage(options):
-    """Pause or resume a stage."""
-    with speaking(options, PATIENCE) as client:
-        answer = getattr(client, options.command)(options.stage)
-    goes = "is paused" if answer["paused"] else "goes on"
-    report(options, answer, ["stage %d %s" % (answer["stage"], goes)])
-    return 0
-
-
-def if_there(act, name):
-    """Return what a call about a worker gives, None if it has just ended."""
-    try:
-        return act(name)
-    except Exception as error:
-        if getattr(error, "status", None) != 404:
-            raise
-
-
 def change_workers(options):
     """Drain or undrain a worker, or all."""
+    every, answers = options.worker == "all", []
     with speaking(options, PATIENCE) as client:
-        act = getattr(client, options.command)
         names = [clean(from_utf8(os.fsencode(options.worker)))]
-        if options.worker != "all":
-            answers = [act(name) for name in names]
-        else:
+        if every:
             names = [worker["name"] for worker in client.workers()["workers"]]
-            if len(names) > ASKED_FROM:
-                agree(options, "%s %d workers" % (options.command, len(names)))
-            answers = list(filter(None, (
-                if_there(act, name) for name in names)))
+            confirm(options, len(names), "workers")
+        for name in names:
+            try:
+                answers.append(getattr(client, options.command)(name))
+            except Exception as error:  # one of all may have ended meanwhile
+                if not every or getattr(error, "status", None) != 404:
+                    raise
     goes = "claims no more" if options.command == "drain" else "goes on"
     lines = ("%s %s" % (printable(answer["worker"]), goes)
              for answer in answers)
@@ -7205,30 +7136,57 @@ def change_workers(options):
 def move_jobs(options):
     """Move the expired jobs of a stage to another."""
     with speaking(options, PATIENCE) as client:
-        n = sum(stage["expired"] for stage in client.status()["stages"]
-                if options.old in (stage["stage"], stage["name"]))
-        if n > ASKED_FROM:
-            agree(options, "move %d jobs" % n)
+        confirm(options, sum(
+            stage["expired"] for stage in client.status()["stages"]
+            if options.old in (stage["stage"], stage["name"])), "jobs")
         answer = client.check_stages(options.old, options.new)
     moved = number_of(answer["n_bad_jobs were degraded:"], "expired job")
     report(options, answer, ["%s moved" % moved])
     return 0
 
 
+def stage_lines(stages):
+    """Return a table of the names and lifetimes in {stage: values}."""
+    return table((("stage", 0), ("name", 1), ("minutes", 2)), [
+        (stage, values.get("name"), values.get("minutes"))
+        for stage, values in stages.items()])
+
+
 def lifetime_lines(minutes):
-    """Return the lines of a table of {stage: minutes}."""
-    return columns(("stage", "minutes"), sorted(minutes.items()))
+    """Return a table of {stage: minutes}, or the one lifetime asked for."""
+    if type(minutes) is dict:
+        return table((("stage", 0), ("minutes", 1)), minutes.items())
+    return [str(minutes)]
 
 
-def change_lifetime(options):
-    """Show the lifetimes, or that of a stage, or set it."""
+def read_naming(text):
+    """Return the stage and what STAGE=NAME gives it; ArgumentTypeError."""
+    stage, equals, name = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError("%.80r isn't STAGE=NAME" % text)
+    return read_stage(stage), {"name": name or None}
+
+
+# The commands that are one call: the call, and the lines of its answer.
+CALLS = {
+    "pause": (lambda client, given: client.pause(given.stage),
+              lambda answer, given: ["stage %s is paused" % given.stage]),
+    "resume": (lambda client, given: client.resume(given.stage),
+               lambda answer, given: ["stage %s goes on" % given.stage]),
+    "stages": (lambda client, given: client.stages(dict(given.names) or None),
+               lambda answer, given: stage_lines(answer)),
+    "lifetime": (lambda client, given: client.init() if given.stage is None
+                 else client.lifetime(given.stage, given.minutes),
+                 lambda answer, given: lifetime_lines(answer)),
+}
+
+
+def make_call(options):
+    """Make the call of a command in CALLS, and print the answer."""
+    call, lines = CALLS[options.command]
     with speaking(options, PATIENCE) as client:
-        if options.stage is None:
-            found = client.init()
-            report(options, found, lifetime_lines(found))
-        else:
-            found = client.lifetime(options.stage, options.minutes)
-            report(options, found, [str(found)])
+        answer = call(client, options)
+    report(options, answer, lines(answer, options))
     return 0
 
 
@@ -7242,15 +7200,6 @@ def set_lifetimes(options):
             "There were lifetimes already, and they stay: change one"
             " with `lifetime STAGE MINUTES`.")
     return 0
-
-
-def add_ids(ranges, ids):
-    """Add jobids to a list of ranges."""
-    for jobid in ids:
-        if ranges and ranges[-1].stop == jobid:
-            ranges[-1] = range(ranges[-1].start, jobid + 1)
-        else:
-            ranges.append(range(jobid, jobid + 1))
 
 
 def count_lines(source):
@@ -7536,54 +7485,21 @@ def backup(options):
     return 0
 
 
-class CheckSQL:
-    """The statements of check. Each row that they return is damage."""
-
-    COUNTS = """
-        select stage, state, sum(kept), sum(there), sum(kept_expired),
-            sum(expired)
-        from (select namespace, stage, state, jobs as kept, 0 as there,
-                expired as kept_expired, 0 as expired from tally
-            union all select namespace, stage, state, 0, count(*), 0,
-                sum(expired) from job group by namespace, stage, state)
-        group by namespace, stage, state
-        having sum(kept) != sum(there) or sum(kept_expired) != sum(expired)"""
-    # "group by null": no row instead of one that counts 0
-    ATTEMPTS = """
-        select count(*), min(id) from attempt where not exists (
-            select 1 from job where job.id = attempt.job) group by null"""
-    UNMET = """
-        select count(*), min(jobid) from job where unmet != (
-            select count(*) from dependency where child = job.id and met = 0)
-        group by null"""
-    EDGES = """
-        select count(*), min(child) from dependency
-        where not exists (select 1 from job where id = child)
-            or not exists (select 1 from job where id = parent)
-        group by null"""
-    STATES = """
-        select count(*), case
-            when free != (state in ('waiting', 'done') or state = 'working'
-                and lease is null) then 'free by mistake, or not free'
-            when state = 'working' and (claim is null
-                or claimed_from is null or claimed_to is null)
-                then 'working without a claim'
-            when (expires_at is null) = (state = 'delayed'
-                or lease is not null)
-                then 'due without a lease or delay, or never due in one'
-            when state = 'done' and (final is null or stage < final)
-                or state = 'waiting' and stage >= final
-                then 'done before their last stage, or waiting in it'
-            when state = 'waiting' and unmet > 0
-                or state in ('blocked', 'aborted') and unmet = 0
-                then 'waiting for other jobs by mistake, or not waiting'
-            end as odd, min(jobid)
-        from (""" + SQL.WHOLE_JOB + """) group by odd having odd is not null"""
+# The counts of `tally` that aren't those of the jobs.
+WRONG_COUNTS = """
+    select stage, state, sum(kept), sum(there), sum(kept_expired),
+        sum(expired)
+    from (select namespace, stage, state, jobs as kept, 0 as there,
+            expired as kept_expired, 0 as expired from tally
+        union all select namespace, stage, state, 0, count(*), 0,
+            sum(expired) from job group by namespace, stage, state)
+    group by namespace, stage, state
+    having sum(kept) != sum(there) or sum(kept_expired) != sum(expired)"""
 
 
 def check_pages(execute):
     """Yield what SQLite finds wrong."""
-    for found, in execute("pragma integrity_check"):
+    for found, in execute("pragma integrity_check(5)"):
         if found != "ok":
             yield found
 
@@ -7598,295 +7514,29 @@ def check_schema(execute):
 
 def check_counts(execute):
     """Yield where the kept counts aren't those of the jobs."""
-    for row in execute(CheckSQL.COUNTS):
+    for row in execute(WRONG_COUNTS):
         yield ("stage %s, %s: counted %s, there %s; expired %s, there %s"
                % tuple(row))
 
 
-def check_attempts(execute):
-    """Yield how many attempts are of no job."""
-    for row in execute(CheckSQL.ATTEMPTS):
-        yield "%d attempts are of no job (id %d)" % tuple(row)
-
-
-def check_dependencies(execute):
-    """Yield the jobs that wait for others by mistake, or don't."""
-    for row in execute(CheckSQL.UNMET):
-        yield ("%d jobs wait for more or fewer than they count (job %d)"
-               % tuple(row))
-    for row in execute(CheckSQL.EDGES):
-        yield "%d dependencies are of no job (id %d)" % tuple(row)
-
-
-def check_jobs(execute):
-    """Yield the jobs whose state contradicts what else they have."""
-    for row in execute(CheckSQL.STATES):
-        yield "%d jobs are %s (job %d)" % tuple(row)
-
-
-CHECKS = (
-    ("integrity", check_pages),
-    ("schema", check_schema),
-    ("counts", check_counts),
-    ("attempts", check_attempts),
-    ("dependencies", check_dependencies),
-    ("jobs", check_jobs),
-)
-FINDINGS_SHOWN = 5  # of one check
-
-
-def findings(look, execute):
-    """Return what a check finds, as a list of sentences."""
-    found = []
-    try:
-        found.extend(look(execute))
-    except sqlite3.Error as error:
-        found.append("it can't be read: %s" % error)
-    left = len(found) - FINDINGS_SHOWN
-    if left > 0:
-        found[FINDINGS_SHOWN:] = ["and %d more" % left]
-    return found
-
-
 def check_all(path):
-    """Yield what each check says of a database: a dict of name, ok, said."""
+    """Yield what each check says of a database: name, whether ok, a line."""
     with open_snapshot(path) as execute:
-        for name, look in CHECKS:
-            found = findings(look, execute)
-            yield {"name": name, "ok": not found, "said": "; ".join(found)}
-            if found and look is check_schema:
+        for name, look in (("integrity", check_pages),
+                           ("schema", check_schema), ("counts", check_counts)):
+            found = []
+            try:
+                found.extend(look(execute))
+            except sqlite3.Error as error:
+                found.append("it can't be read: %s" % error)
+            yield name, not found, "; ".join(found)
+            if found:
                 break  # the others need it
 
 
 def check(options):
-    """Look whether a database is whole, also while a server has it."""
-    names = [name for name, _ in CHECKS]
-    return report_findings(options, names, check_all(options.db))
-
-
-# ----------------------------------------------------------------- bench ---
-
-BENCH_JOBS = 200000  # at most: on a disk they take 50 MB
-BENCH_CLIENTS = 16
-BATCH = 1000  # jobs added, claimed, and updated, at once
-LENGTHS = {"1 s": 1, "10 s": 10, "1 min": 60, "10 min": 600, "1 h": 3600}
-USED = 0.5  # of what was measured, by the workers that we think it good for
-CONTENT_LENGTH = re.compile(rb"\r\nContent-Length: ([0-9]+)\r\n")
-
-
-class BenchClient:
-    """A connection that carries a talk: requests and what is answered.
-
-    A talk is a generator: it yields (method, path, JSON value or None), and
-    is sent the JSON value, or text, of the answer.
-    """
-
-    def __init__(self, access, talk):
-        parts = urlsplit(access["url"])
-        self.head = " HTTP/1.1\r\nHost: %s\r\njobix: %d\r\n" % (
-            parts.netloc, access["jobix"])
-        self.talk = talk
-        self.answer = b""
-        self.socket = socket.create_connection((parts.hostname, parts.port))
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def ask(self, value=None):
-        """Send the next request; return False at the end of the talk."""
-        try:
-            method, path, body = self.talk.send(value)
-        except StopIteration:
-            self.socket.close()
-            return False
-        head = "%s %s%s" % (method, path, self.head)
-        data = b""
-        if body is not None:
-            data = zlib.compress(to_json(body).encode(), 1)
-        head += "Content-Length: %d\r\n\r\n" % len(data)
-        self.socket.sendall(head.encode("ascii") + data)
-        return True
-
-    def go_on(self):
-        """Read what has come; return False at the end of the talk."""
-        more = self.socket.recv(2**18)
-        if not more:
-            raise CommandError("The server of the bench has hung up.")
-        self.answer += more
-        head, end, body = self.answer.partition(b"\r\n\r\n")
-        length = CONTENT_LENGTH.search(head + b"\r\n") if end else None
-        if not length or len(body) < int(length.group(1)):
-            return True
-        self.answer = b""
-        if head[9:12] != b"200":
-            raise CommandError("The server of the bench said: %s"
-                          % printable(body.decode("utf-8", "replace")))
-        text = body.decode("ascii")
-        return self.ask(text if b"\r\nContent-Type: text" in head
-                        else json.loads(text))
-
-
-def converse(access, talks):
-    """Carry talks to their end, side by side; return the seconds taken."""
-
-    def carry(talk):
-        client = BenchClient(access, talk)
-        going = client.ask()
-        while going:
-            going = client.go_on()
-
-    began = time.monotonic()
-    pool = ThreadPoolExecutor(len(talks))
-    try:
-        list(pool.map(carry, talks))
-    finally:
-        pool.shutdown(wait=False)  # a signal must not wait for the talks
-    return time.monotonic() - began
-
-
-def adding(counted, end):
-    """Add jobs until they are many enough, or it is `end`: a talk."""
-    for first in range(0, BENCH_JOBS, BATCH):
-        if time.monotonic() >= end:
-            break
-        ids = range(first, first + BATCH)
-        yield "POST", "/set", {i: {
-            "jobstage": 0, "jobcmd": "simulate --seed %d" % i, "laststage": 2,
-        } for i in ids}
-        counted.append(BATCH)
-
-
-def moving(counted, end):
-    """Claim a job and update it, over and over: a talk."""
-    while time.monotonic() < end:
-        job = yield "GET", "/get/0?lease=600", None
-        if job == "nada":
-            break
-        path = "/update_job/%(jobid)d/2?claim=%(claim)s" % job
-        yield "GET", path, None
-        counted.append(1)
-
-
-def moving_many(counted, end):
-    """Claim and update many jobs at once, over and over: a talk."""
-    jobs = True
-    while jobs and time.monotonic() < end:
-        jobs = yield "GET", "/get/0?lease=600&n=%d" % BATCH, None
-        yield "POST", "/update_jobs", [
-            {"jobid": job["jobid"], "jobstage": 2, "claim": job["claim"]}
-            for job in jobs
-        ]
-        counted.append(len(jobs))
-
-
-def rate(access, talk, clients, seconds):
-    """Return how many jobs a second such talks of some clients do."""
-    counted, end = [], time.monotonic() + seconds
-    taken = converse(access, [talk(counted, end) for _ in range(clients)])
-    return sum(counted) / taken
-
-
-def fsync_times(folder, seconds):
-    """Return the sorted seconds of writes of 4 KiB that reach the disk."""
-    times, end = [], time.monotonic() + seconds
-    with tempfile.TemporaryFile(dir=folder) as file:
-        while len(times) < 10 or time.monotonic() < end:
-            file.write(b"x" * 4096)
-            file.flush()
-            began = time.monotonic()
-            os.fsync(file.fileno())
-            times.append(time.monotonic() - began)
-    return sorted(times)
-
-
-@contextlib.contextmanager
-def bench_server(folder):
-    """Serve a database in a folder by a process of its own.
-
-    Hands out the content of its access file.
-    """
-    access = os.path.join(folder, "access.json")
-    command = [sys.executable, os.path.abspath(__file__), "serve"]
-    command += ["--db", os.path.join(folder, "jobs.db"), "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--access", access], stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE)
-    try:
-        if not process.stdout.readline():
-            raise CommandError("The server of the bench didn't start.")
-        with open(access) as file:
-            yield json.load(file)
-    finally:
-        process.terminate()
-        process.stdout.close()
-        process.wait()
-
-
-def measure(folder, seconds):
-    """Yield names and figures of a place for a database, as they come."""
-    times = fsync_times(folder, min(seconds, 2))
-    yield "fsync", times[len(times) // 2]
-    yield "fsync_p95", times[int(0.95 * len(times))]
-    with bench_server(folder) as access:
-        yield "added", rate(access, adding, 1, seconds)
-        yield "cycles_1", rate(access, moving, 1, seconds)
-        yield "cycles_16", rate(access, moving, BENCH_CLIENTS, seconds)
-        yield "batches", rate(access, moving_many, 1, seconds)
-
-
-MEASURED = {  # by measure(), each as it is shown
-    "fsync": "%.2f ms until 4 KiB are on the disk, at the median",
-    "fsync_p95": "%.2f ms for 95 of 100",
-    "added": "%d jobs a second are added",
-    "cycles_1": "%d jobs a second are claimed and updated by one client",
-    "cycles_16": "%d jobs a second by 16 clients",
-    "batches": "%d jobs a second, a thousand at a time",
-}
-GOOD_FOR = """\
-If nobody is to wait long, at half of the rate of 16 clients, that is enough
-for so many commands side by side:"""
-
-
-def good_for(cycles):
-    """Return how many slots so many jobs a second keep busy, by length."""
-    return {name: int(cycles * USED * LENGTHS[name]) for name in LENGTHS}
-
-
-def bench(options):
-    """Measure what jobman does on this machine and file system."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        scratch = tempfile.mkdtemp(prefix=".jobman-", dir=options.folder)
-    except OSError as error:
-        raise CommandError("Can't make a folder in %s: %s." % (
-            options.folder, error.strerror)) from None
-    found = {}
-    with contextlib.ExitStack() as undo:
-        undo.callback(shutil.rmtree, scratch, ignore_errors=True)
-        location = DatabaseLocation(os.path.join(scratch, "jobs.db"))
-        location.path = os.path.abspath(options.folder)  # for describe()
-        found["place"] = location.describe()
-        found["network"] = location.exclusive
-        found["python"] = "%d.%d.%d" % sys.version_info[:3]
-        found["sqlite"] = sqlite3.sqlite_version
-        if options.output == "table":
-            print("%(place)s; Python %(python)s, SQLite %(sqlite)s" % found)
-            if location.exclusive:
-                print("That is no good place: see Assumptions in README.")
-            if location.kind in ("tmpfs", "ramfs"):
-                print("That is memory: nothing in it outlives the machine.")
-        for name, figure in measure(scratch, options.seconds):
-            found[name] = figure
-            if options.output == "table":
-                shown = 1000 * figure if "fsync" in name else figure
-                print("  " + MEASURED[name] % shown, flush=True)
-    found["slots"] = good_for(found["cycles_16"])
-    if options.output == "json":
-        print(to_json(found))
-        return 0
-    print(GOOD_FOR)
-    for length, slots in found["slots"].items():
-        print("  %9d if a job takes %s" % (slots, length))
-    return 0
+    """Check whether a database is whole, also while a server has it."""
+    return report_findings(options, check_all(options.db))
 
 
 # --------------------------------------------------------- batch systems ---
@@ -7989,350 +7639,153 @@ def pbs(options):
 
 OLDEST_PYTHON = 3, 6
 OLDEST_SQLITE = 3, 7, 17
-LEAST_FREE = 100 * 2**20  # bytes on a disk
-LONGEST_LOOK = 5  # seconds for one look: the system may never let it go
-LOOKS_TIME = 9  # seconds for all, but a look has SHORTEST_LOOK at least
-SHORTEST_LOOK = 0.5
-LEAST_LEFT = 60  # seconds of a batch job, for a worker to be of use
-CLOCKS_APART = 5  # seconds
-PROXIES = "http_proxy", "https_proxy", "all_proxy"
 
 
-class Patient:
-    """What has been found out so far; None where it isn't known.
+class Diagnosis:
+    """What doctor has found out so far, for the checks that come after.
 
     `worker` is the module, `client` a Client, `access` the path of the access
-    file and `about` its content. `here` is whether the server's address is
-    this host's own, `met` whether somebody answers there, `known` whether
-    with the right certificate, `version` and `clock` what they say. `location`
-    is the database's.
+    file and `about` what it says of the server, `location` the database's.
     """
 
-    def __init__(self, options):
-        self.options = options
+    def __init__(self, options, worker):
+        self.worker = worker
+        self.named = options.access
         self.access = os.path.abspath(options.access or access_path())
-        self.worker = self.client = self.location = None
-        self.here = self.met = self.known = self.version = self.clock = None
+        self.database = options.db
+        self.client = self.location = None
         self.about = {}
-        self.troubles = (CommandError, OSError, ValueError)
-
-    def at(self):
-        """Return where the server should be, as HOST:PORT."""
-        return "%s:%d" % self.client.address
 
     def ask(self, path, *names):
         """Return values of the object that the server answers."""
         try:
-            value = self.client.call("GET", path, timeout=LONGEST_LOOK - 1)
+            value = self.client.call("GET", path, timeout=4)
             return [value[name] for name in names]
         except (LookupError, TypeError, ValueError):
             raise CommandError(
-                "What answers at %s is no jobman; look at the address in %s"
-                % (self.at(), self.source())) from None
+                "What answers at %s:%d is no jobman; look at the address in %s"
+                % (*self.client.address, self.source())) from None
 
     def source(self):
         """Return what says where the server is."""
         return "JOBMAN_URL" if self.client.fixed else self.access
 
 
-def within(seconds, act, *arguments):
-    """Return what a function returns; raise CommandError when that takes long.
-
-    Its thread is left alone then.
-    """
-    end = Future()
-
-    def run():
-        try:
-            end.set_result(act(*arguments))
-        except Exception as error:
-            end.set_exception(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    try:
-        thread.start()
-        thread.join(seconds)
-    except RuntimeError:  # there can be no more threads
-        run()
-    if not end.done():
-        raise CommandError(
-            "It takes more than %.3g s to find out; ask who runs"
-            " this host" % seconds)
-    return end.result()
-
-
-def look_at_python(patient):
-    """Return which Python this is."""
-    version, found = sys.version.split()[0], sys.version_info[:2]
-    if found < OLDEST_PYTHON:
-        raise CommandError("This is %s; run it by Python %d.%d or later" % (
+def check_program(found):
+    """Return the versions of Python, SQLite and jobman."""
+    version = sys.version.split()[0]
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        raise CommandError("This is Python %s; run it by %d.%d or later" % (
             version, *OLDEST_PYTHON))
-    return "%s, %s" % (version, sys.executable)
-
-
-def look_at_sqlite(patient):
-    """Return which SQLite that has."""
     if sqlite3.sqlite_version_info < OLDEST_SQLITE:
         raise CommandError(
-            "This is %s; use a Python with SQLite %d.%d.%d or later"
+            "This is SQLite %s; use a Python with SQLite %d.%d.%d or later"
             % (sqlite3.sqlite_version, *OLDEST_SQLITE))
-    return sqlite3.sqlite_version
-
-
-def look_at_programs(patient):
-    """Return which versions jobman.py and worker.py have."""
-    with using_worker() as worker:
-        patient.worker = worker
-        patient.troubles += worker.Trouble,
-    if worker.__version__ != __version__:
+    if found.worker.__version__ != __version__:
         raise CommandError(
             "worker.py is %s and jobman.py %s; copy both of one version here"
-            % (worker.__version__, __version__))
-    return "jobman.py and worker.py %s" % __version__
+            % (found.worker.__version__, __version__))
+    return "jobman.py and worker.py %s, Python %s, SQLite %s" % (
+        __version__, version, sqlite3.sqlite_version)
 
 
-def slots_here():
-    """Return how many slots a worker has here by default."""
-    return len(os.sched_getaffinity(0))
-
-
-def look_at_files(patient):
-    """Return how many files a process may open."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    slots = slots_here()
-    needed = patient.worker.files_needed(slots) if patient.worker else 0
-    if 0 <= most < needed:
-        raise CommandError(
-            "A process may open %d, and a worker of %s needs %d; raise the"
-            " hard limit (ulimit -Hn) or use fewer --slots" % (
-                most, number_of(slots, "slot"), needed))
-    if most < 0:
-        return "a process may open any number"
-    bound = max(1, min(MAX_CONNECTIONS, most - FILES_KEPT))
-    return "a process may open %d, so a server has up to %s" % (
-        most, number_of(bound, "connection"))
-
-
-def threads_of(user):
-    """Return how many threads a user has, as far as /proc tells."""
-    threads = 0
-    for folder in glob.iglob("/proc/[0-9]*/task"):
-        with contextlib.suppress(OSError):  # it has ended
-            if os.stat(folder).st_uid == user:
-                threads += len(os.listdir(folder))
-    return threads
-
-
-def look_at_processes(patient):
-    """Return how many processes and threads a user may have."""
-    most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    if most < 0:
-        return "any number"
-    there, slots = threads_of(os.getuid()), slots_here()
-    needed = 20 + 4 * slots  # a worker and its threads; a command has some
-    if most - there < needed:
-        raise CommandError(
-            "You may have %d with their threads, and have %d; a worker of %s"
-            " needs about %d: raise the limit (ulimit -u) or use fewer --slots"
-            % (most, there, number_of(slots, "slot"), needed))
-    return "you may have %d with their threads, and have %d" % (most, there)
-
-
-def room(folder, advice):
-    """Return how much is free on a folder's disk; CommandError: too little.
-
-    A folder that isn't there is to be made in the one above it.
-    """
-    while not os.path.lexists(folder):
-        folder = os.path.dirname(folder)
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-        raise CommandError(
-            "Nothing can be written in %s; %s" % (folder, advice))
-    disk = os.statvfs(folder)
-    free = disk.f_bavail * disk.f_frsize
-    if free < LEAST_FREE:
-        raise CommandError("Only %.1f MB are free at %s; make space, or %s" % (
-            free / 1e6, folder, advice))
-    if disk.f_files and not disk.f_favail:
-        raise CommandError(
-            "There can be no more files at %s; remove some, or %s"
-            % (folder, advice))
-    return "%.1f GB are free at %s" % (free / 1e9, folder)
-
-
-def look_at_temporary(patient):
-    """Return how much is free for temporary files."""
-    return room(tempfile.gettempdir(), "set TMPDIR to another folder")
-
-
-def look_at_spool(patient):
-    """Return how much is free for the results and the output of workers."""
-    return room(os.path.dirname(patient.access),
-                "give worker.py other folders by --spool and --logs")
-
-
-def look_at_allocation(patient):
-    """Return how long the batch job that we are in still has."""
-    kinds = ("SLURM_JOB_ID", "Slurm"), ("PBS_JOBID", "PBS")
-    kind = next((k for name, k in kinds if name in os.environ), None)
-    if kind is None:
-        return None
-    left = None
-    with contextlib.suppress(ValueError):  # it says what nobody understands
-        left = patient.worker.allocation_left(os.environ)
-    if left is None:
-        raise CommandError("%s doesn't say how long this batch job has; give"
-                      " worker.py a --time-limit" % kind)
-    if left < LEAST_LEFT:
-        raise CommandError(
-            "This batch job has %d s left, too few for a worker;"
-            " ask %s for more time" % (left, kind))
-    return "%s leaves this batch job %s" % (kind, span(left))
-
-
-def look_at_access(patient):
+def check_access(found):
     """Return what the access file is like."""
-    client = patient.worker.Client(patient.options.access, patience=0)
+    client = found.client = found.worker.Client(found.named, patience=0)
+    client.CONNECT_TIMEOUT = 4
     if client.fixed:
-        patient.client = client
         return "none is read, JOBMAN_URL names the server"
-    with open(patient.access, encoding="utf-8") as file:
+    with open(found.access, encoding="utf-8") as file:
+        found.about = json.load(file)
         written = os.fstat(file.fileno()).st_mtime
-        patient.about = json.load(file)
-    patient.client = client
     return "%s, for its owner only, written %s ago" % (
-        patient.access, took(max(0, time.time() - written)))
+        found.access, took(max(0, time.time() - written)))
 
 
-def look_at_address(patient):
-    """Return what the server's name stands for."""
-    host, port = patient.client.address
+def check_address(found):
+    """Return the address of the server's host."""
+    host, port = found.client.address
     try:
-        found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+        address = socket.getaddrinfo(
+            host, port, 0, socket.SOCK_STREAM)[0][4][0]
     except (OSError, UnicodeError) as error:
         raise CommandError(
-            "%s is no name that this host knows (%s); have serve name another"
-            " by --url" % (host, cause(error))) from None
-    address = found[0][4][0]
-    home = patient.about.get("host")
+            "%s is no name that this host knows (%s); start serve with"
+            " another by --url" % (host, cause(error))) from None
+    home = found.about.get("host")
     is_loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
     if is_loopback and home not in (None, socket.gethostname()):
         raise CommandError(
             "The server listens to its own host %s alone; start it with --host"
             " 0.0.0.0" % home)
-    patient.met = False
-    patient.here = is_loopback
     return "%s, by the name of %s" % (address, host) if host != address \
         else address
 
 
-def look_at_connection(patient):
-    """Return that the server's port takes connections."""
+def check_connection(found):
+    """Return that the port takes connections, and how the server is known."""
+    client, at = found.client, "%s:%d" % found.client.address
     try:
-        socket.create_connection(patient.client.address, 4).close()
+        client.connect(4)
     except ConnectionRefusedError:
         raise CommandError(
-            "No server listens at %s; start it there, with the same"
-            " access file" % patient.at()) from None
-    except OSError as error:
-        raise CommandError(
-            "%s isn't reached (%s); look for a firewall, or have serve name"
-            " another address by --url" % (patient.at(), cause(error))
-        ) from None
-    patient.met = True
-    return "%s takes connections" % patient.at()
-
-
-def look_at_certificate(patient):
-    """Return by what the server is known."""
-    if not patient.met:
-        return None
-    try:
-        patient.client.connect(4)
-    except patient.worker.Impostor as error:
+            "No server listens at %s; start it there, with the same access"
+            " file" % at) from None
+    except found.worker.Impostor as error:
         raise CommandError(
             "At %s is another server than ours (%s); end it, or use its access"
-            " file" % (patient.at(), error)) from None
+            " file" % (at, error)) from None
     except OSError as error:
+        if hasattr(error, "reason"):  # it is an ssl.SSLError
+            raise CommandError(
+                "What listens at %s doesn't speak TLS (%s); start serve"
+                " without --plain, or with an --url with http:"
+                % (at, error)) from None
         raise CommandError(
-            "At %s nobody speaks TLS (%s); start serve without --plain, or"
-            " give it an --url with http:" % (patient.at(), error)) from None
-    patient.known = True
-    if patient.client.tls is None:
-        return "none, it is plain HTTP, which stays on this host" \
-            if patient.here else \
-            "none, it is plain HTTP; serve without --plain hides the jobix"
-    if patient.client.fingerprint:
-        return "it has the fingerprint that it should have"
-    return "certificate authorities vouch for it"
+            "%s can't be reached (%s); look for a firewall, or start serve"
+            " with another address by --url" % (at, cause(error))) from None
+    if client.tls is None:
+        return "%s takes connections, plain HTTP" % at
+    return "%s takes connections, with the %s" % (
+        at, "right fingerprint" if client.fingerprint
+        else "word of certificate authorities")
 
 
-def look_at_server(patient):
+def check_server(found):
     """Return that the server and its database are well."""
     try:
-        patient.version, = patient.ask("/health", "version")
-    except patient.worker.Unreachable as error:
+        version, = found.ask("/health", "version")
+    except found.worker.Unreachable as error:
         raise CommandError(
             "%s Look at its standard error, and at the address in %s"
-            % (error, patient.source())) from None
+            % (error, found.source())) from None
+    if version != __version__:
+        raise CommandError(
+            "The server is jobman %s, this is %s; run the same files on both"
+            " sides" % (version, __version__))
     return "it answers, and so does its database"
 
 
-def look_at_jobix(patient):
+def check_jobix(found):
     """Return whether the server takes our jobix."""
-    began = time.time()
     try:
-        there, readonly = patient.ask("/status", "time", "readonly")
-    except patient.worker.Refused as refused:
+        readonly, = found.ask("/status", "readonly")
+    except found.worker.Refused as refused:
         if refused.status != 403:
             raise
         raise CommandError("The server takes another jobix than ours; use the"
-                      " access file that it wrote") from None
-    ended = time.time()
-    patient.clock = (began + ended) / 2 - there, (ended - began) / 2
+                           " access file that it wrote") from None
     return "it is taken, but only to look" if readonly else "it is taken"
 
 
-def look_at_version(patient):
-    """Return which version the server has."""
-    if patient.version != __version__:
-        raise CommandError(
-            "The server is jobman %s, this is %s; run the same files on both"
-            " sides" % (patient.version, __version__))
-    return "the server is jobman %s, too" % __version__
-
-
-def look_at_clock(patient):
-    """Return how far this host's clock is from the server's."""
-    ahead, doubt = patient.clock
-    if abs(ahead) - doubt > CLOCKS_APART:
-        raise CommandError(
-            "This host's clock is %s %s the server's; leases don't mind, but"
-            " have it set right, for times in logs and of files" % (
-                took(abs(ahead)), "ahead of" if ahead > 0 else "behind"))
-    return "at most %.1f s from the server's" % (abs(ahead) + doubt + 0.05)
-
-
-def look_at_proxies(patient):
-    """Return what proxies are set; their addresses may have passwords."""
-    there = [name for name in sorted(os.environ)
-             if name.lower() in PROXIES and os.environ[name]]
-    if there and patient.met is False:
-        raise CommandError(
-            "%s is set, but jobman uses no proxy; run it where the"
-            " server is reached without one" % ", ".join(there))
-    return "%s is set; jobman doesn't use it" % ", ".join(there) if there \
-        else "none is set"
-
-
-def look_at_database(patient):
+def check_database(found):
     """Return which database there is, None where none is named."""
-    path = patient.options.db or home_file("jobman.db")
-    if not (patient.options.db or os.path.lexists(path)):
+    path = found.database or home_file("jobman.db")
+    if not (found.database or os.path.lexists(path)):
         return None
     version = inspect(path)
-    patient.location = DatabaseLocation(path)
-    folder = os.path.dirname(patient.location.file)
+    found.location = DatabaseLocation(path)
+    folder = os.path.dirname(found.location.file)
     if os.path.isdir(folder):
         check_folder(folder)
     if version == 0:
@@ -8342,9 +7795,11 @@ def look_at_database(patient):
     return "%s, schema %d" % (path, version)
 
 
-def look_at_locks(patient):
+def check_locks(found):
     """Return what file system the database is on."""
-    location = patient.location
+    location = found.location
+    if location is None:
+        return None
     if not location.locks_work:
         raise CommandError("%s; use a disk of this host" % location.describe())
     note = " (a network file system, so only one server may have it)"
@@ -8352,108 +7807,234 @@ def look_at_locks(patient):
         location.describe(), note if location.exclusive else "")
 
 
-def look_at_disk(patient):
-    """Return how much is free for the database."""
-    folder = os.path.dirname(patient.location.file)
-    return room(folder, "use another disk")
-
-
-def is_serving(location, holder):
-    """Return whether the holder named in a lock file is alive.
-
-    On another host only a heartbeat shows that.
-    """
-    running = is_running(holder)
-    end = time.monotonic() + ServerLock.BEAT + 0.5
-    while running is None and time.monotonic() < end:
-        time.sleep(0.2)
-        if read_holder(location) not in (holder, {}):
-            running = True
-    return bool(running)
-
-
-def look_at_holder(patient):
+def check_holder(found):
     """Return which server has the database."""
-    location, about = patient.location, patient.about
+    location = found.location
+    if location is None:
+        return None
     holder = read_holder(location)
     if not holder:
         return "no server has %s" % location.path
+    running = is_running(holder)
+    if running is None:  # it is on another host: only heartbeats show that
+        time.sleep(ServerLock.BEAT + 0.5)
+        running = read_holder(location) not in (holder, {})
     name = name_holder(holder)
-    if not is_serving(location, holder):
+    if not running:
         return "%s had %s and gives no sign of life; serve would take it" % (
             name, location.path)
-    ours = [about.get(key) for key in ("host", "pid")]
+    ours = [found.about.get(key) for key in ("host", "pid")]
     shared = os.path.exists(location.file + ".gate")
     if not shared and None not in ours and ours != [
             holder.get("host"), holder.get("pid")]:
         raise CommandError(
             "%s serves %s, but %s is of process %s on %s; name the access file"
             " that goes with it" % (
-                name, location.path, patient.access, ours[1], ours[0]))
+                name, location.path, found.access, ours[1], ours[0]))
     return "%s serves %s" % (name, location.path)
 
 
-# Each line of doctor: its name, what returns what is said there, None to leave
-# it out, or raises what is wrong, and what of a Patient must be known for it.
-# What has failed isn't built upon.
-LOOKS = (
-    ("python", look_at_python, None),
-    ("sqlite", look_at_sqlite, None),
-    ("programs", look_at_programs, None),
-    ("files", look_at_files, None),
-    ("processes", look_at_processes, None),
-    ("temporary", look_at_temporary, None),
-    ("allocation", look_at_allocation, "worker"),
-    ("access", look_at_access, "worker"),
-    ("spool", look_at_spool, None),
-    ("address", look_at_address, "client"),
-    ("connection", look_at_connection, "here"),
-    ("proxies", look_at_proxies, None),
-    ("certificate", look_at_certificate, None),
-    ("server", look_at_server, "known"),
-    ("jobix", look_at_jobix, "version"),
-    ("version", look_at_version, "version"),
-    ("clock", look_at_clock, "clock"),
-    ("database", look_at_database, None),
-    ("locks", look_at_locks, "location"),
-    ("disk", look_at_disk, "location"),
-    ("holder", look_at_holder, "location"),
+# The lines of doctor, in two rows. A check that fails ends its row, since
+# those after it depend on it.
+DOCTOR_CHECKS = (
+    (("program", check_program), ("access", check_access),
+     ("address", check_address), ("connection", check_connection),
+     ("server", check_server), ("jobix", check_jobix)),
+    (("database", check_database), ("locks", check_locks),
+     ("holder", check_holder)),
 )
 
 
-def examine(patient):
-    """Yield what is found, each a dict with name, ok and said."""
-    end = time.monotonic() + LOOKS_TIME
-    for name, look, needed in LOOKS:
-        if needed and getattr(patient, needed) is None:
-            continue
-        left = max(SHORTEST_LOOK, min(LONGEST_LOOK, end - time.monotonic()))
-        try:
-            ok, said = True, within(left, look, patient)
-        except patient.troubles as error:
-            ok, said = False, str(error)
-        if said:
-            yield {"name": name, "ok": ok, "said": said.rstrip(".")}
+def examine(options):
+    """Yield what doctor finds: a name, whether it is all right, and a line."""
+    with using_worker() as worker:
+        found = Diagnosis(options, worker)
+        failures = (CommandError, OSError, ValueError, worker.Trouble)
+        for checks in DOCTOR_CHECKS:
+            for name, check in checks:
+                try:
+                    ok, said = True, check(found)
+                except failures as error:
+                    ok, said = False, str(error)
+                if said:
+                    yield name, ok, said.rstrip(".")
+                if not ok:
+                    break
+        if found.client:
+            found.client.close()
 
 
 def doctor(options):
-    """Look whether all that jobman needs is there, here and now."""
-    names = [name for name, _, _ in LOOKS]
-    return report_findings(options, names, examine(Patient(options)))
+    """Check that all that jobman needs is there, here and now."""
+    return report_findings(options, examine(options))
 
 
 # ------------------------------------------------------------------ main ---
 
+
+def argument(reader):
+    """Return `reader`, of a request's values, as one of arguments."""
+
+    def read(text):
+        try:
+            return reader(number(text), "it")
+        except Error as error:
+            raise argparse.ArgumentTypeError(
+                "%.80r: %s" % (text, error)) from None
+
+    return read
+
+
+def did_you_mean(word, words):
+    """Return a question that names the word that was meant, "" without one.
+    """
+    close = difflib.get_close_matches(word, words, 1)
+    return "; did you mean %s?" % close[0] if close else ""
+
+
+def one_of_words(*words):
+    """Return a reader of one of some words, for argparse."""
+    def read(text):
+        if text not in words:
+            raise argparse.ArgumentTypeError("%.80r is none of %s%s" % (
+                text, ", ".join(words), did_you_mean(text, words)))
+        return text
+
+    return read
+
+
+def option(*names, **settings):
+    """Return an option, or argument, of a command, as argparse describes it.
+    """
+    return names, settings
+
+
+stage_number = argument(STAGE)
+read_state = one_of_words(*STATES)
+
+ACCESS = option(
+    "--access", metavar="FILE",
+    help="the server's access file (default ~/.jobman/access.json)")
+OUTPUT = option(
+    "--output", choices=("table", "json", "quiet"), default="table",
+    help="how the answer is printed (default table)")
+CLIENT = ACCESS, OUTPUT
+STATE_OPTION = option(
+    "--state", type=read_state, metavar="STATE",
+    help="only jobs in this state: " + ", ".join(STATES))
+STAGE_OPTION = option(
+    "--stage", type=read_stage, metavar="STAGE",
+    help="only jobs in this stage: its number or name")
+YES = option(
+    "--yes", action="store_true",
+    help="do it to more than %d without asking" % ASKED_FROM)
+DATABASE = option(
+    "--db", default=home_file("jobman.db"), metavar="FILE",
+    help="the database (default ~/.jobman/jobman.db)")
+ANY_DATABASE = option(
+    "--db", metavar="FILE",
+    help="the database (default: ~/.jobman/jobman.db, if it is there)")
+A_STAGE = option("stage", type=read_stage, metavar="STAGE")
+A_JOB = option("jobid", type=argument(JOBID), metavar="JOBID")
+A_WORKER = option("worker", metavar="WORKER", help="its name, or all")
+EXPIRED_TOO = option(
+    "--state", type=one_of_words(*STATES, "expired"), metavar="STATE",
+    help="only jobs in this state: " + ", ".join((*STATES, "expired")))
+SELECTION = (
+    option("ids", nargs="?", type=read_selection, metavar="IDS",
+           help="jobids, as 1,3,5-8, or all"),
+    STATE_OPTION, STAGE_OPTION, *CLIENT, YES)
+JOBS = (
+    EXPIRED_TOO, STAGE_OPTION, ACCESS,
+    option("--order", choices=("id", "time"), default="id",
+           help="by their ids (default), or longest in their stage first"),
+    option("--limit", type=argument(integer(1, MAX_JOBID)), default=math.inf,
+           metavar="N", help="how many at most (default: all)"))
+NAMES = option(
+    "names", nargs="*", type=read_naming, metavar="STAGE=NAME",
+    help="a name for a stage, as 0=fetch; 0= takes it away")
+MINUTES_OF_STAGES = option(
+    "minutes", nargs="*", type=argument(MINUTES), metavar="MINUTES",
+    help="of stage 0, of stage 1, and so on; 0: no limit")
+LIFETIME = (
+    option("stage", nargs="?", type=read_stage, metavar="STAGE"),
+    option("minutes", nargs="?", type=argument(MINUTES), metavar="MINUTES",
+           help="0: no limit"))
+FOLDER = option("folder", metavar="DIR", help="where status.html is written")
+COPY = option("file", metavar="FILE", help="where the copy goes")
+MOVE = (option("old", type=read_stage, metavar="OLD"),
+        option("new", type=read_stage, metavar="NEW"))
+VERIFY = (
+    option("--lag", type=duration, default=10, metavar="TIME",
+           help="how late files of other nodes may be seen here (default"
+           " 10s)"),
+    option("--dry-run", action="store_true", help="only say what is damaged"))
+
+
+SERVE = (
+    DATABASE,
+    option("--host", default="127.0.0.1",
+           help="address to listen at (default 127.0.0.1)"),
+    option("--port", type=argument(integer(0, 65535)), default=8642,
+           metavar="N", help="default 8642; 0: any that is free"),
+    option("--access", metavar="FILE",
+           help="where workers find the server (~/.jobman/access.json)"),
+    option("--url", help="the address for the access file, if not our guess"),
+    option("--jobix-file", metavar="FILE",
+           help="the jobix that is admitted, if not one that we make"),
+    option("--new-jobix", action="store_true",
+           help="make both jobix anew and keep the jobs; the old ones are"
+           " refused from now on"),
+    option("--open", action="store_true",
+           default=os.environ.get("JOBMAN_OPEN") == "1",
+           help="admit any jobix"),
+    option("--shared", action="store_true",
+           help="other servers of this host may serve the same database"),
+    option("--keyfile", metavar="FILE",
+           help="the certificate's key, if it isn't in the same file"),
+    option("--snapshot", metavar="DIR",
+           help="write DIR/status.html, a page for colleagues, every minute"),
+    option("--retries", type=argument(integer(0, 999999)),
+           default=MAX_ATTEMPTS - 1, metavar="N",
+           help="how often a job that fails is tried again in a stage, if it"
+           " doesn't say itself (default %d)" % (MAX_ATTEMPTS - 1)),
+    option("--lapses", type=argument(integer(1, 1000000)), default=MAX_LAPSES,
+           metavar="N", help="lapsed leases in a stage until a job is failed"
+           " (default %d)" % MAX_LAPSES),
+    option("--keep-days", type=argument(integer(1, 100000)), metavar="N",
+           help="delete old attempts of jobs that were done or cancelled N"
+           " days ago (default: keep all)"),
+)
+
+
+def jobs_output(default):
+    """Return the option by which jobs are printed."""
+    return option(
+        "--output", "--format", choices=tuple(FORMATS), default=default,
+        help="how they are printed: %s (default %s)" % (
+            ", ".join(FORMATS), default), metavar="FORM")
+
+
+def add_options(command, options):
+    """Give a command options, each as option() has it."""
+    for names, settings in options:
+        command.add_argument(*names, **settings)
+
+
+def add_access(command):
+    """Add the option by which a client finds the server."""
+    add_options(command, [ACCESS])
+
+
+def add_client(command):
+    """Add the options of a command that asks the server."""
+    add_options(command, CLIENT)
+
+
 def check_serve(parser, options):
     """End with exit status 2 when a server isn't described well."""
-    if options.retries < 0:
-        parser.error("--retries can't be negative")
-    if options.lapses < 1:
-        parser.error("--lapses must be at least 1")
     if options.keyfile and not options.certfile:
         parser.error("--keyfile goes with --certfile")
-    if options.keep_days is not None and options.keep_days < 1:
-        parser.error("--keep-days must be at least 1")
     given = options.jobix_file or "JOBMAN_JOBIX" in os.environ
     if options.new_jobix and (given or options.shared or options.open):
         parser.error("--new-jobix makes the number itself, for one server:"
@@ -8463,25 +8044,7 @@ def check_serve(parser, options):
 def add_serve(command):
     """Describe serve."""
     command.set_defaults(check=check_serve)
-    add = command.add_argument
-    add("--db", default=home_file("jobman.db"), metavar="FILE",
-        help="the database (default ~/.jobman/jobman.db)")
-    add("--host", default="127.0.0.1",
-        help="address to listen at (default 127.0.0.1)")
-    add("--port", type=int, default=8642, help="default 8642; 0: any free")
-    add("--access", metavar="FILE",
-        help="where workers find the server (~/.jobman/access.json)")
-    add("--url", help="the address for the access file, if not our guess")
-    add("--jobix-file", metavar="FILE",
-        help="the jobix that is admitted, if not one that we make")
-    add("--new-jobix", action="store_true",
-        help="make both jobix anew and keep the jobs; the old ones are refused"
-        " from now on")
-    add("--open", action="store_true",
-        default=os.environ.get("JOBMAN_OPEN") == "1",
-        help="admit any jobix")
-    add("--shared", action="store_true",
-        help="other servers of this host may serve the same database")
+    add_options(command, SERVE)
     choose = command.add_mutually_exclusive_group().add_argument
     choose("--tls", action="store_true",
         help="speak HTTPS on loopback too, with the same certificate, which"
@@ -8490,19 +8053,6 @@ def add_serve(command):
         help="speak plain HTTP beyond loopback too")
     choose("--certfile", metavar="FILE",
         help="speak HTTPS, with the certificate in FILE (PEM)")
-    add("--keyfile", metavar="FILE",
-        help="the certificate's key, if it isn't in the same file")
-    add("--snapshot", metavar="DIR",
-        help="write DIR/status.html, a page for colleagues, every minute")
-    add("--retries", type=int, default=MAX_ATTEMPTS - 1, metavar="N",
-        help="how often a job that fails is tried again in a stage, if it"
-        " doesn't say itself (default %d)" % (MAX_ATTEMPTS - 1))
-    add("--lapses", type=int, default=MAX_LAPSES, metavar="N",
-        help="lapsed leases in a stage until a job is failed (default %d)"
-        % MAX_LAPSES)
-    add("--keep-days", type=int, metavar="N",
-        help="delete old attempts of jobs that were done or cancelled N days"
-        " ago (default: keep all)")
 
 
 def check_run(parser, options):
@@ -8540,112 +8090,6 @@ def add_run(command):
         help="commands side by side (default: the cores we may use)")
     add("--retries", type=int, default=0, metavar="N",
         help="how often a job that fails is tried again (default 0)")
-
-
-def add_access(command):
-    """Add the option by which a client finds the server."""
-    command.add_argument(
-        "--access", metavar="FILE",
-        help="the server's access file (default ~/.jobman/access.json)")
-
-
-def argument(reader):
-    """Return `reader`, of a request's values, as one of arguments."""
-
-    def read(text):
-        try:
-            return reader(number(text), "it")
-        except Error as error:
-            raise argparse.ArgumentTypeError(
-                "%.80r: %s" % (text, error)) from None
-
-    return read
-
-
-stage_number = argument(STAGE)
-
-
-def add_output(command):
-    """Add the option by which a command prints its answer."""
-    command.add_argument(
-        "--output", choices=("table", "json", "quiet"), default="table",
-        help="how the answer is printed (default table)")
-
-
-def add_client(command):
-    """Add what every command has that asks the server."""
-    add_access(command)
-    add_output(command)
-
-
-def add_some(command, *more):
-    """Add the options that name some jobs."""
-    command.add_argument(
-        "--state", choices=(*STATES, *more), metavar="STATE",
-        help="only jobs in this state: " + ", ".join((*STATES, *more)))
-    command.add_argument(
-        "--stage", type=read_stage, metavar="STAGE",
-        help="only jobs in this stage: its number or name")
-
-
-def add_yes(command):
-    """Add what every command has that may be about many."""
-    add_client(command)
-    command.add_argument(
-        "--yes", action="store_true",
-        help="do it to more than %d without asking" % ASKED_FROM)
-
-
-def check_selector(parser, options):
-    """End with exit status 2 when no jobs are named."""
-    if options.ids is options.stage is options.state is None:
-        parser.error("name jobs: 1,3,5-8, or all, or by --state or --stage")
-
-
-def add_selector(command):
-    """Describe retry, cancel, release or forget."""
-    command.set_defaults(check=check_selector)
-    command.add_argument(
-        "ids", nargs="?", type=read_selection, metavar="IDS",
-        help="jobids, as 1,3,5-8, or all")
-    add_some(command)
-    add_yes(command)
-
-
-def add_stage(command):
-    """Describe pause or resume."""
-    command.add_argument("stage", type=read_stage, metavar="STAGE")
-    add_client(command)
-
-
-def add_worker(command):
-    """Describe drain or undrain."""
-    command.add_argument("worker", metavar="WORKER", help="its name, or all")
-    add_yes(command)
-
-
-def add_move(command):
-    """Describe move."""
-    command.add_argument("old", type=read_stage, metavar="OLD")
-    command.add_argument("new", type=read_stage, metavar="NEW")
-    add_yes(command)
-
-
-def add_lifetime(command):
-    """Describe lifetime."""
-    add = command.add_argument
-    add("stage", nargs="?", type=read_stage, metavar="STAGE")
-    add("minutes", nargs="?", type=argument(MINUTES), metavar="MINUTES",
-        help="0: no limit")
-    add_client(command)
-
-
-def add_init(command):
-    """Describe init."""
-    command.add_argument(
-        "minutes", nargs="*", type=argument(MINUTES), metavar="MINUTES",
-        help="of stage 0, of stage 1, and so on; 0: no limit")
-    add_client(command)
 
 
 def check_submit(parser, options):
@@ -8712,43 +8156,10 @@ def add_submit(command):
     add_client(command)
 
 
-def add_snapshot(command):
-    """Describe snapshot."""
-    command.add_argument(
-        "folder", metavar="DIR", help="where status.html is written")
-    add_client(command)
-
-
-def add_verify(command):
-    """Describe verify."""
-    add_client(command)
-    add = command.add_argument
-    add("--lag", type=duration, default=10, metavar="SECONDS",
-        help="how late files of other nodes may be seen here (default 10)")
-    add("--dry-run", action="store_true", help="only say what is damaged")
-
-
-def add_jobs(command):
-    """Describe jobs."""
-    add_some(command, "expired")
-    add = command.add_argument
-    add("--order", choices=("id", "time"), default="id",
-        help="by their ids (default), or longest in their stage first")
-    add("--limit", type=argument(integer(1, MAX_JOBID)),
-        default=math.inf, metavar="N", help="how many at most (default: all)")
-    add_client(command)
-
-
 def add_jobid(command):
     """Add the argument that names a job."""
     command.add_argument(
         "jobid", type=argument(JOBID), metavar="JOBID")
-
-
-def add_job(command):
-    """Describe job."""
-    add_jobid(command)
-    add_client(command)
 
 
 def add_wait(command):
@@ -8763,15 +8174,6 @@ def add_wait(command):
     add_client(command)
 
 
-def add_export(command):
-    """Describe export."""
-    command.add_argument(
-        "--format", choices=tuple(FORMATS), default="csv",
-        help="what is printed (default csv)")
-    add_some(command, "expired")
-    add_access(command)
-
-
 def add_logs(command):
     """Describe logs."""
     add_jobid(command)
@@ -8779,46 +8181,6 @@ def add_logs(command):
     add_access(command)
     add("--logs", metavar="DIR",
         help="where workers keep output (default: next to the access file)")
-
-
-def add_check(command):
-    """Describe check."""
-    add_output(command)
-    command.add_argument(
-        "--db", default=home_file("jobman.db"), metavar="FILE",
-        help="the database (default ~/.jobman/jobman.db)")
-
-
-def add_doctor(command):
-    """Describe doctor."""
-    command.add_argument(
-        "--db", metavar="FILE",
-        help="the database (default: ~/.jobman/jobman.db, if it is there)")
-    add_client(command)
-
-
-def add_backup(command):
-    """Describe backup."""
-    add_check(command)
-    command.add_argument("file", metavar="FILE", help="where the copy goes")
-
-
-def check_bench(parser, options):
-    """End with exit status 2 when a measurement isn't described well."""
-    if not options.seconds > 0:
-        parser.error("--seconds must be more than 0")
-
-
-def add_bench(command):
-    """Describe bench."""
-    command.set_defaults(check=check_bench)
-    add = command.add_argument
-    add("folder", nargs="?", default=".", metavar="DIR",
-        help="where the database would be (default: here)")
-    add("--seconds", type=float, default=5, metavar="S",
-        help="how long each figure is measured (default 5)")
-    add("--output", choices=("table", "json"), default="table",
-        help="how the figures are printed (default table)")
 
 
 def check_batch(parser, options):
@@ -8872,19 +8234,20 @@ file, or from standard input, one a line."""),
   python3 jobman.py submit --after 1-1000 ./summarize.sh
 {} is the item as one shell word, {#} its number, as with run. Options stand
 before the command."""),
-    ("status", print_status, add_client, """show how far the jobs are
+    ("status", print_status, CLIENT, """show how far the jobs are
   python3 jobman.py status
   python3 jobman.py status --output json"""),
-    ("jobs", print_jobs, add_jobs, """list jobs
-  python3 jobman.py jobs --state failed --stage 2
+    ("jobs", print_jobs, (*JOBS, jobs_output("table")), """list jobs
+  python3 jobman.py jobs --state failed --stage align
   python3 jobman.py jobs --order time --limit 20
-  python3 jobman.py jobs --state waiting --output quiet"""),
-    ("job", print_job, add_job, """show a job and why it isn't running
+  python3 jobman.py jobs --state waiting --output quiet
+  python3 jobman.py jobs --output csv > jobs.csv"""),
+    ("job", print_job, (A_JOB, *CLIENT), """show a job and why it isn't running
   python3 jobman.py job 17
   python3 jobman.py job 17 --output json"""),
-    ("workers", print_workers, add_client, """show the workers
+    ("workers", print_workers, CLIENT, """show the workers
   python3 jobman.py workers"""),
-    ("watch", watch, add_access, """show live how the jobs stand
+    ("watch", watch, (ACCESS,), """show live how the jobs stand
   python3 jobman.py watch
 Ctrl-C ends it. Where its output is no terminal it prints a line when there is
 news, every 10 seconds at most."""),
@@ -8894,55 +8257,65 @@ news, every 10 seconds at most."""),
     ("logs", logs, add_logs, """print what a job's commands have printed
   python3 jobman.py logs 17
   python3 jobman.py logs 17 2>/dev/null > 17.txt"""),
-    ("export", export, add_export, """print all jobs for other programs
+    ("export", print_jobs, (*JOBS, jobs_output("csv")), """jobs --output csv
   python3 jobman.py export > jobs.csv
-  python3 jobman.py export --format json --state failed
   python3 jobman.py export --format joblog > joblog.tsv"""),
-    ("stats", print_stats, add_client, """show what time the jobs took
+    ("failures", print_failures, CLIENT, """show why jobs failed, in groups
+  python3 jobman.py failures
+Under each group stands the command that retries its jobs."""),
+    ("stats", print_stats, CLIENT, """show what time the jobs took
   python3 jobman.py stats"""),
-    ("retry", change_jobs, add_selector, """let ended jobs run again
+    ("retry", change_jobs, SELECTION, """let ended jobs run again
   python3 jobman.py retry 17
   python3 jobman.py retry --state failed --stage 2"""),
-    ("cancel", change_jobs, add_selector, """cancel jobs that aren't done
+    ("cancel", change_jobs, SELECTION, """cancel jobs that aren't done
   python3 jobman.py cancel 1,3,5-8
   python3 jobman.py cancel --state working
   python3 jobman.py cancel all --yes"""),
-    ("release", change_jobs, add_selector, """take jobs from their workers
+    ("release", change_jobs, SELECTION, """take jobs from their workers
   python3 jobman.py release 17
   python3 jobman.py release --stage 1"""),
-    ("forget", change_jobs, add_selector, """delete done jobs
+    ("forget", change_jobs, SELECTION, """delete done jobs
   python3 jobman.py forget 1-1000
   python3 jobman.py forget all --yes"""),
-    ("pause", change_stage, add_stage, """hand out nothing of a stage
+    ("pause", make_call, (A_STAGE, *CLIENT), """hand out nothing of a stage
   python3 jobman.py pause 2"""),
-    ("resume", change_stage, add_stage, """end a pause
+    ("resume", make_call, (A_STAGE, *CLIENT), """end a pause
   python3 jobman.py resume 2"""),
-    ("drain", change_workers, add_worker, """let workers claim no more
+    ("drain", change_workers, (A_WORKER, *CLIENT, YES),
+     """let workers claim no more
   python3 jobman.py drain node7-4711
   python3 jobman.py drain all"""),
-    ("undrain", change_workers, add_worker, """let them claim again
+    ("undrain", change_workers, (A_WORKER, *CLIENT, YES),
+     """let them claim again
   python3 jobman.py undrain all"""),
-    ("move", move_jobs, add_move, """move expired jobs to another stage
+    ("stages", make_call, (NAMES, *CLIENT), """show or name stages
+  python3 jobman.py stages
+  python3 jobman.py stages 0=fetch 2=align 4=merge"""),
+    ("move", move_jobs, (*MOVE, *CLIENT, YES),
+     """move expired jobs to another stage
   python3 jobman.py move 1 0"""),
-    ("lifetime", change_lifetime, add_lifetime, """show or set lifetimes
+    ("lifetime", make_call, (*LIFETIME, *CLIENT), """show or set lifetimes
   python3 jobman.py lifetime
   python3 jobman.py lifetime 1 90"""),
-    ("init", set_lifetimes, add_init, """set the first lifetimes
+    ("init", set_lifetimes, (MINUTES_OF_STAGES, *CLIENT),
+     """set the first lifetimes
   python3 jobman.py init 0 60 0 90 0"""),
-    ("snapshot", snapshot, add_snapshot, """write a page that needs no server
+    ("snapshot", snapshot, (FOLDER, *CLIENT),
+     """write a page that needs no server
   python3 jobman.py snapshot /shared/www"""),
-    ("verify", verify, add_verify, """check the files of all done jobs
+    ("verify", verify, (*VERIFY, *CLIENT), """check the files of all done jobs
   python3 jobman.py verify --dry-run"""),
-    ("backup", backup, add_backup, """copy a database, also a served one
+    ("backup", backup, (COPY, DATABASE, OUTPUT),
+     """copy a database, also a served one
   python3 jobman.py backup --db jobs.db copy.db"""),
-    ("check", check, add_check, """look whether a database is whole
+    ("check", check, (DATABASE, OUTPUT), """look whether a database is whole
   python3 jobman.py check --db jobs.db"""),
-    ("doctor", doctor, add_doctor, """look whether all is there that is needed
+    ("doctor", doctor, (ANY_DATABASE, *CLIENT),
+     """look whether all is there that is needed
   python3 jobman.py doctor
   python3 jobman.py doctor --db /scratch/me/jobs.db
 It needs no server for what it can see without one, and changes nothing."""),
-    ("bench", bench, add_bench, """measure what a place is good for
-  python3 jobman.py bench /scratch"""),
     ("sbatch", sbatch, add_batch, """print a script for Slurm
   python3 jobman.py sbatch --nodes 4 --time 8h -- --partition=long | sbatch
 What follows -- becomes #SBATCH lines."""),
@@ -8984,23 +8357,34 @@ def parse(arguments):
     version = "jobman %s" % __version__
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, act, add, text in COMMANDS:
+    for name, act, added, text in COMMANDS:
         line, _, examples = text.partition("\n")
         command = commands.add_parser(
             name, help=line, description=line,
             epilog="examples:\n" + examples,
             formatter_class=argparse.RawDescriptionHelpFormatter)
-        command.set_defaults(act=act, check=None)
-        add(command)
+        command.set_defaults(act=act, check=None, error=command.error)
+        if callable(added):
+            added(command)
+        else:
+            add_options(command, added)
     words, rest = split_off(arguments)
-    options = parser.parse_args(words)
+    if words and words[0][:1] != "-" and words[0] not in commands.choices:
+        parser.error("there is no command %.80r%s" % (
+            words[0], did_you_mean(words[0], commands.choices)))
+    options, unknown = parser.parse_known_args(words)
     if options.command is None:
         parser.error("name a command: %s" % ", ".join(commands.choices))
+    command = commands.choices[options.command]
+    if unknown:
+        there = re.findall("--[a-z-]+", command.format_help())
+        command.error("unrecognized arguments: %s%s" % (
+            " ".join(unknown), did_you_mean(unknown[0], there)))
     if rest is not None and options.command not in MARKS:
-        parser.error("::: belongs to run and submit")
+        command.error("::: belongs to run and submit")
     options.items = rest
     if options.check:
-        options.check(commands.choices[options.command], options)
+        options.check(command, options)
     return options
 
 

@@ -249,6 +249,53 @@ def long(case):
     return case
 
 
+class Invariants:
+    """What is true of every database. Each row of a statement is a fault."""
+
+    ATTEMPTS = """
+        select count(*), min(id) from attempt where not exists (
+            select 1 from job where job.id = attempt.job) group by null"""
+    UNMET = """
+        select count(*), min(jobid) from job where unmet != (
+            select count(*) from dependency where child = job.id and met = 0)
+        group by null"""
+    EDGES = """
+        select count(*), min(child) from dependency
+        where not exists (select 1 from job where id = child)
+            or not exists (select 1 from job where id = parent)
+        group by null"""
+    STATES = """
+        select count(*), case
+            when free != (state in ('waiting', 'done') or state = 'working'
+                and lease is null) then 'free by mistake, or not free'
+            when state = 'working' and (claim is null
+                or claimed_from is null or claimed_to is null)
+                then 'working without a claim'
+            when (expires_at is null) = (state = 'delayed'
+                or lease is not null)
+                then 'due without a lease or delay, or never due in one'
+            when state = 'done' and (final is null or stage < final)
+                or state = 'waiting' and stage >= final
+                then 'done before their last stage, or waiting in it'
+            when state = 'waiting' and unmet > 0
+                or state in ('blocked', 'aborted') and unmet = 0
+                then 'waiting for other jobs by mistake, or not waiting'
+            end as odd, min(jobid)
+        from (""" + jobman.SQL.WHOLE_JOB + """)
+        group by odd having odd is not null"""
+
+
+def faults(execute):
+    """Return all that is wrong with a database, also what `check` finds."""
+    found = [fault for check in (
+        jobman.check_pages, jobman.check_schema, jobman.check_counts)
+        for fault in check(execute)]
+    for name, statement in vars(Invariants).items():
+        if name.isupper():
+            found += [(name, *row) for row in execute(statement)]
+    return found
+
+
 class SeededCase(TemporaryFolder):
     """A test by chance, which JOBMAN_SEED repeats; `wrong` until its end."""
 
@@ -3696,9 +3743,7 @@ class DependencyTest(StoreCase):
         """Return {id: state}, having checked what the database says."""
         self.states()
         with contextlib.closing(self.look()) as db:
-            db.row_factory = sqlite3.Row
-            for name, look in jobman.CHECKS:
-                self.assertEqual([], jobman.findings(look, db.execute), name)
+            self.assertEqual([], faults(db.execute))
         return {job["jobid"]: job["state"]
                 for job in self.ok("/jobs?limit=1000")["jobs"]}
 
@@ -7932,8 +7977,7 @@ class CrashCase(SeededCase):
     def assertSound(self, path):
         """Assert that a database is what `jobman.py check` calls whole."""
         with jobman.open_snapshot(path) as execute:
-            for name, look in jobman.CHECKS:
-                self.assertEqual([], jobman.findings(look, execute), name)
+            self.assertEqual([], faults(execute))
 
     def assertKept(self, renewed=False):
         """Assert that the database is what the witnesses were told.
@@ -10808,7 +10852,7 @@ class VerifyTest(WorkerCase):
     def test_intact_files_are_left_alone(self):
         self.make(3)
         err = self.verify()
-        self.assertEqual("3 done jobs checked, 0 of them damaged.\n", err)
+        self.assertEqual("The files of 3 done jobs checked: 0 damaged.\n", err)
         self.assertEqual(["done"] * 3, self.states())
 
     def test_damaged_jobs_are_told_to_programs_too(self):
@@ -10831,7 +10875,7 @@ class VerifyTest(WorkerCase):
         for n in (1, 3):
             self.assertIn("job %d: not as it was made: %s/%d (now delayed in"
                           " stage 0)\n" % (n, here, n), err)
-        self.assertIn("\n3 done jobs checked, 2 of them damaged.\n", err)
+        self.assertIn("\nThe files of 3 done jobs checked: 2 damaged.\n", err)
         self.assertEqual(["delayed", "done", "delayed"], self.states())
         self.work()
         self.assertEqual(["done"] * 3, self.states())
@@ -10857,7 +10901,7 @@ class VerifyTest(WorkerCase):
             dict(made[0], size=1)])
         err = self.verify("--dry-run", status=1)
         self.assertIn("job %d: " % jobs[-1]["jobid"], err)
-        self.assertIn("2501 done jobs checked, 1 of them damaged.\n", err)
+        self.assertIn("The files of 2501 done jobs checked: 1 damaged.\n", err)
 
     def test_files_may_be_late(self):
         self.make(2)
@@ -10866,7 +10910,7 @@ class VerifyTest(WorkerCase):
         self.assertIn(b"2 jobs checked", os.read(terminal, 1000))
         os.rename(self.path("later"), self.path("1"))
         self.assertEqual(0, process.wait(PATIENCE))
-        self.assertIn(b"2 done jobs checked, 0 of them damaged.",
+        self.assertIn(b"The files of 2 done jobs checked: 0 damaged.",
                       os.read(terminal, 1000))
 
     def test_job_that_has_moved_meanwhile_is_left(self):
@@ -11610,11 +11654,14 @@ class ActingTest(CommandCase):
     def test_no_jobs_named_or_badly_is_wrong_usage(self):
         self.set_jobs([1])
         for verb in ("retry", "cancel", "release", "forget"):
-            for bad in ((), ("x",), ("3-1",), ("1,,2",), ("-1",),
+            for bad in ((), ("x,1",), ("3-1",), ("1,,2",), ("-1",),
                         ("--state", "lost"), ("--stage", "-1"),
                         ("--stage", "1000001"), ("1", "2")):
-                self.assertEqual("", self.does(
-                    verb, *bad, status=2, err=USAGE))
+                with self.subTest(verb=verb, bad=bad):
+                    self.assertEqual("", self.does(
+                        verb, *bad, status=2, err=USAGE))
+            self.does(verb, "x", status=1,
+                      err=r"jobman.py: There is no submission x.\n")
         self.assertEqual({1: "waiting"}, self.told())
 
     def test_an_id_that_is_none_changes_nothing(self):
@@ -12273,12 +12320,13 @@ class LookTest(LookCase):
         self.ok("/pause/0", {})
         self.ok("/cancel", {"ids": [3]})
         self.end(2)
-        *lines, last = self.look("status").splitlines()
+        *lines, last, workers = self.look("status").splitlines()
+        self.assertEqual("No worker takes jobs.", workers)
         self.assertEqual([
-            "stage  jobs  waiting  done  cancelled  expired  median",
-            "0         2        1                1                   paused",
-            "2         1              1",
-            "all       3        1     1          1"], lines)
+            "stage      jobs  waiting  done  cancelled  median",
+            "0, paused     2        1                1",
+            "2             1              1",
+            "all           3        1     1          1"], lines)
         self.assertIn("33 %: 1 of 3 jobs done, ", last)
         self.assertEqual(self.ok("/status"), self.seen("status"))
         self.assertEqual("", self.look("status", "--output", "quiet"))
@@ -12290,7 +12338,8 @@ class LookTest(LookCase):
         self.assertRegex(self.look("status"), " minutes, so [0-9:]+ left, un")
         self.end(2)
         self.clock.advance(30)
-        self.assertTrue(self.look("status").endswith(" two minutes.\n"))
+        self.assertRegex(
+            self.look("status"), r", 1.2 per minute over [a-z ]* minutes\.\n")
 
     # jobs
 
@@ -12392,17 +12441,6 @@ class LookTest(LookCase):
         self.assertTrue(lines[1].endswith("x..."))
         process.wait(PATIENCE)
 
-    def test_colours_are_for_terminals_only(self):
-        self.set_jobs([1])
-        self.ok("/cancel", {"all": True})
-        self.assertNotIn("\033", self.look("jobs"))
-        grey = "\033[90mcancelled\033[0m"
-        _, screen = self.on_terminal("jobs")
-        self.assertIn(grey, self.drawn(screen))
-        self.environment["NO_COLOR"] = "1"
-        _, screen = self.on_terminal("jobs")
-        self.assertNotIn("\033", self.drawn(screen))
-
     def test_what_comes_from_the_server_cannot_draw(self):
         self.set_jobs({1: "\033[2J\n\u202e"})
         job = self.get(0, worker="%1b[31mw", lease=60)
@@ -12462,52 +12500,36 @@ class LookTest(LookCase):
 
     def test_waiting_for_busy_workers(self):
         self.set_jobs([1])
-        self.beat("a")
+        self.beat("a", slots=1, busy=1)
         self.assertEqual(
-            "1 worker serves stage 0 and all its 4 slots are busy",
-            self.why())
+            "1 worker serves stage 0, and 1 of 1 slot is busy", self.why())
         self.beat("b", slots=8, busy=8)
         self.beat("drained")
         self.ok("/drain/drained", {})
         self.assertEqual(
-            "2 workers serve stage 0 and all their 12 slots are busy",
-            self.why())
+            "2 workers serve stage 0, and 9 of 9 slots are busy", self.why())
         self.beat("b", slots=8, busy=5)
         self.assertEqual(
-            "2 workers serve stage 0, and of 12 slots 3 free: its turn should"
-            " come soon", self.why())
-
-    def test_waiting_for_a_worker_with_a_single_slot(self):
-        self.set_jobs([1])
-        self.beat("a", slots=1, busy=1)
-        self.assertEqual("1 worker serves stage 0, which is busy", self.why())
+            "2 workers serve stage 0, and 6 of 9 slots are busy: its turn"
+            " should come soon", self.why())
 
     def test_waiting_for_workers_that_take_nothing(self):
         self.set_jobs([1])
         self.beat("a", quarantine="no space on /tmp")
-        self.assertEqual("the only worker of stage 0, a, is quarantined: no"
-                         " space on /tmp", self.why())
-        self.beat("b", quarantine="also")
-        self.assertEqual(
-            "all 2 workers of stage 0 are quarantined", self.why())
-        self.beat("b", quarantine=None)
-        self.ok("/drain/b", {})
-        self.assertEqual("all 2 workers of stage 0 are drained (1),"
-                         " quarantined (1)", self.why())
-        self.beat("a")
-        self.ok("/drain/a", {})
-        self.assertEqual("all 2 workers of stage 0 are drained", self.why())
-
-    def test_waiting_for_workers_that_are_silent(self):
-        self.set_jobs([1])
-        self.beat("a")
-        self.clock.advance(60)
+        self.assertEqual("no worker of stage 0 takes jobs: a is quarantined:"
+                         " no space on /tmp", self.why())
+        self.clock.advance(121)
         self.beat("b")
-        self.clock.advance(120)
-        self.assertIn("its 4 slots are busy", self.why())
-        self.clock.advance(5)
-        self.assertEqual(
-            "all 2 workers of stage 0 are silent for 2:05", self.why())
+        self.ok("/drain/b", {})
+        self.beat("a")
+        self.clock.advance(121)
+        self.beat("b")
+        self.assertEqual("no worker of stage 0 takes jobs: b is drained, a is"
+                         " silent", self.why())
+        for i in range(4):
+            self.beat("c%d" % i)
+            self.ok("/drain/c%d" % i, {})
+        self.assertIn(", c1 is drained, ...", self.why())
 
     def test_delayed_after_a_failure(self):
         self.set_jobs([1], max_attempts=3)
@@ -12610,8 +12632,8 @@ failures      1
 priority      5
 max_attempts  1
 
-attempt  stage  where  started                    took  outcome  exit  said
-      1      0  node7  2020-09-13 12:26:40 +0000  2 s   failed      3  last
+attempt  stage  worker  started                    took  outcome  exit  said
+      1      0  node7   2020-09-13 12:26:40 +0000  2 s   failed      3  last
 
 The end of what the last one said:
   first
@@ -12663,25 +12685,75 @@ a       node1  0           4     4     9       1  3:21 ago  silent
         cells = re.split(" {2,}", line)
         self.assertEqual(
             re.split(" {2,}", heads),
-            ["stage", "claims", "retries", "run median", "p95",
-             "wait median", "p95", "useful h", "lost h", "lifetime advised"])
-        self.assertEqual(["0", "2", "0"], [c.strip() for c in cells[:3]])
-        self.assertEqual(jobman.took(stage["run"]["p95"]), cells[4])
-        self.assertEqual(jobman.took(stage["wait"]["median"]), cells[5])
-        self.assertEqual(["2.00", "0.00"], cells[7:9])
-        self.assertEqual("%d min" % stage["advised"], cells[9])
-        self.assertRegex(total, r"^all +2 +0 +2\.00 +0\.00$")
+            ["stage", "claims", "retries", "done", "run median", "p95",
+             "wait median", "p95", "useful", "lost", "lifetime advised"])
+        self.assertEqual(["0", "2", "0", "2"], [c.strip() for c in cells[:4]])
+        self.assertEqual(jobman.took(stage["run"]["p95"]), cells[5])
+        self.assertEqual(jobman.took(stage["wait"]["median"]), cells[6])
+        self.assertEqual(["2:00:00", "0:00"], cells[8:10])
+        self.assertEqual("%d minutes" % stage["advised"], cells[10])
+        self.assertRegex(total, r"^all +2 +0 +2:00:00 +0:00$")
 
     def test_stats_of_nothing(self):
         _, total = self.look("stats").splitlines()
         self.assertRegex(total, "^all +0 +0 ")
 
+    # failures, and names of stages
+
+    def fail_some(self):
+        """Let jobs fail in two ways in a stage with a name."""
+        self.ok("/stages", {"4": {"name": "align"}})
+        self.set_jobs(range(1, 5), stage=4, max_attempts=1)
+        for said in ("no space", "no space", "no space", None):
+            self.fail(self.get(4, worker="w", lease=60), exit_code=3,
+                      stderr=said and "x\n" + said)
+
+    def test_failures_are_grouped_each_with_its_remedy(self):
+        self.assertEqual("No job has failed.\n", self.look("failures"))
+        self.fail_some()
+        self.assertEqual(
+            "3 jobs of stage align, exit status 3 on w: no space\n"
+            "    python3 jobman.py retry 1-3\n"
+            "1 job of stage align, exit status 3 on w: nothing was said\n"
+            "    python3 jobman.py retry 4\n", self.look("failures"))
+        self.assertEqual(self.ok("/failures"), self.seen("failures"))
+
+    def test_failed_jobs_are_listed_with_what_they_said(self):
+        self.fail_some()
+        heads, first, *_, last = self.look(
+            "jobs", "--state", "failed").splitlines()
+        self.assertEqual(["job", "stage", "since", "worker", "exit", "said",
+                          "command"], heads.split())
+        self.assertRegex(first, r"^  1  align  .*  w  +3  no space")
+        self.assertRegex(last, r"^  4  align  .*  w  +3$")
+
+    def test_stages_go_by_their_names(self):
+        self.assertEqual("stage  name   minutes\n    4  align\n",
+                         self.look("stages", "4=align"))
+        self.look("stages", "align=map", "0=fetch")
+        self.look("stages", "0=")
+        self.assertEqual({"4": {"name": "map"}}, self.seen("stages"))
+        self.set_jobs([1], stage=4)
+        self.beat("w", stages=[4, 2])
+        for line, said in (
+            ("status", r"\nmap +1 +1\n"), ("jobs", r"\n +1  map +waiting"),
+            ("job 1", r"serves stage map, and"), ("workers", "  map,2  "),
+        ):
+            self.assertRegex(self.look(*line.split()), said)
+        for bad, status in (("4", 2), ("x y=a", 2), ("4=all", 1)):
+            self.refused("stages", bad, status=status)
+
     # Usage and errors
 
     def test_wrong_usage_is_exit_status_2(self):
         for line, word in (
-            ("jobs --state doing", "STATE|--state"),
-            ("jobs --stage x", "--stage: 'x': it must be an integer from 0"),
+            ("jobs --state fialed", "--state: 'fialed' is none of waiting.*;"
+             " did you mean failed"),
+            ("jbos", "there is no command 'jbos'; did you mean jobs"),
+            ("retry failed", "'failed' is a state: write --state failed"),
+            ("submit --prioritty 5 x", "(?s)usage: jobman.py submit .*"
+             "--prioritty; did you mean --priority"),
+            ("jobs --stage -", "--stage: '-' is no stage; write its number"),
             ("jobs --limit 0", "--limit: '0': it must be"),
             ("jobs --order size", "--order"),
             ("job", "JOBID"), ("job x", "JOBID: .*it must be an integer"),
@@ -12712,8 +12784,9 @@ a       node1  0           4     4     9       1  3:21 ago  silent
 
     def test_the_examples_of_help_work_as_they_stand(self):
         self.set_jobs(range(1, 18), laststage=0)
+        self.ok("/stages", {"0": {"name": "align"}})
         looking = {"status", "jobs", "job", "workers", "wait", "export",
-                   "stats"}
+                   "stats", "failures"}
         for name, _, _, text in jobman.COMMANDS:
             examples = re.findall("^  (.*)$", text, re.M)
             self.assertEqual([], [line for line in examples
@@ -12790,6 +12863,21 @@ class ExportTest(LookCase):
             found[0]["stage"], found[0]["expired"], found[0]["started"],
             found[0]["ended"]))
         self.assertEqual("a\nb", found[2]["stderr"])
+        self.assertEqual(("cat 'a b'", "1.5"), (
+            found[1]["command"], found[1]["seconds"]))
+
+    def test_jobs_prints_the_same(self):
+        self.jobs_of_all_kinds()
+        for form in ("csv", "json", "joblog", "quiet"):
+            self.assertEqual(self.look("export", "--format", form),
+                             self.look("jobs", "--output", form))
+
+    def test_the_item_of_a_job_is_a_column(self):
+        self.set_jobs({1: jobman.argv_of("gzip {}", "a b", 1)})
+        heads, line = csv.reader(io.StringIO(self.look("export")))
+        found = dict(zip(heads, line))
+        self.assertEqual(
+            ("gzip 'a b'", "a b"), (found["command"], found["item"]))
 
     def test_names_that_are_not_utf_8_survive(self):
         self.set_jobs({1: "cat caf\udce9", 2: "\ud800", 3: "é"},
@@ -12949,7 +13037,16 @@ class AwaitTest(LookCase):
 
 
 class WatchTest(LookCase):
-    """jobman.py watch shows live how the jobs stand."""
+    """jobman.py watch shows the status again and again."""
+
+    def screen_of(self, *argv, **options):
+        """Start to watch; return the process, its screen and what it shows."""
+        process, screen = self.on_terminal("watch", *argv, **options)
+        return process, screen, self.drawn_until(screen, "\033[J")
+
+    def end_it(self, process):
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(130, process.wait(PATIENCE))
 
     def test_a_bar_for_each_stage_is_drawn_again_in_its_place(self):
         self.set_jobs(range(8), laststage=2)
@@ -12957,123 +13054,54 @@ class WatchTest(LookCase):
         self.get(0, n=4, lease=60)
         self.ok("/cancel", {"ids": [7]})
         self.ok("/pause/0", {})
+        self.ok("/stages", {"1": {"name": "align"}})
         self.beat("a")
-        self.beat("b", quarantine="x")
-        self.environment["NO_COLOR"] = "1"
-        process, screen = self.on_terminal("watch")
-        shown = self.drawn_until(screen, "\033[?7h")
-        self.assertEqual(
-            "\033[?7l"
-            " stage 0* [########..............xxxx] # 2 done . 3 waiting"
-            " x 1 cancelled\033[K\n"
-            "  stage 1 [==========================] = 4 working\033[K\n"
-            "      all [#####============.......xx] # 2 done = 4 working"
-            " . 3 waiting\033[K\n"
-            "20 %: 2 of 10 jobs done.\033[K\n"
-            "1 worker, 4 of 4 slots busy, 1 quarantined. (*: paused)\033[K\n"
-            "\033[J\033[?7h", shown)
+        process, screen, shown = self.screen_of()
+        self.assertEqual([
+            ("0, paused", "######..........xxxx"),
+            ("align", "===================="),
+            ("all", "####========......xx"),
+        ], re.findall(r"([\w, ]+?) +\d+  \[(.*)\]", shown))
+        self.assertIn("\n20 %: 2 of 10 jobs done", shown)
+        self.assertIn("\n1 worker, 4 of 4 slots busy.", shown)
         self.ok("/resume/0", {})
-        again = self.drawn_until(screen, "\033[?7h")
-        self.assertTrue(again.startswith("\033[5A\033[?7l  stage 0 ["), again)
-        process.send_signal(signal.SIGINT)
-        self.assertEqual(130, process.wait(PATIENCE))
+        again = self.drawn_until(screen, "\033[J")
+        self.assertTrue(again.startswith("\033[H"), again)
+        self.assertNotIn("paused", again)
+        self.end_it(process)
 
-    def test_states_have_colours(self):
-        self.set_jobs([1], laststage=0)
-        process, screen = self.on_terminal("watch")
-        shown = self.drawn_until(screen, "\033[?7h")
-        self.assertIn("\033[32m##", shown)
-        self.assertEqual(shown.count("\033[32m"), shown.count("\033[0m"))
-        process.send_signal(signal.SIGINT)
-        self.drawn(screen)
-        self.assertEqual(130, process.wait(PATIENCE))
-
-    def test_it_keeps_to_the_terminals_size_when_that_changes(self):
+    def test_it_keeps_to_the_terminals_size(self):
         for stage in range(0, 60, 2):
             self.set_jobs([stage], stage=stage)
-        self.set_jobs([100], laststage=2)
-        self.end(100)
-        self.environment["NO_COLOR"] = "1"
-        process, screen = self.on_terminal("watch", size=(12, 50))
-        shown = self.drawn_until(screen, "\033[?7h")
-        self.resize(screen, 40, 120)
-        more = self.drawn_until(screen, "\033[?7h")
-        self.assertTrue(more.startswith("\033[H\033[2J"), more)
-        self.assertIn("... and 26 more stages", shown)
-        self.assertIn("until 2020-09-13", shown)
-        self.assertIn(" stage 58 [", more)
-        self.resize(screen, 3, 20)
-        least = self.drawn_until(screen, "\033[?7h")
-        for text, lines, width in (
-            (shown, 12, 50), (more, 40, 120), (least, 4, 20),
-        ):
-            rows = re.sub("\033\\[[?0-9]*[A-Za-z]", "", text).split("\n")
-            self.assertLess(len(rows), lines)
-            if text is not least:  # where the lines are cut by the terminal
-                self.assertLess(max(map(len, rows)), width)
-        process.send_signal(signal.SIGINT)
-        self.assertEqual(130, process.wait(PATIENCE))
+        process, _, shown = self.screen_of(size=(12, 50))
+        rows = re.sub("\033\\[[?0-9]*[A-Za-z]", "", shown).split("\n")
+        self.assertLessEqual(len(rows), 12)
+        self.assertLess(max(map(len, rows)), 50)
+        self.assertIn("more lines", shown)
+        self.assertIn("\nall ", shown)
+        self.end_it(process)
 
     def test_a_server_that_is_away_is_asked_until_it_is_back(self):
         for name in ("JOBMAN_URL", "JOBMAN_JOBIX"):
             del self.environment[name]
         server, _ = self.serve()
-        process, screen = self.on_terminal("watch")
-        self.drawn_until(screen, "0 of 0 jobs done")
+        process, screen, shown = self.screen_of()
+        self.assertIn("0 of 0 jobs done", shown)
         self.reap(server)
-        self.drawn_until(screen, "can't be reached")
+        self.drawn_until(screen, "Still asking: ")
         self.serve()  # on another port
-        shown = self.drawn_until(screen, "\033[?7h\033[3A")
-        self.assertRegex(
-            shown, r"\033\[4A[^J]*done\.[^J]*jobs\.\033\[K\n\033\[J")
-        process.send_signal(signal.SIGINT)
-        self.assertEqual(130, process.wait(PATIENCE))
+        self.drawn_until(screen, "\033[K\r\n\033[K\r\n\033[J")
+        self.end_it(process)
 
     def test_without_a_terminal_news_are_lines(self):
-        self.note_calls()
         self.set_jobs([1, 2], laststage=2)
-        process = self.spawn(*changed("jobman", "jobman.Ticker.PERIOD = 0"),
-                             "watch")
+        process = self.spawn(JOBMAN, "watch")
         first = process.stdout.readline().decode()
-        self.assertRegex(first, r"^2020-09-13 12:26:40 .* 0 %: 0 of 2 jobs")
-        self.clock.advance(1)  # the time alone is no news
-        wait_for(lambda: len(self.calls) > 6, "it to look again")
+        self.assertRegex(first, r"^20.* 0 %: 0 of 2 jobs")
         self.end(1)
         self.assertIn(b"1 of 2 jobs", process.stdout.readline())
         process.send_signal(signal.SIGINT)
         self.assertEqual((130, "", ""), self.finish(process))
-
-    def test_lines_come_every_ten_seconds_at_most(self):
-        out = io.StringIO()
-        out.fileno = lambda: 1
-        ticker = jobman.Ticker(out)
-        figures = [
-            {"time": 1.6e9, "seconds_left": None, "totals": {
-                "jobs": 2, "states": {"done": done}}} for done in range(3)]
-        for done, said, lines in ((0, 0, 1), (1, 0, 1), (1, 9.9, 1),
-                                  (2, 10.1, 2), (2, 20, 2)):
-            ticker.said -= said
-            ticker.show((figures[done], None), None)
-            self.assertEqual(lines, out.getvalue().count("\n"))
-
-    def test_without_a_terminal_an_absence_is_said_once(self):
-        for name in ("JOBMAN_URL", "JOBMAN_JOBIX"):
-            del self.environment[name]
-        server, _ = self.serve()
-        process = self.spawn(JOBMAN, "watch")
-        self.assertIn(b"0 of 0", process.stdout.readline())
-        self.reap(server)
-        self.assertIn(b"can't be reached", process.stderr.readline())
-        time.sleep(2.2)
-        process.send_signal(signal.SIGINT)
-        self.assertEqual((130, "", ""), self.finish(process))
-
-    def test_it_ends_when_nobody_reads_it(self):
-        process = self.spawn(JOBMAN, "watch")
-        process.stdout.readline()
-        process.stdout.close()
-        self.assertEqual(0, process.wait(PATIENCE))
-        self.assertEqual(b"", process.stderr.read())
 
 
 class RunTest(TemporaryFolder):
@@ -14150,75 +14178,18 @@ class StartTest(TemporaryFolder):
 
 
 class BenchTest(TemporaryFolder):
-    """`jobman.py bench` measures a place, and leaves it as it was."""
-
-    def bench(self, *argv, **options):
-        """Run it shortly; return (exit status, stdout, stderr)."""
-        return self.command(
-            JOBMAN, "bench", "--seconds", "0.2", *argv, **options)
-
-    def assertClean(self):
-        """Assert that nothing is left of it."""
-        self.assertEqual([], os.listdir(self.folder))
+    """`bench/place.py` measures a place, and leaves it as it was."""
 
     def test_it_says_what_the_place_is_good_for(self):
-        status, out, err = self.bench()
+        place = os.path.join(HERE, "bench", "place.py")
+        status, out, err = self.command(place, "--seconds", "0.2")
         self.assertEqual((0, ""), (status, err))
         self.assertRegex(out, r"\A%s is on \w+.*; Python 3\S+, SQLite 3\S+\n"
                          % re.escape(self.folder))
-        for figure in ("until 4 KiB", "95 of 100", "added", "one client",
-                       "by 16 clients", "a thousand"):
-            self.assertRegex(out, r"\n  [\d.]*[1-9][\d.]* .*" + figure)
         self.assertRegex(out, r"\n +[1-9]\d* if a job takes 1 h\n\Z")
-        self.assertClean()
-
-    def test_it_says_the_same_in_json(self):
-        os.mkdir(self.path("there"))
-        status, out, err = self.bench("there", "--output", "json")
-        self.assertEqual((0, ""), (status, err))
-        found = json.loads(out)
-        self.assertIn(self.path("there") + " is on ", found["place"])
-        for name in jobman.MEASURED:
-            self.assertGreater(found[name], 0, name)
-        self.assertEqual(
-            int(30 * found["cycles_16"]), found["slots"]["1 min"])
-        self.assertEqual([], os.listdir(self.path("there")))
-
-    def test_it_says_where_no_disk_is(self):
-        disk = self.small_disk("300m")
-        self.assertIn("\nThat is memory: ", self.bench(disk)[1])
-
-    def test_a_signal_ends_it_and_its_server(self):
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            process = self.spawn(JOBMAN, "bench", "--seconds", "60")
-            served = wait_for(lambda: glob.glob(
-                self.path(".jobman-*", "access.json")), "its server")
-            self.assertTrue(served)
-            with open(served[0]) as file:
-                port = int(json.load(file)["url"].rpartition(":")[2])
-            process.send_signal(number)
-            status, _, err = self.finish(process)
-            self.assertEqual((128 + number, ""), (status, err))
-            self.assertClean()
-            with self.assertRaises(ConnectionRefusedError):
-                socket.create_connection(("127.0.0.1", port), PATIENCE)
-
-    def test_a_folder_that_cannot_be_written_is_told(self):
-        status, out, err = self.bench("/proc/self")
-        self.assertEqual((1, ""), (status, out))
-        self.assertRegex(
-            err, r"\Ajobman.py: Can't make a folder in [^\n]+\n\Z")
-
-    def test_a_server_that_does_not_start_is_told(self):
-        self.environment["JOBMAN_JOBIX"] = "x"
-        status, _, err = self.bench()
-        self.assertEqual(1, status)
-        self.assertIn("JOBMAN_JOBIX holds no number", err)
-        self.assertIn("The server of the bench didn't start.\n", err)
-        self.assertClean()
-
-    def test_seconds_are_more_than_none(self):
-        self.assertEqual(2, self.bench("--seconds", "0")[0])
+        self.assertEqual([], os.listdir(self.folder))
+        self.assertRegex(self.command(place, "/proc/self")[2],
+                         r"\ACan't make a folder in [^\n]+\n\Z")
 
 
 class CareTest(TemporaryFolder):
@@ -14282,7 +14253,9 @@ class CareTest(TemporaryFolder):
     def assertWhole(self, name):
         status, found = self.check(name)
         self.assertEqual((0, {"ok"}), (status, set(found.values())), found)
-        self.assertEqual(len(jobman.CHECKS), len(found))
+        self.assertEqual(["integrity", "schema", "counts"], list(found))
+        with jobman.open_snapshot(self.path(name)) as execute:
+            self.assertEqual([], faults(execute))
 
     def test_findings_are_told_to_programs_too(self):
         path = self.made()
@@ -14294,9 +14267,9 @@ class CareTest(TemporaryFolder):
             for output in ("json", "quiet"):
                 told[output] = self.command(
                     JOBMAN, *CHECK, "--output", output)
-            names = [name for name, _ in jobman.CHECKS]
             found = json.loads(told["json"][1])
-            self.assertEqual(names, [one["name"] for one in found])
+            self.assertEqual(["integrity", "schema", "counts"],
+                             [one["name"] for one in found])
             self.assertEqual(
                 ["counts"] * wrong,
                 [one["name"] for one in found if not one["ok"]])
@@ -14607,56 +14580,6 @@ class CareTest(TemporaryFolder):
             ("counts", "stage 9, working: counted 1, there 0"),
         "update job set namespace = 99 where jobid = 60":
             ("counts", "stage 0, waiting: counted 0, there 1"),
-        "update job set free = -3 where jobid = 60":
-            ("jobs", "1 jobs are free by mistake, or not free (job 60)"),
-        "update job set free = 0 where jobid = 60":
-            ("jobs", "1 jobs are free by mistake, or not free (job 60)"),
-        "update job set free = 1 where state = 'working'":
-            ("jobs", "1 jobs are free by mistake, or not free"),
-        "insert into attempt (job, claim, attempt, stage, started, ended,"
-        " outcome) values (9999, 'x', 1, 0, 0, 0, 'done')":
-            ("attempts", "1 attempts are of no job"),
-        "update job set claim = null where state = 'working'":
-            ("jobs", "1 jobs are working without a claim"),
-        "update job set claimed_from = null where state = 'working'":
-            ("jobs", "1 jobs are working without a claim"),
-        "update job set claimed_to = null where state = 'working'":
-            ("jobs", "1 jobs are working without a claim"),
-        "update job set expires_at = null where state = 'working'":
-            ("jobs", "1 jobs are due without a lease or delay, or never"),
-        "update job set lease = null, free = 1 where state = 'working'":
-            ("jobs", "1 jobs are due without a lease or delay, or never"),
-        "update job set expires_at = null where state = 'delayed'":
-            ("jobs", "2 jobs are due without a lease or delay, or never"),
-        "update job set expires_at = 5 where jobid = 60":
-            ("jobs", "1 jobs are due without a lease or delay, or never"),
-        "update job set lease = 5 where jobid = 60":
-            ("jobs", "1 jobs are due without a lease or delay, or never"),
-        "update job set laststage = 6 where state = 'done'":
-            ("jobs", "10 jobs are done before their last stage"),
-        "update job set laststage = null where state = 'done'":
-            ("jobs", "10 jobs are done before their last stage"),
-        "update job set laststage = 0 where jobid = 60":
-            ("jobs", "last stage, or waiting in it (job 60)"),
-        "update job set unmet = 1 where jobid = 60;"
-        "insert into dependency select id, 1, 0 from job where jobid = 60":
-            ("jobs", "1 jobs are waiting for other jobs by mistake"),
-        "update job set state = 'blocked', free = 0 where jobid = 60;"
-        "update tally set jobs = 84 where state = 'waiting';"
-        "insert into tally select namespace, 0, 'blocked', 1, 0 from job"
-        " where jobid = 60":
-            ("jobs", "by mistake, or not waiting (job 60)"),
-        "update job set unmet = 1 where state = 'delayed'":
-            ("dependencies", "2 jobs wait for more or fewer than they count"),
-        "insert into dependency select id, 1, 0 from job where jobid = 2":
-            ("dependencies",
-             "1 jobs wait for more or fewer than they count (job 2)"),
-        "insert into dependency select id, 10000, 1 from job"
-        " where jobid = 60":
-            ("dependencies", "1 dependencies are of no job"),
-        "insert into dependency select 10000, id, 1 from job"
-        " where jobid = 60":
-            ("dependencies", "1 dependencies are of no job (id 10000)"),
         "drop table tally": ("schema", "there is no table tally"),
         "drop index job_expiry": ("schema", "there is no index job_expiry"),
     }
@@ -14672,7 +14595,7 @@ class CareTest(TemporaryFolder):
                 self.assertEqual(1, status)
                 self.assertIn("wrong  ", found[said[0]])
                 self.assertIn(said[1], found.pop(said[0]))
-                self.assertEqual({"ok"}, set(found.values()), found)
+                self.assertLessEqual(set(found.values()), {"ok"}, found)
 
     def test_a_state_that_there_is_not_is_found(self):
         path = self.made()
@@ -14847,7 +14770,7 @@ class CareTest(TemporaryFolder):
         self.assertWhole("jobman.db")
         done = self.command(JOBMAN, "serve", "--keep-days", "0")
         self.assertEqual((2, ""), done[:2])
-        self.assertIn("--keep-days must be", done[2])
+        self.assertIn("--keep-days: ", done[2])
 
 
 SHIM = r"""
@@ -16373,15 +16296,7 @@ class TlsTest(Certified, TemporaryFolder):
 class DoctorTest(Certified, CommandCase):
     """What doctor finds, on a healthy host and on others."""
 
-    CHAIN = ["address", "connection", "certificate", "server", "jobix",
-             "version", "clock"]  # what is built upon the access file
-
-    def setUp(self):
-        super().setUp()
-        for name in list(self.environment):
-            if name.lower().endswith("_proxy") or name in (
-                    "SLURM_JOB_ID", "PBS_JOBID"):
-                del self.environment[name]
+    CHAIN = ["address", "connection", "server", "jobix"]
 
     def lead_to(self, url):
         """Have commands find a server by the access file."""
@@ -16423,15 +16338,6 @@ class DoctorTest(Certified, CommandCase):
     def assertWrong(self, name, said, found):
         self.assertFound(name, False, said, found)
 
-    def limited(self, **limits):
-        """Return what limits a child: {name of a limit: (soft, hard)}."""
-
-        def limit():
-            for name, pair in limits.items():
-                resource.setrlimit(getattr(resource, name), pair)
-
-        return limit
-
     def put(self, name, text, mode=0o600):
         """Write a file in the test's folder; return its path."""
         with open(self.path(name), "w", encoding="latin-1") as file:
@@ -16442,13 +16348,10 @@ class DoctorTest(Certified, CommandCase):
     # How it is said
 
     def test_a_healthy_host_has_a_line_for_each_thing(self):
-        self.clock.now = time.time()
         found = self.examine("--db", "jobs.db")
-        self.assertEqual(
-            {name for name, _, _ in jobman.LOOKS} - {"allocation"}, set(found))
         self.assertEqual({True}, {ok for ok, _ in found.values()})
         table = self.does("doctor", "--db", "jobs.db")
-        self.assertRegex(table, r"\A(\w+ +ok     \S.*\n){20}\Z")
+        self.assertRegex(table, r"\A(\w+ +ok     \S.*\n){9}\Z")
         self.assertEqual(
             "", self.does("doctor", "--db", "jobs.db", "--output", "quiet"))
 
@@ -16458,15 +16361,6 @@ class DoctorTest(Certified, CommandCase):
         self.assertEqual("access\n", quiet)
         table = self.does("doctor", status=1)
         self.assertRegex(table, r"\naccess       wrong  There is no access ")
-
-    def test_colours_are_for_terminals(self):
-        self.assertNotIn("\033", self.does("doctor", status=1))
-        status, seen = self.on_terminal("doctor")
-        self.assertEqual(1, status)
-        self.assertRegex(seen, "python +\033\\[32mok +\033\\[0m")
-        self.assertRegex(seen, "clock +\033\\[31mwrong *\033\\[0m")
-        self.environment["NO_COLOR"] = "1"
-        self.assertNotIn("\033", self.on_terminal("doctor")[1])
 
     def test_control_characters_are_not_drawn(self):
         self.lead_to("http://127.0.0.1:1/")
@@ -16493,181 +16387,39 @@ class DoctorTest(Certified, CommandCase):
         for argv in (["--output", "xml"], ["this"], [":::", "x"]):
             self.does("doctor", *argv, status=2, err=USAGE)
 
-    def test_what_takes_too_long_is_left_alone(self):
-        never = threading.Event()
-        self.addCleanup(never.set)
-        with self.assertRaisesRegex(jobman.CommandError, "more than 0.01 s"):
-            jobman.within(0.01, never.wait)
-        with self.assertRaises(ZeroDivisionError):
-            jobman.within(PATIENCE, lambda: 1 / 0)
-
-    def test_all_looks_together_have_their_time(self):
-        never = threading.Event()
-        self.addCleanup(never.set)
-        looks = [
-            (str(n), lambda patient: never.wait(), None) for n in range(4)]
-        looks.append(
-            ("soon", lambda patient: never.wait(0.1) or "well", None))
-        for name, value in (
-            ("LOOKS", looks), ("LONGEST_LOOK", 1), ("LOOKS_TIME", 1.5),
-            ("SHORTEST_LOOK", 0.5),
-        ):
-            self.replace(name, value)
-        patient = jobman.Patient(argparse.Namespace(access="a", db=None))
-        began = time.monotonic()
-        self.assertEqual(
-            [False, False, False, False, True],
-            [one["ok"] for one in jobman.examine(patient)])
-        self.assertLess(time.monotonic() - began, 3.8)
-
     def test_the_manual_has_each_line(self):
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
             _, _, text = file.read().partition("\n### doctor\n")
         text, _, _ = text.partition("\n###")
         self.assertEqual(
-            [name for name, _, _ in jobman.LOOKS],
+            [name for row in jobman.DOCTOR_CHECKS for name, _ in row],
             re.findall("`([a-z]+)`", " ".join(
                 re.findall(r"(?m)^\| ((?:`[a-z]+`,? )+)\|", text))))
-
-    def test_no_more_threads_are_no_hindrance(self):
-        gigabyte = 2**30
-        self.assertOk("python", ".", self.examine(preexec_fn=self.limited(
-            RLIMIT_AS=(gigabyte, gigabyte),
-            RLIMIT_STACK=(2 * gigabyte, 2 * gigabyte))))
 
     # This host
 
     def test_python_and_sqlite_are_new_enough(self):
-        found = self.examine()
         version = "%d.%d.%d" % sys.version_info[:3]
-        self.assertOk("python", re.escape(version), found)
-        self.assertOk("sqlite", sqlite3.sqlite_version, found)
-        found = self.examine(start=changed(
-            "jobman", "jobman.OLDEST_PYTHON = 9, 1\n"
-            "jobman.OLDEST_SQLITE = 9, 2, 3"))
-        self.assertWrong("python", "run it by Python 9.1 or later", found)
-        self.assertWrong("sqlite", "SQLite 9.2.3 or later", found)
+        self.assertOk("program", "Python %s, SQLite %s" % (
+            re.escape(version), sqlite3.sqlite_version), self.examine())
+        for change, said in (
+            ("OLDEST_PYTHON = 9, 1", "run it by 9.1 or later"),
+            ("OLDEST_SQLITE = 9, 2, 3", "SQLite 9.2.3 or later"),
+        ):
+            found = self.examine(start=changed("jobman", "jobman." + change))
+            self.assertWrong("program", said, found)
 
     def test_worker_py_is_there_and_of_the_same_version(self):
-        self.assertOk("programs", jobman.__version__, self.examine())
         start = [shutil.copy(JOBMAN, self.folder)]
-        found = self.examine(start=start)
-        self.assertWrong("programs", "worker.py is needed; copy it", found)
-        self.assertFalse({"access", *self.CHAIN} & set(found))
+        status, _, err = self.command(*start, "doctor")
+        self.assertEqual(1, status)
+        self.assertRegex(err, "worker.py is needed; copy it there")
         with open(WORKER, encoding="utf-8") as file:
             source = file.read()
         with open(self.path("worker.py"), "w", encoding="utf-8") as file:
             file.write(source.replace(worker.__version__, "0.0.0+old"))
         found = self.examine(start=start)
-        self.assertWrong("programs", r"worker.py is 0\.0\.0\+old and", found)
-        self.assertOk("jobix", "taken", found)
-
-    def test_enough_files_can_be_opened(self):
-        limit = self.limited(RLIMIT_NOFILE=(1000, 1100))
-        self.assertOk("files", "1100, so a server has up to 1000 connections",
-                      self.examine(preexec_fn=limit, start=changed(
-                          "jobman", "jobman.slots_here = lambda: 100")))
-        self.assertWrong(
-            "files", r"1100, and a worker of 101 slots needs 1110; raise",
-            self.examine(preexec_fn=limit, start=changed(
-                "jobman", "jobman.slots_here = lambda: 101")))
-
-    def test_a_user_may_have_enough_processes(self):
-        there = jobman.threads_of(os.getuid())
-        self.assertGreater(there, 0)
-        hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
-        most = there + 10000 if hard < 0 else min(hard, there + 10000)
-        found = self.examine(
-            preexec_fn=self.limited(RLIMIT_NPROC=(most, most)))
-        self.assertOk("processes", "have %d with their threads" % most, found)
-        found = self.examine(
-            preexec_fn=self.limited(RLIMIT_NPROC=(1, most)))
-        self.assertWrong("processes", r"may have 1 with.*; .*ulimit -u", found)
-        found = self.examine(start=changed(
-            "jobman", "jobman.resource.getrlimit = lambda which: (-1, -1)"))
-        self.assertOk("processes", "any number", found)
-        self.assertOk("files", "any number", found)
-
-    def test_threads_of_a_user_are_counted(self):
-        self.assertEqual(0, jobman.threads_of(2**31 - 3))
-        before, held = jobman.threads_of(os.getuid()), threading.Event()
-        self.addCleanup(held.set)
-        for _ in range(50):
-            threading.Thread(target=held.wait, daemon=True).start()
-        wait_for(lambda: jobman.threads_of(os.getuid()) >= before + 25,
-                 "threads")
-
-    def test_there_is_space(self):
-        found = self.examine("--db", "jobs.db")
-        for name in ("temporary", "spool", "disk"):
-            self.assertOk(name, r"[\d.]+ GB are free at /", found)
-        disk = self.small_disk()
-        self.environment["TMPDIR"] = disk
-        found = self.examine("--db", os.path.join(disk, "jobs.db"),
-                             "--access", os.path.join(disk, "none", "a.json"))
-        said = r"Only 0\.\d MB are free at %s; make space, or " % disk
-        self.assertWrong("temporary", said + "set TMPDIR", found)
-        self.assertWrong("spool", said + "give worker.py .*--spool", found)
-        self.assertWrong("disk", said + "use another disk", found)
-
-    def test_there_can_be_more_files(self):
-        disk = self.small_disk("200m,nr_inodes=2")
-        access = os.path.join(disk, "a.json")
-        self.assertOk("spool", "free", self.examine("--access", access))
-        with open(access, "w"):
-            pass
-        self.assertWrong("spool", "There can be no more files at ",
-                         self.examine("--access", access))
-
-    def test_folders_can_be_written(self):
-        disk = self.small_disk("200m,ro")
-        found = self.examine("--db", os.path.join(disk, "jobs.db"),
-                             "--access", os.path.join(disk, "a.json"))
-        self.assertWrong("spool", "Nothing can be written in", found)
-        self.assertWrong("disk", "Nothing can be written in", found)
-        path = os.path.join(self.put("file", "", 0o700), "a.json")
-        found = self.examine("--access", path)
-        self.assertWrong("spool", "Nothing can be written in", found)
-
-    # A batch job
-
-    def test_a_batch_job_has_time_left(self):
-        self.assertNotIn("allocation", self.examine())
-        end = int(time.time()) + 7000
-        self.environment.update(
-            SLURM_JOB_ID="7", SLURM_JOB_END_TIME=str(end))
-        self.assertOk(
-            "allocation", r"Slurm leaves this batch job 1:5\d:",
-            self.examine())
-        self.environment["SLURM_JOB_END_TIME"] = str(int(time.time()) + 30)
-        self.assertWrong(
-            "allocation", r"job has [23]\d s left, too few", self.examine())
-
-    def batch_system(self, name, script):
-        """Have a program of a batch system that does as a script says."""
-        self.put(name, "#!/bin/sh\n" + script, 0o700)
-        self.environment["PATH"] = "%s:%s" % (
-            self.folder, self.environment["PATH"])
-
-    def test_a_batch_system_may_not_know(self):
-        self.environment["PBS_JOBID"] = "8"
-        self.batch_system("qstat", "exit 1\n")
-        self.assertWrong(
-            "allocation", "PBS doesn't say .*--time-limit", self.examine())
-        self.batch_system("qstat", "echo Walltime.Remaining = 3600\n")
-        self.assertOk("allocation", "job 1:00:00", self.examine())
-        self.batch_system(
-            "qstat", "echo Resource_List.walltime = 1:00:00\n"
-            "echo stime = Day Month 99 25:00 2000\n")
-        self.assertWrong("allocation", "PBS doesn't say", self.examine())
-
-    def test_a_batch_system_may_hang(self):
-        self.environment["SLURM_JOB_ID"] = "7"
-        self.batch_system("scontrol", "exec sleep 20 <&- >&- 2>&-\n")
-        began = time.monotonic()
-        found = self.examine()
-        self.assertWrong("allocation", "takes more than 5 s", found)
-        self.assertLess(time.monotonic() - began, 12)
+        self.assertWrong("program", r"worker.py is 0\.0\.0\+old and", found)
 
     # The access file
 
@@ -16678,7 +16430,7 @@ class DoctorTest(Certified, CommandCase):
         said = "%s, for its owner only, written 2:00:" % re.escape(path)
         self.assertOk("access", said, self.examine())
         os.utime(path, (time.time() + 99, time.time() + 99))
-        self.assertOk("access", "written 0 s ago", self.examine())
+        self.assertOk("access", "written 0 ms ago", self.examine())
         os.chmod(path, 0o640)
         found = self.examine()
         self.assertWrong("access", "others can read it: chmod 600", found)
@@ -16701,15 +16453,6 @@ class DoctorTest(Certified, CommandCase):
         self.assertWrong("access", "needs a jobix too", self.examine())
 
     # The way to the server
-
-    def test_an_address_may_have_a_zone(self):
-        host = "fe80::1%lo"
-        try:
-            socket.getaddrinfo(host, 1)
-        except OSError as error:
-            self.skipTest("no IPv6: %s" % error)
-        self.lead_to("http://[%s]:1" % host)
-        self.assertOk("address", "^fe80::1", self.examine())
 
     def test_the_servers_name_is_known(self):
         self.assertOk("address", r"^127\.0\.0\.1$", self.examine())
@@ -16743,7 +16486,7 @@ class DoctorTest(Certified, CommandCase):
             self.lead_to("http://127.0.0.1:%d" % deaf.getsockname()[1])
             found = self.examine()
         self.assertWrong("connection", "No server listens at", found)
-        self.assertNotIn("certificate", found)
+        self.assertNotIn("server", found)
 
     def test_a_firewall_may_be_between(self):
         with contextlib.ExitStack() as stack:
@@ -16758,46 +16501,22 @@ class DoctorTest(Certified, CommandCase):
             began = time.monotonic()
             found = self.examine()
         self.assertWrong(
-            "connection", r"isn't reached \(timed out\); look for a fire",
+            "connection", r"can't be reached \(timed out\); look for a fire",
             found)
         self.assertLess(time.monotonic() - began, 12)
-
-    def test_proxies_are_named_and_not_used(self):
-        self.assertOk("proxies", "none is set", self.examine())
-        self.environment["HTTPS_PROXY"] = "http://me:hush@127.0.0.1:1"
-        self.environment["http_proxy"] = "http://127.0.0.1:1"
-        self.environment["all_proxy"] = ""
-        found = self.examine()
-        self.assertOk("jobix", "taken", found)
-        self.assertOk("proxies", "^HTTPS_PROXY, http_proxy is set;", found)
-        self.assertNotIn("hush", str(found))
-        self.lead_to("http://127.0.0.1:1")
-        self.assertWrong("proxies", "jobman uses no proxy; run it where",
-                         self.examine())
-
-    def test_plain_http_is_named(self):
-        self.assertOk("certificate", "stays on this host", self.examine())
-        self.lead_to("http://127.0.0.1:%d" % self.address[1])
-        start = changed(
-            "jobman", "class Far:\n"
-            "    is_loopback = False\n"
-            "jobman.ipaddress.ip_address = lambda text: Far")
-        self.assertOk(
-            "certificate", "serve without --plain hides",
-            self.examine(start=start))
 
     def test_a_servers_certificate_is_the_one(self):
         port = self.serve("--tls", "--db", "tls.db")[1][1]
         self.assertOk(
-            "certificate", "fingerprint that it should", self.examine())
+            "connection", "right fingerprint", self.examine())
         self.name_server(fingerprint="0" * 64)
         found = self.examine()
         self.assertWrong(
-            "certificate", "another server than ours.*its fingerprint is [a-f"
+            "connection", "another server than ours.*its fingerprint is [a-f"
             "0-9]{64}.*; end it, or use", found)
         self.assertNotIn("server", found)
         self.name_server(fingerprint=None)
-        self.assertWrong("certificate", "can't be trusted", self.examine())
+        self.assertWrong("connection", "can't be trusted", self.examine())
         self.name_server(url="http://127.0.0.1:%d" % port)
         self.assertWrong("server", "can't be reached", self.examine())
 
@@ -16806,12 +16525,12 @@ class DoctorTest(Certified, CommandCase):
                    "--db", "tls.db", "--host", "localhost")
         self.name_server(fingerprint=None)
         self.environment["SSL_CERT_FILE"] = self.certfile
-        self.assertOk("certificate", "authorities vouch", self.examine())
+        self.assertOk("connection", "word of cert", self.examine())
 
     def test_who_speaks_no_tls_is_named(self):
         self.lead_to("https://127.0.0.1:%d" % self.address[1])
         found = self.examine()
-        self.assertWrong("certificate", "nobody speaks TLS.* --plain", found)
+        self.assertWrong("connection", "doesn't speak TLS.* --plain", found)
         self.assertNotIn("server", found)
 
     # The server
@@ -16860,19 +16579,6 @@ class DoctorTest(Certified, CommandCase):
                 self.assertWrong("server", said, found)
                 self.assertNotIn("jobix", found)
 
-    def test_a_server_may_refuse_to_show_figures(self):
-        version = b'{"version": "1"}'
-
-        def answer(request):
-            status = b"200 OK" if b"/health" in request else b"429 No"
-            return self.HEAD % (
-                status, b"application/json", len(version), version)
-
-        self.stand_in(answer)
-        found = self.examine()
-        self.assertOk("server", "it answers", found)
-        self.assertWrong("jobix", "The server said 429", found)
-
     def test_a_server_may_be_silent(self):
         self.stand_in(None)
         began = time.monotonic()
@@ -16891,11 +16597,8 @@ class DoctorTest(Certified, CommandCase):
         self.name_server(jobix=self.jobix)
         found = self.examine()
         self.assertWrong("jobix", "takes another jobix than ours; use", found)
-        self.assertOk("version", ".", found)
-        self.assertNotIn("clock", found)
 
     def test_the_server_is_of_the_same_version(self):
-        self.assertOk("version", jobman.__version__, self.examine())
         with open(JOBMAN, encoding="utf-8") as file:
             source = file.read()
         older = '__version__ = "0.0.0+old"'
@@ -16904,23 +16607,13 @@ class DoctorTest(Certified, CommandCase):
                 '__version__ = "%s"' % jobman.__version__, older))
         self.serve("--db", "old.db", start=[self.path("jobman.py")])
         self.assertWrong(
-            "version", r"server is jobman 0\.0\.0\+old, this is .*; run the",
+            "server", r"server is jobman 0\.0\.0\+old, this is .*; run the",
             self.examine())
-
-    def test_the_clocks_agree(self):
-        self.clock.now = time.time() + 2
-        self.assertOk("clock", "at most [1-3]", self.examine())
-        self.clock.now = time.time() + 3600
-        self.assertWrong(
-            "clock", r"is (59:5\d|1:00:0\d) behind the server's; leases don't",
-            self.examine())
-        self.clock.now = time.time() - 3600
-        self.assertWrong("clock", "ahead of the server's", self.examine())
 
     # The database
 
     def test_a_database_is_looked_at_where_there_is_one(self):
-        names = {"database", "locks", "disk", "holder"}
+        names = {"database", "locks", "holder"}
         self.assertFalse(names & set(self.examine()))
         os.symlink("../jobs.db", self.path(".jobman", "jobman.db"))
         found = self.examine()
@@ -17011,15 +16704,6 @@ class DoctorTest(Certified, CommandCase):
         self.addCleanup(ending.set)
         self.assertOk("holder", "process 7 on far serves new.db",
                       self.examine("--db", "new.db"))
-
-    def test_a_server_may_end_while_one_looks(self):
-        location = jobman.DatabaseLocation(self.path("new.db"))
-        holder = {"host": "far", "pid": 7}
-        self.put("new.db.lock", json.dumps(holder))
-        ends = threading.Timer(0.3, os.unlink, [self.path("new.db.lock")])
-        ends.start()
-        self.addCleanup(ends.join)
-        self.assertFalse(jobman.is_serving(location, holder))
 
     def test_a_lock_file_of_any_content_is_read(self):
         for content in ("", "\0\xff", "[]", '{"pid": "x", "host": 7}'):
@@ -19760,7 +19444,7 @@ class ReadmeTest(TemporaryFolder):
     BLOCKS = {
         "Quick start on a laptop": 4, "A pipeline": 4,
         "Quick start on Slurm": 2, "Quick start on PBS": 1, "Life cycle": 1,
-        "Claiming": 1, "Figures": 2, "submit": 1, "bench": 1,
+        "Claiming": 1, "Figures": 2, "submit": 1,
         "Python client": 3, "top": 2, "serve in a batch job": 1, "WSGI": 2,
     }
 
@@ -19826,14 +19510,10 @@ class ReadmeTest(TemporaryFolder):
                 self.keys(shown) - {"failed"}, self.keys(answer))
             self.assertEqual(set(shown), set(answer))
 
-    def test_drawings_and_samples(self):
+    def test_drawings(self):
         drawn = self.blocks("Life cycle")[0]
         for state in jobman.STATES:
             self.assertIn("[%s]" % state, drawn)
-        sample = self.blocks("bench")[0]
-        for line in jobman.MEASURED.values():
-            self.assertIn(re.sub(r"^%\S+ ", " ", line), sample)
-        self.assertIn(jobman.GOOD_FOR, sample)
 
     def typed(self, block):
         """Type a block of commands; return what is printed."""
@@ -19994,9 +19674,8 @@ class HouseTest(TemporaryFolder):
 
     def test_no_sql_uses_what_sqlite_3_7_17_lacks(self):
         sql = jobman.SCHEMA + " ".join(
-            text for statements in (jobman.SQL, jobman.CheckSQL)
-            for name, text in vars(statements).items() if name.isupper()
-        )
+            text for name, text in vars(jobman.SQL).items() if name.isupper()
+        ) + jobman.WRONG_COUNTS
         for word in ("returning", "on conflict", "over (", "with ", "filter",
                      "without rowid", "strict", "iif(", "json_"):
             self.assertNotIn(word, sql)
