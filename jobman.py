@@ -6857,8 +6857,9 @@ def prune_logs(client, worker, folder=None):
 
 
 def freed_text(size):
-    """Return what removing so many bytes of output is said to have done."""
-    return "%.3g MB of output of jobs that are gone removed" % (size / 1e6)
+    """Return a sentence on how many bytes of output were removed."""
+    text = "%d bytes" % size if size < 10**4 else "%.3g MB" % (size / 1e6)
+    return "Freed %s: the output of jobs that are gone." % text
 
 
 def follow_logs(client, options, folder, space, wanted):

@@ -10524,9 +10524,9 @@ class LogTest(WorkerCase):
         return [os.path.join(folder, name)
                 for name in sorted(os.listdir(folder))]
 
-    def logs(self, jobid=1, *argv):
+    def logs(self, ids=1, *argv):
         """Return what `jobman.py logs` prints: (stdout, stderr)."""
-        status, out, err = self.command(JOBMAN, "logs", str(jobid), *argv)
+        status, out, err = self.command(JOBMAN, "logs", str(ids), *argv)
         self.assertEqual(0, status, err)
         return out, err
 
@@ -10625,6 +10625,47 @@ class LogTest(WorkerCase):
         worker.kill()
         worker.wait()
         self.assertEqual("begun\n", self.logs()[0])
+
+    def test_output_of_many_jobs_and_of_those_in_a_state(self):
+        self.add("echo 1", "echo 2; exit 1", "echo 3", max_attempts=1)
+        self.client.submit("run3", [
+            {"jobstage": 0, "laststage": 2, "jobcmd": "echo 4"}])
+        self.work()
+        for argv, expected in (
+            (("1-2,4",), "1\n2\n4\n"), (("--state", "failed"), "2\n"),
+            (("1-3", "--state", "done"), "1\n3\n"), (("run3",), "4\n"),
+            (("last", "--stage", "2"), "4\n"),
+        ):
+            self.assertEqual(expected, self.logs(*argv)[0])
+        for argv in ((), ("1", "--prune"), ("x,1",)):
+            self.assertEqual(2, self.command(JOBMAN, "logs", *argv)[0])
+
+    def test_output_is_followed_until_the_end(self):
+        self.add("echo a; until [ -e go ]; do sleep 0.05; done; echo b",
+                 cwd=self.folder)
+        reader = self.spawn(JOBMAN, "logs", "-f", "1")
+        working = self.start()
+        self.assertEqual(b"a\n", reader.stdout.readline())
+        self.assertIsNone(reader.poll())
+        open(self.path("go"), "w").close()
+        self.assertEqual((0, "b\n"), self.finish(reader)[:2])
+        self.finish(working)
+
+    def test_output_of_forgotten_jobs_is_removed(self):
+        self.add("echo one", "echo two", *["seq 1000"] * 3)
+        self.work()
+        before = sum(map(len, map(read, self.kept())))
+        self.client.forget(ids=[1])
+        status, out, _ = self.command(JOBMAN, "logs", "--prune")
+        self.assertEqual((0, "Freed 4 bytes: the output of jobs that are"
+                          " gone.\n"), (status, out))
+        self.assertEqual(("two\n", 2), (self.logs(2)[0], len(self.kept())))
+        left = sum(map(len, map(read, self.kept())))
+        self.assertTrue(before - 50 < left < before - 4)
+        status, out, err = self.command(JOBMAN, "forget", "all")
+        self.assertEqual((0, "4 jobs forgotten\n"), (status, out))
+        self.assertRegex(err, r"^Freed 0\.0117 MB: .*\n$")
+        self.assertEqual([], self.kept())
 
     def test_jobs_of_another_jobix_are_not_shown(self):
         self.add("echo mine")
@@ -13218,6 +13259,51 @@ class RunTest(TemporaryFolder):
         self.assertIn("failed: b (exit status 1) no b\n", err)
         self.assertIn("1 of 3 done, 2 failed", err)
         self.assertNotIn("failed: a", err)
+
+    def test_a_command_for_each_stage(self):
+        steps = ("echo 1 {} >> log", "--then", "[ {} != b ] || [ -e mended ]",
+                 "--then", "echo 3 {} >> log", ":::", "a", "b")
+        _, err = self.over("--names", "x,y,z", *steps, status=1)
+        self.assertIn("failed: b in stage y (exit status 1)\n", err)
+        self.assertIn("1 of 2 done, 1 failed", err)
+        open(self.path("mended"), "w").close()
+        self.assertIn("2 of 2 done", self.over(*steps)[1])
+        self.assertEqual(["1 a", "1 b", "3 a", "3 b"], sorted(self.log()))
+        self.over("--slots", "1", "echo {#} > {}", "--then", "cat {}",
+                  "--db", "other.db", ":::", "c", status=2)
+
+    def test_a_dry_run_makes_nothing(self):
+        out, err = self.over("--dry-run", "--array", "1-2", "echo {}",
+                             "--then", "rm {#}")
+        self.assertEqual("echo 1\nrm 1\necho 2\nrm 2\n", out)
+        self.assertEqual([], os.listdir(self.folder))
+
+    def test_a_command_that_takes_too_long_is_ended(self):
+        _, err = self.over("--timeout", "0.2", "sleep", ":::", "60", status=1)
+        self.assertIn("failed: 60 (not done after 0.2 seconds)\n", err)
+
+    def test_items_that_end_in_zero_bytes(self):
+        out, _ = self.over("-0", "--slots", "1", "printf '<%s>'",
+                           given=b"a\nb\0c\0")
+        self.assertEqual("<a\nb><c>", out)
+
+    def test_results_of_a_killed_run_are_taken_at_the_next_start(self):
+        again = "echo {} >> log", ":::", "a"
+        self.over(*again)
+        store = jobman.Store(self.path("jobman-run.db"))
+        store.sweep(store.namespace, "retry")
+        job, = store.claim(store.namespace, [0], worker="w", lease=1000)
+        outcome = worker.Outcome(
+            worker.namespace(store.jobix), job["jobid"], job["claim"],
+            "update", {"jobstage": 2})
+        store.close()
+        spool = self.path("jobman-run.db.access.spool")
+        os.mkdir(spool, 0o700)
+        with open(os.path.join(spool, "w.spool"), "w") as file:
+            file.write(json.dumps(outcome._asdict()) + "\n")
+        self.assertIn("1 of 1 done", self.over(*again)[1])
+        self.assertEqual(["a"], self.log())
+        self.assertFalse(os.path.exists(spool))
 
     def test_failed_items_are_tried_again_if_asked_to(self):
         command = "echo {} >> log; [ $(wc -l < log) = 2 ]"
