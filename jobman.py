@@ -7047,6 +7047,14 @@ def read_items(options, source):
         yield [from_utf8(b"".join(rest))]
 
 
+def run_carries(options):
+    """Return what each job of a run carries, but its commands."""
+    common = {"jobstage": 0, "laststage": 2 * len(options.steps)}
+    if options.timeout:
+        common["timeout"] = options.timeout
+    return common
+
+
 class Run:
     """Commands over many items: their jobs, and how far they are.
 
@@ -7121,14 +7129,6 @@ class Run:
             line += " (%s)" % attempt["error"]
             said = last_line(attempt["stderr"])
             yield printable(line + " " + said if said else line)
-
-
-def run_carries(options):
-    """Return what each job of a run carries, but its commands."""
-    common = {"jobstage": 0, "laststage": 2 * len(options.steps)}
-    if options.timeout:
-        common["timeout"] = options.timeout
-    return common
 
 
 class WorkerProcess:
@@ -9172,15 +9172,18 @@ COMMANDS = (
   python3 jobman.py serve --db jobs.db --host 0.0.0.0"""),
     ("run", run, add_run, """run a command for each item, and end
   python3 jobman.py run 'gzip -k {}' ::: *.txt
-  find . -name '*.png' | python3 jobman.py run 'optipng {}'
+  find . -name '*.png' -print0 | python3 jobman.py run -0 'optipng {}'
+  python3 jobman.py run 'gzip -k {}' --then 'gzip -t {}.gz' ::: *.txt
 {} is the item as one shell word, {#} its number. Items come after :::, from a
-file, or from standard input, one a line."""),
+file, or from standard input, one a line. Options stand before the
+command."""),
     ("submit", submit_jobs, add_submit, """add jobs
   python3 jobman.py submit 'gzip -k {}' ::: *.txt
   find . -name '*.png' | python3 jobman.py submit --each-line - 'optipng {}'
   python3 jobman.py submit --array 1-1000 ./simulate.sh --seed {}
   python3 jobman.py submit --commands todo.txt --priority 5
-  python3 jobman.py submit --after 1-1000 ./summarize.sh
+  python3 jobman.py submit --name run3 --array 1-9 'get {}' --then 'sum {}'
+  python3 jobman.py submit --after run3 ./summarize.sh
 {} is the item as one shell word, {#} its number, as with run. Options stand
 before the command."""),
     ("status", print_status, add_client, """show how far the jobs are
@@ -9201,10 +9204,15 @@ Ctrl-C ends it. Where its output is no terminal it prints a line when there is
 news, every 10 seconds at most."""),
     ("wait", wait, add_wait, """return when jobs have ended
   python3 jobman.py wait --exit-code && echo all is well
-  python3 jobman.py wait 1,3,5-8 --timeout 3600"""),
-    ("logs", logs, add_logs, """print what a job's commands have printed
+  python3 jobman.py wait 1,3,5-8 --timeout 2h30m
+  python3 jobman.py wait run3
+Exit status 124: the time was over."""),
+    ("logs", logs, add_logs, """print what the commands of jobs have printed
   python3 jobman.py logs 17
-  python3 jobman.py logs 17 2>/dev/null > 17.txt"""),
+  python3 jobman.py logs 17 2>/dev/null > 17.txt
+  python3 jobman.py logs last --state failed
+  python3 jobman.py logs -f run3
+  python3 jobman.py logs --prune"""),
     ("export", export, add_export, """print all jobs for other programs
   python3 jobman.py export > jobs.csv
   python3 jobman.py export --format json --state failed

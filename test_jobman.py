@@ -13273,8 +13273,8 @@ class RunTest(TemporaryFolder):
                   "--db", "other.db", ":::", "c", status=2)
 
     def test_a_dry_run_makes_nothing(self):
-        out, err = self.over("--dry-run", "--array", "1-2", "echo {}",
-                             "--then", "rm {#}")
+        out, _ = self.over("--dry-run", "--array", "1-2", "echo {}", "--then",
+                           "rm {#}")
         self.assertEqual("echo 1\nrm 1\necho 2\nrm 2\n", out)
         self.assertEqual([], os.listdir(self.folder))
 
@@ -19927,7 +19927,7 @@ class ReadmeTest(TemporaryFolder):
     BLOCKS = {
         "Quick start on a laptop": 4, "A pipeline": 4,
         "Quick start on Slurm": 2, "Quick start on PBS": 1, "Life cycle": 1,
-        "Claiming": 1, "Figures": 2, "submit": 1, "bench": 1,
+        "Claiming": 1, "Figures": 2, "submit": 2, "bench": 1,
         "Python client": 3, "top": 2, "serve in a batch job": 1, "WSGI": 2,
     }
 
@@ -19950,8 +19950,9 @@ class ReadmeTest(TemporaryFolder):
 
     def test_ids_go_from_one_submission_to_the_next(self):
         self.serve()
-        self.assertEqual(
-            "1 job: 21\n", self.typed(self.blocks("submit")[0]))
+        steps, ids = self.blocks("submit")
+        self.assertRegex(self.typed(steps), r"\A3 jobs: 1-3\n[^$]* sort.gz\n")
+        self.assertEqual("1 job: 24\n", self.typed(ids))
 
     def test_the_programs_in_python(self):
         _, (_, port) = self.serve("--open")
