@@ -2919,6 +2919,14 @@ class Store:
         return rows
 
     @query
+    def states(self, execute, namespace):
+        """Return how many jobs are in each state, a Counter."""
+        states = Counter()
+        for row in execute(SQL.TALLY, {"namespace": namespace}):
+            states[row["state"]] += row["jobs"]
+        return states
+
+    @query
     def status(self, execute, namespace, ranges=None):
         """Return the figures of a namespace, or of `ranges` of its jobs.
 
@@ -5926,8 +5934,9 @@ class Progress:
         self.stream.write("\r%s\033[K" % self.line)
         self.stream.flush()
 
-    def relay(self, source, target):
-        """Copy a command's output to the terminal, the bar kept below it."""
+    def relay(self, source):
+        """Copy output to the terminal, the bar kept below it."""
+        target = self.stream.buffer
         for block in iter(lambda: source.read1(65536), b""):
             with self.mutex:
                 if not self.midway:
@@ -6100,15 +6109,10 @@ def pages(client, *, most=math.inf, after=None, **options):
             return
 
 
-ITEM_FIRST = 'export JOBMAN_ITEM="$1"; '  # of what shell_script() makes
-
-
 def item_of(job):
     """Return the item that a job's command is for, None without one."""
     command = job["jobcmd"]
-    made = type(command) is list and len(command) == 5 and type(
-        command[2]) is str and command[2].startswith(ITEM_FIRST)
-    return str(command[4]) if made else None
+    return command.get("item") if type(command) is dict else None
 
 
 def command_of(job):
@@ -6121,14 +6125,29 @@ def command_of(job):
     return to_json(command)
 
 
+def step_of(job):
+    """Return the command of a job's stage, None if its jobcmd has no steps.
+
+    While it is worked on, and when it is done, that of the stage before.
+    """
+    steps = job["jobcmd"].get("steps") if type(job["jobcmd"]) is dict else None
+    if type(steps) is not dict:
+        return None
+    before = [int(stage) for stage in steps
+              if stage.isdecimal() and int(stage) <= job["stage"]]
+    return steps[str(max(before))] if before else None
+
+
 def told_command(job):
     """Return a job's command as a person wrote it, the item filled in."""
-    item = item_of(job)
-    if item is None:
+    step = step_of(job)
+    if step is None:
         return command_of(job)
-    item = shlex.quote(item)
-    return job["jobcmd"][2][len(ITEM_FIRST):].replace(
-        '"${JOBMAN_ITEM}"', item).replace("${JOBMAN_ITEM}", item)
+    if type(step) is str and "item" in job["jobcmd"]:
+        item = shlex.quote(str(job["jobcmd"]["item"]))
+        return step.replace('"${JOBMAN_ITEM}"', item).replace(
+            "${JOBMAN_ITEM}", item)
+    return command_of({"jobcmd": step})
 
 
 def last_attempt(job):
@@ -6306,6 +6325,61 @@ def reason(job):
     words = [error or attempt["outcome"], last_line(attempt["stderr"])]
     return ": ".join(shorten(word, 200) for word in words[
         : 1 if words[0] == words[1] else 2] if word)
+
+
+def why_nothing_moves(figures, heard):
+    """Return why jobs wait that could be claimed, a sentence for each stage.
+
+    Of what /status and /workers say. Stages with a worker that can take their
+    jobs are left out.
+    """
+    lines = []
+    for figure in figures["stages"]:
+        stage, waiting = figure["stage"], figure["states"]["waiting"]
+        name = figure["name"] or "stage %d" % stage
+        serving = [worker for worker in heard["workers"]
+                   if stage in (worker["stages"] or ())]
+        faults = sorted({
+            fault(worker, heard["time"]) or "" for worker in serving})
+        if figure["paused"]:
+            why = "it is paused"
+        elif not serving:
+            why = "no worker serves it"
+        elif "" not in faults:
+            why = "its workers are " + " or ".join(faults)
+        else:
+            continue
+        if waiting:
+            lines.append("%s wait%s in %s: %s." % (
+                number_of(waiting, "job"), "s" * (waiting == 1), name, why))
+    return lines
+
+
+class Stalled:
+    """Find out when jobs have waited for a while without a worker."""
+
+    PATIENCE = 30  # seconds
+
+    def __init__(self):
+        self.why = self.told = None
+        self.since = time.monotonic()
+
+    def news(self, figures, workers):
+        """Return why nothing moves when that is so for a while, or changes.
+
+        `workers` returns what /workers says.
+        """
+        if not figures["totals"]["states"]["waiting"]:
+            self.why = self.told = None
+            return ()
+        now, lines = time.monotonic(), why_nothing_moves(figures, workers())
+        why = [re.sub("^[0-9]+ jobs? waits?", "", line) for line in lines]
+        if why != self.why:
+            self.why, self.since = why, now
+        if why == self.told or now < self.since + self.PATIENCE:
+            return ()
+        self.told = why
+        return lines
 
 
 def why_waiting(job, figures, heard):
@@ -6576,75 +6650,51 @@ def verify(options):
     return 1 if damaged else 0
 
 
-def first_open(client, ids, seen):
-    """Return the first job of a range that hasn't ended, or None.
+def selector_of(client, named):
+    """Return the options that name jobs to the server: those of IDS.
 
-    The states of those before it are counted in `seen`.
+    `named` is what read_ids() returns, or None for all. A submission named
+    `last` stays the same one.
     """
-    after = ids.start - 1 if ids.start else None
-    for page in pages(client, most=len(ids), after=after):
-        for job in page:
-            if job["jobid"] not in ids:
-                return None
-            if job["state"] in UNENDED:
-                return job["jobid"]
-            seen[job["state"]] += 1
-    return None
+    if named is None:
+        return {}
+    if type(named) is str:
+        found, = client.submissions(named)
+        return {"submission": found["key"]}
+    return {"ids": ids_text(named)}
 
 
-def standing_of(client, ranges):
-    """Yield how jobs stand: how many haven't ended, and states of the rest.
+def wait_for_end(client, selector, end, progress):
+    """Return how many jobs are in each state when all have ended.
 
-    Only the first that hasn't ended is looked at, again and again; those
-    after it count as such. At last none is left. Raises CommandError when
-    there is no job in one of the ranges.
+    Says why nothing moves. Returns None at `end`, a moment of the monotonic
+    clock.
     """
-    seen, jobs = Counter(), sum(map(len, ranges))
-    for ids in ranges:
-        before, place = sum(seen.values()), first_open(client, ids, seen)
-        if place is None and sum(seen.values()) == before:
-            raise CommandError("There is no job %s." % (
-                ids[0] if len(ids) == 1
-                else "from %d to %d" % (ids[0], ids[-1])))
-        while place is not None:
-            one, rest = range(place, place + 1), range(place + 1, ids.stop)
-            while first_open(client, one, seen) is not None:
-                yield max(1, jobs - sum(seen.values())), seen
-            place = first_open(client, rest, seen)
-    yield 0, seen
-
-
-def standing_of_all(client):
-    """Yield, again and again, how all jobs stand; as standing_of()."""
+    pause, ended_before, stalled = 0.05, None, Stalled()
     while True:
-        states = client.status()["totals"]["states"]
-        yield sum(states[state] for state in UNENDED), Counter({
-            state: states[state] for state in STATES if state not in UNENDED})
-
-
-def await_end(client, standing, end, progress):
-    """Wait until no job is left; return the states.
-
-    Raises CommandError at `end`, a moment of the monotonic clock.
-    """
-    pause, ended_before = 0.05, None
-    for left, seen in standing:
+        began = time.monotonic()
+        figures = client.status(**selector)
+        states = figures["totals"]["states"]
+        left = sum(states[state] for state in UNENDED)
+        ended = figures["totals"]["jobs"] - left
         if not left:
-            return seen
-        ended = sum(seen.values())
+            return states
         if ended_before is None:
             ended_before = ended
         if progress:
-            bad = ended - seen["done"]
-            progress.show(left + ended, seen["done"], bad,
-                          ended - ended_before)
+            progress.show(left + ended, states["done"],
+                          ended - states["done"], ended - ended_before)
+        for line in stalled.news(figures, client.workers):
+            client.tell(line)
         now = time.monotonic()
         if now >= end:
-            raise CommandError(
-                "The time is over, and not all jobs have ended.")
+            return None
         client.patience = None if end == math.inf else end - now
-        pause = min(2, 1.3 * pause)
+        pause = max(min(2, 1.3 * pause), 10 * (now - began))
         time.sleep(min(pause, end - now))
+
+
+TIMED_OUT = 124  # exit status, as of timeout(1)
 
 
 def wait(options):
@@ -6652,20 +6702,26 @@ def wait(options):
     end = time.monotonic() + (
         math.inf if options.timeout is None else options.timeout)
     progress = Progress(sys.stderr) if sys.stderr.isatty() else None
-    with speaking(options) as client:
-        try:
-            seen = await_end(client, standing_of(client, options.ids)
-                             if options.ids else standing_of_all(client),
-                             end, progress)
-        finally:
-            if progress:
-                progress.end()
-    states = {state: seen[state] for state in STATES if seen[state]}
+    try:
+        with speaking(options) as client:
+            states = wait_for_end(
+                client, selector_of(client, options.ids), end, progress)
+    except CommandError:
+        if time.monotonic() < end:
+            raise
+        states = None  # the server is away
+    finally:
+        if progress:
+            progress.end()
+    if states is None:
+        say("jobman.py: The time is over, and not all jobs have ended.")
+        return TIMED_OUT
+    states = {state: states[state] for state in STATES if states[state]}
     ended = sum(states.values())
     line = ", ".join("%d %s" % (n, state) for state, n in states.items())
     report(options, {"jobs": ended, "states": states},
            ["%s ended%s." % (number_of(ended, "job"), line and ": " + line)])
-    return 1 if options.exit_code and ended > seen["done"] else 0
+    return int(options.exit_code and ended > states.get("done", 0))
 
 
 def open_own(path):
@@ -6680,60 +6736,183 @@ def open_own(path):
     raise PermissionError(errno.EPERM, "not a regular file of yours", path)
 
 
-def printed_by(jobid, folder, space):
-    """Return what the attempts at a job have printed, as the logs have it.
+# A line of a log's index: job, stage, attempt, began, stream, offset, length.
+INDEX_LINE = re.compile(
+    rb"^(\d+) (\d+) (\d+) (\d+) ([12]) (\d+) (\d+)$", re.M)
 
-    A list of (began, stage, attempt, stream, offset, length, path) in order.
-    Files of other users are left out.
+
+def indexes(folder, space):
+    """Return the paths of the indexes of a namespace's logs."""
+    if not os.path.isdir(folder):
+        return []
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
+            if name.split(".")[-3::2] == [space, "index"]]
+
+
+def index_lines(path, start=0):
+    """Return the lines of an index from a place on, and the place after them.
+
+    Each is a tuple of the numbers in INDEX_LINE. A file of another user has
+    none.
     """
-    line = re.compile(rb"^%d (\d+) (\d+) (\d+) ([12]) (\d+) (\d+)$" % jobid,
-                      re.M)
+    with contextlib.suppress(OSError), open_own(path) as file:
+        file.seek(start)
+        text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        lines = [tuple(map(int, match.groups()))
+                 for match in INDEX_LINE.finditer(whole)]
+        return lines, start + len(whole)
+    return [], start
+
+
+def new_pieces(folder, space, wanted, places):
+    """Return what the jobs `wanted` have printed, as the logs have it.
+
+    A list of (line of the index, path of the output), by job and in order.
+    `places` has how far each index was read, and is brought up to date.
+    """
     found = []
-    for name in sorted(os.listdir(folder)):
-        if name.endswith(".index") and name.split(".")[-3:-2] == [space]:
-            path = os.path.join(folder, name)
-            with contextlib.suppress(OSError), open_own(path) as file:
-                for match in line.finditer(file.read()):
-                    stage, attempt, began, *piece = map(int, match.groups())
-                    output = path[: -len("index")] + "out"
-                    found.append((began, stage, attempt, *piece, output))
-    return sorted(found, key=lambda piece: piece[:3])
+    for path in indexes(folder, space):
+        lines, places[path] = index_lines(path, places.get(path, 0))
+        output = path[: -len("index")] + "out"
+        found += [(line, output) for line in lines if wanted(line[0])]
+    return sorted(found, key=lambda piece: (piece[0][0], piece[0][3],
+                                            *piece[0][1:3]))
 
 
-def logs(options):
-    """Print what the commands of a job have printed, attempt by attempt."""
-    with using_worker() as worker:
-        client = worker.Client(options.access)  # which asks nothing
-        folder = options.logs or worker.beside(client.access, "logs")
-        space = worker.namespace(client.jobix)
-    try:
-        pieces = printed_by(options.jobid, folder, space)
-    except FileNotFoundError:
-        pieces = []
-    if not pieces:
-        raise CommandError("Nothing that job %d has printed is in %s." % (
-            options.jobid, folder))
-    shown = None
-    for began, stage, attempt, stream, offset, length, path in pieces:
-        if shown != (began, stage, attempt):
-            shown = began, stage, attempt
-            say("--- stage %d, attempt %d, %s, %s" % (
-                stage, attempt, os.path.basename(path).rsplit(".", 3)[0],
+def print_pieces(pieces, shown):
+    """Print pieces of output, a line before each attempt; return the last.
+
+    `shown` is the attempt that was printed last.
+    """
+    for (*attempt, stream, offset, length), path in pieces:
+        if shown != attempt:
+            shown = attempt
+            jobid, stage, number, began = attempt
+            say("--- job %d, stage %d, attempt %d, %s, %s" % (
+                jobid, stage, number,
+                os.path.basename(path).rsplit(".", 3)[0],
                 clock_time(began / 1000)))
         with open_own(path) as file:
             file.seek(offset)
             target = sys.stdout if stream == 1 else sys.stderr
             target.buffer.write(file.read(length))
             target.flush()
+    return shown
+
+
+def ids_selected(client, options):
+    """Return a function that tells whether a jobid is one of those named."""
+    if type(options.ids) is list and options.stage is options.state is None:
+        return lambda jobid: any(jobid in ids for ids in options.ids)
+    named = selector_of(client, options.ids)
+    found = pages(client, stage=options.stage, state=options.state, **named)
+    return {job["jobid"] for page in found for job in page}.__contains__
+
+
+def rewrite_log(index, output, lines):
+    """Write a log anew, with nothing but what some lines of its index name.
+
+    Under another name: a crash leaves two logs at worst, both right.
+    """
+    stem = "%s.%s" % (index.rsplit(".", 2)[0], secrets.token_hex(4))
+    with open_own(output) as source, open(stem + ".out", "xb") as kept, \
+            open(stem + ".new", "x") as numbers:
+        for *attempt, stream, offset, length in lines:
+            source.seek(offset)
+            line = (*attempt, stream, kept.tell(), length)
+            numbers.write("%d %d %d %d %d %d %d\n" % line)
+            kept.write(source.read(length))
+    os.rename(stem + ".new", stem + ".index")
+    return os.stat(stem + ".out").st_size
+
+
+def prune_log(index, exists):
+    """Remove from a log the output of jobs that are gone; return its bytes."""
+    output = index[: -len("index")] + "out"
+    lines, _ = index_lines(index)
+    left = [line for line in lines if exists(line[0])]
+    if len(left) == len(lines):
+        return 0
+    freed = os.stat(output).st_size
+    if left:
+        freed -= rewrite_log(index, output, left)
+    os.unlink(index)
+    os.unlink(output)
+    return freed
+
+
+def prune_logs(client, worker, folder=None):
+    """Remove the output of jobs that are gone; return how many bytes.
+
+    The log of a worker that may still write to it is left alone.
+    """
+    folder = folder or worker.beside(client.access, "logs")
+    found = indexes(folder, worker.namespace(client.jobix))
+    if not found:
+        return 0
+    heard = client.workers()
+    alive = {worker.file_name(each["name"], client.jobix).rsplit(".", 2)[0]
+             for each in heard["workers"]
+             if heard["time"] - each["heard"] < 2 * SILENT}
+    there = {job["jobid"] for page in pages(client) for job in page}
+    return sum(prune_log(path, there.__contains__) for path in found
+               if os.path.basename(path).rsplit(".", 3)[0] not in alive)
+
+
+def freed_text(size):
+    """Return a sentence on how many bytes of output were removed."""
+    text = "%d bytes" % size if size < 10**4 else "%.3g MB" % (size / 1e6)
+    return "Freed %s: the output of jobs that are gone." % text
+
+
+def follow_logs(client, options, folder, space, wanted):
+    """Print what the jobs print as it comes, until they have ended."""
+    named = selector_of(client, options.ids)
+    places, shown, left, looked = {}, None, True, -math.inf
+    stalled = Stalled()
+    stalled.PATIENCE = 5
+    while left:
+        now = time.monotonic()
+        if now > looked + 2:
+            looked, figures = now, client.status(**named)
+            states = figures["totals"]["states"]
+            left = any(states[state] for state in UNENDED)
+            for line in stalled.news(figures, client.workers):
+                client.tell(line)
+        shown = print_pieces(new_pieces(folder, space, wanted, places), shown)
+        time.sleep(0.3 if left else 0)
+
+
+def logs(options):
+    """Print what the commands of jobs have printed, attempt by attempt."""
+    with using_worker() as worker, speaking(options) as client:
+        if options.prune:
+            print(freed_text(prune_logs(client, worker, options.logs)))
+            return 0
+        folder = options.logs or worker.beside(client.access, "logs")
+        space = worker.namespace(client.jobix)
+        wanted = ids_selected(client, options)
+        if options.follow:
+            follow_logs(client, options, folder, space, wanted)
+            return 0
+    pieces = new_pieces(folder, space, wanted, {})
+    if not pieces:
+        raise CommandError(
+            "Nothing that these jobs have printed is in %s." % folder)
+    print_pieces(pieces, None)
     return 0
 
 
 # ------------------------------------------------------------------- run ---
 
 
+PART = 2000  # jobs that are added in a call
+PART_SIZE = 2**20  # characters of them
 QUOTED_ITEM = {"'": "'\"${JOBMAN_ITEM}\"'", '"': "${JOBMAN_ITEM}"}
 SHELL_PIECE = re.compile(
-    r"""(?P<item> \{\} ) | (?P<number> \{\#\} ) | \\. | \$\(
+    r"""(?P<item> \{\} ) | (?P<number> \{\#\} ) | \\. | \$\( | \$\{
+    | (?P<foreign> \{ (?: [0-9]+ | //? | /?\. ) \} )  # as parallel has it
     | (?<![^\s;&|(`])\#[^\n]*  # a comment
     | .""",
     re.DOTALL | re.VERBOSE,
@@ -6755,12 +6934,12 @@ def turn_quotes(quotes, piece):
 def shell_script(command, number):
     """Return `command` as a script in which the shell fills in the item.
 
-    The script is run with the item as its first argument and takes it from
-    a variable, so that nothing in an item is ever executed. `{}` becomes
-    one word in any quotes that it stands in; `{#}` becomes `number`. What the
-    script starts has the item in its environment.
+    It takes the item from a variable, so that nothing in an item is ever
+    executed. `{}` becomes one word in any quotes that it stands in; `{#}`
+    becomes `number`. Raises ValueError for `{.}`, `{/}`, `{1}` and the like,
+    unless they stand in single quotes.
     """
-    script, quotes, i = [ITEM_FIRST], [""], 0
+    script, quotes, i = [], [""], 0
     while i < len(command):
         match = SHELL_PIECE.match(command, i)
         piece, inside = match.group(), quotes[-1]
@@ -6768,6 +6947,11 @@ def shell_script(command, number):
             script.append(QUOTED_ITEM.get(inside, '"${JOBMAN_ITEM}"'))
         elif match.lastgroup == "number":
             script.append(str(number))
+        elif match.lastgroup == "foreign" and inside != "'":
+            raise ValueError(
+                "%s isn't filled in here, only {} and {#}: let the shell do"
+                " it, as in f={}; echo ${f%%.*}, or put it in single quotes"
+                " as it stands" % piece)
         else:
             if inside == "'" or (inside == '"' and piece[0] == "#"):
                 piece = piece[0]  # means nothing special in there
@@ -6783,9 +6967,34 @@ def with_item(command):
     return command if named else command + " {}"
 
 
-def argv_of(command, item, number):
-    """Return what is executed for an item of a command; see shell_script."""
-    return ["/bin/sh", "-c", shell_script(command, number), "sh", item]
+def jobs_of(commands, items, common, start=1):
+    """Yield a job for each item: the commands of its stages, and the item.
+
+    `common` is what all jobs carry, their first stage with that. Stages of
+    commands are two apart, and a job is done two above the last of them. Items
+    are numbered from `start` on.
+    """
+    stage = common["jobstage"]
+    stages = [str(stage + 2 * i) for i in range(len(commands))]
+    numbered = any("{#}" in command for command in commands)
+    scripts = [shell_script(command, start) for command in commands]
+    for number, item in enumerate(items, start):
+        if numbered:
+            scripts = [shell_script(command, number) for command in commands]
+        steps = dict(zip(stages, scripts))
+        yield dict(common, jobcmd={"steps": steps, "item": item})
+
+
+def print_commands(jobs):
+    """Print the commands that jobs would run, a line each; return 0."""
+    for job in jobs:
+        jobcmd, stages = job.get("jobcmd"), [0]
+        if type(jobcmd) is dict and type(jobcmd.get("steps")) is dict:
+            stages = map(int, jobcmd["steps"])
+        for stage in stages:
+            command = told_command({"jobcmd": jobcmd, "stage": stage})
+            print(printable(command or "null"))
+    return 0
 
 
 def from_utf8(text):
@@ -6793,14 +7002,23 @@ def from_utf8(text):
     return text.decode("utf-8", "surrogateescape")
 
 
-def command_in(options):
-    """Return the command in a command line's words."""
-    return from_utf8(os.fsencode(" ".join(options.words)))
+def has_items(options):
+    """Return whether there is a job for each of some items."""
+    return bool(options.items is not None or options.arg_file or options.array)
+
+
+def steps_in(options):
+    """Return the commands of a command line, one for each stage.
+
+    With items each has the item in it.
+    """
+    steps = [from_utf8(os.fsencode(step)) for step in options.steps]
+    return list(map(with_item, steps)) if has_items(options) else steps
 
 
 def open_items(options):
-    """Return the file that a run's items come from, None for arguments."""
-    if options.items is not None:
+    """Return the file that items come from, None without one."""
+    if options.items is not None or options.array:
         return None
     name = options.arg_file
     source = 0 if name in (None, "-") else name  # 0 is standard input
@@ -6814,77 +7032,79 @@ def open_items(options):
 def read_items(options, source):
     """Yield lists of items, of those that come in time as soon as they do."""
     if source is None:
-        items = [from_utf8(os.fsencode(item)) for item in options.items]
-        for i in range(0, len(items), 1000):
-            yield items[i : i + 1000]
+        items = map(from_utf8, map(os.fsencode, options.items or ()))
+        if options.array:
+            items = map(str, itertools.chain.from_iterable(options.array))
+        yield from iter(lambda: list(itertools.islice(items, PART)), [])
         return
-    rest = []  # of a line that hasn't ended yet
+    mark = b"\0" if options.null else b"\n"
+    rest = []  # of an item that hasn't ended yet
     with source:
-        for block in iter(lambda: source.read(8192), b""):
-            *lines, end = block.split(b"\n")
-            if lines:
-                lines[0] = b"".join([*rest, lines[0]])
-                yield [from_utf8(line) for line in lines]
+        for block in iter(lambda: source.read(16384), b""):
+            *ended, end = block.split(mark)
+            if ended:
+                ended[0] = b"".join([*rest, ended[0]])
+                yield list(map(from_utf8, ended))
                 rest.clear()
             rest.append(end)
     if any(rest):
         yield [from_utf8(b"".join(rest))]
 
 
-class Run:
-    """One command over many items: its jobs, and how far they are.
+def run_carries(options):
+    """Return what each job of a run carries, but its commands."""
+    common = {"jobstage": 0, "laststage": 2 * len(options.steps)}
+    if options.timeout:
+        common["timeout"] = options.timeout
+    return common
 
-    A job is known by its command, its item and how often that item came
+
+class Run:
+    """Commands over many items: their jobs, and how far they are.
+
+    A job is known by its commands, its item and how often that item came
     before: the same run, started again, finds its jobs.
     """
 
     NAMED = 10  # failures told one by one at the end
 
-    def __init__(self, store, command):
-        self.store = store
-        self.command = with_item(command)
+    def __init__(self, store, options):
+        """Cancel what isn't done of other runs and earlier starts.
+
+        What belongs to this one is brought back as it is added.
+        """
+        self.store, self.namespace = store, store.namespace
+        self.steps = steps_in(options)
+        self.common = run_carries(options)
         self.items = 0  # that have become jobs
         self.loaded = False
         self.error = None
+        store.sweep(self.namespace, "cancel")
+        before = store.states(self.namespace)
+        self.done_before, self.is_new = before["done"], not before
 
-    def put_others_aside(self):
-        """Cancel what isn't done of other runs and earlier starts.
-
-        What belongs to this one is brought back as it is loaded.
-        """
-        self.store.sweep(self.store.namespace, "cancel")
-        self.done_before = self.states()["done"]
-
-    def states(self):
-        """Return how many jobs are in each state."""
-        return self.store.status(self.store.namespace)["totals"]["states"]
-
-    def load(self, items):
-        """Add the jobs of `items`, lists of them; the done ones stay so.
-
-        put_others_aside() comes first.
-        """
+    def load(self, lists):
+        """Add the jobs of lists of items; the done ones stay so."""
+        seen = Counter()
         try:
-            seen = Counter()
-            for some in items:
-                self.add(some, seen)
+            for items in lists:
+                self.add(items, seen)
         except (Error, OSError, sqlite3.Error) as error:
             self.error = error
         self.loaded = True
 
     def add(self, items, seen):
         """Add the jobs of some items, or bring them back."""
-        keys, jobs = [], []
-        for place, item in enumerate(items, self.items + 1):
+        keys, named = [], self.steps if len(self.steps) > 1 else self.steps[0]
+        for item in items:
             seen[item] += 1
-            known = to_json([self.command, item, seen[item]]).encode("ascii")
+            known = to_json([named, item, seen[item]]).encode("ascii")
             keys.append((hashlib.sha256(known).hexdigest()[:32], 0, 1))
-            argv = argv_of(self.command, item, place)
-            jobs.append({"jobstage": 0, "jobcmd": argv, "laststage": 2})
-        namespace = self.store.namespace
-        given = self.store.submit(namespace, keys, read_jobs(jobs))
-        ids = [ids[0] for ids in given]
-        self.store.sweep(namespace, "retry", ids=ids, state="cancelled")
+        jobs = jobs_of(self.steps, items, self.common, self.items + 1)
+        given = self.store.submit(self.namespace, keys, read_jobs(jobs))
+        if not self.is_new:
+            self.store.sweep(self.namespace, "retry", state="cancelled",
+                             ids=[ids[0] for ids in given])
         self.items += len(items)
 
     def figures(self):
@@ -6894,56 +7114,55 @@ class Run:
         end since the start.
         """
         items, loaded = self.items, self.loaded
-        states = self.states()
+        states = self.store.states(self.namespace)
         left = sum(states[state] for state in UNENDED)
         failed = states["failed"]
         done = max(0, items - left - failed)
         fresh = states["done"] - self.done_before + failed
         return loaded and not left, items, done, failed, fresh
 
-
     def failures(self):
         """Return a line on each of the first few jobs that failed."""
         page, _ = self.store.jobs(
-            self.store.namespace, order="id", after=None, limit=self.NAMED,
+            self.namespace, order="id", after=None, limit=self.NAMED,
             stage=None, state="failed", attempts=1)
         for job, (attempt,) in page:
-            last = (attempt["stderr"] or "").strip().rpartition("\n")[2]
-            item = from_json(job["jobcmd"])[-1]
-            yield printable(
-                "failed: %s (%s) %s" % (item, attempt["error"], last))
+            line = "failed: " + str(from_json(job["jobcmd"])["item"])
+            if len(self.steps) > 1:
+                line += " in stage %s" % (job["stage_name"] or job["stage"])
+            line += " (%s)" % attempt["error"]
+            said = last_line(attempt["stderr"])
+            yield printable(line + " " + said if said else line)
 
 
 class WorkerProcess:
     """The worker of a run: worker.py in a process of its own.
 
     It ends when our end of the pipe to it closes, so also when we are
-    killed. On a terminal its output comes through us, around the bar.
+    killed. What it prints on a terminal comes through us, above the bar.
     """
 
     PATIENCE = 20  # seconds for its commands to end
 
-    def __init__(self, access_file, slots, progress):
+    def __init__(self, access_file, options, progress):
+        stages = (str(2 * i) for i in range(len(options.steps)))
         command = [sys.executable, worker_script(), "--access", access_file]
         command += ["--print", "--spool", access_file + ".spool"]
         command += ["--until-eof", "--idle-timeout", "1000000000"]
-        command += ["--slots", str(slots)] if slots else []
-        relayed = [
-            stream.buffer if progress.bar and stream.isatty() else None
-            for stream in (sys.stdout, sys.stderr)
-        ]
-        out, err = (target and subprocess.PIPE for target in relayed)
+        command += ["--stage", ",".join(stages)]
+        command += ["--slots", str(options.slots)] if options.slots else []
+        out = err = None
+        if progress.bar and sys.stdout.isatty():
+            out, err = subprocess.PIPE, subprocess.STDOUT
+        elif progress.bar:
+            err = subprocess.PIPE
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=out, stderr=err
-        )
-        sources = self.process.stdout, self.process.stderr
-        self.relays = [
-            threading.Thread(target=progress.relay, args=pair, daemon=True)
-            for pair in zip(sources, relayed)
-            if pair[0]
-        ]
-        for relay in self.relays:
-            relay.start()
+            command, stdin=subprocess.PIPE, stdout=out, stderr=err)
+        source = self.process.stdout or self.process.stderr
+        self.relay = source and threading.Thread(
+            target=progress.relay, args=(source,), daemon=True)
+        if self.relay:
+            self.relay.start()
 
     def end(self):
         """Let it give back what it has, and wait for it."""
@@ -6953,8 +7172,8 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        for thread in self.relays:
-            thread.join()
+        if self.relay:
+            self.relay.join()
 
 
 class Interrupted(Exception):
@@ -6984,40 +7203,56 @@ def follow(this, worker, progress, ending):
     return figures
 
 
-def sum_up(this, figures, progress):
+def sum_up(this, figures, progress, database):
     """Say what came of a run; return its exit status."""
     items, done, failed, fresh = figures
     for failure in this.failures():
         say(failure)
     if failed > this.NAMED:
-        say("... and %d more." % (failed - this.NAMED))
+        say("... and %d more. All of them: python3 jobman.py serve --db %s,"
+            " then python3 jobman.py failures" % (
+                failed - this.NAMED, shlex.quote(database)))
     before = done + failed - fresh
     if before > 0:
-        say(
-            "%d were done before and not run again; for that use another --db,"
-            " or remove the old one." % before
-        )
+        say("%s done before and not run again; for that use another --db, or"
+            " remove the old one."
+            % ("1 was" if before == 1 else "%d were" % before))
     say("%d of %d done, %d failed, in %s." % (
-        done, items, failed, span(time.monotonic() - progress.began)
-    ))
+        done, items, failed, span(time.monotonic() - progress.began)))
     return 1 if failed else 0
 
 
+def send_results(access_file):
+    """Deliver the results that the worker of a killed run left on disk."""
+    spool = access_file + ".spool"
+    if os.path.isdir(spool):
+        subprocess.call(
+            [sys.executable, worker_script(), "--access", access_file,
+             "--send-spool", "--spool", spool], stdout=subprocess.DEVNULL)
+
+
 def run(options):
-    """Run a command for each item; exit status 1 when a job failed."""
+    """Run commands for each item; exit status 1 when a job failed."""
+    source = open_items(options)
+    items = read_items(options, source)
+    if options.dry_run:
+        return print_commands(jobs_of(
+            steps_in(options), itertools.chain.from_iterable(items),
+            run_carries(options)))
     worker_script()
     raise_file_limit(1024)  # the usual limit, which the commands inherit
-    source = open_items(options)
     ending = until_signal()
     access_file = options.db + ".access"
     make_folder(options.db, warn=True)
     progress = Progress(sys.stderr)
     with serving(options, access_file, ending) as (server, access):
         say("Watch it at " + page_address(access, sys.stderr))
-        this = Run(server.store, command_in(options))
-        this.put_others_aside()
-        worker = WorkerProcess(access_file, options.slots, progress)
-        items = read_items(options, source)
+        send_results(access_file)
+        this = Run(server.store, options)
+        if options.names:
+            server.store.set_stages(this.namespace, {
+                2 * i: {"name": name} for i, name in enumerate(options.names)})
+        worker = WorkerProcess(access_file, options, progress)
         threading.Thread(target=this.load, args=(items,), daemon=True).start()
         try:
             figures = follow(this, worker, progress, ending)
@@ -7030,15 +7265,13 @@ def run(options):
             server.store.wait_queue.close()  # ends its long poll
             worker.end()
             progress.end()
-        return sum_up(this, figures, progress)
+        return sum_up(this, figures, progress, options.db)
 
 
 # ---------------------------------------------------------------- acting ---
 
 ASKED_FROM = 100  # of more than so many one is asked
 IDS_AT_ONCE = 100000  # in a call
-PART = 2000  # jobs that are submitted in a call
-PART_SIZE = 2**20  # characters of them
 
 
 def confirm(options, n, things):
@@ -7107,8 +7340,14 @@ def change_jobs(options):
             if changed:
                 say("%s %s before that." % (number_of(changed, "job"), deed))
             raise
+        freed = 0
+        if options.command == "forget" and changed:
+            with using_worker() as worker:
+                freed = prune_logs(client, worker)
     line = "%s %s" % (number_of(changed, "job"), deed)
     report(options, {deed: changed}, [line])
+    if freed:
+        say(freed_text(freed))
     return 0
 
 
@@ -7202,43 +7441,60 @@ def set_lifetimes(options):
     return 0
 
 
-def count_lines(source):
-    """Return how many lines a file has, None where it is no regular file."""
+def count_items(options, source):
+    """Return how many items there are, None where nobody knows yet."""
+    if source is None:
+        return len(options.items or ()) + sum(map(len, options.array or ()))
     if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
         return None
     start = source.tell()  # others may have read what is before
     blocks = iter(lambda: source.read(2**20), b"")
-    lines = sum(block.count(b"\n") for block in blocks)
+    items = sum(block.count(b"\0" if options.null else b"\n")
+                for block in blocks)
     source.seek(start)
-    return lines
+    return items
 
 
-def carried(options):
-    """Return what each job that is submitted carries, but its command."""
-    entry = {name: getattr(options, name) for name in (
-        "laststage", "priority", "max_attempts", "timeout")}
-    if entry["laststage"] is None:
-        entry["laststage"] = options.stage + 2
+def submit_carries(options, stage=None, laststage=None):
+    """Return what each job that is submitted carries, where options say so."""
+    entry = {
+        "jobstage": stage, "laststage": laststage,
+        "priority": options.priority, "max_attempts": options.max_attempts,
+        "timeout": options.timeout, "cwd": options.cwd,
+        "after": options.after or None}
+    if options.cwd:
+        folder = os.path.abspath(options.cwd)
+        entry["cwd"] = from_utf8(os.fsencode(folder))
+    return {name: value for name, value in entry.items() if value is not None}
+
+
+def commands_of(lists, common):
+    """Yield a job for each line that is a command."""
+    for line in itertools.chain.from_iterable(lists):
+        if line.strip() and not line.startswith("#"):
+            yield dict(common, jobcmd=line)
+
+
+def jobs_to_submit(options, stage, laststage):
+    """Return an iterator of jobs, and how many, None where nobody knows."""
+    stage, steps = stage or 0, steps_in(options)
+    if laststage is None:
+        laststage = stage + 2 * max(1, len(steps))
     try:
-        folder = os.path.abspath(options.cwd or ".")
+        options.cwd = options.cwd or os.getcwd()
     except FileNotFoundError:
         raise CommandError("This folder is gone; say --cwd DIR.") from None
-    entry["cwd"] = from_utf8(os.fsencode(folder))
-    entry["after"] = list(itertools.chain.from_iterable(options.after)) or None
-    return dict(
-        {name: value for name, value in entry.items() if value is not None},
-        jobstage=options.stage,
-    )
-
-
-def entries(options, lists):
-    """Yield the jobs of lists of items, or of commands."""
-    common, command = carried(options), with_item(command_in(options))
-    for place, item in enumerate(itertools.chain.from_iterable(lists), 1):
-        if not options.commands:
-            yield dict(common, jobcmd=argv_of(command, item, place))
-        elif item.strip() and not item.startswith("#"):
-            yield dict(common, jobcmd=item)
+    common = submit_carries(options, stage, laststage)
+    if not has_items(options):
+        jobcmd = steps[0] if len(steps) == 1 else {"steps": {
+            str(stage + 2 * i): step for i, step in enumerate(steps)}}
+        return [dict(common, jobcmd=jobcmd)], 1
+    source = open_items(options)
+    lists, n = read_items(options, source), count_items(options, source)
+    if options.commands:
+        return commands_of(lists, common), n
+    items = itertools.chain.from_iterable(lists)
+    return jobs_of(steps, items, common), n
 
 
 def in_parts(jobs):
@@ -7255,18 +7511,6 @@ def in_parts(jobs):
         yield part
 
 
-def jobs_to_submit(options):
-    """Return an iterator of jobs, and how many, None where nobody knows."""
-    if options.array:
-        items = (map(str, numbers) for numbers in options.array)
-        return entries(options, items), sum(map(len, options.array))
-    if options.items is not None or options.arg_file:
-        source = open_items(options)
-        n = len(options.items) if source is None else count_lines(source)
-        return entries(options, read_items(options, source)), n
-    return [dict(carried(options), jobcmd=command_in(options))], 1
-
-
 def read_json(name):
     """Return the JSON value in a file, `-`: on standard input."""
     try:
@@ -7281,88 +7525,146 @@ def read_json(name):
             from None
 
 
-def parents_of(job):
-    """Return whom a job waits for, of what may be none."""
-    after = job.get("after") if type(job) is dict else None
-    return after if type(after) is list else ()
+def jobs_from_json(jobs, common):
+    """Return jobs, of JSON, that carry what is `common` unless they say else.
+
+    One in a list is done two stages above its last command, if it doesn't say
+    where.
+    """
+    def complete(job):
+        if type(job) is not dict:
+            return job
+        job = dict(common, **job)
+        if type(jobs) is list and job.get("laststage") is None:
+            steps = type(job.get("jobcmd")) is dict and job["jobcmd"].get(
+                "steps")
+            last = [int(stage) for stage in steps or () if stage.isdecimal()]
+            if type(job.get("jobstage")) is int:
+                job["laststage"] = max([job["jobstage"], *last]) + 2
+        return job
+
+    if type(jobs) is list:
+        return list(map(complete, jobs))
+    return {jobid: complete(job) for jobid, job in jobs.items()}
 
 
-def parents_first(jobs):
-    """Return {jobid: job} in an order in which they can be added in parts."""
-    names, met, ordered = {int(name): name for name in jobs}, set(), {}
-    for name in jobs:
-        stack = [name]
-        while stack:
-            name, before = stack[-1], []
-            if name not in met:
-                met.add(name)
-                before = [names[parent] for parent in parents_of(jobs[name])
-                          if type(parent) is int and parent in names]
-            stack += [parent for parent in before if parent not in met]
-            if stack[-1] == name:
-                ordered.setdefault(stack.pop(), jobs[name])
-    return ordered
-
-
-def set_from_json(client, jobs):
+def set_jobs(client, jobs):
     """Add jobs under their own ids, those that there aren't yet.
 
+    In one call, as they may wait for each other, unless they are too many.
     Returns ranges of their ids.
     """
     if not all(re.match("[0-9]{1,16}$", jobid) for jobid in jobs):
         raise CommandError("Jobs in a JSON object need numbers for names.")
-    client.set(parents_first(jobs))
-    ranges = []
-    add_ids(ranges, sorted(map(int, jobs)))
-    return ranges
+    if len(jobs) > MAX_JOBS:
+        client.set(jobs)
+    else:
+        client.call("POST", "/set", jobs)
+    return joined(range(jobid, jobid + 1) for jobid in map(int, jobs))
 
 
-def submit_parts(client, options, jobs, total):
+def submit_parts(client, name, jobs, total):
     """Submit jobs in parts; return ranges of the ids that they are given.
 
-    Each part has a key, so that none is added twice. Where input had broken
-    off in a part, under its key are the first of its jobs.
+    The parts of one name are added once. Where input had broken off in a part
+    the first of its jobs are there.
     """
-    key, ranges, done = options.key or secrets.token_hex(8), [], 0
+    ranges, done = [], 0
     try:
         for part in in_parts(jobs):
             while part:
-                ids = client.submit("%s/%d" % (key, done), part)
+                ids = client.submit(name, part, part=done)
                 if not 0 < len(ids) <= len(part):
-                    raise CommandError("--key %s was used for other jobs; take"
-                                  " another one." % shlex.quote(key))
-                add_ids(ranges, ids)
+                    raise CommandError("The name %s was used for other jobs;"
+                                       " take another one." % name)
+                ranges = joined([*ranges, range(ids[0], ids[-1] + 1)])
                 done += len(ids)
                 part = part[len(ids) :]
             if sys.stderr.isatty():
                 shown = bar(min(1, done / total)) if total else ""
-                sys.stderr.write("\r%s %d jobs\033[K\r" % (shown, done))
+                sys.stderr.write("\r%s %s\033[K" % (
+                    shown, number_of(done, "job")))
+                sys.stderr.flush()
     except BaseException as error:
         refused = isinstance(error, CommandError) or hasattr(error, "status")
         if done or not refused:  # if not, it may be in
-            say("%s added; the same command with --key %s adds the rest, and"
-                " none twice." % (number_of(done, "job"), shlex.quote(key)))
+            say("%s known to be added; the same command with --name %s adds"
+                " the rest, and none twice." % (
+                    "1 job is" if done == 1 else "%d jobs are" % done, name))
         raise
-    if sys.stderr.isatty():
-        sys.stderr.write("\033[K")
+    finally:
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
     return ranges
 
 
+def name_stages(client, known, stage, names):
+    """Give names to the stages of commands; refuse to give others."""
+    changes = {}
+    for number, name in zip(itertools.count(stage, 2), names):
+        before = known.get(number, {}).get("name", name)
+        if before != name:
+            raise CommandError(
+                "Stage %d has the name %s already: choose it, or other stages"
+                " by --stage." % (number, before))
+        changes[str(number)] = {"name": name}
+    client.stages(changes)
+
+
+def number_of_stage(known, stage):
+    """Return the number of a stage that is given by its number or name."""
+    numbers = {values.get("name"): each for each, values in known.items()}
+    if type(stage) is str and stage not in numbers:
+        raise CommandError("No stage has the name %s." % stage)
+    return numbers.get(stage, stage)
+
+
+def parents_named(client, named):
+    """Return the jobids that --after names, None for none."""
+    ranges = []
+    for ids in named:
+        if type(ids) is str:
+            found, = client.submissions(ids)
+            ids = read_ranges(found["ids"], "ids") if found["ids"] else []
+        ranges += ids
+    if sum(map(len, ranges)) > IDS_AT_ONCE:
+        raise CommandError("--after can name up to %d jobs." % IDS_AT_ONCE)
+    return list(itertools.chain.from_iterable(joined(ranges)))
+
+
 def submit_jobs(options):
-    """Add jobs: of a command and items, of commands, or described in JSON."""
-    with speaking(options, PATIENCE) as client:
+    """Add jobs: of commands and items, of lines, or described in JSON."""
+    if options.dry_run:
+        options.after, stage = None, options.stage or 0
         if options.from_json:
-            jobs = read_json(options.from_json)
+            return print_commands(jobs_from_json(
+                read_json(options.from_json), submit_carries(options)))
+        return print_commands(jobs_to_submit(
+            options, stage if type(stage) is int else 0, None)[0])
+    name, ranges = options.name or "s" + secrets.token_hex(6), None
+    with speaking(options, PATIENCE) as client:
+        known = client.stages()
+        stage = number_of_stage(known, options.stage)
+        laststage = number_of_stage(known, options.laststage)
+        options.after = parents_named(client, options.after)
+        if options.from_json:
+            jobs = jobs_from_json(
+                read_json(options.from_json),
+                submit_carries(options, stage, laststage))
+            if type(jobs) is dict:
+                name, ranges = None, set_jobs(client, jobs)
             total = len(jobs)
         else:
-            jobs, total = jobs_to_submit(options)
-        if type(jobs) is dict:
-            ranges = set_from_json(client, jobs)
-        else:
-            ranges = submit_parts(client, options, jobs, total)
+            jobs, total = jobs_to_submit(options, stage, laststage)
+        if options.names:
+            name_stages(client, known, stage or 0, options.names)
+        if ranges is None:
+            ranges = submit_parts(client, name, jobs, total)
     n, ids = sum(map(len, ranges)), ids_text(ranges)
     line = number_of(n, "job") + (": " + ids if ids else "")
-    report(options, {"jobs": n, "ids": ids}, [line], [ids] if ids else [])
+    report(options, {"jobs": n, "ids": ids, "name": name}, [line],
+           [ids] if ids else [])
     return 0
 
 
@@ -8055,104 +8357,167 @@ def add_serve(command):
         help="speak HTTPS, with the certificate in FILE (PEM)")
 
 
+def check_steps(parser, options):
+    """Split commands into stages; end with exit status 2 when it can't be."""
+    words, meant = options.words, False
+    if words[:1] == ["--"]:
+        words, meant = words[1:], True
+    steps = [[]]
+    for word in words:
+        if word == "--then":
+            steps.append([])
+        elif meant or len(steps[-1]) == 0 or not (
+                word.startswith("--")
+                and word.partition("=")[0] in parser._option_string_actions):
+            steps[-1].append(word)
+        else:
+            parser.error("%s stands after the command: put it before, or write"
+                         " -- before the command if it is a part of that"
+                         % word)
+    steps = [" ".join(step) for step in steps]
+    options.steps = steps[:1] + options.then + steps[1:]
+    if len(options.steps) > 1 and not all(map(str.strip, options.steps)):
+        parser.error("--then parts two commands")
+    if options.names and len(options.names) != len(options.steps):
+        parser.error("give --names a name for each command, %d in all"
+                     % len(options.steps))
+    for word in (*words, *(options.items or ())):
+        if re.fullmatch(":::+[+]?", word):
+            parser.error("there is one list of items, after one :::")
+    if has_items(options):
+        try:
+            for step in options.steps:
+                shell_script(step, 1)
+        except ValueError as error:
+            parser.error(str(error))
+
+
 def check_run(parser, options):
     """End with exit status 2 when a run isn't described well."""
-    if options.words[:1] == ["--"]:
-        del options.words[0]
-    if not options.words:
+    check_steps(parser, options)
+    if not "".join(options.steps).strip():
         parser.error("run needs a command")
-    if options.retries < 0:
-        parser.error("--retries can't be negative")
-    if options.slots is not None and options.slots < 1:
-        parser.error("--slots must be at least 1")
-    if options.items is not None and options.arg_file is not None:
-        parser.error("give items after ::: or in a file, not both")
-    if options.items is None and options.arg_file is None:
+    sources = [options.items is not None, options.arg_file, options.array]
+    if sum(map(bool, sources)) > 1:
+        parser.error("give items after :::, in a file, or by --array, not"
+                     " twice")
+    if not any(sources):
         if sys.stdin is None or sys.stdin.isatty():
             parser.error("give items after :::, in a file, or on stdin")
+        options.arg_file = "-"
+
+
+def stage_names(text):
+    """Return the names of stages that --names gives; ArgumentTypeError."""
+    names = text.split(",")
+    if not all(map(is_stage_name, names)) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(
+            "%.80r aren't different names, each a letter and up to 63 of A-Z"
+            " a-z 0-9 _ . -, and neither all nor last" % text)
+    return names
+
+
+def add_steps(command):
+    """Add what describes commands and their items, for run and submit."""
+    add = command.add_argument
+    add("words", nargs=argparse.REMAINDER, metavar="COMMAND",
+        help="the command; {} is the item, at its end if not said")
+    add("--then", action="append", default=[], metavar="COMMAND",
+        help="a command for the next stage, when the one before has succeeded;"
+        " as often as there are stages, also after the command")
+    add("--names", type=stage_names, metavar="NAME,...",
+        help="names of the stages, one for each command")
+    add("-a", "--each-line", "--arg-file", dest="arg_file", metavar="FILE",
+        help="a job for each line of FILE, as an item; -: standard input")
+    add("-0", "--null", action="store_true",
+        help="items end in a zero byte, as those of find -print0")
+    del command._has_negative_number_optionals[:]  # -5 is no option
+    add("--array", type=read_array, metavar="NUMBERS",
+        help="a job for each number, as an item: 1-1000, 1-9:2,12")
+    add("--timeout", type=duration, metavar="TIME",
+        help="how long a command may take: 90, 90s, 2h30m (default: no limit)")
+    add("--dry-run", action="store_true",
+        help="print the commands, and run or add none")
 
 
 def add_run(command):
     """Describe run."""
-    command.usage = "%(prog)s [options] 'COMMAND {}' [::: ITEM ...]"
+    command.usage = "%(prog)s [options] 'COMMAND {}' [--then COMMAND] " \
+        "[::: ITEM ...]"
     command.set_defaults(
         check=check_run, host="127.0.0.1", port=0, url=None, shared=False,
         lapses=MAX_LAPSES, keep_days=None, open=False, tls=False,
         plain=False, certfile=None, keyfile=None, new_jobix=False,
     )
+    add_steps(command)
     add = command.add_argument
-    add("words", nargs=argparse.REMAINDER, metavar="COMMAND",
-        help="the command; {} is the item, at its end if not said")
-    add("-a", "--arg-file", metavar="FILE", help="read items from FILE")
     add("--db", default="jobman-run.db", metavar="FILE",
         help="where the run is kept (default jobman-run.db)")
-    add("--slots", type=int, metavar="N",
+    add("--slots", type=argument(integer(1, 100000)), metavar="N",
         help="commands side by side (default: the cores we may use)")
-    add("--retries", type=int, default=0, metavar="N",
-        help="how often a job that fails is tried again (default 0)")
+    add("--retries", type=argument(integer(0, 1000000)), default=0,
+        metavar="N", help="how often a command that fails is tried again"
+        " (default 0)")
 
 
 def check_submit(parser, options):
     """End with exit status 2 when jobs aren't described well."""
-    if options.words[:1] == ["--"]:
-        del options.words[0]
+    check_steps(parser, options)
     sources = [name for name, given in (
         ("items after :::", options.items is not None),
-        ("--each-line", options.each_line), ("--array", options.array),
+        ("--each-line", options.arg_file), ("--array", options.array),
         ("--commands", options.commands), ("--from-json", options.from_json),
     ) if given]
     if len(sources) > 1:
         parser.error("give %s, not both" % " or ".join(sources[:2]))
-    if not "".join(options.words).strip():  # as of an empty variable
-        options.words = []
+    has_command = bool("".join(options.steps).strip())
     whole = options.commands or options.from_json
-    if bool(options.words) == bool(whole):
+    if has_command == bool(whole):  # an empty variable is none
         parser.error("%s brings the commands: give no other" % sources[0]
                      if whole else "submit needs a command")
-    if sum(map(len, options.after)) > IDS_AT_ONCE:
-        parser.error("--after can name up to %d jobs" % IDS_AT_ONCE)
-    options.arg_file = options.each_line or options.commands
+    if options.retries is not None:
+        options.max_attempts = options.retries + 1
+    options.arg_file = options.arg_file or options.commands
 
 
-def read_key(text):
-    """Return the key of a submission, or ArgumentTypeError."""
-    if not 0 < len(text) <= MAX_NAME - 20:  # its parts' places follow it
+def read_name(text):
+    """Return the name of a submission; ArgumentTypeError for none."""
+    if not is_stage_name(text):
         raise argparse.ArgumentTypeError(
-            "a key must be a text of 1 to %d characters" % (MAX_NAME - 20))
-    return from_utf8(os.fsencode(text))
+            "a name is a letter and up to 63 of A-Z a-z 0-9 _ . -, and neither"
+            " all nor last")
+    return text
 
 
 def add_submit(command):
     """Describe submit."""
-    command.usage = "%(prog)s [options] ['COMMAND {}' [::: ITEM ...]]"
+    command.usage = "%(prog)s [options] ['COMMAND {}' [--then COMMAND] " \
+        "[::: ITEM ...]]"
     command.set_defaults(check=check_submit)
+    add_steps(command)
     add = command.add_argument
-    add("words", nargs=argparse.REMAINDER, metavar="COMMAND",
-        help="the command; {} is the item, at its end if not said")
-    add("--each-line", metavar="FILE",
-        help="a job for each line, as an item; -: standard input")
-    add("--array", type=read_array, metavar="NUMBERS",
-        help="a job for each number, as an item: 1-1000, 1-9:2,12")
     add("--commands", metavar="FILE",
         help="a job for each line, as a command; -: standard input")
     add("--from-json", metavar="FILE",
-        help="jobs as /set or /submit take them; -: standard input")
-    add("--stage", type=stage_number, default=0, metavar="N",
-        help="where they wait (default 0)")
-    add("--laststage", type=stage_number, metavar="N",
-        help="where they are done (default: two above)")
+        help="jobs as /set or /submit take them, options being what they have"
+        " if they don't say; -: standard input")
+    add("--stage", type=read_stage, metavar="STAGE",
+        help="where they wait, a number or a name (default 0)")
+    add("--laststage", type=read_stage, metavar="STAGE",
+        help="where they are done (default: two above their last command)")
     add("--priority", type=argument(CARRIES["priority"]), metavar="N",
         help="higher goes first (default 0)")
-    add("--max-attempts", type=argument(CARRIES["max_attempts"]), metavar="N",
-        help="how many failures until a job has failed (default: the"
-        " server's)")
-    add("--timeout", type=argument(period), metavar="SECONDS",
-        help="how long a command may take (default: no limit)")
+    add("--retries", type=argument(integer(0, 999999)), metavar="N",
+        help="how often a command that fails is tried again (default: the"
+        " server's, 2 if it says no other)")
+    add("--max-attempts", type=argument(CARRIES["max_attempts"]),
+        help=argparse.SUPPRESS)  # one more
     add("--cwd", metavar="DIR", help="where they run (default: here)")
-    add("--after", type=read_ids, default=[], metavar="IDS",
-        help="jobs that they wait for, as 1,3,5-8")
-    add("--key", type=read_key, metavar="KEY",
-        help="a name for this submission: what it names is added once")
+    add("--after", type=read_ids, action="append", default=[], metavar="IDS",
+        help="jobs that they wait for: 1,3,5-8, or the name of a submission")
+    add("--name", "--key", type=read_name, metavar="NAME",
+        help="what to call these jobs in other commands; under one name jobs"
+        " are added once")
     add_client(command)
 
 
@@ -8166,18 +8531,33 @@ def add_wait(command):
     """Describe wait."""
     add = command.add_argument
     add("ids", nargs="?", type=read_ids, metavar="IDS",
-        help="only these jobs, as 1,3,5-8 (default: all)")
+        help="only these jobs: 1,3,5-8, the name of a submission, or last")
     add("--exit-code", action="store_true",
         help="exit status 1 if one failed, was aborted or cancelled")
-    add("--timeout", type=argument(seconds), metavar="SECONDS",
-        help="give up after so long, with exit status 1")
+    add("--timeout", type=duration, metavar="TIME",
+        help="give up after 90, 90s, 2h30m or so, with exit status 124")
     add_client(command)
+
+
+def check_logs(parser, options):
+    """End with exit status 2 when no jobs are named."""
+    named = not options.ids is options.stage is options.state is None
+    if named == options.prune:
+        parser.error("name jobs: by ids, as 1,3,5-8, by a submission, --state"
+                     " or --stage; --prune goes without")
 
 
 def add_logs(command):
     """Describe logs."""
-    add_jobid(command)
+    command.set_defaults(check=check_logs)
     add = command.add_argument
+    add("ids", nargs="?", type=read_ids, metavar="IDS",
+        help="jobids, as 1,3,5-8, the name of a submission, or last")
+    add_options(command, (STATE_OPTION, STAGE_OPTION))
+    add("-f", "--follow", action="store_true",
+        help="go on as the jobs print, until they have ended")
+    add("--prune", action="store_true",
+        help="remove the output of jobs that were forgotten")
     add_access(command)
     add("--logs", metavar="DIR",
         help="where workers keep output (default: next to the access file)")
@@ -8223,15 +8603,18 @@ COMMANDS = (
   python3 jobman.py serve --db jobs.db --host 0.0.0.0"""),
     ("run", run, add_run, """run a command for each item, and end
   python3 jobman.py run 'gzip -k {}' ::: *.txt
-  find . -name '*.png' | python3 jobman.py run 'optipng {}'
+  find . -name '*.png' -print0 | python3 jobman.py run -0 'optipng {}'
+  python3 jobman.py run 'gzip -k {}' --then 'gzip -t {}.gz' ::: *.txt
 {} is the item as one shell word, {#} its number. Items come after :::, from a
-file, or from standard input, one a line."""),
+file, or from standard input, one a line. Options stand before the
+command."""),
     ("submit", submit_jobs, add_submit, """add jobs
   python3 jobman.py submit 'gzip -k {}' ::: *.txt
   find . -name '*.png' | python3 jobman.py submit --each-line - 'optipng {}'
   python3 jobman.py submit --array 1-1000 ./simulate.sh --seed {}
   python3 jobman.py submit --commands todo.txt --priority 5
-  python3 jobman.py submit --after 1-1000 ./summarize.sh
+  python3 jobman.py submit --name run3 --array 1-9 'get {}' --then 'sum {}'
+  python3 jobman.py submit --after run3 ./summarize.sh
 {} is the item as one shell word, {#} its number, as with run. Options stand
 before the command."""),
     ("status", print_status, CLIENT, """show how far the jobs are
@@ -8253,10 +8636,15 @@ Ctrl-C ends it. Where its output is no terminal it prints a line when there is
 news, every 10 seconds at most."""),
     ("wait", wait, add_wait, """return when jobs have ended
   python3 jobman.py wait --exit-code && echo all is well
-  python3 jobman.py wait 1,3,5-8 --timeout 3600"""),
-    ("logs", logs, add_logs, """print what a job's commands have printed
+  python3 jobman.py wait 1,3,5-8 --timeout 2h30m
+  python3 jobman.py wait run3
+Exit status 124: the time was over."""),
+    ("logs", logs, add_logs, """print what the commands of jobs have printed
   python3 jobman.py logs 17
-  python3 jobman.py logs 17 2>/dev/null > 17.txt"""),
+  python3 jobman.py logs 17 2>/dev/null > 17.txt
+  python3 jobman.py logs last --state failed
+  python3 jobman.py logs -f run3
+  python3 jobman.py logs --prune"""),
     ("export", print_jobs, (*JOBS, jobs_output("csv")), """jobs --output csv
   python3 jobman.py export > jobs.csv
   python3 jobman.py export --format joblog > joblog.tsv"""),

@@ -10645,9 +10645,9 @@ class LogTest(WorkerCase):
         return [os.path.join(folder, name)
                 for name in sorted(os.listdir(folder))]
 
-    def logs(self, jobid=1, *argv):
+    def logs(self, ids=1, *argv):
         """Return what `jobman.py logs` prints: (stdout, stderr)."""
-        status, out, err = self.command(JOBMAN, "logs", str(jobid), *argv)
+        status, out, err = self.command(JOBMAN, "logs", str(ids), *argv)
         self.assertEqual(0, status, err)
         return out, err
 
@@ -10661,7 +10661,7 @@ class LogTest(WorkerCase):
         out, err = self.logs()
         self.assertEqual(("one\nthree\n", "two\n"), (out, self.unheaded(err)))
         self.assertRegex(
-            err, r"\A--- stage 0, attempt 1, node\.cluster_7, \d{4}-\d\d-")
+            err, r"\A--- job 1, stage 0, attempt 1, node\.cluster_7, \d{4}-")
 
     def test_a_server_known_by_its_url_has_logs_too(self):
         self.add("echo here")
@@ -10692,7 +10692,8 @@ class LogTest(WorkerCase):
             self.work("--stage", stage, "--name", name)
         out, err = self.logs()
         self.assertEqual("0 1\n0 2\n2 1\n", out)
-        heads = re.findall(r"--- stage (\d), attempt (\d), (\w),", err)
+        heads = re.findall(
+            r"--- job 1, stage (\d), attempt (\d), (\w),", err)
         self.assertEqual([("0", "1", "z"), ("0", "2", "z"), ("2", "1", "a")],
                          heads)
 
@@ -10745,6 +10746,47 @@ class LogTest(WorkerCase):
         worker.kill()
         worker.wait()
         self.assertEqual("begun\n", self.logs()[0])
+
+    def test_output_of_many_jobs_and_of_those_in_a_state(self):
+        self.add("echo 1", "echo 2; exit 1", "echo 3", max_attempts=1)
+        self.client.submit("run3", [
+            {"jobstage": 0, "laststage": 2, "jobcmd": "echo 4"}])
+        self.work()
+        for argv, expected in (
+            (("1-2,4",), "1\n2\n4\n"), (("--state", "failed"), "2\n"),
+            (("1-3", "--state", "done"), "1\n3\n"), (("run3",), "4\n"),
+            (("last", "--stage", "2"), "4\n"),
+        ):
+            self.assertEqual(expected, self.logs(*argv)[0])
+        for argv in ((), ("1", "--prune"), ("x,1",)):
+            self.assertEqual(2, self.command(JOBMAN, "logs", *argv)[0])
+
+    def test_output_is_followed_until_the_end(self):
+        self.add("echo a; until [ -e go ]; do sleep 0.05; done; echo b",
+                 cwd=self.folder)
+        reader = self.spawn(JOBMAN, "logs", "-f", "1")
+        working = self.start()
+        self.assertEqual(b"a\n", reader.stdout.readline())
+        self.assertIsNone(reader.poll())
+        open(self.path("go"), "w").close()
+        self.assertEqual((0, "b\n"), self.finish(reader)[:2])
+        self.finish(working)
+
+    def test_output_of_forgotten_jobs_is_removed(self):
+        self.add("echo one", "echo two", *["seq 1000"] * 3)
+        self.work()
+        before = sum(map(len, map(read, self.kept())))
+        self.client.forget(ids=[1])
+        status, out, _ = self.command(JOBMAN, "logs", "--prune")
+        self.assertEqual((0, "Freed 4 bytes: the output of jobs that are"
+                          " gone.\n"), (status, out))
+        self.assertEqual(("two\n", 2), (self.logs(2)[0], len(self.kept())))
+        left = sum(map(len, map(read, self.kept())))
+        self.assertTrue(before - 50 < left < before - 4)
+        status, out, err = self.command(JOBMAN, "forget", "all")
+        self.assertEqual((0, "4 jobs forgotten\n"), (status, out))
+        self.assertRegex(err, r"^Freed 0\.0117 MB: .*\n$")
+        self.assertEqual([], self.kept())
 
     def test_jobs_of_another_jobix_are_not_shown(self):
         self.add("echo mine")
@@ -11887,10 +11929,10 @@ class SubmitTest(CommandCase):
         return {name: job[name] for name in names
                 if job.get(name) not in (None, [], 0)}
 
-    def work(self, **options):
+    def work(self, *argv, **options):
         """Let a worker run all; return what was printed, in lines."""
         status, out, err = self.command(
-            WORKER, "--print", "--idle-timeout", "0", **options)
+            WORKER, "--print", "--idle-timeout", "0", *argv, **options)
         self.assertEqual((0, ""), (status, err))
         return sorted(out.splitlines())
 
@@ -11954,10 +11996,11 @@ class SubmitTest(CommandCase):
             {"stage": 4, "laststage": 8, "priority": -5, "max_attempts": 7,
              "timeout": 2.5, "cwd": "/tmp", "jobcmd": "true",
              "waits_for": [1, 2]}, self.carried(3))
-        for bad in (("--stage", "-1"), ("--laststage", "x"),
+        for bad in (("--stage", "-1"), ("--laststage", "1x"),
                     ("--priority", "1.5"), ("--max-attempts", "0"),
-                    ("--timeout", "0"), ("--after", "x"),
-                    ("--after", "1-100001"), ("--key", ""),
+                    ("--retries", "-1"), ("--timeout", "x"),
+                    ("--after", "1x"), ("--name", ""), ("--name", "last"),
+                    ("--names", "a,b"), ("--names", "7"),
                     ("--array", "1", "--commands", "-"),
                     ("--from-json", "-")):
             self.does("submit", *bad, "true", status=2, err=USAGE)
@@ -11967,7 +12010,12 @@ class SubmitTest(CommandCase):
                   err="usage: [^$]*, not both\n")
         self.does("submit", "--after", "9", "true", status=1,
                   err="jobman.py: A job can't wait for .*\n")
-        self.assertEqual(3, len(self.told()))
+        self.does("submit", "--after", "1-100001", "true", status=1,
+                  err="jobman.py: --after can name up to 100000 jobs.\n")
+        self.does("submit", "--retries", "3", "--timeout", "1m30s", "true")
+        self.assertEqual([4, 90], [self.carried(4)[name] for name in (
+            "max_attempts", "timeout")])
+        self.assertEqual(4, len(self.told()))
 
     def test_jobs_in_json(self):
         jobs = {"7": {"jobstage": 0, "jobcmd": "a"},
@@ -11983,7 +12031,10 @@ class SubmitTest(CommandCase):
             json.dump([{"jobstage": 0}] * 2, file)
         answer = self.does("submit", "--from-json", "list.json",
                            "--output", "json")
-        self.assertEqual({"jobs": 2, "ids": "21-22"}, json.loads(answer))
+        answer = json.loads(answer)
+        self.assertEqual("21-22", self.ok(
+            "/submissions?submission=" + answer.pop("name"))[0]["ids"])
+        self.assertEqual({"jobs": 2, "ids": "21-22"}, answer)
         for bad in (b"5", b"{", b"\xff", b'{"a": {"jobstage": 0}}',
                     b'{"1": {}}', b'[{"jobstage": 0, "x": 1}]', b"[1]",
                     b'{"1": {"jobstage": 0}, "1": {"jobstage": 0}}'):
@@ -12000,6 +12051,10 @@ class SubmitTest(CommandCase):
             "submit", "--from-json", "-", given=given))
         self.assertEqual({(0, "blocked"): 2500, (0, "waiting"): 1},
                          self.states())
+        many = changed("jobman", "jobman.MAX_JOBS = 2")
+        given = json.dumps({i: {"jobstage": 4} for i in range(5000, 5003)})
+        self.assertEqual((0, "3 jobs: 5000-5002\n", ""), self.command(
+            *many, "submit", "--from-json", "-", given=given.encode()))
         for after in (5, ["1"], [9000], [3000], [[]]):
             given = json.dumps({"3000": {"jobstage": 0, "after": after}})
             self.does("submit", "--from-json", "-", given=given.encode(),
@@ -12032,16 +12087,124 @@ class SubmitTest(CommandCase):
         self.does("submit", "--commands", "-", given=b"\n".join(lines))
         self.assertEqual([2, 2, 1, 1], sizes)
 
-    def test_a_key_is_for_the_same_jobs(self):
-        keyed = "submit", "--key", "it's"
-        self.does(*keyed, "--array", "1-3", "true")
-        self.does(*keyed, "--array", "1-2", "true", status=1,
-                  err="jobman.py: --key 'it'\"'\"'s' was used for other.*\n")
+    def test_options_are_what_json_leaves_out(self):
+        options = ("--priority", "7", "--laststage", "52", "--timeout", "9",
+                   "--retries", "3", "--cwd", "/tmp", "--from-json", "-")
+        jobs = [{"jobstage": 0, "jobcmd": "a"},
+                {"jobstage": 0, "jobcmd": "b", "priority": 1, "timeout": 5,
+                 "laststage": 4}]
+        self.does("submit", *options, given=json.dumps(jobs).encode())
+        common = {"laststage": 52, "priority": 7, "timeout": 9,
+                  "max_attempts": 4, "cwd": "/tmp"}
+        self.assertEqual(dict(common, jobcmd="a"), self.carried(1))
+        self.assertEqual(
+            dict(common, jobcmd="b", priority=1, timeout=5, laststage=4),
+            self.carried(2))
+        self.does("submit", "--after", "last", "--stage", "8", *options,
+                  given=b'{"30": {}, "31": {"jobstage": 6}}')
+        self.assertEqual([8, 6], [self.carried(i)["stage"] for i in (30, 31)])
+        self.assertEqual([1, 2], self.carried(30)["waits_for"])
+        jobs = [{"jobstage": 10}, {"jobstage": 10, "jobcmd": {
+            "steps": {"10": "a", "14": "b"}}}]
+        self.does("submit", "--from-json", "-",
+                  given=json.dumps(jobs).encode())
+        self.assertEqual([12, 16], [
+            self.carried(i)["laststage"] for i in (32, 33)])
+
+    def test_a_name_is_for_the_same_jobs(self):
+        named = "submit", "--name", "run3"
+        self.does(*named, "--array", "1-3", "true")
+        self.does("submit", "--key", "run3", "--array", "1-3", "true")
+        self.does(*named, "--array", "1-2", "true", status=1,
+                  err="jobman.py: The name run3 was used for other .*\n")
         jobs = [{"jobstage": 0}] * 2000 + [{"jobstage": -1}]
-        self.does("submit", "--key", "b", "--from-json", "-",
+        self.does("submit", "--name", "b", "--from-json", "-",
                   given=json.dumps(jobs).encode(), status=1,
-                  err="2000 jobs added; .* --key b adds .*\njobman.py: .*\n")
+                  err="2000 jobs are known to be added; .* --name b adds .*\n"
+                  "jobman.py: .*\n")
         self.assertEqual({(0, "waiting"): 2003}, self.states())
+
+    def test_a_submission_goes_by_its_name(self):
+        self.does("submit", "--name", "a", "--array", "1-2", "true")
+        self.does("submit", "--name", "b", "--after", "a", "true")
+        self.assertEqual([1, 2], self.carried(3)["waits_for"])
+        self.assertEqual("2 jobs cancelled\n", self.does("cancel", "a"))
+        self.assertEqual("0 jobs retried\n", self.does(
+            "retry", "a", "--state", "failed"))
+        self.assertEqual("2 jobs retried\n", self.does("retry", "a"))
+        self.assertEqual("1 job cancelled\n", self.does("cancel", "last"))
+        self.does("cancel", "c", status=1,
+                  err="jobman.py: There is no submission c.\n")
+
+    STEPS = ("echo 1 {} >> log", "--then", "echo 2 {} '{}' >> log",
+             "--then", "test {} != b || exit 7; echo 3 \"$JOBMAN_ITEM\"")
+
+    def test_a_command_for_each_stage(self):
+        self.does("submit", "--retries", "0", "--name", "steps", "--names",
+                  "fetch,align,merge", *self.STEPS, ":::", "a", "b", "c  d")
+        self.assertEqual(
+            ["fetch", "align", "merge"],
+            [values["name"] for values in self.ok("/stages").values()])
+        self.assertEqual(["3 a", "3 c  d"],
+                         self.work("--stage", "merge,align,fetch"))
+        self.assertEqual({(4, "failed"): 1, (6, "done"): 2}, self.states())
+        with open(self.path("log")) as file:
+            lines = sorted(file.read().splitlines())
+        self.assertEqual(["1 a", "1 b", "1 c  d", "2 a a", "2 b b",
+                          "2 c  d c  d"], lines)
+        self.assertIn("test b != b || exit 7;", self.does("job", "2"))
+        self.does("submit", "--names", "x", "true", status=1, err=(
+            "jobman.py: Stage 0 has the name fetch already: .*\n"))
+        self.does("submit", "--stage", "align", "--laststage", "merge", "true")
+        self.assertEqual((2, 4), tuple(
+            self.carried(4)[name] for name in ("stage", "laststage")))
+        self.does("submit", "--stage", "ailgn", "true", status=1,
+                  err="jobman.py: No stage has the name ailgn.\n")
+
+    def test_stages_without_items_and_of_a_worker_with_its_own_command(self):
+        self.does("submit", "echo a", "--then", "echo b $JOBMAN_ITEM")
+        self.assertEqual(["a", "b"], self.work("--stage", "0,2"))
+        self.does("submit", "--laststage", "4", "--retries", "0",
+                  "--array", "7", "echo")
+        self.assertEqual(["7"], self.work())
+        self.assertEqual(["mine 7"], self.work(
+            "--stage", "2", "--command", "echo mine $JOBMAN_ITEM"))
+        self.does("submit", "--laststage", "12", "--retries", "0",
+                  "--array", "7", "echo")
+        self.assertReply(200, self.call("/update_job/3/10"))
+        self.work("--stage", "10")
+        self.assertIn("no command for stage 10;", self.does("job", "3"))
+
+    def test_what_would_be_wrong_in_a_command_is_refused(self):
+        for words, named in (
+            (("ls -la", "--priority", "5"), "--priority stands after"),
+            (("ls", "--then", "ls", "--names=a,b"), "--names=a,b stands"),
+            (("echo {1} {2}", ":::", "a", ":::", "b"), "one list of items"),
+            (("echo {}", ":::", "a", ":::+", "b"), "one list of items"),
+            (("gzip {.}", ":::", "a"), "isn't filled in here"),
+            (("ls", "--then"), "--then parts two commands"),
+            (("--name", "1-5", "ls"), "a name is a letter"),
+        ):
+            self.does("submit", *words, status=2,
+                      err=r"usage: [\s\S]*%s[\s\S]*" % re.escape(named))
+        self.does("submit", "--", "echo", "--priority", "5")
+        self.assertEqual("echo --priority 5", self.carried(1)["jobcmd"])
+
+    def test_items_with_newlines_end_in_zero_bytes(self):
+        self.does("submit", "-0", "-a", "-", "printf '%s;'",
+                  given=b"a\nb\0c\0")
+        self.assertEqual(["a", "b;c;"], self.work("--slots", "1"))
+
+    def test_a_dry_run_prints_the_commands(self):
+        self.assertEqual(
+            "echo 1 a >> log\necho 2 a ''a'' >> log\n",
+            self.does("submit", "--dry-run", *self.STEPS[:3], ":::", "a"))
+        self.assertEqual("ls -l\n", self.does(
+            "submit", "--dry-run", "ls", "-l"))
+        self.assertEqual("a\nnull\n", self.does(
+            "submit", "--dry-run", "--from-json", "-",
+            given=b'[{"jobstage": 0, "jobcmd": "a"}, {"jobstage": 2}]'))
+        self.assertEqual({}, self.told())
 
     def test_only_ids_where_it_is_quiet(self):
         quiet = "--output", "quiet"
@@ -12090,11 +12253,12 @@ class SubmitTest(CommandCase):
         process.send_signal(signal.SIGINT)  # of the last it may not know yet
         status, out, err = self.finish(process)
         self.assertEqual((130, ""), (status, out))
-        found = re.match(r"[24]000 jobs added; .* --key (\w+) adds the rest",
-                         err)
+        found = re.match(
+            r"[24]000 jobs are known to be added; .* --name (\w+) adds the"
+            " rest", err)
         self.assertTrue(found, err)
         self.assertEqual("5000 jobs: 1-5000\n", self.does(
-            *submit, "--key", found.group(1), given=b"".join(lines)))
+            *submit, "--name", found.group(1), given=b"".join(lines)))
         self.assertEqual({(0, "waiting"): 5000}, self.states())
 
     def test_memory_is_bounded_and_a_bar_shows_how_far_it_is(self):
@@ -12139,10 +12303,11 @@ class ScriptTest(TemporaryFolder):
 
     def filled(self, script, item):
         """Return what a script prints for an item."""
+        environment = dict(os.environb)
+        environment[b"JOBMAN_ITEM"] = item
         return subprocess.check_output(
-            ["/bin/sh", "-c", script, "sh", item],
-            stderr=subprocess.STDOUT, cwd=self.folder,
-        )
+            ["/bin/sh", "-c", script], env=environment,
+            stderr=subprocess.STDOUT, cwd=self.folder)
 
     def test_item_is_one_word_in_any_quotes_and_never_executed(self):
         for command, expected in self.CONTEXTS:
@@ -12157,9 +12322,15 @@ class ScriptTest(TemporaryFolder):
         self.assertEqual([], os.listdir(self.folder))
 
     def test_number_of_the_item(self):
-        self.assertTrue(
-            jobman.shell_script("echo {#}:'{#}'", 7).endswith("echo 7:'7'")
-        )
+        self.assertEqual(
+            "echo 7:'7' ${#}", jobman.shell_script("echo {#}:'{#}' ${#}", 7))
+
+    def test_what_only_parallel_fills_in_is_refused(self):
+        for text in ("{.}", "{/}", "{//}", "{/.}", "{1}", '"{.}"', "$({.})"):
+            with self.assertRaises(ValueError):
+                jobman.shell_script("echo " + text, 1)
+        for text in ("'{.}'", "\\{.}", "${1}", "{1,2}", "{a}", '"${1}"'):
+            self.assertEqual(text, jobman.shell_script(text, 1))
 
 
 class IdsTest(unittest.TestCase):
@@ -12245,10 +12416,11 @@ class LookCase(StoreCase):
         for name in ("status", "workers", "jobs"):
             setattr(self.store, name, noted(name, getattr(self.store, name)))
 
-    def look(self, *argv, status=0):
+    def look(self, *argv, status=0, err=""):
         """Run a command; return what it prints."""
-        found, out, err = self.command(JOBMAN, *argv)
-        self.assertEqual((status, ""), (found, err))
+        found, out, said = self.command(JOBMAN, *argv)
+        self.assertEqual((status, said if err is None else err),
+                         (found, said))
         return out
 
     def seen(self, *argv):
@@ -12943,7 +13115,8 @@ class AwaitTest(LookCase):
         self.ok("/cancel", {"ids": [3]})
         self.assertEqual((0, "3 jobs ended: 2 done, 1 cancelled.\n", ""),
                          self.finish(process))
-        self.assertEqual({"status"}, {name for name, _ in self.calls})
+        self.assertLessEqual({name for name, _ in self.calls},
+                             {"status", "workers"})
 
     def test_it_says_by_its_exit_status_whether_all_are_done(self):
         self.assertEqual("0 jobs ended.\n", self.look("wait", "--exit-code"))
@@ -12964,27 +13137,53 @@ class AwaitTest(LookCase):
                                    "aborted": 1}}, self.seen("wait"))
         self.assertEqual("", self.look("wait", "--output", "quiet"))
 
-    def test_of_some_jobs_the_first_open_one_is_looked_at(self):
+    def test_of_some_jobs_only_those_are_waited_for(self):
         self.set_jobs(range(5000), laststage=2)
         self.set_jobs([5000, 6000], laststage=0)
         process = self.start("5000,0-4,4999,6000-9000")
         wait_for(lambda: len(self.calls) > 4, "it to ask")
-        self.assertEqual({("jobs", 1)}, set(self.calls[1:]))
         self.end(4999, 4, 3, 2, 1)
         self.assertIsNone(process.poll())
         self.end(0)
         self.assertEqual((0, "8 jobs ended: 8 done.\n", ""),
                          self.finish(process))
 
-    def test_many_jobs_that_have_ended_are_passed_by_pages(self):
-        self.set_jobs(range(5000), laststage=0)
-        self.assertEqual("4999 jobs ended: 4999 done.\n",
-                         self.look("wait", "1-9007199254740991"))
-        self.assertEqual(5, len(self.calls))
+    def test_a_submission_is_waited_for_by_its_name(self):
+        jobs = [{"jobstage": 0, "laststage": 2}] * 2
+        self.ok("/submit", {"key": "run1", "jobs": jobs})
+        process = self.start("last")
+        wait_for(lambda: self.calls, "it to ask")
+        self.ok("/submit", {"key": "run2", "jobs": jobs})
+        self.end(1, 2)
+        self.assertEqual((0, "2 jobs ended: 2 done.\n", ""),
+                         self.finish(process))
+        self.look("wait", "run1", "--exit-code")
+        self.look("wait", "run2", "--timeout", "0", status=124, err=None)
+        self.assertIn("no submission run3.", self.refused("wait", "run3"))
+
+    def test_it_says_why_nothing_moves(self):
+        self.set_jobs([1, 2], laststage=2)
+        self.ok("/stages", {"0": {"name": "align"}})
+        process = self.spawn(*changed(
+            "jobman", "jobman.Stalled.PATIENCE = 0.3"), "wait")
+        say = process.stderr.readline
+        self.assertEqual("jobman.py: 2 jobs wait in align: no worker serves"
+                         " it.\n", say().decode())
+        self.ok("/pause/align", {})
+        self.end(1)
+        self.assertEqual("jobman.py: 1 job waits in align: it is paused.\n",
+                         say().decode())
+        self.ok("/resume/align", {})
+        self.beat("w", quarantine="no disk")
+        self.assertEqual("jobman.py: 1 job waits in align: its workers are"
+                         " quarantined.\n", say().decode())
+        self.end(2)
+        self.assertEqual((0, "2 jobs ended: 2 done.\n", ""),
+                         self.finish(process))
 
     def test_jobs_that_are_not_there(self):
         self.set_jobs([1, 9], laststage=0)
-        for ids, words in (("2", "no job 2."), ("1,3-8", "from 3 to 8.")):
+        for ids, words in (("2", "no job 2."), ("1,3-8", "no job 3-8.")):
             self.assertIn(words, self.refused("wait", ids))
         self.look("wait", "0-1,5-9")
 
@@ -12993,7 +13192,7 @@ class AwaitTest(LookCase):
         for ids in ([], ["1"]):
             began = time.monotonic()
             self.assertIn("The time is over", self.refused(
-                "wait", *ids, "--timeout", "0.3"))
+                "wait", *ids, "--timeout", "0.3", status=124))
             self.assertLess(0.3, time.monotonic() - began)
         self.set_jobs([2], laststage=0)
         self.look("wait", "2", "--timeout", "0")
@@ -13020,8 +13219,8 @@ class AwaitTest(LookCase):
             self.drawn_until(screen, "0 of 1 done")
             self.drawn_until(other, "0 of 1 done")
             self.reap(server)
-            self.assertIn("can't be reached", self.drawn(other))
-            self.assertEqual(1, hurried.wait(PATIENCE))
+            self.assertIn("The time is over", self.drawn(other))
+            self.assertEqual(124, hurried.wait(PATIENCE))
             self.assertIsNone(process.poll())
             self.serve()  # on another port
             client.update_job(1, 2)
@@ -13166,6 +13365,51 @@ class RunTest(TemporaryFolder):
         self.assertIn("1 of 3 done, 2 failed", err)
         self.assertNotIn("failed: a", err)
 
+    def test_a_command_for_each_stage(self):
+        steps = ("echo 1 {} >> log", "--then", "[ {} != b ] || [ -e mended ]",
+                 "--then", "echo 3 {} >> log", ":::", "a", "b")
+        _, err = self.over("--names", "x,y,z", *steps, status=1)
+        self.assertIn("failed: b in stage y (exit status 1)\n", err)
+        self.assertIn("1 of 2 done, 1 failed", err)
+        open(self.path("mended"), "w").close()
+        self.assertIn("2 of 2 done", self.over(*steps)[1])
+        self.assertEqual(["1 a", "1 b", "3 a", "3 b"], sorted(self.log()))
+        self.over("--slots", "1", "echo {#} > {}", "--then", "cat {}",
+                  "--db", "other.db", ":::", "c", status=2)
+
+    def test_a_dry_run_makes_nothing(self):
+        out, _ = self.over("--dry-run", "--array", "1-2", "echo {}", "--then",
+                           "rm {#}")
+        self.assertEqual("echo 1\nrm 1\necho 2\nrm 2\n", out)
+        self.assertEqual([], os.listdir(self.folder))
+
+    def test_a_command_that_takes_too_long_is_ended(self):
+        _, err = self.over("--timeout", "0.2", "sleep", ":::", "60", status=1)
+        self.assertIn("failed: 60 (not done after 0.2 seconds)\n", err)
+
+    def test_items_that_end_in_zero_bytes(self):
+        out, _ = self.over("-0", "--slots", "1", "printf '<%s>'",
+                           given=b"a\nb\0c\0")
+        self.assertEqual("<a\nb><c>", out)
+
+    def test_results_of_a_killed_run_are_taken_at_the_next_start(self):
+        again = "echo {} >> log", ":::", "a"
+        self.over(*again)
+        store = jobman.Store(self.path("jobman-run.db"))
+        store.sweep(store.namespace, "retry")
+        job, = store.claim(store.namespace, [0], worker="w", lease=1000)
+        outcome = worker.Outcome(
+            worker.namespace(store.jobix), job["jobid"], job["claim"],
+            "update", {"jobstage": 2})
+        store.close()
+        spool = self.path("jobman-run.db.access.spool")
+        os.mkdir(spool, 0o700)
+        with open(os.path.join(spool, "w.spool"), "w") as file:
+            file.write(json.dumps(outcome._asdict()) + "\n")
+        self.assertIn("1 of 1 done", self.over(*again)[1])
+        self.assertEqual(["a"], self.log())
+        self.assertFalse(os.path.exists(spool))
+
     def test_failed_items_are_tried_again_if_asked_to(self):
         command = "echo {} >> log; [ $(wc -l < log) = 2 ]"
         _, err = self.over(
@@ -13249,7 +13493,7 @@ class RunTest(TemporaryFolder):
         """Return the items that are done in the database."""
         query = "select jobcmd from job where state = 'done'"
         found = rows(self.path("jobman-run.db"), query)
-        return {json.loads(job["jobcmd"])[-1] for job in found}
+        return {json.loads(job["jobcmd"])["item"] for job in found}
 
     def test_killed_run_goes_on_where_it_was(self):
         items = [str(i) for i in range(40)]
@@ -19444,7 +19688,7 @@ class ReadmeTest(TemporaryFolder):
     BLOCKS = {
         "Quick start on a laptop": 4, "A pipeline": 4,
         "Quick start on Slurm": 2, "Quick start on PBS": 1, "Life cycle": 1,
-        "Claiming": 1, "Figures": 2, "submit": 1,
+        "Claiming": 1, "Figures": 2, "submit": 2,
         "Python client": 3, "top": 2, "serve in a batch job": 1, "WSGI": 2,
     }
 
@@ -19467,8 +19711,9 @@ class ReadmeTest(TemporaryFolder):
 
     def test_ids_go_from_one_submission_to_the_next(self):
         self.serve()
-        self.assertEqual(
-            "1 job: 21\n", self.typed(self.blocks("submit")[0]))
+        steps, ids = self.blocks("submit")
+        self.assertRegex(self.typed(steps), r"\A3 jobs: 1-3\n[^$]* sort.gz\n")
+        self.assertEqual("1 job: 24\n", self.typed(ids))
 
     def test_the_programs_in_python(self):
         _, (_, port) = self.serve("--open")

@@ -1588,6 +1588,9 @@ class Attempt:
             "JOBMAN_FILENAME": job["filename"] or "",
             "JOBMAN_RESULT": self.slot.result,
         }
+        jobcmd = job["jobcmd"]
+        if isinstance(jobcmd, dict) and isinstance(jobcmd.get("item"), str):
+            added["JOBMAN_ITEM"] = jobcmd["item"]
         environment = dict(base)
         for name, text in added.items():
             environment[name.encode("ascii")] = to_bytes(text)
@@ -2400,11 +2403,18 @@ class Worker:
             given = json.dumps(job).encode("ascii")
             return ["/bin/sh", "-c", self.options.command], given
         jobcmd = job["jobcmd"]
+        if isinstance(jobcmd, dict) and isinstance(jobcmd.get("steps"), dict):
+            if str(job["jobstage"]) not in jobcmd["steps"]:
+                raise ValueError(
+                    "The job has no command for stage %d; start the worker"
+                    " with --command, or with the stages that it has commands"
+                    " for: %s" % (job["jobstage"], ", ".join(jobcmd["steps"])))
+            jobcmd = jobcmd["steps"][str(job["jobstage"])]
         if isinstance(jobcmd, str):
             return ["/bin/sh", "-c", jobcmd], b""
         words = isinstance(jobcmd, list) and jobcmd
-        if words and all(isinstance(word, str) for word in jobcmd):
-            return jobcmd, b""
+        if words and all(isinstance(word, str) for word in words):
+            return words, b""
         raise ValueError(
             "The job's jobcmd is no command; start the worker with --command"
             " to say what is to be done with it."
