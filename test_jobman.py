@@ -267,6 +267,12 @@ def changed(module, changes):
     return "-c", code
 
 
+def ahead(jobs, held=60):
+    """Return statements that make a worker claim so many jobs ahead."""
+    return "worker.Worker.HELD = %s\nworker.Worker.ahead = property(" \
+        "lambda self: %s, lambda self, jobs: None)" % (held, jobs)
+
+
 HASTY = changed("jobman", "jobman.delay_after = lambda failures: 0.1")
 
 
@@ -1688,7 +1694,7 @@ class ClaimTest(StoreCase):
         self.clock.advance(50)
         beat = {"worker": "w", "lease": 60, "claims": claims}
         self.assertEqual(
-            {"lost": [2, 3, 1, 99], "drain": False},
+            {"lost": [2, 3, 1, 99], "drain": False, "beat": 5},
             self.ok("/heartbeat", beat),
         )
         self.clock.advance(50)
@@ -1708,6 +1714,33 @@ class ClaimTest(StoreCase):
         self.assertEqual("nada", self.get(0))
         self.assertReply(200, self.update(job, 2))
         self.assertEqual([("done",)], self.attempts("outcome"))
+
+    def test_a_lapse_that_a_heartbeat_mends_is_not_counted(self):
+        self.set_jobs([1])
+        job = self.get(0, lease=60)
+        began = self.clock.now
+        beat = {"worker": "w", "lease": 60, "claims": [[1, job["claim"]]]}
+        for _ in range(9):
+            self.clock.advance(61)
+            self.assertEqual({(0, "waiting"): 1}, self.states())
+            self.assertEqual([], self.ok("/heartbeat", beat)["lost"])
+        self.assertEqual([], self.attempts("outcome"))
+        shown = self.ok("/job/1")
+        self.assertEqual((0, "working", began), (
+            shown["lapses"], shown["state"], shown["since"]))
+
+    def test_many_workers_beat_less_often(self):
+        def beat(name, lease):
+            return self.ok("/heartbeat", {
+                "worker": name, "lease": lease, "claims": []})["beat"]
+
+        self.assertEqual([5, 1], [beat("a", 120), beat("a", 3)])
+        for number in range(600):
+            beat("w%d" % number, 120)
+        self.clock.advance(6)
+        self.assertEqual([601 / 60, 4], [beat("a", 120), beat("a", 12)])
+        self.clock.advance(200)  # the others have ended
+        self.assertEqual(5, beat("a", 120))
 
     def test_a_heartbeat_gives_a_lease_to_a_claim_without(self):
         self.set_jobs([1])
@@ -8419,6 +8452,8 @@ def alive(pid):
 class WorkerCase(TemporaryFolder):
     """A test with a server, and workers as people run them."""
 
+    SOON = "--idle-timeout", "0.05", "--slots", "1", "--quiet"
+
     def setUp(self):
         super().setUp()
         test = getattr(self, self.id().rpartition(".")[2])
@@ -8435,12 +8470,12 @@ class WorkerCase(TemporaryFolder):
 
     def start(self, *argv, **options):
         """Start a worker that ends soon when it has nothing to do."""
-        argv = ("--idle-timeout", "0.05", "--slots", "1", "--print", *argv)
+        argv = (*self.SOON, "--print", *argv)
         return self.spawn(WORKER, *argv, **options)
 
     def start_with(self, changes, *argv, **options):
         """Start a worker after `changes`, statements on its module."""
-        argv = ("--idle-timeout", "0.05", "--slots", "1", "--print", *argv)
+        argv = (*self.SOON, "--print", *argv)
         return self.spawn(*changed("worker", changes), *argv, **options)
 
     def work(self, *argv):
@@ -8812,8 +8847,7 @@ class WorkerTest(WorkerCase):
     def test_drained_worker_gives_back_what_it_has_not_begun(self):
         self.add(*["while [ ! -e go ]; do sleep 0.02; done"] * 3)
         process = self.start_with(
-            "worker.Worker.HOARD = 60; worker.Worker.ahead = lambda self: 5",
-            "--lease", "1", "--name", "a", "--idle-timeout", "0.5")
+            ahead(5), "--lease", "1", "--name", "a", "--idle-timeout", "0.5")
         wait_for(lambda: self.states() == ["working"] * 3, "its claims")
         self.drain(process, "a")
         wait_for(lambda: self.states()[1:] == ["waiting"] * 2, "two back")
@@ -9010,24 +9044,22 @@ class SlotsTest(WorkerCase):
     def test_what_waits_too_long_is_done_by_another_worker(self):
         self.add("until [ -e go ]; do sleep 0.02; done",
                  *["echo >> ran"] * 5)
-        hoarder = self.start_with("\n".join((
-            "worker.Worker.HOARD = 0.5", "calls = []",
-            "def ahead(self):", "    calls.append(1)",
-            "    return 5 if len(calls) < 3 else 0",
-            "worker.Worker.ahead = ahead")), "--name", "hoarder")
+        greedy = self.start_with(
+            ahead("0 if self.received and not self.ready else 5", held=0.5),
+            "--name", "greedy")
         wait_for(lambda: self.states() == ["working"] * 6, "claims ahead")
         wait_for(lambda: self.states()[1:] == ["waiting"] * 5, "their return")
         self.work("--name", "other")
         with open(self.path("go"), "w"):
             pass
-        self.assertEqual(0, self.finish(hoarder)[0])
+        self.assertEqual(0, self.finish(greedy)[0])
         self.assertEqual(["done"] * 6, self.states())
         self.assertEqual(5, len(read(self.path("ran")).splitlines()))
         for jobid in range(2, 7):
             ends = [(a["worker"], a["outcome"], a["attempt"])
                     for a in self.attempts(jobid)]
             self.assertEqual(
-                [("hoarder", "released", 1), ("other", "done", 1)], ends)
+                [("greedy", "released", 1), ("other", "done", 1)], ends)
 
     @hasty
     def test_command_that_no_process_is_left_for_is_deferred(self):
@@ -9038,7 +9070,10 @@ class SlotsTest(WorkerCase):
             "    if len(calls) == 1:",
             "        raise BlockingIOError(errno.EAGAIN, 'no process')",
             "    return start(*args)", "worker.start_process = scarce")))
-        self.assertEqual((0, "ran\n", ""), self.finish(worker))
+        status, out, err = self.finish(worker)
+        self.assertEqual((0, "ran\n"), (status, out))
+        self.assertRegex(err, r"\Aworker\.py: A command can't be started: .*"
+                         r" no process: raise `ulimit -u`, .*\.\n\Z")
         self.assertEqual(["deferred", "done"], self.outcomes())
         self.assertEqual(0, self.job()["failures"])
 
@@ -9190,9 +9225,7 @@ class SlotsTest(WorkerCase):
 
     def test_claim_that_is_lost_while_it_waits_never_begins(self):
         self.add("until [ -e go ]; do sleep 0.02; done", "echo ran >> ran")
-        worker = self.start_with(
-            "worker.Worker.ahead = lambda self: 1;"
-            "worker.Worker.HOARD = 60", "--lease", "1")
+        worker = self.start_with(ahead(1), "--lease", "1")
         wait_for(lambda: self.states() == ["working"] * 2, "both claims")
         self.client.cancel(ids=[2])
         line = worker.stderr.readline()
@@ -9263,8 +9296,8 @@ class BudgetTest(WorkerCase):
     def test_a_job_that_comes_free_as_a_worker_would_end_is_done(self):
         self.add('[ "$JOBMAN_ATTEMPT" = 2 ]')
         worker = self.start_with(
-            "look = worker.Claimer.delayed\n"
-            "worker.Claimer.delayed = lambda self:"
+            "look = worker.Claimer.more_to_come\n"
+            "worker.Claimer.more_to_come = lambda self:"
             " list(iter(lambda: look(self), False)) is None")  # not any more
         self.assertEqual((0, "", ""), self.finish(worker))
         self.assertEqual(["done"], self.states())
@@ -9411,7 +9444,7 @@ class OutageTest(WorkerCase):
         self.find_server()
         status, _, err = self.finish(worker)
         self.assertEqual(0, status)
-        self.assertRegex(err, r"can't be reached.*wait on disk\.\n"
+        self.assertRegex(err, r"can't be reached.*\n.*wait on disk, in .*\n"
                          r"worker\.py: The server is back\.\n\Z")
         self.check_delivered(2)
 
@@ -9686,18 +9719,24 @@ class OutageTest(WorkerCase):
                          self.command(WORKER, "--send-spool"))
         self.assertEqual(before, sorted(os.listdir(folder)))
 
-    def test_an_outcome_without_a_token_is_dropped(self):
+    def test_a_malformed_outcome_is_dropped_with_a_line(self):
         folder = self.path(".jobman", "spool")
         os.makedirs(folder)
         self.add("true")
-        for claim in (None, ""):
-            spool = worker.Spool(folder, "forged%r" % claim)
+        values = {"jobstage": 2, "jobcmd": "echo > forged"}
+        for claim, verb, given in (
+                (None, "update", values), ("", "update", values),
+                ("c", "progress", values), ("c", "call", values),
+                ("c", "fail", [])):
+            spool = worker.Spool(folder, "forged")
             spool.add([worker.Outcome(
-                worker.namespace(self.client.jobix), 1, claim, "update",
-                {"jobstage": 2, "jobcmd": "echo > forged"})])
+                worker.namespace(self.client.jobix), 1, claim, verb, given)])
             os.close(spool.fd)
-        self.assertEqual((0, "0 results were delivered.\n", ""),
-                         self.command(WORKER, "--send-spool"))
+            status, out, err = self.command(WORKER, "--send-spool")
+            self.assertEqual((0, "0 results were delivered.\n"), (status, out))
+            self.assertEqual("worker.py: Job 1: its result is malformed and is"
+                             " dropped.\n", err)
+            self.assertFalse(os.path.exists(folder))
         self.assertEqual(["waiting"], self.states())
 
     def test_a_folder_that_others_can_write_is_refused(self):
@@ -9957,9 +9996,7 @@ class EndTest(WorkerCase):
         for jobid in range(2, 10):
             self.client.release_job(jobid)
         self.client.release_job(1)
-        worker = self.start_with(
-            "worker.Worker.ahead = lambda self: 9 - len(self.ready)",
-            "--grace", "0.2")
+        worker = self.start_with(ahead(9), "--grace", "0.2")
         self.pids(1)
         wait_for(lambda: self.states() == ["working"] * 10, "claims ahead")
         worker.terminate()
@@ -10289,7 +10326,7 @@ class FilesTest(WorkerCase):
             self.assertEqual(["done", "rejected", "done", "done"],
                              self.outcomes(jobid))
             self.assertIn("/%d" % jobid, self.attempts(jobid)[1]["error"])
-            self.assertIn("Job %d: not as it was made" % jobid, err)
+            self.assertIn("Job %d: files are missing or" % jobid, err)
         self.assertEqual(0, self.job(7)["rejects"])
 
     @hasty
@@ -10422,8 +10459,7 @@ class LogTest(WorkerCase):
 
     def start(self, *argv, **options):
         """Start a worker that keeps output."""
-        argv = ("--idle-timeout", "0.05", "--slots", "1", *argv)
-        return self.spawn(WORKER, *argv, **options)
+        return self.spawn(WORKER, *self.SOON, *argv, **options)
 
     def kept(self):
         """Return the paths of the files in the folder of the logs."""
@@ -10725,7 +10761,7 @@ class VerifyTest(WorkerCase):
 class QuarantineTest(WorkerCase):
     """A node on which all commands fail does no harm to the jobs."""
 
-    FAST = "--idle-timeout", "0.5", "--slots", "1", "--print"
+    FAST = "--idle-timeout", "0.5", "--slots", "1", "--print", "--quiet"
     LOYAL = "--idle-timeout", "1000"  # it is there as long as it is needed
 
     def broken(self, *argv):
@@ -10788,7 +10824,7 @@ class QuarantineTest(WorkerCase):
             self.client.set({jobid: {"jobstage": 0, "laststage": 2,
                                      "jobcmd": "sleep 0.1"}})
         began = time.monotonic()
-        hurried = changed("worker", "worker.Doubt.SHORTEST = 0.5")
+        hurried = changed("worker", "worker.NodeCheck.PATIENCE = 0.5")
         workers = [self.spawn(*hurried, *self.FAST, "--name", name)
                    for name in ("one", "two")]
         for process in workers:
@@ -10803,22 +10839,20 @@ class QuarantineTest(WorkerCase):
         self.assertLess(time.monotonic() - began, 10)
         self.assertEqual(["failed"] * 20 + ["done"], self.states())
 
-    # Doubt, driven by hand
+    # NodeCheck, driven by hand
 
     def claimer(self, patience=60):
-        """Return a Claimer of the node `here`; what it suspects is noted."""
-        self.suspected = []
+        """Return a Claimer of the node `here`."""
         claimer = worker.Claimer(
-            worker.parse(["--lease", "60"]), self.client, "here",
-            say=print, busy=bool, suspect=self.suspected.append)
-        claimer.doubt.patience = patience
+            worker.parse(["--lease", "60"]), self.client, "here", busy=bool)
+        claimer.check.PATIENCE = patience
         return claimer
 
     def fail_here(self, claimer, n=3, seconds=0.1):
         """Let the next `n` jobs fail here."""
         for job in self.client.get(0, worker="here", lease=60, n=n):
             self.client.fail_job(job["jobid"], job["claim"])
-            claimer.doubt.note(job, failed=True, seconds=seconds)
+            claimer.check.record(job, failed=True, seconds=seconds)
         for name in ("here", "there"):
             self.client.heartbeat(name, 60, [], stages=[0])
 
@@ -10832,42 +10866,33 @@ class QuarantineTest(WorkerCase):
             else:
                 self.client.fail_job(job["jobid"], job["claim"])
 
-    def hold_back(self, claimer):
-        """Return for how many seconds a doubt keeps the claimer waiting."""
+    def await_verdict(self, claimer):
+        """Return how long a suspect node waits, in seconds."""
         began = time.monotonic()
-        claimer.hold_back()
+        self.verdict = claimer.check.await_verdict(claimer.ending)
         return time.monotonic() - began
 
-    def test_doubt_ends_after_a_while(self):
+    def test_suspicion_ends_after_a_while(self):
         self.add(*["true"] * 3)
         claimer = self.claimer(patience=0.5)
         self.fail_here(claimer)
-        self.assertTrue(0.5 <= self.hold_back(claimer) < 5)
-        self.assertEqual([], self.suspected)
-        self.assertEqual(1, claimer.doubt.patience)
-        self.check_no_doubt(claimer)
+        self.assertTrue(0.5 <= self.await_verdict(claimer) < 5)
+        self.assertIsNone(self.verdict)
+        self.check_trusted(claimer)
 
     @hasty
-    def test_what_is_done_elsewhere_after_a_doubt_counts_in_the_next(self):
+    def test_what_is_done_elsewhere_after_a_wait_counts_in_the_next(self):
         self.add(*["true"] * 3)
         claimer = self.claimer(patience=0.1)
         self.fail_here(claimer)
-        self.hold_back(claimer)
+        self.await_verdict(claimer)
         self.end_there("done")
         self.client.set({
             jobid: {"jobstage": 0, "jobcmd": "true"} for jobid in (4, 5, 6)})
-        claimer.doubt.patience = 5
+        claimer.check.PATIENCE = 5
         self.fail_here(claimer)
-        self.assertLess(self.hold_back(claimer), 1)
-        self.assertIn("3 jobs in a row", self.suspected[0])
-
-    def test_patience_grows_up_to_a_minute_and_a_success_ends_that(self):
-        doubt = self.claimer(patience=5).doubt
-        for expected in (5, 10, 20, 40, 60, 60):
-            self.assertEqual(expected, doubt.patience)
-            doubt.adjourn()
-        doubt.note({"jobid": 9, "jobstage": 0}, failed=False, seconds=0)
-        self.assertEqual(5, doubt.patience)
+        self.assertLess(self.await_verdict(claimer), 1)
+        self.assertIn("3 jobs in a row", self.verdict)
 
     @hasty
     def test_three_that_are_done_elsewhere_end_it(self):
@@ -10875,9 +10900,8 @@ class QuarantineTest(WorkerCase):
         claimer = self.claimer()
         self.fail_here(claimer)
         self.end_there("done")
-        self.assertLess(self.hold_back(claimer), 5)
-        self.assertIn("3 jobs in a row", self.suspected[0])
-        self.assertTrue(claimer.ending.is_set())
+        self.assertLess(self.await_verdict(claimer), 5)
+        self.assertIn("3 jobs in a row", self.verdict)
 
     @hasty
     def test_what_fails_elsewhere_too_is_the_jobs_fault(self):
@@ -10885,8 +10909,8 @@ class QuarantineTest(WorkerCase):
         claimer = self.claimer()
         self.fail_here(claimer)
         self.end_there("fail")
-        self.assertLess(self.hold_back(claimer), 5)
-        self.assertEqual([], self.suspected)
+        self.assertLess(self.await_verdict(claimer), 5)
+        self.assertIsNone(self.verdict)
 
     def test_what_was_done_elsewhere_before_it_failed_here_does_not_count(
             self):
@@ -10896,57 +10920,57 @@ class QuarantineTest(WorkerCase):
         self.end_there("done")
         self.client.retry(all=True)  # the command has been spoilt since
         self.fail_here(claimer)
-        self.hold_back(claimer)
-        self.assertEqual([], self.suspected)
+        self.await_verdict(claimer)
+        self.assertIsNone(self.verdict)
 
-    def check_no_doubt(self, claimer):
+    def check_trusted(self, claimer):
         """Check that a claimer trusts its node."""
-        self.assertFalse(claimer.doubt.stands())
-        self.assertLess(self.hold_back(claimer), 1)
+        self.assertFalse(claimer.check.suspect())
+        self.assertLess(self.await_verdict(claimer), 1)
 
     def test_one_bad_job_again_and_again_is_one(self):
         self.add("false")
         claimer = self.claimer()
         job = self.client.get(0, worker="here", lease=60)
         for _ in range(9):
-            claimer.doubt.note(job, failed=True, seconds=0.1)
-        self.check_no_doubt(claimer)
+            claimer.check.record(job, failed=True, seconds=0.1)
+        self.check_trusted(claimer)
 
     def test_slow_failures_do_not_count(self):
         self.add(*["true"] * 3)
         claimer = self.claimer()
         self.fail_here(claimer, seconds=11)
-        self.check_no_doubt(claimer)
+        self.check_trusted(claimer)
 
-    def test_success_takes_the_doubt_away(self):
+    def test_success_makes_the_node_trusted(self):
         self.add(*["true"] * 3)
         claimer = self.claimer()
         self.fail_here(claimer, n=2)
-        claimer.doubt.note({"jobid": 9, "jobstage": 0}, failed=False,
+        claimer.check.record({"jobid": 9, "jobstage": 0}, failed=False,
                            seconds=0)
         self.fail_here(claimer, n=1)
-        self.check_no_doubt(claimer)
+        self.check_trusted(claimer)
 
     def test_who_serves_other_stages_cannot_tell(self):
         self.add(*["true"] * 3)
         claimer = self.claimer()
         self.fail_here(claimer)
         self.client.heartbeat("there", 60, [], stages=[2])
-        self.assertLess(self.hold_back(claimer), 1)
+        self.assertLess(self.await_verdict(claimer), 1)
 
     def test_who_is_silent_cannot_tell(self):
         self.add(*["true"] * 3)
         claimer = self.claimer()
-        claimer.doubt.HEARD = 0.5
+        claimer.check.HEARD = 0.5
         self.fail_here(claimer)
-        self.assertLess(self.hold_back(claimer), 5)
+        self.assertLess(self.await_verdict(claimer), 5)
 
     def test_who_is_in_quarantine_cannot_tell(self):
         self.add(*["true"] * 3)
         claimer = self.claimer()
         self.fail_here(claimer)
         self.client.heartbeat("there", 60, [], stages=[0], quarantine="bad")
-        self.assertLess(self.hold_back(claimer), 1)
+        self.assertLess(self.await_verdict(claimer), 1)
 
     # A full disk
 
