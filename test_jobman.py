@@ -19723,7 +19723,8 @@ class HouseTest(TemporaryFolder):
             if callable(method) and not name.startswith("_")
         }
         machinery = {"locate", "call", "sweep", "persist", "exchange",
-                     "connect", "secure", "close", "abort"}
+                     "connect", "secure", "close", "abort", "has_input",
+                     "tell_once"}
         self.assertEqual(verbs - {""}, methods - machinery)
 
     def test_importing_does_nothing_and_needs_no_packages(self):

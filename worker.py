@@ -664,13 +664,13 @@ class Client:
             self.connection.auto_open = 0  # it would do without TLS
             try:
                 self.connection.connect()
-                self.verify(self.connection)
+                self.secure(self.connection)
             except BaseException:  # nothing may go out on it
                 self.close()
                 raise
         self.connection.sock.settimeout(timeout)
 
-    def verify(self, connection):
+    def secure(self, connection):
         """Find out, on a new connection, whether our server is there."""
         if self.tls is not None:
             connection.sock = self.tls.wrap_socket(
