@@ -8933,6 +8933,57 @@ class WorkerTest(WorkerCase):
         self.assertFalse(alive(pid))
         self.assertEqual(["cancelled"], self.outcomes())
 
+    def test_cancel_reaches_a_command_within_seconds(self):
+        self.add("echo $$ >> pids; exec sleep 60")
+        process = self.start()  # with the usual lease
+        pid, = self.pids(1)
+        self.client.cancel(ids=[1])
+        began = time.monotonic()
+        wait_for(lambda: not alive(pid), "its end")
+        self.assertLess(time.monotonic() - began, 9)
+        self.assertEqual(0, self.finish(process)[0])
+
+    # Who listens
+
+    def test_no_access_file_no_server(self):
+        process = self.start("--idle-timeout", "1000", "--lease", "1")
+        wait_for(lambda: self.client.workers()["workers"], "a worker")
+        address = self.client.address
+        self.server.terminate()
+        self.server.wait()
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(address)
+            other.listen(5)
+            self.assertIn(b"There is no access file",
+                          process.stderr.readline())
+            other.settimeout(2)
+            with self.assertRaises(socket.timeout):
+                other.accept()
+        process.terminate()
+        self.finish(process)
+
+    def test_a_port_that_another_user_has_taken_is_not_asked(self):
+        if os.geteuid():
+            self.skipTest("only root can become another user")
+        address = self.client.address
+        self.server.kill()  # which leaves the access file
+        self.server.wait()
+        self.client.close()
+        code = "import os, socket, sys\nos.setuid(1234)\n" \
+            "server = socket.socket()\n" \
+            "server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n" \
+            "server.bind(%r)\nserver.listen(5)\nprint('up', flush=True)\n" \
+            "while True: print(server.accept()[0].recv(9), flush=True)" % (
+                address,)
+        other = self.spawn("-c", code)
+        self.assertEqual(b"up\n", other.stdout.readline())
+        status, _, err = self.finish(self.start())
+        self.assertEqual(1, status)
+        self.assertRegex(err, r"\Aworker\.py: At 127\.0\.0\.1:\d+ is another"
+                         r" server than ours: a program of another user")
+        self.assertEqual(b"b''\n", other.stdout.readline())
+
     def test_worker_goes_on_with_a_server_started_anew(self):
         self.add("echo one")
         process = self.start("--idle-timeout", "1000")
@@ -8945,6 +8996,119 @@ class WorkerTest(WorkerCase):
         wait_for(lambda: self.job(2)["stage"] == 2, "the second job")
         process.terminate()
         self.assertEqual("one\ntwo\n", self.finish(process)[1])
+
+    # What it says
+
+    def lines(self, *argv, **options):
+        """Let a worker that isn't quiet do all there is; return its lines."""
+        _, _, err = self.finish(self.spawn(
+            WORKER, "--idle-timeout", "0.05", "--slots", "2", "--name", "me",
+            *argv, **options))
+        return re.sub("(?m)^worker.py: ", "", err).splitlines()
+
+    def test_it_says_what_it_serves_and_what_it_did(self):
+        self.client.stages({0: {"name": "align"}})
+        url = json.loads(read(self.path(".jobman", "access.json")).decode())[
+            "url"]
+        serves = "me serves %s of " + url + " with 2 slots"
+        self.add("true", "false", "exit 3", max_attempts=1)
+        self.assertEqual(
+            [serves % "stages 4, align",
+             "1 job done, 2 failed (2, 3), idle for 0.05 s"],
+            self.lines("--stage", "align,4"))
+        self.assertEqual(
+            [serves % "stage align", "0 jobs done, idle for 0.05 s"],
+            self.lines())
+
+    def test_it_says_each_failure_on_a_terminal(self):
+        self.client.stages({0: {"name": "align"}})
+        self.add("true", "echo no such thing >&2; exit 3", max_attempts=1)
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        process = self.spawn(WORKER, "--idle-timeout", "0.05", stderr=slave)
+        self.assertEqual(0, process.wait(PATIENCE))
+        os.close(slave)
+        self.assertIn(b"worker.py: Job 2 failed in stage align: exit status 3:"
+                      b" no such thing\r\n", os.read(master, 9999))
+
+    def test_its_name_has_the_number_of_the_batch_job(self):
+        for name, value, part in (("SLURM_JOB_ID", "123", "slurm123"),
+                                  ("PBS_JOBID", "45.host", "pbs45")):
+            env = dict(self.environment, **{name: value})
+            _, _, err = self.finish(self.spawn(
+                WORKER, "--idle-timeout", "0.05", "--time-limit", "1h",
+                env=env))
+            self.assertRegex(err, r"worker\.py: [^ ]+-%s-\d+ serves" % part)
+
+    def test_an_attempt_says_that_it_ran_the_workers_command(self):
+        self.add("true", max_attempts=1)
+        self.work("--command", "exit 4")
+        self.assertEqual("exit status 4 of the worker's --command exit 4",
+                         self.attempts()[0]["error"])
+
+    def test_durations(self):
+        for text, seconds in (("90", 90), ("0.5", 0.5), ("90s", 90),
+                              ("2h30m", 9000), ("1:00:00", 3600)):
+            options = worker.parse(["--lease", text, "--grace", text])
+            self.assertEqual((seconds, seconds),
+                             (options.lease, options.grace))
+        for text in ("", "x", "-1", "nan", "1e10", "1:00"):
+            status, _, err = self.command(WORKER, "--lease=" + text)
+            self.assertEqual(2, status)
+            self.assertIn("--lease: %r is no duration such as 90 (seconds),"
+                          " 90s, 2h30m or 1:00:00" % text, err)
+
+    # Whether more jobs may come
+
+    def test_it_waits_for_jobs_on_their_way_to_its_stages(self):
+        self.add("until [ -e go ]; do sleep 0.02; done", laststage=4)
+        first = self.start("--stage", "0")
+        wait_for(lambda: self.states() == ["working"], "the first stage")
+        same = self.start("--stage", "0", "--lease", "600")
+        self.assertEqual(0, self.finish(same)[0])  # its worker is alive
+        second = self.start("--stage", "2", "--lease", "600")
+        beats = wait_for(lambda: [
+            each for each in self.client.workers()["workers"]
+            if each["stages"] == [2]], "the second worker")
+        self.assertTrue(beats)
+        time.sleep(1)  # 20 times its idle timeout
+        self.assertIsNone(second.poll())
+        with open(self.path("go"), "w"):
+            pass
+        for process in first, second:
+            self.assertEqual(0, self.finish(process)[0])
+        self.assertEqual(["done"], self.states())
+
+    def test_it_waits_for_jobs_of_a_worker_that_may_have_died(self):
+        self.add("[ -e go ] || { echo > begun; sleep 60; }")
+        dead = self.start("--lease", "4")
+        wait_for(lambda: read(self.path("begun")), "the command")
+        dead.kill()
+        with open(self.path("go"), "w"):
+            pass
+        status, _, err = self.finish(
+            self.start("--lease", "4", "--idle-timeout", "2"))
+        self.assertEqual((0, ""), (status, err))
+        self.assertEqual(["done"], self.states())
+        self.assertEqual(["lapsed", "done"], self.outcomes())
+
+    # What it tells commands
+
+    def test_commands_are_told_no_secret(self):
+        found = json.loads(read(self.path(".jobman", "access.json")).decode())
+        self.environment["JOBMAN_URL"] = found["url"]
+        self.environment["JOBMAN_JOBIX"] = str(found["jobix"])
+        self.add("x")
+        out, _ = self.work("--command", "cat; env")
+        self.assertIn('"jobid": 1', out)
+        self.assertNotIn(str(found["jobix"]), out)
+        self.assertNotIn('"claim"', out)
+
+    def test_what_it_says_is_printable(self):
+        name = self.path("a\x1b]0;b")
+        status, _, err = self.command(WORKER, "--access", name)
+        self.assertEqual(1, status)
+        self.assertIn("a\\x1b]0;b", err)
 
     def test_missing_access_file_is_one_sentence(self):
         status, out, err = self.command(WORKER, "--access", "nowhere.json")
@@ -8988,6 +9152,33 @@ class WorkerTest(WorkerCase):
             self.assertIsNone(client.get(0, lease=60))
             self.assertEqual(4, len(asked))
             server.shutdown(socket.SHUT_RDWR)
+
+
+    def test_calls_that_only_read_give_up_soon_and_say_what_they_wait_for(
+            self):
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            server.listen(9)  # and never answers
+            client = worker.Client(
+                url="http://127.0.0.1:%d" % server.getsockname()[1], jobix=1,
+                patience=0)
+            self.addCleanup(client.close)
+            told = []
+            client.tell, client.LATE, client.READ_TIMEOUT = told.append, 0.1, 1
+            for call in client.status, client.workers, client.jobs:
+                with self.assertRaisesRegex(worker.Unreachable, "timed out"):
+                    call()
+            self.assertRegex(told[0], "doesn't answer. It is waited for.")
+            self.assertEqual(3, len(told))
+
+    def test_stale_words_in_a_clients_call_are_refused_by_the_server(self):
+        for jobid in ("x", "1/2", -1):
+            with self.assertRaises(worker.Refused):
+                self.client.job(jobid)
+            with self.assertRaises(worker.Refused):
+                self.client.update_job(1, "x")
+            with self.assertRaises(worker.Refused):
+                self.client.fail_job(jobid)
 
 
 class SlotsTest(WorkerCase):
@@ -9128,6 +9319,46 @@ class SlotsTest(WorkerCase):
         out, err = self.work()
         self.assertEqual("\0" * 10000000, out)
         self.assertEqual("\0" * 10000000, err)
+
+    def test_pipes_are_new_for_each_command(self):
+        self.add(
+            [sys.executable, "-c", "import os; os.set_blocking(1, False)"],
+            "head -c 2000000 /dev/zero",
+            "setsid sh -c 'until [ -e go ]; do sleep 0.01; done; echo stray'&",
+            "echo > go; sleep 0.3; echo on")
+        out, _ = self.work()
+        self.assertEqual("\0" * 2000000 + "on\n", out)
+        self.assertEqual(["done"] * 4, self.states())
+
+    def test_command_may_close_its_output_and_go_on(self):
+        self.add("exec >&- 2>&-; sleep 0.5")
+        began = os.times().children_user
+        self.work()
+        self.assertLess(os.times().children_user - began, 2)
+        self.assertEqual(["done"], self.states())
+
+    def test_output_that_does_not_fit_fails_its_attempt_alone(self):
+        self.environment["TMPDIR"] = self.small_disk("2m")
+        self.add("head -c 5000000 /dev/zero", "echo on", max_attempts=1)
+        status, out, err = self.finish(self.start())
+        self.assertEqual((0, "on\n"), (status, out.strip("\0")), err)
+        self.assertEqual(["failed", "done"], self.states())
+        self.assertIn("its output can't be kept in %s: No space left"
+                      % self.path("disk"), self.attempts()[0]["error"])
+
+    def test_few_files_and_threads_are_a_sentence_with_a_remedy(self):
+        few = (("RLIMIT_NOFILE", 30, "raise `ulimit -n`"),
+               ("RLIMIT_NPROC", 1, "raise `ulimit -u`"))
+        for name, limit, remedy in few:
+            if name == "RLIMIT_NPROC" and not os.geteuid():
+                continue  # root has as many as it likes
+            limit = (limit, limit)
+            status, _, err = self.finish(self.start(
+                preexec_fn=lambda name=name, limit=limit: resource.setrlimit(
+                    getattr(resource, name), limit)))
+            self.assertEqual(1, status, err)
+            self.assertIn(remedy, err.splitlines()[-1])
+            self.assertNotIn("Traceback", err)
 
     def test_stray_that_goes_on_writing_holds_up_nothing(self):
         stray = "setsid sh -c 'echo $$ >> pids; while :; do echo stray;" \
@@ -9930,6 +10161,25 @@ class EndTest(WorkerCase):
         worker.terminate()
         self.assertEqual((143, "", ""), self.finish(worker))
         self.check_released(1)
+
+    GROUPS = "timeout 200 sleep 60 & echo $! >> pids; set -m;" \
+        " sleep 60 & echo $! >> pids; echo $$ >> pids; wait"
+
+    def test_process_groups_of_a_command_end_with_it(self):
+        self.add("bash -c '%s'" % self.GROUPS, "bash -c '%s'" % self.GROUPS,
+                 "bash -c '%s'" % self.GROUPS, max_attempts=1)
+        self.client.set({9: {
+            "jobstage": 0, "jobcmd": "bash -c '%s'" % self.GROUPS,
+            "timeout": 1, "max_attempts": 1, "priority": 1}})
+        worker = self.start("--slots", "4", "--lease", "3", "--grace", "3")
+        pids = self.pids(12)
+        self.client.cancel(ids=[1, 2])
+        wait_for(lambda: sum(map(alive, pids)) == 3, "cancel and timeout")
+        worker.terminate()
+        self.assertEqual(143, self.finish(worker)[0])
+        self.check_dead(pids)
+        self.assertEqual(["cancelled"] * 2 + ["waiting", "failed"],
+                         self.states())
 
     def test_second_sigint_ends_at_once(self):
         self.add("trap 'echo >> got' INT; echo $$ >> pids;"
@@ -11308,6 +11558,21 @@ class LibraryTest(WorkerCase):
             here = os.path.realpath(self.folder)
             self.assertEqual(expected.replace("%s", here), out)
         self.assertEqual(["done"] * 3, self.states())
+
+    def test_a_job_shows_what_it_is_and_help_what_there_is(self):
+        self.add(["cut", "-f1"])
+        out, _ = self.over("for job in worker.claim_jobs(**options):\n"
+                           "    print(job)\n    job.done()\n")
+        self.assertEqual("<worker.Job 1 in stage 0: ['cut', '-f1']>\n", out)
+        for name in worker.__all__:
+            self.assertTrue(getattr(worker, name).__doc__)
+
+    def test_an_exception_is_told_once(self):
+        self.add("x", max_attempts=1)
+        self.over("for job in worker.claim_jobs(**options):\n    with job:\n"
+                  "        raise ValueError('odd file')\n")
+        _, out, _ = self.command(JOBMAN, "job", "1")
+        self.assertRegex(out, r"(?m)^why +failed: ValueError: odd file$")
 
     def test_no_job_is_claimed_after_an_idle_time(self):
         began = time.monotonic()

@@ -947,7 +947,8 @@ class PrintedOutput:
         """Keep `data` from stream 1 or 2; raise OSError on a full disk."""
         if stream == 2:
             self.tail = (self.tail + data)[-STDERR_KEPT:]
-        self.files[stream - 1].write(data)
+        if self.files:
+            self.files[stream - 1].write(data)
 
     def print(self):
         """Print it; raise BrokenPipeError when nobody reads any more."""
@@ -957,9 +958,10 @@ class PrintedOutput:
             stream.flush()
 
     def close(self):
-        """Free its memory, or its disk space."""
+        """Free its memory, or its disk space; drop what comes later."""
         for file in self.files:
             file.close()
+        self.files = []
 
 
 VERBS = "update", "fail", "release", "reject"  # how an attempt can end
@@ -1449,6 +1451,13 @@ class Guard:
 
 # --------------------------------------------------------------- command ---
 
+REMEDIES = {  # what to do about an errno for which a command can't start
+    errno.EMFILE: "raise `ulimit -n`, or give fewer --slots",
+    errno.ENFILE: "too many files are open on this node",
+    errno.EAGAIN: "raise `ulimit -u`, or give fewer --slots",
+    errno.ENOMEM: "give fewer --slots",
+}
+
 
 def refuse_constant(name):
     """Refuse NaN and Infinity, which Python reads but JSON doesn't have."""
@@ -1531,11 +1540,17 @@ def files_needed(slots):
 
 
 def allow_open_files(slots):
-    """Raise the soft limit on open files to what `slots` need, if we may."""
+    """Raise the soft limit on open files to what `slots` need.
+
+    Raises Trouble where the hard limit is far too low.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = files_needed(slots)
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY:
+            if hard < needed - 64:
+                raise Trouble("%d files may be open, too few: %s." % (
+                    hard, REMEDIES[errno.EMFILE]))
             needed = min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
@@ -2045,12 +2060,6 @@ def number_of(n, thing):
 
 
 SECRETS = "jobix", "claim"  # of a job, which its command isn't told
-REMEDIES = {  # what to do about an errno for which a command can't start
-    errno.EMFILE: "raise `ulimit -n`, or give fewer --slots",
-    errno.ENFILE: "too many files are open on this node",
-    errno.EAGAIN: "raise `ulimit -u`, or give fewer --slots",
-    errno.ENOMEM: "give fewer --slots",
-}
 
 
 class Interrupted(Exception):
@@ -2625,8 +2634,6 @@ class Worker:
 
         An attempt whose output wasn't printed isn't done.
         """
-        if attempt.reason == "output":
-            return True
         try:
             self.printing = True
             attempt.output.print()
