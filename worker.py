@@ -1590,6 +1590,9 @@ class Attempt:
             "JOBMAN_FILENAME": job["filename"] or "",
             "JOBMAN_RESULT": self.result,
         }
+        jobcmd = job["jobcmd"]
+        if isinstance(jobcmd, dict) and isinstance(jobcmd.get("item"), str):
+            own["JOBMAN_ITEM"] = jobcmd["item"]
         environment = dict(base)
         for name, text in own.items():
             environment[name.encode("ascii")] = to_bytes(text)
@@ -1749,8 +1752,7 @@ class NodeCheck:
         self.client = client
         self.name = name
         self.stages = stages
-        self.mutex = threading.Lock()  # guards the next two
-        self.failed = collections.OrderedDict()  # jobid: stage
+        self.failed = {}  # jobid: stage
         self.fresh = set()  # those not yet waited for
 
     def record(self, job, failed, seconds):
@@ -1758,22 +1760,24 @@ class NodeCheck:
         if not failed:
             self.reset()
         elif seconds < self.FAST:
-            with self.mutex:
-                self.fresh.add(job["jobid"])
-                self.failed[job["jobid"]] = job["jobstage"]
-                while len(self.failed) > self.KEPT:
-                    self.failed.popitem(last=False)
+            self.fresh.add(job["jobid"])
+            self.failed[job["jobid"]] = job["jobstage"]
+            if len(self.failed) > self.KEPT:
+                self.forget(next(iter(self.failed)))
 
     def suspect(self):
         """Return whether the node is suspect."""
-        with self.mutex:
-            return len(self.fresh) >= self.ENOUGH
+        return len(self.fresh) >= self.ENOUGH
 
     def reset(self):
         """Trust the node again: the jobs are bad."""
-        with self.mutex:
-            self.failed.clear()
-            self.fresh.clear()
+        self.failed.clear()
+        self.fresh.clear()
+
+    def forget(self, jobid):
+        """Forget a failed job."""
+        self.failed.pop(jobid, None)
+        self.fresh.discard(jobid)
 
     def await_verdict(self, ending):
         """Wait while the node is suspect; return why it is bad, or None.
@@ -1787,8 +1791,7 @@ class NodeCheck:
                 return ("%d jobs in a row failed here and were done elsewhere"
                         % done)
             if time.monotonic() > end:
-                with self.mutex:
-                    self.fresh.clear()
+                self.fresh.clear()
             elif self.suspect():
                 ending.wait(1)
         return None
@@ -1800,17 +1803,13 @@ class NodeCheck:
         """
         if not self.has_peer():
             self.reset()
-        with self.mutex:
-            failed = list(self.failed.items())
         done = 0
-        for jobid, stage in failed:
+        for jobid, stage in list(self.failed.items()):
             outcomes = self.outcomes_elsewhere(jobid, stage)
             if "done" in outcomes:
                 done += 1
             elif "failed" in outcomes:
-                with self.mutex:
-                    self.failed.pop(jobid, None)
-                    self.fresh.discard(jobid)
+                self.forget(jobid)
         return done
 
     def has_peer(self):
@@ -1941,7 +1940,6 @@ class Claimer:
                 return None
             left = since + self.options.idle_timeout - time.monotonic()
             longest = min(self.LONGEST_WAIT, max(left, least)) if wait else 0
-            longest = min(longest, self.spare(stages))
             jobs = self.ask(stages, n, round(longest, 3))
             if jobs or not wait:
                 return jobs
@@ -2023,13 +2021,6 @@ class Claimer:
                 % int(max(0, left)))
         return stages
 
-    def spare(self, stages):
-        """Return the seconds after which their jobs won't end in time."""
-        if self.options.until is None:
-            return self.LONGEST_WAIT
-        needed = max(self.run_times.get(stage, 0) for stage in stages)
-        return max(0, self.options.until - time.monotonic() - needed)
-
 
 # ---------------------------------------------------------------- worker ---
 
@@ -2101,7 +2092,6 @@ class Worker:
         self.ready = collections.deque()  # attempts that wait for a slot
         self.attempts = {}  # jobid: Attempt, from its claim to its outcome
         self.running = {}  # process id: Attempt
-        self.over = []  # (attempt, verb, values), to be told
         self.numbers = itertools.count()  # of result files
         self.inbox = collections.deque()  # what other threads call
         self.schedule = sched.scheduler(time.monotonic, time.sleep)
@@ -2119,10 +2109,9 @@ class Worker:
     def busy(self):
         """Return whether there is work, or an outcome to be told.
 
-        That may set a job free for us. They are looked at in the order in
-        which an attempt moves on, so that none is overlooked.
+        That may set a job free for us.
         """
-        return bool(self.attempts or self.over or self.claims.unsafe)
+        return bool(self.attempts or self.claims.unsafe)
 
     def run(self):
         """Work until there is nothing left to do, or a signal ends it.
@@ -2241,14 +2230,14 @@ class Worker:
         self.reap()
         self.fill_slots()
         self.ask()
-        self.pass_on()
+        self.flush_log()
         self.delay = self.schedule.run(blocking=False)
         return self.claiming or bool(self.attempts)
 
     def wait(self):
         """Wait for an event, or a time; read what commands print."""
         delay = 3600 if self.delay is None else min(self.delay, 3600)
-        if self.inbox or self.over:
+        if self.inbox:
             delay = 0
         for fd, _ in self.poll.poll(delay * 1000):
             if fd == self.wake:
@@ -2273,9 +2262,8 @@ class Worker:
         """Tell the last outcomes, and end the rest."""
         for attempt in self.running.values():  # only after a fault
             kill_session(attempt.pid)
-        for attempt in self.attempts.values():
-            self.over.append((attempt, "release", {}))
-        self.pass_on()
+        for attempt in list(self.attempts.values()):
+            self.tell(attempt, "release")
         self.claims.close(ended=True)
         self.guard.close()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -2462,11 +2450,18 @@ class Worker:
             given = json.dumps(shown).encode("ascii")
             return ["/bin/sh", "-c", self.options.command], given
         jobcmd = job["jobcmd"]
+        if isinstance(jobcmd, dict) and isinstance(jobcmd.get("steps"), dict):
+            if str(job["jobstage"]) not in jobcmd["steps"]:
+                raise ValueError(
+                    "The job has no command for stage %d; start the worker"
+                    " with --command, or with the stages that it has commands"
+                    " for: %s" % (job["jobstage"], ", ".join(jobcmd["steps"])))
+            jobcmd = jobcmd["steps"][str(job["jobstage"])]
         if isinstance(jobcmd, str):
             return ["/bin/sh", "-c", jobcmd], b""
         words = isinstance(jobcmd, list) and jobcmd
-        if words and all(isinstance(word, str) for word in jobcmd):
-            return jobcmd, b""
+        if words and all(isinstance(word, str) for word in words):
+            return words, b""
         raise ValueError(
             "The job's jobcmd is no command; start the worker with --command"
             " to say what is to be done with it."
@@ -2672,9 +2667,13 @@ class Worker:
         return "fail"
 
     def tell(self, attempt, verb, **values):
-        """Free the attempt's slot; the outcome is told with others."""
+        """Tell the attempt's outcome, and free its slot."""
         job = attempt.job
-        self.over.append((attempt, verb, values))
+        self.flush_log()
+        if verb is None:
+            self.claims.forget(job["jobid"], job["claim"])
+        else:
+            self.claims.settle(job, verb, **values)
         del self.attempts[job["jobid"]]
         if attempt.slot is not None:
             self.idle.append(attempt.slot)
@@ -2691,21 +2690,14 @@ class Worker:
                     job["jobid"], self.claimer.label(job["jobstage"]),
                     ": ".join(filter(None, [values.get("error"), last]))))
 
-    def pass_on(self):
-        """Write the log, then tell the server what has ended since."""
+    def flush_log(self):
+        """Write to the log what commands have printed."""
         if self.log is not None:
             try:
                 self.log.flush()
             except OSError as error:
                 self.put_in_quarantine("%s.out can't be written: %s" % (
                     self.log.path, error.strerror or error))
-        for attempt, verb, values in self.over:
-            if verb is None:
-                job = attempt.job
-                self.claims.forget(job["jobid"], job["claim"])
-            else:
-                self.claims.settle(attempt.job, verb, **values)
-        self.over = []
 
     # The worker ends
 
