@@ -93,6 +93,9 @@ LARGE_BODIES = 4  # large bodies that are parsed at a time
 RECEIVED_FIRST = 2**20  # bytes of a body that is received before its turn
 WRONG_JOBIX_PAUSE = 0.2  # seconds until a wrong jobix is refused
 MAX_NAME = 255  # characters of a worker's name or a submission's key
+BEAT = 5  # seconds between a worker's heartbeats, while workers are few
+BEATS = 60  # heartbeats a second, at most, of many workers
+ALIVE = 120  # seconds since its last heartbeat in which a worker counts
 MAX_REPORT = 4096  # characters kept of an attempt's error and stderr
 MAX_ATTEMPTS = 3  # failures in a stage before a job is failed
 MAX_LAPSES = 5  # lapsed leases in a stage before a job is failed
@@ -510,6 +513,9 @@ class SQL:
             exit_code = :exit_code, error = :error, stderr = :stderr,
             given = :given
         where job = :id and claim = :claim"""
+    TAKE_BACK_LAPSE = """
+        delete from attempt
+        where job = :id and claim = :claim and outcome = 'lapsed'"""
     ATTEMPT = """
         select outcome, target, started from attempt
         where job = :id and claim = :claim"""
@@ -549,6 +555,7 @@ class SQL:
             quarantine, drain
         from worker where namespace = :namespace and heard >= :since
         order by heard desc, name"""
+    ALIVE = "select count(*) from worker where heard >= ?"
     DRAIN = """
         update worker set drain = :drain
         where namespace = :namespace and name = :name"""
@@ -1913,6 +1920,7 @@ class Store:
         self.open_to_all = open_to_all
         self.namespaces = {}  # ids of those in use, by jobix
         self.unfinished = {}  # what propagate() left for the next commit
+        self.alive = -math.inf, 0  # when workers were counted, how many
         self.known_stages = {}  # sets of those in their table, by namespace
         self.late = False  # more is overdue than the last commit has lapsed
         self.wait_queue = WaitQueue(waiters)
@@ -2547,8 +2555,8 @@ class Store:
 
         `worker` is what it says of itself: the columns of its table, and
         whether it has `ended`. One in quarantine stays listed, for a person
-        to look at. Returns a list of the jobids whose claim is lost, and
-        whether the worker should drain.
+        to look at. Returns a list of the jobids whose claim is lost, whether
+        the worker should drain, and in how many seconds it should beat again.
         """
         worker = dict(worker, namespace=namespace, now=tx.now)
         if worker["ended"] and worker["quarantine"] is None:
@@ -2560,12 +2568,22 @@ class Store:
             jobid for jobid, claim in claims
             if not self.renew(tx, namespace, jobid, claim, lease)
         ]
-        return lost, drained is not None
+        return lost, drained is not None, min(
+            lease / 3, max(BEAT, self.count_alive(tx) / BEATS))
+
+    def count_alive(self, tx):
+        """Return how many workers are alive, as counted every BEAT seconds.
+        """
+        counted, alive = self.alive
+        if not counted <= tx.now < counted + BEAT:
+            alive = tx.execute(SQL.ALIVE, (tx.now - ALIVE,)).fetchone()[0]
+            self.alive = tx.now, alive
+        return alive
 
     def renew(self, tx, namespace, jobid, claim, lease):
         """Give a claim more time, also a lapsed one that nobody took over.
 
-        Returns False when the claim is lost.
+        That takes back the lapse. Returns False when the claim is lost.
         """
         values = {"namespace": namespace, "jobid": jobid, "claim": claim,
                   "lease": lease, "expires_at": tx.now + lease}
@@ -2574,9 +2592,14 @@ class Store:
         job = tx.execute(SQL.JOB, values).fetchone()
         if job is None or job["claim"] != claim:
             return False
+        job = as_dict(job)
+        lapsed = tx.execute(SQL.ATTEMPT, job).fetchone()
+        tx.execute(SQL.TAKE_BACK_LAPSE, job)
         self.move(
-            tx, as_dict(job), stage=job["claimed_to"], state="working",
+            tx, job, stage=job["claimed_to"], state="working",
             claim=claim, expires_at=values["expires_at"], lease=lease,
+            entered_at=lapsed["started"] if lapsed else tx.now,
+            lapses=max(0, job["lapses"] - 1),
         )
         return True
 
@@ -3963,13 +3986,13 @@ def post_heartbeat(store, request):
     )
     if not pairs:
         raise Error(400, "claims must be a list of pairs [jobid, token].")
-    lost, drain = store.heartbeat(
+    lost, drain, beat = store.heartbeat(
         request.namespace,
         claims=[(JOBID(i, "jobid"), token(t, "claim")) for i, t in claims],
         lease=period(given["lease"], "lease"),
         worker=read_worker(given, request.stage),
     )
-    return Response.json({"lost": lost, "drain": drain})
+    return Response.json({"lost": lost, "drain": drain, "beat": beat})
 
 
 def post_drain(store, request, *name):

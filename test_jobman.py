@@ -314,6 +314,12 @@ def changed(module, changes):
     return "-c", code
 
 
+def ahead(jobs, held=60):
+    """Return statements that make a worker claim so many jobs ahead."""
+    return "worker.Worker.HELD = %s\nworker.Worker.ahead = property(" \
+        "lambda self: %s, lambda self, jobs: None)" % (held, jobs)
+
+
 HASTY = changed("jobman", "jobman.delay_after = lambda failures: 0.1")
 
 
@@ -1735,7 +1741,7 @@ class ClaimTest(StoreCase):
         self.clock.advance(50)
         beat = {"worker": "w", "lease": 60, "claims": claims}
         self.assertEqual(
-            {"lost": [2, 3, 1, 99], "drain": False},
+            {"lost": [2, 3, 1, 99], "drain": False, "beat": 5},
             self.ok("/heartbeat", beat),
         )
         self.clock.advance(50)
@@ -1755,6 +1761,33 @@ class ClaimTest(StoreCase):
         self.assertEqual("nada", self.get(0))
         self.assertReply(200, self.update(job, 2))
         self.assertEqual([("done",)], self.attempts("outcome"))
+
+    def test_a_lapse_that_a_heartbeat_mends_is_not_counted(self):
+        self.set_jobs([1])
+        job = self.get(0, lease=60)
+        began = self.clock.now
+        beat = {"worker": "w", "lease": 60, "claims": [[1, job["claim"]]]}
+        for _ in range(9):
+            self.clock.advance(61)
+            self.assertEqual({(0, "waiting"): 1}, self.states())
+            self.assertEqual([], self.ok("/heartbeat", beat)["lost"])
+        self.assertEqual([], self.attempts("outcome"))
+        shown = self.ok("/job/1")
+        self.assertEqual((0, "working", began), (
+            shown["lapses"], shown["state"], shown["since"]))
+
+    def test_many_workers_beat_less_often(self):
+        def beat(name, lease):
+            return self.ok("/heartbeat", {
+                "worker": name, "lease": lease, "claims": []})["beat"]
+
+        self.assertEqual([5, 1], [beat("a", 120), beat("a", 3)])
+        for number in range(600):
+            beat("w%d" % number, 120)
+        self.clock.advance(6)
+        self.assertEqual([601 / 60, 4], [beat("a", 120), beat("a", 12)])
+        self.clock.advance(200)  # the others have ended
+        self.assertEqual(5, beat("a", 120))
 
     def test_a_heartbeat_gives_a_lease_to_a_claim_without(self):
         self.set_jobs([1])
@@ -8633,6 +8666,8 @@ def alive(pid):
 class WorkerCase(TemporaryFolder):
     """A test with a server, and workers as people run them."""
 
+    SOON = "--idle-timeout", "0.05", "--slots", "1", "--quiet"
+
     def setUp(self):
         super().setUp()
         test = getattr(self, self.id().rpartition(".")[2])
@@ -8649,12 +8684,12 @@ class WorkerCase(TemporaryFolder):
 
     def start(self, *argv, **options):
         """Start a worker that ends soon when it has nothing to do."""
-        argv = ("--idle-timeout", "0.05", "--slots", "1", "--print", *argv)
+        argv = (*self.SOON, "--print", *argv)
         return self.spawn(WORKER, *argv, **options)
 
     def start_with(self, changes, *argv, **options):
         """Start a worker after `changes`, statements on its module."""
-        argv = ("--idle-timeout", "0.05", "--slots", "1", "--print", *argv)
+        argv = (*self.SOON, "--print", *argv)
         return self.spawn(*changed("worker", changes), *argv, **options)
 
     def work(self, *argv):
@@ -9026,8 +9061,7 @@ class WorkerTest(WorkerCase):
     def test_drained_worker_gives_back_what_it_has_not_begun(self):
         self.add(*["while [ ! -e go ]; do sleep 0.02; done"] * 3)
         process = self.start_with(
-            "worker.Worker.HOARD = 60; worker.Worker.ahead = lambda self: 5",
-            "--lease", "1", "--name", "a", "--idle-timeout", "0.5")
+            ahead(5), "--lease", "1", "--name", "a", "--idle-timeout", "0.5")
         wait_for(lambda: self.states() == ["working"] * 3, "its claims")
         self.drain(process, "a")
         wait_for(lambda: self.states()[1:] == ["waiting"] * 2, "two back")
@@ -9113,6 +9147,57 @@ class WorkerTest(WorkerCase):
         self.assertFalse(alive(pid))
         self.assertEqual(["cancelled"], self.outcomes())
 
+    def test_cancel_reaches_a_command_within_seconds(self):
+        self.add("echo $$ >> pids; exec sleep 60")
+        process = self.start()  # with the usual lease
+        pid, = self.pids(1)
+        self.client.cancel(ids=[1])
+        began = time.monotonic()
+        wait_for(lambda: not alive(pid), "its end")
+        self.assertLess(time.monotonic() - began, 9)
+        self.assertEqual(0, self.finish(process)[0])
+
+    # Who listens
+
+    def test_no_access_file_no_server(self):
+        process = self.start("--idle-timeout", "1000", "--lease", "1")
+        wait_for(lambda: self.client.workers()["workers"], "a worker")
+        address = self.client.address
+        self.server.terminate()
+        self.server.wait()
+        with socket.socket() as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(address)
+            other.listen(5)
+            self.assertIn(b"There is no access file",
+                          process.stderr.readline())
+            other.settimeout(2)
+            with self.assertRaises(socket.timeout):
+                other.accept()
+        process.terminate()
+        self.finish(process)
+
+    def test_a_port_that_another_user_has_taken_is_not_asked(self):
+        if os.geteuid():
+            self.skipTest("only root can become another user")
+        address = self.client.address
+        self.server.kill()  # which leaves the access file
+        self.server.wait()
+        self.client.close()
+        code = "import os, socket, sys\nos.setuid(1234)\n" \
+            "server = socket.socket()\n" \
+            "server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n" \
+            "server.bind(%r)\nserver.listen(5)\nprint('up', flush=True)\n" \
+            "while True: print(server.accept()[0].recv(9), flush=True)" % (
+                address,)
+        other = self.spawn("-c", code)
+        self.assertEqual(b"up\n", other.stdout.readline())
+        status, _, err = self.finish(self.start())
+        self.assertEqual(1, status)
+        self.assertRegex(err, r"\Aworker\.py: At 127\.0\.0\.1:\d+ is another"
+                         r" server than ours: a program of another user")
+        self.assertEqual(b"b''\n", other.stdout.readline())
+
     def test_worker_goes_on_with_a_server_started_anew(self):
         self.add("echo one")
         process = self.start("--idle-timeout", "1000")
@@ -9125,6 +9210,119 @@ class WorkerTest(WorkerCase):
         wait_for(lambda: self.job(2)["stage"] == 2, "the second job")
         process.terminate()
         self.assertEqual("one\ntwo\n", self.finish(process)[1])
+
+    # What it says
+
+    def lines(self, *argv, **options):
+        """Let a worker that isn't quiet do all there is; return its lines."""
+        _, _, err = self.finish(self.spawn(
+            WORKER, "--idle-timeout", "0.05", "--slots", "2", "--name", "me",
+            *argv, **options))
+        return re.sub("(?m)^worker.py: ", "", err).splitlines()
+
+    def test_it_says_what_it_serves_and_what_it_did(self):
+        self.client.stages({0: {"name": "align"}})
+        url = json.loads(read(self.path(".jobman", "access.json")).decode())[
+            "url"]
+        serves = "me serves %s of " + url + " with 2 slots"
+        self.add("true", "false", "exit 3", max_attempts=1)
+        self.assertEqual(
+            [serves % "stages 4, align",
+             "1 job done, 2 failed (2, 3), idle for 0.05 s"],
+            self.lines("--stage", "align,4"))
+        self.assertEqual(
+            [serves % "stage align", "0 jobs done, idle for 0.05 s"],
+            self.lines())
+
+    def test_it_says_each_failure_on_a_terminal(self):
+        self.client.stages({0: {"name": "align"}})
+        self.add("true", "echo no such thing >&2; exit 3", max_attempts=1)
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        process = self.spawn(WORKER, "--idle-timeout", "0.05", stderr=slave)
+        self.assertEqual(0, process.wait(PATIENCE))
+        os.close(slave)
+        self.assertIn(b"worker.py: Job 2 failed in stage align: exit status 3:"
+                      b" no such thing\r\n", os.read(master, 9999))
+
+    def test_its_name_has_the_number_of_the_batch_job(self):
+        for name, value, part in (("SLURM_JOB_ID", "123", "slurm123"),
+                                  ("PBS_JOBID", "45.host", "pbs45")):
+            env = dict(self.environment, **{name: value})
+            _, _, err = self.finish(self.spawn(
+                WORKER, "--idle-timeout", "0.05", "--time-limit", "1h",
+                env=env))
+            self.assertRegex(err, r"worker\.py: [^ ]+-%s-\d+ serves" % part)
+
+    def test_an_attempt_says_that_it_ran_the_workers_command(self):
+        self.add("true", max_attempts=1)
+        self.work("--command", "exit 4")
+        self.assertEqual("exit status 4 of the worker's --command exit 4",
+                         self.attempts()[0]["error"])
+
+    def test_durations(self):
+        for text, seconds in (("90", 90), ("0.5", 0.5), ("90s", 90),
+                              ("2h30m", 9000), ("1:00:00", 3600)):
+            options = worker.parse(["--lease", text, "--grace", text])
+            self.assertEqual((seconds, seconds),
+                             (options.lease, options.grace))
+        for text in ("", "x", "-1", "nan", "1e10", "1:00"):
+            status, _, err = self.command(WORKER, "--lease=" + text)
+            self.assertEqual(2, status)
+            self.assertIn("--lease: %r is no duration such as 90 (seconds),"
+                          " 90s, 2h30m or 1:00:00" % text, err)
+
+    # Whether more jobs may come
+
+    def test_it_waits_for_jobs_on_their_way_to_its_stages(self):
+        self.add("until [ -e go ]; do sleep 0.02; done", laststage=4)
+        first = self.start("--stage", "0")
+        wait_for(lambda: self.states() == ["working"], "the first stage")
+        same = self.start("--stage", "0", "--lease", "600")
+        self.assertEqual(0, self.finish(same)[0])  # its worker is alive
+        second = self.start("--stage", "2", "--lease", "600")
+        beats = wait_for(lambda: [
+            each for each in self.client.workers()["workers"]
+            if each["stages"] == [2]], "the second worker")
+        self.assertTrue(beats)
+        time.sleep(1)  # 20 times its idle timeout
+        self.assertIsNone(second.poll())
+        with open(self.path("go"), "w"):
+            pass
+        for process in first, second:
+            self.assertEqual(0, self.finish(process)[0])
+        self.assertEqual(["done"], self.states())
+
+    def test_it_waits_for_jobs_of_a_worker_that_may_have_died(self):
+        self.add("[ -e go ] || { echo > begun; sleep 60; }")
+        dead = self.start("--lease", "4")
+        wait_for(lambda: read(self.path("begun")), "the command")
+        dead.kill()
+        with open(self.path("go"), "w"):
+            pass
+        status, _, err = self.finish(
+            self.start("--lease", "4", "--idle-timeout", "2"))
+        self.assertEqual((0, ""), (status, err))
+        self.assertEqual(["done"], self.states())
+        self.assertEqual(["lapsed", "done"], self.outcomes())
+
+    # What it tells commands
+
+    def test_commands_are_told_no_secret(self):
+        found = json.loads(read(self.path(".jobman", "access.json")).decode())
+        self.environment["JOBMAN_URL"] = found["url"]
+        self.environment["JOBMAN_JOBIX"] = str(found["jobix"])
+        self.add("x")
+        out, _ = self.work("--command", "cat; env")
+        self.assertIn('"jobid": 1', out)
+        self.assertNotIn(str(found["jobix"]), out)
+        self.assertNotIn('"claim"', out)
+
+    def test_what_it_says_is_printable(self):
+        name = self.path("a\x1b]0;b")
+        status, _, err = self.command(WORKER, "--access", name)
+        self.assertEqual(1, status)
+        self.assertIn("a\\x1b]0;b", err)
 
     def test_missing_access_file_is_one_sentence(self):
         status, out, err = self.command(WORKER, "--access", "nowhere.json")
@@ -9168,6 +9366,33 @@ class WorkerTest(WorkerCase):
             self.assertIsNone(client.get(0, lease=60))
             self.assertEqual(4, len(asked))
             server.shutdown(socket.SHUT_RDWR)
+
+
+    def test_calls_that_only_read_give_up_soon_and_say_what_they_wait_for(
+            self):
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            server.listen(9)  # and never answers
+            client = worker.Client(
+                url="http://127.0.0.1:%d" % server.getsockname()[1], jobix=1,
+                patience=0)
+            self.addCleanup(client.close)
+            told = []
+            client.tell, client.LATE, client.READ_TIMEOUT = told.append, 0.1, 1
+            for call in client.status, client.workers, client.jobs:
+                with self.assertRaisesRegex(worker.Unreachable, "timed out"):
+                    call()
+            self.assertRegex(told[0], "doesn't answer. It is waited for.")
+            self.assertEqual(3, len(told))
+
+    def test_stale_words_in_a_clients_call_are_refused_by_the_server(self):
+        for jobid in ("x", "1/2", -1):
+            with self.assertRaises(worker.Refused):
+                self.client.job(jobid)
+            with self.assertRaises(worker.Refused):
+                self.client.update_job(1, "x")
+            with self.assertRaises(worker.Refused):
+                self.client.fail_job(jobid)
 
 
 class SlotsTest(WorkerCase):
@@ -9224,24 +9449,22 @@ class SlotsTest(WorkerCase):
     def test_what_waits_too_long_is_done_by_another_worker(self):
         self.add("until [ -e go ]; do sleep 0.02; done",
                  *["echo >> ran"] * 5)
-        hoarder = self.start_with("\n".join((
-            "worker.Worker.HOARD = 0.5", "calls = []",
-            "def ahead(self):", "    calls.append(1)",
-            "    return 5 if len(calls) < 3 else 0",
-            "worker.Worker.ahead = ahead")), "--name", "hoarder")
+        greedy = self.start_with(
+            ahead("0 if self.received and not self.ready else 5", held=0.5),
+            "--name", "greedy")
         wait_for(lambda: self.states() == ["working"] * 6, "claims ahead")
         wait_for(lambda: self.states()[1:] == ["waiting"] * 5, "their return")
         self.work("--name", "other")
         with open(self.path("go"), "w"):
             pass
-        self.assertEqual(0, self.finish(hoarder)[0])
+        self.assertEqual(0, self.finish(greedy)[0])
         self.assertEqual(["done"] * 6, self.states())
         self.assertEqual(5, len(read(self.path("ran")).splitlines()))
         for jobid in range(2, 7):
             ends = [(a["worker"], a["outcome"], a["attempt"])
                     for a in self.attempts(jobid)]
             self.assertEqual(
-                [("hoarder", "released", 1), ("other", "done", 1)], ends)
+                [("greedy", "released", 1), ("other", "done", 1)], ends)
 
     @hasty
     def test_command_that_no_process_is_left_for_is_deferred(self):
@@ -9252,7 +9475,10 @@ class SlotsTest(WorkerCase):
             "    if len(calls) == 1:",
             "        raise BlockingIOError(errno.EAGAIN, 'no process')",
             "    return start(*args)", "worker.start_process = scarce")))
-        self.assertEqual((0, "ran\n", ""), self.finish(worker))
+        status, out, err = self.finish(worker)
+        self.assertEqual((0, "ran\n"), (status, out))
+        self.assertRegex(err, r"\Aworker\.py: A command can't be started: .*"
+                         r" no process: raise `ulimit -u`, .*\.\n\Z")
         self.assertEqual(["deferred", "done"], self.outcomes())
         self.assertEqual(0, self.job()["failures"])
 
@@ -9307,6 +9533,46 @@ class SlotsTest(WorkerCase):
         out, err = self.work()
         self.assertEqual("\0" * 10000000, out)
         self.assertEqual("\0" * 10000000, err)
+
+    def test_pipes_are_new_for_each_command(self):
+        self.add(
+            [sys.executable, "-c", "import os; os.set_blocking(1, False)"],
+            "head -c 2000000 /dev/zero",
+            "setsid sh -c 'until [ -e go ]; do sleep 0.01; done; echo stray'&",
+            "echo > go; sleep 0.3; echo on")
+        out, _ = self.work()
+        self.assertEqual("\0" * 2000000 + "on\n", out)
+        self.assertEqual(["done"] * 4, self.states())
+
+    def test_command_may_close_its_output_and_go_on(self):
+        self.add("exec >&- 2>&-; sleep 0.5")
+        began = os.times().children_user
+        self.work()
+        self.assertLess(os.times().children_user - began, 2)
+        self.assertEqual(["done"], self.states())
+
+    def test_output_that_does_not_fit_fails_its_attempt_alone(self):
+        self.environment["TMPDIR"] = self.small_disk("2m")
+        self.add("head -c 5000000 /dev/zero", "echo on", max_attempts=1)
+        status, out, err = self.finish(self.start())
+        self.assertEqual((0, "on\n"), (status, out.strip("\0")), err)
+        self.assertEqual(["failed", "done"], self.states())
+        self.assertIn("its output can't be kept in %s: No space left"
+                      % self.path("disk"), self.attempts()[0]["error"])
+
+    def test_few_files_and_threads_are_a_sentence_with_a_remedy(self):
+        few = (("RLIMIT_NOFILE", 30, "raise `ulimit -n`"),
+               ("RLIMIT_NPROC", 1, "raise `ulimit -u`"))
+        for name, limit, remedy in few:
+            if name == "RLIMIT_NPROC" and not os.geteuid():
+                continue  # root has as many as it likes
+            limit = (limit, limit)
+            status, _, err = self.finish(self.start(
+                preexec_fn=lambda name=name, limit=limit: resource.setrlimit(
+                    getattr(resource, name), limit)))
+            self.assertEqual(1, status, err)
+            self.assertIn(remedy, err.splitlines()[-1])
+            self.assertNotIn("Traceback", err)
 
     def test_stray_that_goes_on_writing_holds_up_nothing(self):
         stray = "setsid sh -c 'echo $$ >> pids; while :; do echo stray;" \
@@ -9404,9 +9670,7 @@ class SlotsTest(WorkerCase):
 
     def test_claim_that_is_lost_while_it_waits_never_begins(self):
         self.add("until [ -e go ]; do sleep 0.02; done", "echo ran >> ran")
-        worker = self.start_with(
-            "worker.Worker.ahead = lambda self: 1;"
-            "worker.Worker.HOARD = 60", "--lease", "1")
+        worker = self.start_with(ahead(1), "--lease", "1")
         wait_for(lambda: self.states() == ["working"] * 2, "both claims")
         self.client.cancel(ids=[2])
         line = worker.stderr.readline()
@@ -9477,8 +9741,8 @@ class BudgetTest(WorkerCase):
     def test_a_job_that_comes_free_as_a_worker_would_end_is_done(self):
         self.add('[ "$JOBMAN_ATTEMPT" = 2 ]')
         worker = self.start_with(
-            "look = worker.Claimer.delayed\n"
-            "worker.Claimer.delayed = lambda self:"
+            "look = worker.Claimer.more_to_come\n"
+            "worker.Claimer.more_to_come = lambda self:"
             " list(iter(lambda: look(self), False)) is None")  # not any more
         self.assertEqual((0, "", ""), self.finish(worker))
         self.assertEqual(["done"], self.states())
@@ -9625,7 +9889,7 @@ class OutageTest(WorkerCase):
         self.find_server()
         status, _, err = self.finish(worker)
         self.assertEqual(0, status)
-        self.assertRegex(err, r"can't be reached.*wait on disk\.\n"
+        self.assertRegex(err, r"can't be reached.*\n.*wait on disk, in .*\n"
                          r"worker\.py: The server is back\.\n\Z")
         self.check_delivered(2)
 
@@ -9900,18 +10164,24 @@ class OutageTest(WorkerCase):
                          self.command(WORKER, "--send-spool"))
         self.assertEqual(before, sorted(os.listdir(folder)))
 
-    def test_an_outcome_without_a_token_is_dropped(self):
+    def test_a_malformed_outcome_is_dropped_with_a_line(self):
         folder = self.path(".jobman", "spool")
         os.makedirs(folder)
         self.add("true")
-        for claim in (None, ""):
-            spool = worker.Spool(folder, "forged%r" % claim)
+        values = {"jobstage": 2, "jobcmd": "echo > forged"}
+        for claim, verb, given in (
+                (None, "update", values), ("", "update", values),
+                ("c", "progress", values), ("c", "call", values),
+                ("c", "fail", [])):
+            spool = worker.Spool(folder, "forged")
             spool.add([worker.Outcome(
-                worker.namespace(self.client.jobix), 1, claim, "update",
-                {"jobstage": 2, "jobcmd": "echo > forged"})])
+                worker.namespace(self.client.jobix), 1, claim, verb, given)])
             os.close(spool.fd)
-        self.assertEqual((0, "0 results were delivered.\n", ""),
-                         self.command(WORKER, "--send-spool"))
+            status, out, err = self.command(WORKER, "--send-spool")
+            self.assertEqual((0, "0 results were delivered.\n"), (status, out))
+            self.assertEqual("worker.py: Job 1: its result is malformed and is"
+                             " dropped.\n", err)
+            self.assertFalse(os.path.exists(folder))
         self.assertEqual(["waiting"], self.states())
 
     def test_a_folder_that_others_can_write_is_refused(self):
@@ -10106,6 +10376,25 @@ class EndTest(WorkerCase):
         self.assertEqual((143, "", ""), self.finish(worker))
         self.check_released(1)
 
+    GROUPS = "timeout 200 sleep 60 & echo $! >> pids; set -m;" \
+        " sleep 60 & echo $! >> pids; echo $$ >> pids; wait"
+
+    def test_process_groups_of_a_command_end_with_it(self):
+        self.add("bash -c '%s'" % self.GROUPS, "bash -c '%s'" % self.GROUPS,
+                 "bash -c '%s'" % self.GROUPS, max_attempts=1)
+        self.client.set({9: {
+            "jobstage": 0, "jobcmd": "bash -c '%s'" % self.GROUPS,
+            "timeout": 1, "max_attempts": 1, "priority": 1}})
+        worker = self.start("--slots", "4", "--lease", "3", "--grace", "3")
+        pids = self.pids(12)
+        self.client.cancel(ids=[1, 2])
+        wait_for(lambda: sum(map(alive, pids)) == 3, "cancel and timeout")
+        worker.terminate()
+        self.assertEqual(143, self.finish(worker)[0])
+        self.check_dead(pids)
+        self.assertEqual(["cancelled"] * 2 + ["waiting", "failed"],
+                         self.states())
+
     def test_second_sigint_ends_at_once(self):
         self.add("trap 'echo >> got' INT; echo $$ >> pids;"
                  " while :; do sleep 0.05; done")
@@ -10171,9 +10460,7 @@ class EndTest(WorkerCase):
         for jobid in range(2, 10):
             self.client.release_job(jobid)
         self.client.release_job(1)
-        worker = self.start_with(
-            "worker.Worker.ahead = lambda self: 9 - len(self.ready)",
-            "--grace", "0.2")
+        worker = self.start_with(ahead(9), "--grace", "0.2")
         self.pids(1)
         wait_for(lambda: self.states() == ["working"] * 10, "claims ahead")
         worker.terminate()
@@ -10503,7 +10790,7 @@ class FilesTest(WorkerCase):
             self.assertEqual(["done", "rejected", "done", "done"],
                              self.outcomes(jobid))
             self.assertIn("/%d" % jobid, self.attempts(jobid)[1]["error"])
-            self.assertIn("Job %d: not as it was made" % jobid, err)
+            self.assertIn("Job %d: files are missing or" % jobid, err)
         self.assertEqual(0, self.job(7)["rejects"])
 
     @hasty
@@ -10636,8 +10923,7 @@ class LogTest(WorkerCase):
 
     def start(self, *argv, **options):
         """Start a worker that keeps output."""
-        argv = ("--idle-timeout", "0.05", "--slots", "1", *argv)
-        return self.spawn(WORKER, *argv, **options)
+        return self.spawn(WORKER, *self.SOON, *argv, **options)
 
     def kept(self):
         """Return the paths of the files in the folder of the logs."""
@@ -10981,7 +11267,7 @@ class VerifyTest(WorkerCase):
 class QuarantineTest(WorkerCase):
     """A node on which all commands fail does no harm to the jobs."""
 
-    FAST = "--idle-timeout", "0.5", "--slots", "1", "--print"
+    FAST = "--idle-timeout", "0.5", "--slots", "1", "--print", "--quiet"
     LOYAL = "--idle-timeout", "1000"  # it is there as long as it is needed
 
     def broken(self, *argv):
@@ -11044,7 +11330,7 @@ class QuarantineTest(WorkerCase):
             self.client.set({jobid: {"jobstage": 0, "laststage": 2,
                                      "jobcmd": "sleep 0.1"}})
         began = time.monotonic()
-        hurried = changed("worker", "worker.Doubt.SHORTEST = 0.5")
+        hurried = changed("worker", "worker.NodeCheck.PATIENCE = 0.5")
         workers = [self.spawn(*hurried, *self.FAST, "--name", name)
                    for name in ("one", "two")]
         for process in workers:
@@ -11059,22 +11345,20 @@ class QuarantineTest(WorkerCase):
         self.assertLess(time.monotonic() - began, 10)
         self.assertEqual(["failed"] * 20 + ["done"], self.states())
 
-    # Doubt, driven by hand
+    # NodeCheck, driven by hand
 
     def claimer(self, patience=60):
-        """Return a Claimer of the node `here`; what it suspects is noted."""
-        self.suspected = []
+        """Return a Claimer of the node `here`."""
         claimer = worker.Claimer(
-            worker.parse(["--lease", "60"]), self.client, "here",
-            say=print, busy=bool, suspect=self.suspected.append)
-        claimer.doubt.patience = patience
+            worker.parse(["--lease", "60"]), self.client, "here", busy=bool)
+        claimer.check.PATIENCE = patience
         return claimer
 
     def fail_here(self, claimer, n=3, seconds=0.1):
         """Let the next `n` jobs fail here."""
         for job in self.client.get(0, worker="here", lease=60, n=n):
             self.client.fail_job(job["jobid"], job["claim"])
-            claimer.doubt.note(job, failed=True, seconds=seconds)
+            claimer.check.record(job, failed=True, seconds=seconds)
         for name in ("here", "there"):
             self.client.heartbeat(name, 60, [], stages=[0])
 
@@ -11088,42 +11372,33 @@ class QuarantineTest(WorkerCase):
             else:
                 self.client.fail_job(job["jobid"], job["claim"])
 
-    def hold_back(self, claimer):
-        """Return for how many seconds a doubt keeps the claimer waiting."""
+    def await_verdict(self, claimer):
+        """Return how long a suspect node waits, in seconds."""
         began = time.monotonic()
-        claimer.hold_back()
+        self.verdict = claimer.check.await_verdict(claimer.ending)
         return time.monotonic() - began
 
-    def test_doubt_ends_after_a_while(self):
+    def test_suspicion_ends_after_a_while(self):
         self.add(*["true"] * 3)
         claimer = self.claimer(patience=0.5)
         self.fail_here(claimer)
-        self.assertTrue(0.5 <= self.hold_back(claimer) < 5)
-        self.assertEqual([], self.suspected)
-        self.assertEqual(1, claimer.doubt.patience)
-        self.check_no_doubt(claimer)
+        self.assertTrue(0.5 <= self.await_verdict(claimer) < 5)
+        self.assertIsNone(self.verdict)
+        self.check_trusted(claimer)
 
     @hasty
-    def test_what_is_done_elsewhere_after_a_doubt_counts_in_the_next(self):
+    def test_what_is_done_elsewhere_after_a_wait_counts_in_the_next(self):
         self.add(*["true"] * 3)
         claimer = self.claimer(patience=0.1)
         self.fail_here(claimer)
-        self.hold_back(claimer)
+        self.await_verdict(claimer)
         self.end_there("done")
         self.client.set({
             jobid: {"jobstage": 0, "jobcmd": "true"} for jobid in (4, 5, 6)})
-        claimer.doubt.patience = 5
+        claimer.check.PATIENCE = 5
         self.fail_here(claimer)
-        self.assertLess(self.hold_back(claimer), 1)
-        self.assertIn("3 jobs in a row", self.suspected[0])
-
-    def test_patience_grows_up_to_a_minute_and_a_success_ends_that(self):
-        doubt = self.claimer(patience=5).doubt
-        for expected in (5, 10, 20, 40, 60, 60):
-            self.assertEqual(expected, doubt.patience)
-            doubt.adjourn()
-        doubt.note({"jobid": 9, "jobstage": 0}, failed=False, seconds=0)
-        self.assertEqual(5, doubt.patience)
+        self.assertLess(self.await_verdict(claimer), 1)
+        self.assertIn("3 jobs in a row", self.verdict)
 
     @hasty
     def test_three_that_are_done_elsewhere_end_it(self):
@@ -11131,9 +11406,8 @@ class QuarantineTest(WorkerCase):
         claimer = self.claimer()
         self.fail_here(claimer)
         self.end_there("done")
-        self.assertLess(self.hold_back(claimer), 5)
-        self.assertIn("3 jobs in a row", self.suspected[0])
-        self.assertTrue(claimer.ending.is_set())
+        self.assertLess(self.await_verdict(claimer), 5)
+        self.assertIn("3 jobs in a row", self.verdict)
 
     @hasty
     def test_what_fails_elsewhere_too_is_the_jobs_fault(self):
@@ -11141,8 +11415,8 @@ class QuarantineTest(WorkerCase):
         claimer = self.claimer()
         self.fail_here(claimer)
         self.end_there("fail")
-        self.assertLess(self.hold_back(claimer), 5)
-        self.assertEqual([], self.suspected)
+        self.assertLess(self.await_verdict(claimer), 5)
+        self.assertIsNone(self.verdict)
 
     def test_what_was_done_elsewhere_before_it_failed_here_does_not_count(
             self):
@@ -11152,57 +11426,57 @@ class QuarantineTest(WorkerCase):
         self.end_there("done")
         self.client.retry(all=True)  # the command has been spoilt since
         self.fail_here(claimer)
-        self.hold_back(claimer)
-        self.assertEqual([], self.suspected)
+        self.await_verdict(claimer)
+        self.assertIsNone(self.verdict)
 
-    def check_no_doubt(self, claimer):
+    def check_trusted(self, claimer):
         """Check that a claimer trusts its node."""
-        self.assertFalse(claimer.doubt.stands())
-        self.assertLess(self.hold_back(claimer), 1)
+        self.assertFalse(claimer.check.suspect())
+        self.assertLess(self.await_verdict(claimer), 1)
 
     def test_one_bad_job_again_and_again_is_one(self):
         self.add("false")
         claimer = self.claimer()
         job = self.client.get(0, worker="here", lease=60)
         for _ in range(9):
-            claimer.doubt.note(job, failed=True, seconds=0.1)
-        self.check_no_doubt(claimer)
+            claimer.check.record(job, failed=True, seconds=0.1)
+        self.check_trusted(claimer)
 
     def test_slow_failures_do_not_count(self):
         self.add(*["true"] * 3)
         claimer = self.claimer()
         self.fail_here(claimer, seconds=11)
-        self.check_no_doubt(claimer)
+        self.check_trusted(claimer)
 
-    def test_success_takes_the_doubt_away(self):
+    def test_success_makes_the_node_trusted(self):
         self.add(*["true"] * 3)
         claimer = self.claimer()
         self.fail_here(claimer, n=2)
-        claimer.doubt.note({"jobid": 9, "jobstage": 0}, failed=False,
+        claimer.check.record({"jobid": 9, "jobstage": 0}, failed=False,
                            seconds=0)
         self.fail_here(claimer, n=1)
-        self.check_no_doubt(claimer)
+        self.check_trusted(claimer)
 
     def test_who_serves_other_stages_cannot_tell(self):
         self.add(*["true"] * 3)
         claimer = self.claimer()
         self.fail_here(claimer)
         self.client.heartbeat("there", 60, [], stages=[2])
-        self.assertLess(self.hold_back(claimer), 1)
+        self.assertLess(self.await_verdict(claimer), 1)
 
     def test_who_is_silent_cannot_tell(self):
         self.add(*["true"] * 3)
         claimer = self.claimer()
-        claimer.doubt.HEARD = 0.5
+        claimer.check.HEARD = 0.5
         self.fail_here(claimer)
-        self.assertLess(self.hold_back(claimer), 5)
+        self.assertLess(self.await_verdict(claimer), 5)
 
     def test_who_is_in_quarantine_cannot_tell(self):
         self.add(*["true"] * 3)
         claimer = self.claimer()
         self.fail_here(claimer)
         self.client.heartbeat("there", 60, [], stages=[0], quarantine="bad")
-        self.assertLess(self.hold_back(claimer), 1)
+        self.assertLess(self.await_verdict(claimer), 1)
 
     # A full disk
 
@@ -11540,6 +11814,21 @@ class LibraryTest(WorkerCase):
             here = os.path.realpath(self.folder)
             self.assertEqual(expected.replace("%s", here), out)
         self.assertEqual(["done"] * 3, self.states())
+
+    def test_a_job_shows_what_it_is_and_help_what_there_is(self):
+        self.add(["cut", "-f1"])
+        out, _ = self.over("for job in worker.claim_jobs(**options):\n"
+                           "    print(job)\n    job.done()\n")
+        self.assertEqual("<worker.Job 1 in stage 0: ['cut', '-f1']>\n", out)
+        for name in worker.__all__:
+            self.assertTrue(getattr(worker, name).__doc__)
+
+    def test_an_exception_is_told_once(self):
+        self.add("x", max_attempts=1)
+        self.over("for job in worker.claim_jobs(**options):\n    with job:\n"
+                  "        raise ValueError('odd file')\n")
+        _, out, _ = self.command(JOBMAN, "job", "1")
+        self.assertRegex(out, r"(?m)^why +failed: ValueError: odd file$")
 
     def test_no_job_is_claimed_after_an_idle_time(self):
         began = time.monotonic()
@@ -19840,7 +20129,8 @@ class HouseTest(TemporaryFolder):
             if callable(method) and not name.startswith("_")
         }
         machinery = {"locate", "call", "sweep", "persist", "exchange",
-                     "connect", "secure", "close", "abort"}
+                     "connect", "secure", "close", "abort", "has_input",
+                     "tell_once"}
         self.assertEqual(verbs - {""}, methods - machinery)
 
     def test_importing_does_nothing_and_needs_no_packages(self):

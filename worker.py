@@ -49,6 +49,9 @@ import zlib
 from urllib.parse import quote, urlencode, urlsplit
 
 __version__ = "0.1.0"
+__all__ = [
+    "Client", "Job", "Refused", "Trouble", "Unreachable", "claim_jobs", "run",
+]
 
 MAX_STAGE = 1000000
 MAX_BODY = 64 * 2**20  # bytes that a server takes in one call
@@ -68,7 +71,7 @@ class Trouble(Exception):
 
 
 class Refused(Trouble):
-    """Hold the server's refusal: `status` and its sentence."""
+    """Hold the server's refusal: its `status` and its sentence."""
 
     def __init__(self, status, message):
         super().__init__(message)
@@ -80,7 +83,19 @@ class Unreachable(Trouble):
 
 
 class Impostor(OSError):
-    """Say that a server's certificate is not the one it should have."""
+    """Say why what answers at the server's address is not our server."""
+
+
+def printable(text):
+    """Return `text` with control characters as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def say(line):
+    """Write a line for a person on standard error."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write("worker.py: %s\n" % printable(str(line)))
+        sys.stderr.flush()
 
 
 # ---------------------------------------------------------------- client ---
@@ -89,7 +104,7 @@ PORTS = {"http": 80, "https": 443}
 
 
 def access_path():
-    """Return where the access file is, unless an option says otherwise."""
+    """Return the default path of the access file."""
     default = os.path.join(os.path.expanduser("~"), ".jobman", "access.json")
     return os.environ.get("JOBMAN_ACCESS") or default
 
@@ -118,9 +133,9 @@ def read_access(path):
 
 
 def backoff():
-    """Yield random pauses that grow, up to 10 seconds ("full jitter").
+    """Yield random pauses that grow up to 10 seconds ("full jitter").
 
-    So a thousand workers don't come back to a server all at once.
+    They keep a thousand workers from coming back to a server all at once.
     """
     longest = 0.1
     while True:
@@ -129,10 +144,10 @@ def backoff():
 
 
 def read_fingerprint(text, scheme):
-    """Return a certificate's SHA-256 as 64 hex digits, None where it's empty.
+    """Return a certificate's SHA-256 as 64 hex digits, None for no text.
 
-    Colons and capitals, as openssl prints them, are taken. Raises Trouble
-    for anything else, and where it would be of no use.
+    Takes colons and capitals, as openssl prints them. Raises Trouble for
+    anything else, and for a server without TLS.
     """
     if not text:
         return None
@@ -145,10 +160,10 @@ def read_fingerprint(text, scheme):
 
 
 def tls_context(fingerprint):
-    """Return an SSLContext that trusts what CAs say.
+    """Return an SSLContext that trusts certificate authorities.
 
-    With a fingerprint it trusts all, and the caller looks at that. Python
-    may have been built without ssl, so nothing but https needs it.
+    With a fingerprint it trusts any certificate: the caller compares the
+    fingerprint. Only https needs ssl, which some Pythons lack.
     """
     try:
         import ssl
@@ -170,7 +185,7 @@ def tls_context(fingerprint):
 
 
 def shake_hands(sock, fingerprint):
-    """Let an SSLSocket find out who is there; raise Impostor, OSError.
+    """Do the TLS handshake of an SSLSocket; raise Impostor or OSError.
 
     Nothing may be sent before.
     """
@@ -178,6 +193,8 @@ def shake_hands(sock, fingerprint):
         sock.do_handshake()
     except (OSError, ValueError) as error:  # ValueError: Python 3.6
         reason = getattr(error, "reason", None)
+        if reason == "WRONG_VERSION_NUMBER":
+            raise OSError("it doesn't speak TLS; is it at http://?") from None
         vouched = reason != "CERTIFICATE_VERIFY_FAILED"
         if vouched and not isinstance(error, ValueError):
             raise
@@ -189,32 +206,63 @@ def shake_hands(sock, fingerprint):
             raise Impostor("its fingerprint is %s" % shown)
 
 
-def halves(pairs, size):
-    """Yield the JSON of an object, in halves where it is over `size` long."""
-    text = json.dumps(dict(pairs))
-    middle = len(pairs) // 2
-    if len(text) <= size or not middle:
-        yield text
+def hex_words(address):
+    """Return the bytes of an IP address as /proc/net/tcp writes them."""
+    return "".join(
+        "%08X" % int.from_bytes(address[i : i + 4], sys.byteorder)
+        for i in range(0, len(address), 4))
+
+
+def check_listener(sock):
+    """Raise Impostor if another user listens at the other end on this host.
+
+    When a server has ended, any user of its host can take its port. The
+    kernel knows who listens. It is asked after the connection is made, so
+    nobody can take the port between the two.
+    """
+    host, port = sock.getpeername()[:2]
+    packed = socket.inet_pton(sock.family, host)
+    if sock.family == socket.AF_INET:
+        if packed[0] != 127:
+            return
+        mapped = b"\0" * 10 + b"\xff\xff" + packed
+    elif packed == b"\0" * 15 + b"\1":
+        mapped = packed
     else:
-        yield from halves(pairs[:middle], size)
-        yield from halves(pairs[middle:], size)
+        return
+    there = {"%s:%04X" % (hex_words(each), port)
+             for each in (packed, mapped, b"\0" * 4, b"\0" * 16)}
+    owners = set()
+    for name in "tcp", "tcp6":
+        with contextlib.suppress(FileNotFoundError):  # no IPv6 here
+            with open("/proc/net/" + name) as file:
+                for line in file:
+                    words = line.split()
+                    if words[1] in there and words[3] == "0A":  # LISTEN
+                        owners.add(int(words[7]))
+    if not owners or owners - {os.geteuid(), 0}:
+        raise Impostor("a program of another user listens there")
 
 
-def parts(pairs, most, size):
-    """Yield the JSON of objects that have, one after another, all `pairs`.
+def chunks(pairs, most, size):
+    """Yield JSON objects that together hold all `pairs`.
 
-    Each has up to `most` of them, and up to `size` characters where it has
+    Each holds up to `most` of them, and up to `size` characters if it holds
     more than one. There is at least one object.
     """
-    left = iter(pairs)
-    part = list(itertools.islice(left, most))
-    yield from halves(part, size)
-    for first in left:
-        yield from halves([first, *itertools.islice(left, most - 1)], size)
+    part, length = [], 0
+    for key, value in pairs:
+        text = "%s: %s" % (json.dumps(str(key)), json.dumps(value))
+        if part and (len(part) == most or length + len(text) > size):
+            yield "{%s}" % ", ".join(part)
+            part, length = [], 0
+        part.append(text)
+        length += len(text)
+    yield "{%s}" % ", ".join(part)
 
 
 def path_of(*parts):
-    """Return the path of a call: its verb, then its arguments but None."""
+    """Return the path of a call: its verb and its arguments, except None."""
     return "".join("/" + quote(str(part), safe=",")
                    for part in parts if part is not None)
 
@@ -226,19 +274,21 @@ class Client:
     ~/.jobman/access.json); `url` and `jobix` (or $JOBMAN_URL and
     $JOBMAN_JOBIX) do without one. An https server is known by the SHA-256 of
     its certificate, which the access file has, or `fingerprint` (or
-    $JOBMAN_FINGERPRINT); without one CAs and its host's name vouch for it.
-    One connection is kept open; threads take turns on it. What is safe to
-    repeat is repeated for up to `patience` seconds (None: for ever) when the
-    server can't be reached, with growing, random pauses; the access file is
-    read again each time, for the server may have moved. Every method raises
+    $JOBMAN_FINGERPRINT); without one, certificate authorities and its host's
+    name vouch for it. One connection is kept open; threads take turns on it.
+    Each new connection goes where the access file says, for the server may
+    have moved; without the file there is no server. A call that is safe to
+    repeat is repeated for up to `patience` seconds (None: for ever) while the
+    server can't be reached, with growing, random pauses. Every method raises
     Refused when the server says no, and Unreachable when it can't be
     reached.
     """
 
     CONNECT_TIMEOUT = 10  # seconds
-    TIMEOUT = 60  # seconds without a byte before a connection is given up
+    READ_TIMEOUT = 10  # seconds without an answer, for calls that only read
+    TIMEOUT = 60  # the same, for calls that change something
     SWEEP_TIMEOUT = 3600  # for a call that may be about millions of jobs
-    LATE = 5  # seconds for which a call tries until it tells of that
+    LATE = 5  # seconds after which a call says what it waits for
     SETTLE = 1  # seconds until a server that starts has its access file
     PART = 2000  # jobs in one call of many
     PART_SIZE = 2**20  # characters of them
@@ -256,7 +306,8 @@ class Client:
             raise Trouble("A url needs a jobix too ($JOBMAN_JOBIX), a number.")
         self.fixed = None if url is None else (url, int(jobix), fingerprint)
         self.patience = patience
-        self.tell = None  # called with what holds up a call, once for each
+        self.tell = None  # called once a call with what holds it up
+        self.told = True
         self.mutex = threading.Lock()  # guards the connection
         self.connection = None
         self.sent = False  # whether a call has gone out on it
@@ -266,9 +317,9 @@ class Client:
         self.locate()
 
     def locate(self):
-        """Find out where the server is, and with what jobix to come.
+        """Find out the server's address, and the jobix.
 
-        Once found, the jobix stays the same: another has other jobs.
+        The jobix stays the same: another jobix has other jobs.
         """
         url, jobix, fingerprint = self.fixed or read_access(self.access)
         try:
@@ -286,7 +337,7 @@ class Client:
         if self.jobix not in (None, jobix):
             raise Trouble("The access file is another server's now.")
         tls = tls_context(fingerprint) if parts.scheme == "https" else None
-        self.jobix, self.address = jobix, address
+        self.url, self.jobix, self.address = url, jobix, address
         self.tls, self.fingerprint = tls, fingerprint
         self.prefix = parts.path.rstrip("/")
 
@@ -328,9 +379,8 @@ class Client:
         be in: the whole again adds none twice.
         """
         pairs = jobs.items() if hasattr(jobs, "items") else jobs
-        for text in parts(pairs, self.PART, self.PART_SIZE):
-            answer = self.call("POST", "/set", text=text)
-        return answer
+        for text in chunks(pairs, self.PART, self.PART_SIZE):
+            self.call("POST", "/set", text=text)
 
     def submit(self, key, jobs, part=0):
         """Add `jobs`, a list of entries; return the ids they are given.
@@ -383,7 +433,7 @@ class Client:
     def fail_job(self, jobid, claim=None, **report):
         """Say that an attempt failed: `error`, `exit_code`, `stderr`."""
         return self.call(
-            "POST", "/fail_job/%d" % jobid, report,
+            "POST", path_of("fail_job", jobid), report,
             options={"claim": claim}, repeat=claim is not None,
         )
 
@@ -393,14 +443,14 @@ class Client:
         `report`: `error`, `stderr`, and `files` that the job must have still.
         """
         return self.call(
-            "POST", "/reject_job/%d" % jobid, report,
+            "POST", path_of("reject_job", jobid), report,
             options={"claim": claim}, repeat=claim is not None,
         )
 
     def release_job(self, jobid, claim=None):
         """Give a claim back unharmed."""
         return self.call(
-            "POST", "/release_job/%d" % jobid, {},
+            "POST", path_of("release_job", jobid), {},
             options={"claim": claim}, repeat=claim is not None,
         )
 
@@ -409,7 +459,7 @@ class Client:
 
         `about` the worker: `host`, `stages` (a list), `slots`, `busy`,
         `done`, `failed`, `quarantine` (why it takes no more work), `ended`
-        (True). Returns {"lost": [jobid, …], "drain": bool}.
+        (True). Returns {"lost": [jobid, …], "drain": bool, "beat": seconds}.
         """
         beat = dict(about, worker=worker, lease=lease, claims=claims)
         return self.call("POST", "/heartbeat", beat)
@@ -417,9 +467,11 @@ class Client:
     def check_stages(self, old=None, new=None):
         """Flag the expired jobs; move those of stage `old` to `new`."""
         if old is None:
-            return self.call("GET", "/check_stages")
-        path = path_of("check_stages", old, new)
-        return self.call("GET", path, repeat=False)
+            path = "/check_stages"
+        else:
+            path = path_of("check_stages", old, new)
+        return self.call("GET", path, repeat=old is None,
+                         timeout=self.SWEEP_TIMEOUT)
 
     def retry(self, **selector):
         """Let ended jobs run again; return how many.
@@ -509,13 +561,13 @@ class Client:
 
     def job(self, jobid):
         """Return all that the server knows of a job, and its attempts."""
-        return self.call("GET", "/job/%d" % jobid)
+        return self.call("GET", path_of("job", jobid))
 
     # How a call is made
 
     def call(
         self, method, path, value=None, *,
-        text=None, options=None, repeat=True, timeout=TIMEOUT
+        text=None, options=None, repeat=True, timeout=None
     ):
         """Make a call; return its answer: a JSON value, or text.
 
@@ -524,6 +576,8 @@ class Client:
         given = {k: v for k, v in (options or {}).items() if v is not None}
         if given:
             path += "?" + urlencode(given)
+        if timeout is None:
+            timeout = self.READ_TIMEOUT if method == "GET" else self.TIMEOUT
         if value is not None:
             text = json.dumps(value)
         body = None
@@ -539,41 +593,43 @@ class Client:
         return answer
 
     def persist(self, method, path, body, repeat, timeout):
-        """Make a call, again and again while that is safe and may help."""
+        """Make a call; repeat it while that is safe and there is patience."""
         began = time.monotonic()
-        told = self.tell is None
+        self.told = self.tell is None
         for pause in backoff():
+            final = fatal = False
             try:
                 answer = self.exchange(method, path, body, timeout)
                 if answer[0] < 500:
                     return answer
                 error = "The server can't answer now (%d)." % answer[0]
-                if answer[0] != 503 and not repeat:  # of whom, we can't know
-                    raise Unreachable(error)
+                final = answer[0] != 503 and not repeat  # it may be done
+            except Trouble as trouble:  # the access file is missing
+                error = str(trouble)
+            except Impostor as lost:
+                self.close()
+                error = "At %s:%d is another server than ours: %s." % (
+                    *self.address, lost)
+                settled = time.monotonic() >= began + self.SETTLE
+                fatal = settled and not self.met  # ours was never there
             except (OSError, http.client.HTTPException) as lost:
-                sent = self.close()
+                final = self.close() and not repeat
                 error = "The server at %s:%d can't be reached (%s)." % (
-                    *self.address, lost or type(lost).__name__
-                )
-                stranger = isinstance(lost, Impostor)
-                if stranger:
-                    error = "At %s:%d is another server than ours: %s." % (
-                        *self.address, lost
-                    )
-                with contextlib.suppress(Trouble):  # it may be in the writing
-                    self.locate()
-                if sent and not repeat:
-                    raise Unreachable(error) from None
-                new = time.monotonic() < began + self.SETTLE
-                if stranger and not (self.met or new):
-                    raise Trouble(error) from None  # ours was never there
+                    *self.address, lost or type(lost).__name__)
+            if fatal:
+                raise Trouble(error)
             took = time.monotonic() - began
             late = self.patience is not None and took >= self.patience
-            if took >= self.LATE and not (late or told):
-                told = True
-                self.tell("%s It is waited for." % error)
-            if late or self.aborted.wait(pause):
+            if took >= self.LATE and not (late or final):
+                self.tell_once(error)
+            if final or late or self.aborted.wait(pause):
                 raise Unreachable(error)
+
+    def tell_once(self, error):
+        """Tell what holds up this call, unless that has been told."""
+        if not self.told:
+            self.told = True
+            self.tell("%s It is waited for." % error)
 
     def sweep(self, path, selector):
         """Make a call that may be about millions of jobs."""
@@ -591,6 +647,9 @@ class Client:
             raise OSError("broken off")
         self.sent = True
         self.connection.request(method, self.prefix + path, body, headers)
+        if not self.told and not self.has_input(self.LATE):
+            self.tell_once(
+                "The server at %s:%d doesn't answer." % self.address)
         response = self.connection.getresponse()
         text = response.read().decode("utf-8", "replace")
         if response.will_close:
@@ -603,15 +662,19 @@ class Client:
             return response.status, text
         raise OSError("what answers there is no jobman server")
 
+    def has_input(self, seconds):
+        """Wait so long for the server to send; return whether it has."""
+        poll = select.poll()
+        poll.register(self.connection.sock, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+
     def connect(self, timeout):
-        """Open the connection, unless it still stands."""
-        if self.connection is not None:
-            poll = select.poll()
-            poll.register(self.connection.sock, select.POLLIN)
-            if poll.poll(0):  # nothing is due: the server has closed it
-                self.close()
+        """Open a connection, unless one is open."""
+        if self.connection is not None and self.has_input(0):
+            self.close()  # the server has closed it
         self.sent = False
         if self.connection is None:
+            self.locate()
             self.connection = http.client.HTTPConnection(
                 *self.address, timeout=self.CONNECT_TIMEOUT
             )
@@ -625,13 +688,15 @@ class Client:
         self.connection.sock.settimeout(timeout)
 
     def secure(self, connection):
-        """Speak TLS on a new connection, where the address says so."""
+        """Find out, on a new connection, whether our server is there."""
         if self.tls is not None:
             connection.sock = self.tls.wrap_socket(
                 connection.sock, do_handshake_on_connect=False,
                 server_hostname=None if self.fingerprint else self.address[0],
             )
             shake_hands(connection.sock, self.fingerprint)
+        elif not self.fixed:
+            check_listener(connection.sock)
         self.met = True
 
     def close(self):
@@ -642,10 +707,10 @@ class Client:
         return self.sent
 
     def abort(self, how=socket.SHUT_WR):
-        """Break off the call on its way, from another thread; no more.
+        """Break off the current call, from another thread, and make no more.
 
-        What the server is answering still arrives, and it sees that it
-        shouldn't hand out jobs any more; SHUT_RDWR ends that too.
+        With SHUT_WR an answer on its way still arrives, and the server sees
+        that it shouldn't hand out jobs any more. SHUT_RDWR drops the answer.
         """
         self.aborted.set()
         with contextlib.suppress(OSError, AttributeError, TypeError):
@@ -654,6 +719,9 @@ class Client:
 
 
 # ----------------------------------------------------------------- files ---
+
+
+CHANGED = "files are missing or have changed: %s"
 
 
 def to_bytes(text):
@@ -665,7 +733,10 @@ def to_bytes(text):
 
 
 def is_file(path):
-    """Return whether there is such a file; raise ValueError if none can be."""
+    """Return whether a path is a regular file.
+
+    Raises ValueError for a name that no file can have.
+    """
     try:
         return stat.S_ISREG(os.stat(to_bytes(path)).st_mode)
     except OSError:
@@ -688,7 +759,7 @@ def describe(path):
 
 
 def intact(file):
-    """Return whether a file is still as describe() saw it."""
+    """Return whether a file is still as describe() returned it."""
     try:
         size = os.stat(to_bytes(file["path"])).st_size
         return size == file["size"] and describe(file["path"]) == file
@@ -697,10 +768,10 @@ def intact(file):
 
 
 def await_files(files, lag, ending):
-    """Return those of `files` that aren't intact `lag` seconds from now.
+    """Return those of `files` that don't become intact within `lag` seconds.
 
-    A shared file system may show late what another node has written. Breaks
-    off when the Event `ending` is set.
+    A shared file system may show late what another node has written. Returns
+    early when the Event `ending` is set.
     """
     end = time.monotonic() + lag
     while True:
@@ -710,7 +781,7 @@ def await_files(files, lag, ending):
 
 
 def touched(path):
-    """Return what changes when a file is written, None when it is gone."""
+    """Return a file's size, time and inode, None when it is gone."""
     try:
         found = os.stat(to_bytes(path))
     except (OSError, ValueError):
@@ -719,11 +790,11 @@ def touched(path):
 
 
 def output_paths(job, brought):
-    """Return the paths, absolute, of the files that an attempt has made.
+    """Return the absolute paths of the files that an attempt has made.
 
-    Those that its result names, else those that the job says; and the file
-    that it hands on, if that is there. Raises OSError when we are in no
-    folder, ValueError for a name that no file can have.
+    They are those that its result names, else those that the job names, and
+    the `filename` that it hands on, if that is a file. Raises OSError when
+    our folder is gone, ValueError for a name that no file can have.
     """
     names = brought.get("outputs")
     if names is None:
@@ -741,10 +812,11 @@ def output_paths(job, brought):
 
 
 def results(job, brought, paths, inputs):
-    """Return what an update says of an attempt's results.
+    """Return the fields of an update: an attempt's results and files.
 
-    Files that it was given and left alone stand for themselves: only others
-    are read. Raises OSError or ValueError when one of `paths` is missing.
+    Without `paths` the files that the job was given are handed on, unless
+    they were changed since `inputs`. Raises OSError or ValueError when one
+    of `paths` is missing.
     """
     values = {k: v for k, v in brought.items() if k != "outputs"}
     if paths:
@@ -757,7 +829,7 @@ def results(job, brought, paths, inputs):
 
 
 def disk_full(*folders):
-    """Return the first of `folders` that has no room left, None if none."""
+    """Return the first of `folders` without free space, None if all have."""
     for folder in folders:
         with contextlib.suppress(OSError, ValueError):
             found = os.statvfs(to_bytes(folder))
@@ -771,12 +843,12 @@ def disk_full(*folders):
 
 @functools.lru_cache()
 def namespace(jobix):
-    """Return a name for a jobix in files, from which nobody learns it."""
+    """Return a jobix's name in file names, which doesn't reveal it."""
     return hashlib.sha256(b"jobman %d" % int(jobix)).hexdigest()[:12]
 
 
 def is_ours(owner, folder):
-    """Return whether a user id is root's, or the one of our files in a folder.
+    """Return whether a user id is root's, or that of our files in a folder.
 
     A network file system may map our id to another.
     """
@@ -789,9 +861,9 @@ def is_ours(owner, folder):
 
 
 def check_folder(folder):
-    """Raise OSError if a folder exists and others can write in it.
+    """Raise OSError if a folder exists and other users can write to it.
 
-    Results that they put there would be taken for ours.
+    Results that they leave there would be taken for ours.
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         status = os.stat(folder)
@@ -803,7 +875,7 @@ def check_folder(folder):
 
 
 def append_to(path):
-    """Return a descriptor that writes at the end of a file, for us alone."""
+    """Open a private file for appending; return its descriptor."""
     folder = os.path.dirname(path)
     os.makedirs(folder, mode=0o700, exist_ok=True)
     check_folder(folder)
@@ -818,11 +890,11 @@ def write(fd, data):
 
 
 class OutputLog:
-    """Keep what the commands of a worker print: all in one file, PATH.out.
+    """Keep the output of all commands of a worker in one file, PATH.out.
 
-    PATH.index says where what is, a line for each piece: `jobid stage
-    attempt began stream offset length`, `began` in milliseconds since 1970,
-    stream 1 or 2, offset and length in bytes.
+    PATH.index says where each piece is: `jobid stage attempt began stream
+    offset length` a line, `began` in milliseconds since 1970, stream 1 or 2,
+    offset and length in bytes.
     """
 
     def __init__(self, path):
@@ -832,14 +904,14 @@ class OutputLog:
         self.pieces = []  # not written yet: [key, stream, data]
 
     def add(self, key, stream, data):
-        """Keep a piece of output; `key` has the index line's first four."""
+        """Add a piece of output; `key` has the index line's first four."""
         if self.pieces and self.pieces[-1][:2] == [key, stream]:
             self.pieces[-1][2] += data
         else:
             self.pieces.append([key, stream, data])
 
     def flush(self):
-        """Write what has come; raise OSError, and drop it, if that fails."""
+        """Write the pieces added; if that fails drop them, raise OSError."""
         if not self.pieces:
             return
         pieces, self.pieces = self.pieces, []
@@ -855,7 +927,7 @@ class OutputLog:
 
 
 class LoggedOutput:
-    """What one command prints, on its way to the log: up to a limit."""
+    """Pass one command's output to the log, up to a limit."""
 
     def __init__(self, log, key, limit):
         self.log = log
@@ -865,7 +937,7 @@ class LoggedOutput:
         self.tail = b""
 
     def take(self, stream, data):
-        """Keep `data`, which has come from stream 1 or 2."""
+        """Keep `data` from stream 1 or 2."""
         if stream == 2:
             self.tail = (self.tail + data)[-STDERR_KEPT:]
         kept = data[: self.room]
@@ -874,57 +946,74 @@ class LoggedOutput:
         if kept:
             self.log.add(self.key, stream, kept)
 
-    def end(self):
-        """Say what was cut."""
+    def close(self):
+        """Note in the log how much was cut."""
         if self.cut:
             note = "\n[worker.py cut %d bytes here: --log-limit]\n" % self.cut
             self.log.add(self.key, 2, note.encode("ascii"))
 
 
 class PrintedOutput:
-    """What one command prints, held until it can be printed as a whole."""
+    """Hold one command's output until it is printed as a whole."""
 
     def __init__(self):
         self.files = [tempfile.SpooledTemporaryFile(2**20) for _ in "12"]
         self.tail = b""
 
     def take(self, stream, data):
-        """Keep `data`, which has come from stream 1 or 2."""
+        """Keep `data` from stream 1 or 2; raise OSError on a full disk."""
         if stream == 2:
             self.tail = (self.tail + data)[-STDERR_KEPT:]
-        self.files[stream - 1].write(data)
-
-    def end(self):
-        """Nothing is ever cut."""
+        if self.files:
+            self.files[stream - 1].write(data)
 
     def print(self):
         """Print it; raise BrokenPipeError when nobody reads any more."""
         for kept, stream in zip(self.files, (sys.stdout, sys.stderr)):
-            with kept:
-                kept.seek(0)
-                shutil.copyfileobj(kept, stream.buffer)
+            kept.seek(0)
+            shutil.copyfileobj(kept, stream.buffer)
             stream.flush()
 
+    def close(self):
+        """Free its memory, or its disk space; drop what comes later."""
+        for file in self.files:
+            file.close()
+        self.files = []
 
-# A claim's attempt has ended: `verb` is update, fail, release or reject, and
-# `values` go with it.
+
+VERBS = "update", "fail", "release", "reject"  # how an attempt can end
+
+# How a claim's attempt ended: its verb, and `values` that go with it
 Outcome = collections.namedtuple("Outcome", "space jobid claim verb values")
 
 
-def read_outcomes(lines):
-    """Yield the outcomes in lines of a spool file, those that are any."""
+def read_outcomes(lines, space):
+    """Return the outcomes for a server in a spool file, and if those are all.
+
+    Says which ones are dropped because we can't deliver them.
+    """
+    found, complete = [], True
     for line in lines:
+        outcome = None
         with contextlib.suppress(ValueError, TypeError):
             outcome = Outcome(**json.loads(line.decode("ascii")))
-            if outcome.claim:  # as workers write it
-                yield outcome
+        if outcome is None or outcome.space != space:
+            complete = False  # another worker may know it
+        elif not (outcome.claim and outcome.verb in VERBS
+                  and type(outcome.jobid) is int
+                  and type(outcome.values) is dict):
+            say("Job %s: its result is malformed and is dropped."
+                % outcome.jobid)
+        else:
+            found.append(outcome)
+    return found, complete
 
 
 class Spool:
-    """Keep on disk what can't be delivered: PATH, a line for each outcome.
+    """Keep on disk, a line each, the outcomes that can't be delivered.
 
-    Its owner has a `flock` on it. Where locks don't work two may deliver the
-    same: the server takes each outcome once.
+    The worker holds a `flock` on its file, PATH. Where locks don't work two
+    workers may deliver the same outcome: the server takes it once.
     """
 
     SUFFIX = ".spool"
@@ -942,7 +1031,7 @@ class Spool:
             return
         lines = [json.dumps(outcome._asdict()) + "\n" for outcome in outcomes]
         if self.fd is None:
-            new = self.path + ".new"  # nobody takes it over before the lock
+            new = self.path + ".new"  # not adopted before it is locked
             self.fd = append_to(new)
             self.lock(self.fd)
             os.rename(new, self.path)
@@ -951,21 +1040,21 @@ class Spool:
             write(self.fd, "".join(lines).encode("ascii"))
             os.fsync(self.fd)
         except OSError:
-            os.ftruncate(self.fd, size)  # or a torn line spoils the next
+            os.ftruncate(self.fd, size)  # a torn line would spoil the next
             raise
 
     def lock(self, fd):
-        """Lock a spool file; return whether it has an owner that lives."""
+        """Lock a spool file; return False if a live worker has it."""
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError:
-            pass  # no locks here
+            pass  # no locks on this file system
         return True
 
     def adopt(self, space):
-        """Return the outcomes that workers which have ended left behind."""
+        """Return the outcomes that ended workers have left."""
         found, names = [], []
         with contextlib.suppress(OSError):
             check_folder(self.folder)
@@ -978,7 +1067,7 @@ class Spool:
         return found
 
     def take_over(self, path, space):
-        """Return the outcomes in a spool file that has no owner."""
+        """Return the outcomes in a spool file, [] if its worker lives."""
         fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
         regular = stat.S_ISREG(os.fstat(fd).st_mode)
         if not (regular and self.lock(fd) and os.fstat(fd).st_nlink):
@@ -987,13 +1076,12 @@ class Spool:
         with open(fd, "rb", closefd=False) as file:
             text = file.read()
         size, lines = len(text), text.split(b"\n")[:-1]  # the rest is torn
-        ours = [each for each in read_outcomes(lines) if each.space == space]
-        whole = len(ours) == len(lines)  # else somebody may know the others
-        self.adopted.append((path, fd, size if whole else -1))
-        return ours
+        found, complete = read_outcomes(lines, space)
+        self.adopted.append((path, fd, size if complete else -1))
+        return found
 
     def clear(self):
-        """Remove what has been delivered."""
+        """Remove the files whose outcomes have been delivered."""
         if self.fd is not None:
             own = os.fstat(self.fd).st_size
             self.adopted.append((self.path, self.fd, own))
@@ -1010,83 +1098,75 @@ class Spool:
 # ---------------------------------------------------------------- claims ---
 
 
-def check_access(refused):
-    """Raise Unreachable where no outcome was judged: what we have waits."""
-    if refused.status not in (400, 404, 409, 413):
-        raise Unreachable(str(refused))
-
-
-def deliver_one(client, outcome, say):
-    """Deliver an outcome by a call of its own."""
-    verb = getattr(client, outcome.verb + "_job")
+def deliver_one(client, outcome):
+    """Deliver one outcome; return 1, or 0 if the server refuses it."""
+    path = path_of(outcome.verb + "_job", outcome.jobid)
     try:
-        verb(outcome.jobid, claim=outcome.claim, **outcome.values)
+        client.call("POST", path, outcome.values,
+                    options={"claim": outcome.claim})
+        return 1
     except Refused as refused:
-        check_access(refused)
+        if refused.status not in (400, 404, 409, 413):
+            raise  # it wasn't judged
         say("Job %d: %s Dropped." % (outcome.jobid, refused))
+        return 0
 
 
-def deliver_updates(client, updates, say):
-    """Deliver updates in one call, or each alone if it is refused."""
+def deliver_updates(client, updates):
+    """Deliver updates in one call, or one by one if that is refused.
+
+    Returns how many the server took.
+    """
     try:
         answers = client.update_jobs(
             [dict(u.values, jobid=u.jobid, claim=u.claim) for u in updates]
         )
     except (Refused, RecursionError) as refused:
-        if isinstance(refused, Refused):
-            check_access(refused)
+        status = getattr(refused, "status", 400)
+        if status not in (400, 404, 409, 413):
+            raise
         if len(updates) > 1:
-            for update in updates:
-                deliver_updates(client, [update], say)
-        else:
-            values = {"error": "Its result: %s" % refused}
-            failed = updates[0]._replace(verb="fail", values=values)
-            deliver_one(client, failed, say)
-        return
+            return sum(deliver_updates(client, [each]) for each in updates)
+        values = {"error": "Its result: %s" % refused}
+        return deliver_one(
+            client, updates[0]._replace(verb="fail", values=values))
     for answer in answers:
         if answer["status"] != 200:
             say("Job %(jobid)d: its result came too late and is dropped"
                 " (%(status)d)." % answer)
+    return sum(answer["status"] == 200 for answer in answers)
 
 
-def is_update(outcome):
-    """Return whether an outcome can be told together with others."""
-    return outcome.verb == "update"
+def deliver(client, outcomes):
+    """Deliver the first of a list of outcomes; updates many at a time.
 
-
-def deliver(client, outcomes, say):
-    """Deliver a list of outcomes, in order; yield each batch when it is told.
-
-    What is told is taken from the list. What the server refuses is worth a
-    line. Raises Unreachable.
+    Takes them from the list. Returns them, and how many the server took.
+    Raises an exception when nothing was judged: the server is away.
     """
-    while outcomes:
-        batch = list(itertools.takewhile(is_update, outcomes[:100]))
-        if batch:
-            deliver_updates(client, batch, say)
-        else:
-            batch = outcomes[:1]
-            deliver_one(client, batch[0], say)
-        del outcomes[: len(batch)]
-        yield batch
+    batch = list(itertools.takewhile(
+        lambda outcome: outcome.verb == "update", outcomes[:100]))
+    if batch:
+        taken = deliver_updates(client, batch)
+    else:
+        batch = outcomes[:1]
+        taken = deliver_one(client, batch[0])
+    del outcomes[: len(batch)]
+    return batch, taken
 
 
 class Claims:
-    """The claims of a worker: renewed while they last, told how they ended.
+    """Renew the claims of a worker, and deliver how its attempts ended.
 
-    One thread renews all leases, one delivers outcomes; both take turns on
-    the connection of `client`, which has no patience. What can't be
-    delivered waits on disk, in `spool`. `about()` gives what a heartbeat
-    says of the worker; `lost(jobid, claim)` is called for a lost claim, and
-    `drained(whether)` after each heartbeat.
+    One thread does both on the connection of `client`, which has no
+    patience. What can't be delivered waits on disk, in `spool`. `about()`
+    returns what a heartbeat says of the worker; `lost(jobid, claim)` is
+    called for a lost claim, and `drained(whether)` after each heartbeat.
     """
 
     LINGER = 0.02  # seconds in which outcomes gather for one call
     LAST = 5  # seconds that the end may take when the server is away
 
-    def __init__(
-        self, client, spool, name, lease, *, about, lost, drained, say
-    ):
+    def __init__(self, client, spool, name, lease, *, about, lost, drained):
         self.client = client
         self.spool = spool
         self.name = name
@@ -1094,28 +1174,19 @@ class Claims:
         self.about = about
         self.lost = lost
         self.drained = drained
-        self.say = say
         self.news = threading.Condition()  # guards the next five
-        self.held = {}  # jobid: newest token, until its outcome is told
+        self.held = {}  # jobid: newest token, until its outcome is delivered
         self.fresh = []  # outcomes that have just come
-        self.unsafe = 0  # outcomes that are neither told nor on disk
+        self.unsafe = 0  # outcomes that are neither delivered nor on disk
         self.closing = None  # when to give up, in monotonic seconds
-        self.back = True  # the server, since we last looked for what was left
-        self.waiting = []  # outcomes, in order; the reporting thread's own
+        self.next_beat = 0  # when, in monotonic seconds
+        self.waiting = []  # outcomes in order; only the thread uses this
         self.spooled = 0  # how many of these are on disk
-        self.away = False  # the server, as far as reports know
-        self.missed = False  # it, as far as heartbeats know
-        self.said = False  # so, of an idle worker
-        self.retry = 0  # when to try it again
+        self.away = False  # the server
+        self.next_try = 0  # when to try again a server that is away
         self.pauses = backoff()
-        self.over = False
-        self.due = threading.Event()
-        self.threads = [
-            threading.Thread(target=work, daemon=True)
-            for work in (self.report_on, self.beat_on)
-        ]
-        for thread in self.threads:
-            thread.start()
+        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread.start()
 
     def hold(self, job):
         """Renew the lease of a claimed job from now on."""
@@ -1128,7 +1199,7 @@ class Claims:
             return self.held.get(jobid) == claim
 
     def forget(self, jobid, claim):
-        """Renew a claim no more."""
+        """Stop renewing a claim."""
         with self.news:
             if self.held.get(jobid) == claim:
                 del self.held[jobid]
@@ -1143,64 +1214,71 @@ class Claims:
             self.news.notify_all()
 
     def wait(self):
-        """Return when all outcomes are told, or at least on disk."""
+        """Return when all outcomes are delivered, or at least on disk."""
         with self.news:
             self.news.wait_for(lambda: not self.unsafe)
+
+    def beat_soon(self):
+        """Send a heartbeat at once: the worker has news."""
+        with self.news:
+            self.next_beat = 0
+            self.news.notify_all()
 
     def close(self, **about):
         """Deliver what there is, or leave it on disk; beat a last time."""
         with self.news:
             self.closing = time.monotonic() + self.LAST
-            self.retry = 0
+            self.next_try = 0
             self.news.notify_all()
-        self.threads[0].join(self.LAST + 1)
-        if self.threads[0].is_alive():  # the server doesn't answer
+        self.thread.join(self.LAST + 1)
+        if self.thread.is_alive():  # the server doesn't answer
             self.client.abort(socket.SHUT_RDWR)
-            self.threads[0].join()
-        self.over = True
-        self.beat_soon()
-        self.threads[1].join()
-        self.beat(**about)
+            self.thread.join()
+        if self.unsafe:
+            say("%d results are lost: the server is away and %s can't be"
+                " written." % (self.unsafe, self.spool.path))
+        if not self.away:
+            with contextlib.suppress(Trouble):
+                self.beat(**about)
         self.client.close()
 
-    # Reports
-
-    def report_on(self):
-        """Deliver outcomes until close(), first what other workers left."""
+    def work(self):
+        """Deliver outcomes and send heartbeats until close()."""
+        self.adopt()
         while not self.finished():
             self.gather()
-            if time.monotonic() >= self.retry:
+            if time.monotonic() >= self.next_try:
                 self.try_server()
-            if len(self.waiting) > self.spooled:
+            if self.away and len(self.waiting) > self.spooled:
                 self.keep()
 
     def finished(self):
-        """Return whether all is told, or there is no more time for it."""
+        """Return whether all is delivered, or there is no more time for it."""
         with self.news:
             if self.closing is None or self.fresh:
                 return False
         return not self.waiting or time.monotonic() >= self.closing
 
     def gather(self):
-        """Wait for outcomes, for the time to try again, or for close()."""
+        """Wait for outcomes, a heartbeat, the next try, or close()."""
         with self.news:
             if self.away:
-                end = min(self.retry, self.closing or self.retry)
+                end = min(self.next_try, self.closing or self.next_try)
                 self.news.wait_for(
-                    lambda: self.fresh or not self.retry,
+                    lambda: self.fresh or not self.next_try,
                     max(0, end - time.monotonic()),
                 )
             elif not self.waiting:
                 self.news.wait_for(
-                    lambda: self.fresh or self.back or self.closing)
-        if self.closing is None:
+                    lambda: self.fresh or self.closing or not self.next_beat,
+                    max(0, self.next_beat - time.monotonic()),
+                )
+            linger = self.fresh and not self.waiting and not self.closing
+        if linger:
             time.sleep(self.LINGER)
         with self.news:
             self.waiting += self.fresh
             self.fresh = []
-            back, self.back = self.back, False
-        if back:
-            self.adopt()
 
     def adopt(self):
         """Take over the spool of workers that have ended."""
@@ -1209,29 +1287,26 @@ class Claims:
         self.spooled += len(found)
 
     def try_server(self):
-        """Deliver what waits; say when the server goes and when it is back."""
+        """Beat and deliver; say when the server goes and when it is back."""
         try:
-            for batch in deliver(self.client, self.waiting, self.say):
-                self.told(batch)
-        except Exception as error:  # also an answer of somebody else
+            if self.away or time.monotonic() >= self.next_beat:
+                self.beat()
+            while self.waiting and time.monotonic() < self.next_beat:
+                self.delivered(deliver(self.client, self.waiting)[0])
+        except Exception as error:  # also another program's answer
             if not self.away:
-                self.say("%s Results wait on disk." % (error or repr(error)))
+                say("%s It is waited for." % (str(error) or repr(error)))
             self.away = True
-            self.retry = time.monotonic() + next(self.pauses)
+            self.next_try = time.monotonic() + next(self.pauses)
             return
-        self.spool.clear()
+        if not self.waiting:
+            self.spool.clear()
         if self.away:
-            self.say("The server is back.")
-            self.away, self.retry, self.pauses = False, 0, backoff()
-            self.look_again()
+            say("The server is back.")
+            self.away, self.next_try, self.pauses = False, 0, backoff()
+            self.adopt()
 
-    def look_again(self):
-        """Look for what workers left while the server was away."""
-        with self.news:
-            self.back = True
-            self.news.notify_all()
-
-    def told(self, batch):
+    def delivered(self, batch):
         """Forget the claims of outcomes that have been delivered."""
         for each in batch:
             self.forget(each.jobid, each.claim)
@@ -1239,64 +1314,39 @@ class Claims:
         self.spooled = max(0, self.spooled - len(batch))
 
     def keep(self):
-        """Put on disk what waits and isn't there yet."""
+        """Write to disk the waiting outcomes that aren't there yet."""
         fresh = self.waiting[self.spooled :]
         try:
             self.spool.add(fresh)
         except OSError as error:
-            return self.say("%s can't be written: %s" % (
+            return say("%s can't be written: %s" % (
                 self.spool.path, error.strerror or error))
+        if not self.spooled:
+            say("Results wait on disk, in %s." % self.spool.folder)
         self.spooled = len(self.waiting)
         self.safe(len(fresh))
 
     def safe(self, n):
-        """Note that `n` more outcomes are told or on disk."""
+        """Note that `n` more outcomes are delivered or on disk."""
         with self.news:
             self.unsafe -= n
             self.news.notify_all()
 
-    # Heartbeats
-
-    def beat_on(self):
-        """Renew all leases four times in a lease's time."""
-        while not self.over:
-            self.beat()
-            self.due.wait(self.lease / 4)
-            self.due.clear()
-
-    def beat_soon(self):
-        """Beat at once: there is news of the worker."""
-        self.due.set()
-
     def beat(self, **about):
-        """Renew all leases; tell which claims are lost, if it is drained."""
+        """Renew all leases; learn which claims are lost, and of a drain."""
         with self.news:
             claims = sorted(self.held.items())
-        about = dict(self.about(), **about)
-        try:
-            answer = self.client.heartbeat(
-                self.name, self.lease, claims, **about
-            )
-            lost, drained = set(answer["lost"]), bool(answer.get("drain"))
-        except Unreachable as error:
-            if not (claims or self.missed or self.away or self.over):
-                self.said = True  # no result will say it
-                self.say("%s It is waited for." % error)
-            self.missed = True
-            return
-        except Exception as error:  # also an answer of somebody else
-            return self.say("No heartbeat: %s" % (error or repr(error)))
-        if self.said:
-            self.said = False
-            self.say("The server is back.")
-        if self.missed:
-            self.missed = False
-            self.look_again()
+            self.next_beat = time.monotonic() + self.lease / 3
+        answer = self.client.heartbeat(
+            self.name, self.lease, claims, **dict(self.about(), **about))
+        with self.news:
+            pause = min(answer.get("beat", self.lease), self.lease / 3)
+            self.next_beat = time.monotonic() + pause
         for jobid, claim in claims:
-            if jobid in lost:
+            if jobid in answer["lost"]:
                 self.lost(jobid, claim)
-        if not self.over:  # the last beat, of a worker that is forgotten
-            self.drained(drained)
+        if not about:  # else it ends
+            self.drained(bool(answer.get("drain")))
 
 
 # ----------------------------------------------------------------- guard ---
@@ -1307,76 +1357,81 @@ ENDING_SIGNALS = (
 FATAL = [128 + number for number in ENDING_SIGNALS]  # exit statuses
 
 
-def marked(mark):
-    """Yield the processes of ours that have `mark` in their environment."""
+def kill_group(group, number=signal.SIGKILL):
+    """Send a signal to a process group, if there is one."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)  # a process may have changed its user
+
+
+def running_groups():
+    """Return {session: process groups} of all processes but zombies.
+
+    A zombie stays where nobody waits for it, as in a container without init.
+    """
+    sessions = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                with open("/proc/%s/stat" % name, "rb") as file:
+                    words = file.read().rpartition(b")")[2].split()
+                if words[0] not in b"ZX":
+                    groups = sessions.setdefault(int(words[3]), set())
+                    groups.add(int(words[2]))
+    return sessions
+
+
+def kill_session(session, number=signal.SIGKILL, running=None):
+    """Send a signal to all process groups of a session.
+
+    A shell with job control, or timeout(1), makes groups of its own.
+    """
+    if running is None:
+        running = running_groups()
+    for group in {session} | running.get(session, set()):
+        kill_group(group, number)
+
+
+def kill_marked(mark):
+    """Kill processes with `mark` in their environment; return how many."""
+    killed = 0
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
             with contextlib.suppress(OSError):
                 with open("/proc/%s/environ" % name, "rb") as file:
                     if mark in file.read():
-                        yield int(name)
+                        os.kill(int(name), signal.SIGKILL)
+                        killed += 1
+    return killed
 
 
-def kill_group(group, number=signal.SIGKILL):
-    """Send a signal to a process group; return whether there was any."""
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it has changed its user
-    return True
+def watch_over(pipe, sessions, folder):
+    """Kill what a dead worker leaves running, and remove its `folder`.
 
-
-def group_lives(group):
-    """Return whether a process of a group runs; a zombie doesn't.
-
-    One that nobody waits for stays: as in a container with no real init.
-    """
-    if not kill_group(group, 0):
-        return False
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError):
-                with open("/proc/%s/stat" % name, "rb") as file:
-                    state, _, its = file.read().rpartition(b")")[2].split()[:3]
-                if int(its) == group and state not in b"ZX":
-                    return True
-    return False
-
-
-def watch_over(pipe, groups, folder):
-    """Kill what a worker leaves running, and remove its `folder`.
-
-    The pipe's end of file is the worker's end; a byte before says that it
-    was a good one. A command that the worker had just begun is found by the
-    folder, which is in its environment.
+    The worker has died when the pipe ends; a byte before that is its normal
+    end. A command that it had just started is found by the folder, which is
+    in its environment.
     """
     if os.read(pipe, 1):
         return
-    for group in groups:
-        if group:
-            kill_group(group)
-    for _ in range(10):
-        for process in marked(os.fsencode(folder)):
-            with contextlib.suppress(OSError):
-                os.kill(process, signal.SIGKILL)
+    for session in filter(None, sessions):
+        kill_session(session)
+    time.sleep(0.1)  # between fork and exec a process has no mark yet
+    while kill_marked(os.fsencode(folder)):
         time.sleep(0.05)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 class Guard:
-    """A small process that kills what is left when its worker is gone.
+    """A small process that kills what runs when its worker has died.
 
-    It shares `groups` with the worker, a number of a process group for each
-    slot, 0 for none: a word for each command through a pipe would wake it
-    each time. It is made before any thread, by a fork, and also shares the
-    worker's memory so far.
+    It shares `sessions` with the worker: for each slot the session of its
+    command, 0 for none. (A pipe would wake it for each command.) It is
+    forked before any thread starts.
     """
 
     def __init__(self, folder, slots):
         self.shared = mmap.mmap(-1, 8 * slots)
-        self.groups = memoryview(self.shared).cast("q")
+        self.sessions = memoryview(self.shared).cast("q")
         reader, self.pipe = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -1384,13 +1439,13 @@ class Guard:
         if self.pid == 0:
             try:
                 self.detach(reader)
-                watch_over(reader, self.groups, folder)
+                watch_over(reader, self.sessions, folder)
             finally:
                 os._exit(0)
         os.close(reader)
 
     def detach(self, reader):
-        """Let go, in the guard, of the worker's session, signals and files."""
+        """Leave, in the guard, the worker's session, signals and files."""
         os.setsid()
         for number in ENDING_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -1403,7 +1458,7 @@ class Guard:
                     os.close(int(name))
 
     def close(self):
-        """Let the guard end: nothing is left for it to do."""
+        """End the guard: nothing is left for it to do."""
         with contextlib.suppress(BrokenPipeError):
             os.write(self.pipe, b".")
         os.close(self.pipe)
@@ -1412,6 +1467,13 @@ class Guard:
 
 
 # --------------------------------------------------------------- command ---
+
+REMEDIES = {  # what to do about an errno for which a command can't start
+    errno.EMFILE: "raise `ulimit -n`, or give fewer --slots",
+    errno.ENFILE: "too many files are open on this node",
+    errno.EAGAIN: "raise `ulimit -u`, or give fewer --slots",
+    errno.ENOMEM: "give fewer --slots",
+}
 
 
 def refuse_constant(name):
@@ -1439,22 +1501,37 @@ def read_result(text):
     return result
 
 
-def remove(path):
-    """Remove what a command left at `path`, if anything."""
+def read_result_file(path, owner):
+    """Return what a command left in its result file, and remove that.
+
+    Raises ValueError when that is no object with the known keys, or a file
+    of another user than `owner`.
+    """
     try:
+        flags = os.O_RDONLY | os.O_NONBLOCK  # it may be a pipe
+        with open(os.open(path, flags), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError("it is no file")
+            if found.st_uid not in (owner, 0):
+                raise ValueError("it is another user's")
+            text = file.read(RESULT_LIMIT + 1)
         os.unlink(path)
     except FileNotFoundError:
-        pass
-    except OSError:
-        shutil.rmtree(path)
+        return {}
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    if len(text) > RESULT_LIMIT:
+        raise ValueError("it is over %d bytes" % RESULT_LIMIT)
+    return read_result(text) if text.strip() else {}
 
 
 def start_process(argv, environment, cwd, files):
-    """Start a process in a session, so a group, of its own; return its pid.
+    """Start a process in a session of its own; return its pid.
 
     `files` are the descriptors of its standard input, output and error.
-    Raises OSError when it can't be started. Where the C library can't do it
-    by posix_spawn, subprocess does it, by a fork: dear in a large process.
+    Raises OSError when it can't be started. Where posix_spawn can't do it,
+    subprocess does, by a fork, which is slow in a large process.
     """
     if cwd is None and hasattr(os, "posix_spawnp"):
         with contextlib.suppress(NotImplementedError):
@@ -1470,88 +1547,29 @@ def start_process(argv, environment, cwd, files):
         argv, env=environment, cwd=cwd, stdin=files[0], stdout=files[1],
         stderr=files[2], start_new_session=True, close_fds=False,
     )
-    process.returncode = 0  # the worker waits for all its children itself
+    process.returncode = 0  # reap() waits for all children
     return process.pid
 
 
 def files_needed(slots):
     """Return how many files a worker with so many slots may have open."""
-    return slots * 10 + 100  # four for pipes, five for input and output
+    return slots * 10 + 100  # pipes, input, output and files that are read
 
 
 def allow_open_files(slots):
-    """Raise the soft limit on open files to what `slots` need, if we may."""
+    """Raise the soft limit on open files to what `slots` need.
+
+    Raises Trouble where the hard limit is far too low.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = files_needed(slots)
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY:
+            if hard < needed - 64:
+                raise Trouble("%d files may be open, too few: %s." % (
+                    hard, REMEDIES[errno.EMFILE]))
             needed = min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-class Slot:
-    """A place for one command at a time; its pipes serve one after another.
-
-    The write ends stay open here, so nothing ends when a command does: what
-    it has printed is in the pipe by then.
-    """
-
-    def __init__(self, folder, number):
-        self.number = number
-        self.put_results(folder)
-        pipes = [os.pipe() for _ in "12"]
-        self.readers = [reader for reader, _ in pipes]
-        self.writers = [writer for _, writer in pipes]
-        for reader in self.readers:
-            os.set_blocking(reader, False)
-        self.null = os.open(os.devnull, os.O_RDONLY)
-        self.input = None
-        self.output = None  # of its command, until it is told
-
-    def put_results(self, folder):
-        """Choose the folder where commands leave their results."""
-        self.result = os.path.join(folder, "result-%d" % self.number)
-        self.owner = os.stat(folder).st_uid  # ids may be mapped
-
-    def clear_result(self):
-        """Remove the last result; create another folder if ours is gone.
-
-        A job or a cleaner of /tmp may have removed it, and another user may
-        have created it anew.
-        """
-        folder = os.path.dirname(self.result)
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(folder).st_uid == self.owner:
-                return remove(self.result)
-        place, name = os.path.split(folder)
-        self.put_results(tempfile.mkdtemp(prefix=name + ".", dir=place))
-
-    def given(self, data):
-        """Return a descriptor from which a command can read `data`."""
-        self.input = tempfile.TemporaryFile()  # the one before is closed
-        self.input.write(data)
-        self.input.seek(0)
-        return self.input.fileno()
-
-    def read(self, stream):
-        """Keep what is in a pipe; return whether there was any."""
-        try:
-            data = os.read(self.readers[stream - 1], 65536)
-        except BlockingIOError:
-            return False
-        if self.output is not None:  # else a stray of an earlier one wrote it
-            self.output.take(stream, data)
-        return True
-
-    def drain(self):
-        """Read all that the command has printed: a pipe holds 1 MiB at most.
-
-        A stray that has left its group may go on writing for ever.
-        """
-        for stream in (1, 2):
-            for _ in range(16):
-                if not self.read(stream):
-                    break
 
 
 class Attempt:
@@ -1560,14 +1578,15 @@ class Attempt:
     def __init__(self, job):
         self.job = job
         self.claimed = time.monotonic()
-        self.placed = None  # when it got its slot
-        self.slot = None
+        self.slot = None  # its number, while it has one
+        self.result = None  # the path of its result file
         self.output = None
-        self.pid = None  # of its command, also its process group
+        self.readers = []  # descriptors of its command's stdout and stderr
+        self.pid = None  # of its command, also its session
         self.status = None  # of its command, as a shell gives it
         self.began = self.seconds = None
-        self.reason = None  # why it is cut off: timeout, lost or end
-        self.last = None  # when what is left of it is killed
+        self.reason = None  # why it is cut off: timeout, output, lost or end
+        self.kill_at = None  # when what is left of it is killed
         self.over = False
         self.inputs = {}  # path: touched(path), of files that were checked
         self.events = []  # of the scheduler
@@ -1579,58 +1598,74 @@ class Attempt:
         return b"%d %d %d %d" % (*numbers, time.time() * 1000)
 
     def environment(self, base):
-        """Return the environment of its command, on top of `base`."""
+        """Return the environment of its command: `base`, and its own."""
         job = self.job
-        added = {
+        own = {
             "JOBMAN_JOBID": str(job["jobid"]),
             "JOBMAN_STAGE": str(job["jobstage"]),
             "JOBMAN_ATTEMPT": str(job["attempt"]),
             "JOBMAN_FILENAME": job["filename"] or "",
-            "JOBMAN_RESULT": self.slot.result,
+            "JOBMAN_RESULT": self.result,
         }
         jobcmd = job["jobcmd"]
         if isinstance(jobcmd, dict) and isinstance(jobcmd.get("item"), str):
-            added["JOBMAN_ITEM"] = jobcmd["item"]
+            own["JOBMAN_ITEM"] = jobcmd["item"]
         environment = dict(base)
-        for name, text in added.items():
+        for name, text in own.items():
             environment[name.encode("ascii")] = to_bytes(text)
         return environment
 
     def start(self, argv, given, base):
-        """Start the command; `given` are the bytes for its standard input.
+        """Start its command; `given` are the bytes of its standard input.
 
         Raises OSError, or ValueError for words that no command can have.
         """
         argv, cwd = [to_bytes(word) for word in argv], self.job.get("cwd")
-        self.slot.clear_result()
-        stdin = self.slot.given(given) if given else self.slot.null
-        self.began = time.monotonic()
-        self.pid = start_process(
-            argv, self.environment(base), cwd and to_bytes(cwd),
-            (stdin, *self.slot.writers),
-        )
+        with contextlib.ExitStack() as stack:
+            if given:
+                stdin = stack.enter_context(tempfile.TemporaryFile())
+                stdin.write(given)
+                stdin.seek(0)
+            else:
+                stdin = stack.enter_context(open(os.devnull, "rb"))
+            files = [stdin.fileno()]
+            for _ in "12":
+                reader, writer = os.pipe()
+                stack.callback(os.close, writer)
+                self.readers.append(reader)
+                os.set_blocking(reader, False)
+                files.append(writer)
+            self.began = time.monotonic()
+            self.pid = start_process(
+                argv, self.environment(base), cwd and to_bytes(cwd), files)
 
-    def brought(self):
-        """Return what the command left in JOBMAN_RESULT, a dict.
-
-        Raises ValueError when that is no object with the known keys.
-        """
+    def read(self, fd):
+        """Keep what is in a pipe; return how many bytes, None for no more."""
         try:
-            flags = os.O_RDONLY | os.O_NONBLOCK  # it may be a pipe
-            with open(os.open(self.slot.result, flags), "rb") as file:
-                found = os.fstat(file.fileno())
-                if not stat.S_ISREG(found.st_mode):
-                    raise ValueError("it is no file")
-                if found.st_uid not in (self.slot.owner, 0):
-                    raise ValueError("it is another user's")
-                text = file.read(RESULT_LIMIT + 1)
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            raise ValueError(error.strerror) from None
-        if len(text) > RESULT_LIMIT:
-            raise ValueError("it is over %d bytes" % RESULT_LIMIT)
-        return read_result(text) if text.strip() else {}
+            data = os.read(fd, 65536)
+        except BlockingIOError:
+            return None
+        if data:
+            self.output.take(self.readers.index(fd) + 1, data)
+        return len(data)
+
+    def drain(self):
+        """Keep all that its command has written: a pipe holds 1 MiB at most.
+
+        A process that left its session may write on for ever.
+        """
+        for fd in self.readers:
+            for _ in range(16):
+                if not self.read(fd):
+                    break
+
+    def close(self):
+        """Close its pipes and its output."""
+        for fd in self.readers:
+            os.close(fd)
+        self.readers = []
+        if self.output:
+            self.output.close()
 
 
 # ------------------------------------------------------------ allocation ---
@@ -1644,11 +1679,11 @@ TIME_FORMS = (
 
 
 def read_span(text):
-    """Return the seconds that a time stands for: 1:00:00, 90s, 2h30m.
+    """Return the seconds in a time such as 1:00:00, 90s or 2h30m.
 
-    Days stand before a hyphen, as Slurm has it. A number alone, or two with
-    a colon, would be minutes to one batch system, seconds to the other and
-    hours to a person: ValueError.
+    Days come before a hyphen, as in Slurm. A number alone, or two with a
+    colon, mean minutes to one batch system, seconds to another and hours to a
+    person: ValueError.
     """
     matches = [re.fullmatch(form, text, re.ASCII) for form in TIME_FORMS]
     found = next((match.groupdict() for match in matches if match), {})
@@ -1661,8 +1696,8 @@ def read_span(text):
     return span
 
 
-def told_by(*command):
-    """Return what a command of the batch system prints, "" if it fails."""
+def output_of(*command):
+    """Return the output of a batch system's command, "" if it fails."""
     try:
         return subprocess.check_output(
             command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -1677,7 +1712,7 @@ def slurm_left(environment):
     end = environment.get("SLURM_JOB_END_TIME", "")
     if end.isdigit():
         return int(end) - time.time()
-    told = told_by("scontrol", "show", "job", environment["SLURM_JOB_ID"])
+    told = output_of("scontrol", "show", "job", environment["SLURM_JOB_ID"])
     found = re.search(r"\bEndTime=(\d+-\d+-\d+T\d+:\d+:\d+)", told)
     if not found:
         return None
@@ -1691,7 +1726,7 @@ def pbs_left(environment):
     Torque says `Walltime.Remaining`; PBS Pro says what was asked for, and
     when the job started.
     """
-    told = told_by("qstat", "-f", environment["PBS_JOBID"])
+    told = output_of("qstat", "-f", environment["PBS_JOBID"])
     found = re.search(r"Walltime\.Remaining = (\d+)", told)
     if found:
         return int(found.group(1))
@@ -1715,91 +1750,99 @@ def allocation_left(environment):
 # --------------------------------------------------------------- claimer ---
 
 
-class Doubt:
-    """Find out whether it is the node's fault that jobs fail.
+class NodeCheck:
+    """Tell a bad node from bad jobs when several jobs fail here in a row.
 
-    Several different jobs that fail fast here, one after another, raise a
-    doubt. The server knows what became of them elsewhere: if others get them
-    done the node is bad, if others fail too the jobs are. Where nobody can
-    tell in time, as others may be in doubt too or have long jobs, a few more
-    are claimed, and those that failed are still looked at.
+    Three different jobs that fail fast, one after another, make the node
+    suspect. The server knows how attempts elsewhere at these jobs end: if
+    others get them done the node is bad, if others fail too the jobs are.
+    When that isn't known in time, a few more jobs are claimed.
     """
 
     ENOUGH = 3  # jobs that fail here in a row and are done elsewhere
-    KEPT = 10  # jobs that are looked at
+    KEPT = 10  # failed jobs that are looked up
     FAST = 10  # seconds
-    HEARD = 120  # seconds for which a silent worker counts as there
-    SHORTEST, LONGEST = 5, 60  # seconds of a doubt, twice as long each time
+    HEARD = 120  # seconds without a heartbeat until a worker is ignored
+    PATIENCE = 15  # seconds for which a suspect node claims nothing
 
     def __init__(self, client, name, stages):
         self.client = client
         self.name = name
         self.stages = stages
-        self.mutex = threading.Lock()  # guards the next two
-        self.failed = collections.OrderedDict()  # jobid: stage
-        self.fresh = set()  # those that failed since the last doubt
-        self.patience = self.SHORTEST
+        self.failed = {}  # jobid: stage
+        self.fresh = set()  # those not yet waited for
 
-    def note(self, job, failed, seconds):
-        """Note how an attempt ended here, and how long it took."""
+    def record(self, job, failed, seconds):
+        """Record how an attempt ended here, and how long it took."""
         if not failed:
-            self.clear()
+            self.reset()
         elif seconds < self.FAST:
-            with self.mutex:
-                self.fresh.add(job["jobid"])
-                self.failed[job["jobid"]] = job["jobstage"]
-                while len(self.failed) > self.KEPT:
-                    self.failed.popitem(last=False)
+            self.fresh.add(job["jobid"])
+            self.failed[job["jobid"]] = job["jobstage"]
+            if len(self.failed) > self.KEPT:
+                self.forget(next(iter(self.failed)))
 
-    def stands(self):
-        """Return whether there is a doubt."""
-        with self.mutex:
-            return len(self.fresh) >= self.ENOUGH
+    def suspect(self):
+        """Return whether the node is suspect."""
+        return len(self.fresh) >= self.ENOUGH
 
-    def clear(self):
-        """Blame the jobs."""
-        with self.mutex:
-            self.failed.clear()
-            self.fresh.clear()
-            self.patience = self.SHORTEST
+    def reset(self):
+        """Trust the node again: the jobs are bad."""
+        self.failed.clear()
+        self.fresh.clear()
 
-    def adjourn(self):
-        """Let a few more fail; look at them all then."""
-        with self.mutex:
-            self.fresh.clear()
-            self.patience = min(self.LONGEST, self.patience * 2)
+    def forget(self, jobid):
+        """Forget a failed job."""
+        self.failed.pop(jobid, None)
+        self.fresh.discard(jobid)
 
-    def look(self):
-        """Ask the server; return how many of the jobs are done elsewhere."""
+    def await_verdict(self, ending):
+        """Wait while the node is suspect; return why it is bad, or None.
+
+        Returns early when the Event `ending` is set.
+        """
+        end = time.monotonic() + self.PATIENCE
+        while self.suspect() and not ending.is_set():
+            done = self.count_done_elsewhere()
+            if done >= self.ENOUGH:
+                return ("%d jobs in a row failed here and were done elsewhere"
+                        % done)
+            if time.monotonic() > end:
+                self.fresh.clear()
+            elif self.suspect():
+                ending.wait(1)
+        return None
+
+    def count_done_elsewhere(self):
+        """Return how many of the failed jobs others have got done.
+
+        Those at which others fail, too, are forgotten.
+        """
+        if not self.has_peer():
+            self.reset()
         done = 0
-        if self.alone():  # nobody can tell
-            self.clear()
-        with self.mutex:
-            failed = list(self.failed.items())
-        for jobid, stage in failed:
-            outcomes = self.elsewhere(jobid, stage)
+        for jobid, stage in list(self.failed.items()):
+            outcomes = self.outcomes_elsewhere(jobid, stage)
             if "done" in outcomes:
                 done += 1
             elif "failed" in outcomes:
-                with self.mutex:
-                    self.failed.pop(jobid, None)
-                    self.fresh.discard(jobid)
+                self.forget(jobid)
         return done
 
-    def alone(self):
-        """Return whether no other good worker claims from our stages."""
+    def has_peer(self):
+        """Return whether another good worker claims from our stages."""
         told = self.client.workers()
-        return not any(
+        return any(
             other["name"] != self.name and not other["quarantine"]
             and told["time"] - other["heard"] < self.HEARD
             and set(other["stages"] or ()) & set(self.stages)
             for other in told["workers"]
         )
 
-    def elsewhere(self, jobid, stage):
-        """Return how attempts of other workers at a job have ended.
+    def outcomes_elsewhere(self, jobid, stage):
+        """Return how other workers' attempts at a job have ended.
 
-        One that was done before it failed here says nothing of the node: its
+        A job done before it failed here says nothing of the node: its
         command, or what it reads, may have changed.
         """
         outcomes = set()
@@ -1811,62 +1854,59 @@ class Doubt:
         return outcomes
 
 
-def numbers_of(client, stages, say):
-    """Return the numbers of stages that are given by number or by name.
+def stage_names(client, stages):
+    """Return {number: name or None} of stages given by number or name.
 
     Raises Trouble for a name that no stage has.
     """
-    if all(isinstance(stage, int) for stage in stages):
-        return stages
     client.tell = say  # the server may not be there yet
-    named = {values.get("name"): number
+    names = {number: values.get("name")
              for number, values in client.stages().items()}
     client.tell = None
+    numbers = {name: number for number, name in names.items() if name}
     for stage in stages:
-        if isinstance(stage, str) and stage not in named:
+        if isinstance(stage, str) and stage not in numbers:
             raise Trouble("No stage has the name %s." % stage)
-    return [named.get(stage, stage) for stage in stages]
+    found = [numbers.get(stage, stage) for stage in stages]
+    return {number: names.get(number) for number in found}
 
 
 class Claimer:
     """Claim jobs for a worker, in a thread of its own.
 
     Each call of want() is answered by a `receive(jobs)`: at once, or when
-    there are jobs; None means that there will be none.
+    there are jobs; None means that there will be none. `busy()` returns
+    whether the worker has work; `quarantine(reason)` is called for a bad
+    node, `fault()` when the server refuses us.
     """
 
     LONGEST_WAIT = 30  # seconds of a long poll
     FRESH = 15  # seconds for which known run times are good
 
     def __init__(
-        self, options, client, name, *, say, busy,
-        receive=None, suspect=None, fault=None
+        self, options, client, name, *,
+        busy, receive=None, quarantine=None, fault=None
     ):
         self.options = options
         self.client = client
         self.name = name
         self.receive = receive
         self.busy = busy
-        self.suspect = suspect
+        self.quarantine = quarantine
         self.fault = fault
-        self.say = say
-        stages = numbers_of(client, options.stage, say)
-        self.stages = sorted(stages, reverse=True)
-        self.doubt = Doubt(client, name, self.stages)
-        self.trip = 0.01  # seconds that a claim takes
-        self.usual = {}  # stage: seconds that most of its commands need
+        self.names = stage_names(client, options.stage)
+        self.stages = sorted(self.names, reverse=True)
+        self.check = NodeCheck(client, name, self.stages)
+        self.run_times = {}  # stage: seconds that most of its commands need
         self.looked = None  # when these were fresh
         self.drained = False  # claim nothing for now
+        self.idle = False  # whether it ended because it was idle
         self.ending = threading.Event()
         self.wanted = queue.Queue()
-        self.thread = threading.Thread(target=self.claim_on, daemon=True)
-
-    def start(self):
-        """Start the thread."""
-        self.thread.start()
+        self.thread = threading.Thread(target=self.work, daemon=True)
 
     def want(self, n, *, wait):
-        """Ask for up to `n` jobs; with `wait` only an end comes empty."""
+        """Ask for up to `n` jobs; with `wait` the answer is never empty."""
         self.wanted.put((n, wait))
 
     def end(self):
@@ -1881,11 +1921,15 @@ class Claimer:
         new = drained != self.drained and not self.ending.is_set()
         if new:
             self.drained = drained
-            self.say("Drained: it claims no more for now." if drained
-                     else "It claims jobs again.")
+            say("Drained: it claims no more for now." if drained
+                else "It claims jobs again.")
         return new
 
-    def claim_on(self):
+    def label(self, stage):
+        """Return a stage's name, else its number, as text."""
+        return self.names.get(stage) or str(stage)
+
+    def work(self):
         """Claim what is wanted until the end."""
         jobs = ()
         while jobs is not None:
@@ -1895,33 +1939,37 @@ class Claimer:
             except Unreachable:  # only after end()
                 jobs = None
             except Exception as error:
-                self.say(str(error) or repr(error))
+                say(str(error) or repr(error))
                 self.fault()
                 jobs = None
             self.receive(jobs)
 
     def claim(self, n, wait):
         """Return up to `n` jobs; [] if there are none, None to end."""
-        busy, least = time.monotonic(), 0  # a poll's least wait, in seconds
+        since, least = time.monotonic(), 0  # a poll's least wait, in seconds
         while not self.ending.is_set():
-            self.hold_back()
+            bad = self.check.await_verdict(self.ending)
+            if bad:
+                self.ending.set()
+                self.quarantine(bad)
             stages = self.stages_in_time()
             if not stages or self.ending.is_set():
                 return None
-            left = busy + self.options.idle_timeout - time.monotonic()
+            left = since + self.options.idle_timeout - time.monotonic()
             longest = min(self.LONGEST_WAIT, max(left, least)) if wait else 0
-            longest = min(longest, self.spare(stages))
             jobs = self.ask(stages, n, round(longest, 3))
             if jobs or not wait:
                 return jobs
-            now, idle = time.monotonic(), not self.busy()
-            if idle and now >= busy + self.options.idle_timeout:
-                if self.drained or not self.delayed():
-                    # what was delayed may have come free just before that
-                    return self.ask(stages, n, 0) or None
-                idle = False
-            if not idle:
-                busy, least = now, 0.2
+            now, busy = time.monotonic(), self.busy()
+            if not busy and now >= since + self.options.idle_timeout:
+                if self.drained or not self.more_to_come():
+                    # a job may have come free just before that
+                    jobs = self.ask(stages, n, 0)
+                    self.idle = not jobs
+                    return jobs or None
+                busy = True
+            if busy:
+                since, least = now, 0.2
         return None
 
     def ask(self, stages, n, wait):
@@ -1933,19 +1981,43 @@ class Claimer:
         jobs = self.client.get(
             stages, worker=self.name, lease=self.options.lease, n=n, wait=wait
         )
-        took = time.monotonic() - began
-        if jobs and took < 1:
-            self.trip += (took - self.trip) / 4
-        if not jobs and took < wait:
-            self.ending.wait(random.uniform(0.1, 1))  # too many wait there
+        if not jobs and time.monotonic() - began < wait:  # too many wait there
+            self.ending.wait(random.uniform(0.1, 1))
         return jobs
 
-    def delayed(self):
-        """Return whether a job of our stages waits for its time."""
-        return any(
-            stage["stage"] in self.stages and stage["states"]["delayed"]
-            for stage in self.client.status()["stages"]
-        )
+    def more_to_come(self):
+        """Return whether jobs may still come to our stages.
+
+        They may when one waits for its time, when one runs in an earlier
+        stage on a worker that doesn't serve the next one, or when its worker
+        is silent, so that the job may come back.
+        """
+        for row in self.client.status()["stages"]:
+            if row["states"]["delayed"] and any(
+                    stage >= row["stage"] and (stage - row["stage"]) % 2 == 0
+                    for stage in self.stages):
+                return True
+        told = self.client.workers()
+        silent = told["time"] - 0.4 * self.options.lease  # > a third: see beat
+        serving = {
+            other["name"]: set(other["stages"] or ())
+            for other in told["workers"] if other["heard"] > silent}
+        jobs = self.client.jobs(state="working", limit=1000)["jobs"]
+        return any(self.may_come(job, serving.get(job["worker"]))
+                   for job in jobs if job["due"] is not None)
+
+    def may_come(self, job, served):
+        """Return whether a job that runs elsewhere may come to our stages.
+
+        `served` are the stages of its worker, None if that is silent.
+        """
+        for stage in self.stages:
+            way = stage + 1 - job["stage"]  # 0: it was claimed from `stage`
+            last = job["laststage"]
+            if way >= 0 and way % 2 == 0 and (last is None or last > stage):
+                if served is None or (way and stage not in served):
+                    return True
+        return False
 
     def stages_in_time(self):
         """Return the stages whose commands mostly end before our time does."""
@@ -1954,47 +2026,29 @@ class Claimer:
         now = time.monotonic()
         if self.looked is None or now > self.looked + self.FRESH:
             self.looked = now
-            self.usual = {
+            self.run_times = {
                 stage["stage"]: stage["runtime"]["p90"]
                 for stage in self.client.status()["stages"]
                 if stage.get("runtime")
             }
         left = self.options.until - now
-        stages = [s for s in self.stages if self.usual.get(s, 0) <= left]
+        stages = [s for s in self.stages if self.run_times.get(s, 0) <= left]
         if not stages:
-            self.say("No job here is known to end in the %s seconds that are"
-                     " left." % int(max(0, left)))
+            say("No job here is known to end in the %s seconds that are left."
+                % int(max(0, left)))
         return stages
-
-    def spare(self, stages):
-        """Return the seconds after which their jobs won't end in time."""
-        if self.options.until is None:
-            return self.LONGEST_WAIT
-        needed = max(self.usual.get(stage, 0) for stage in stages)
-        return max(0, self.options.until - time.monotonic() - needed)
-
-    def hold_back(self):
-        """Wait while it is in doubt whether the node is good."""
-        end = time.monotonic() + self.doubt.patience
-        while self.doubt.stands() and not self.ending.is_set():
-            done = self.doubt.look()
-            if done >= self.doubt.ENOUGH:
-                self.ending.set()
-                self.suspect(
-                    "%d jobs in a row failed here and were done elsewhere"
-                    % done
-                )
-            elif time.monotonic() > end:
-                self.doubt.adjourn()
-            elif self.doubt.stands():
-                self.ending.wait(1)
 
 
 # ---------------------------------------------------------------- worker ---
 
+
 def own_name():
-    """Return what a worker is called that isn't given a name."""
-    return "%s-%d" % (socket.gethostname(), os.getpid())
+    """Return a worker's default name: host, batch job if any, process id."""
+    words = [socket.gethostname()]
+    for variable, system in ("SLURM_JOB_ID", "slurm"), ("PBS_JOBID", "pbs"):
+        if os.environ.get(variable):
+            words.append(system + os.environ[variable].partition(".")[0])
+    return "-".join([*words, str(os.getpid())])
 
 
 def beside(access, folder):
@@ -2003,157 +2057,148 @@ def beside(access, folder):
 
 
 def file_name(name, jobix):
-    """Return a name for a worker's files that no other has had."""
+    """Return a name for a worker's files that no other worker has had."""
     plain = re.sub(r"[^\w.-]", "_", name, flags=re.A)[:100]
     return "%s.%s.%s" % (plain, namespace(jobix), secrets.token_hex(4))
 
 
-class Printer:
-    """Print what commands have printed, in a thread: the reader may be slow.
+def number_of(n, thing):
+    """Return how many things there are: 1 job, 2 jobs."""
+    return "%d %s%s" % (n, thing, "" if n == 1 else "s")
 
-    `lost()` is called when nobody reads any more.
-    """
 
-    def __init__(self, lost):
-        self.lost = lost
-        self.queue = queue.Queue()
-        self.thread = threading.Thread(target=self.print_on, daemon=True)
+SECRETS = "jobix", "claim"  # of a job, which its command isn't told
 
-    def start(self):
-        """Start the thread."""
-        self.thread.start()
 
-    def put(self, output, then):
-        """Print an output, then call `then(whether it went)`."""
-        self.queue.put((output, then))
-
-    def print_on(self):
-        """Print for ever."""
-        while True:
-            output, then = self.queue.get()
-            then(self.print(output))
-
-    def print(self, output):
-        """Print one output; return whether it went."""
-        try:
-            output.print()
-            return True
-        except BrokenPipeError:
-            null = os.open(os.devnull, os.O_WRONLY)
-            for stream in (sys.stdout, sys.stderr):
-                os.dup2(null, stream.fileno())
-            self.lost()
-        except OSError as error:
-            self.lost(error)
-        return False
+class Interrupted(Exception):
+    """End the printing of output by a signal."""
 
 
 class Worker:
     """Run the commands of jobs side by side, in slots.
 
-    All that happens to an attempt happens in one loop, in the thread that
-    calls run(), which must be the main one. Other threads claim, report,
-    read files and print; they tell the loop by call(). `options` are those
-    of the command line, see parse().
+    All that happens to an attempt happens in one loop, in the main thread,
+    which calls run(). Other threads claim, report and read files; they reach
+    the loop by call(). `options` are those of the command line, see parse().
     """
 
     MOST_AHEAD = 200  # jobs claimed for slots that aren't idle yet
-    HOARD = 1  # seconds after which these are given back
+    HELD = 1  # seconds after which these are given back
     GRACE = 5  # seconds between TERM and KILL for a command that is cut off
+    NAMED = 10  # failed jobs named at the end
 
     def __init__(self, options):
         self.options = options
         self.name = options.name or own_name()
-        self.mutex = threading.Lock()  # one writes to our output at a time
         client = Client(options.access, patience=None)
         self.claimer = Claimer(
-            options, client, self.name, say=self.say,
+            options, client, self.name, busy=self.busy,
             receive=lambda jobs: self.call(self.receive, jobs),
-            suspect=lambda reason: self.call(self.put_in_quarantine, reason),
-            fault=lambda: self.call(self.drain, signal.SIGTERM, 1),
-            busy=self.busy,
+            quarantine=lambda why: self.call(self.put_in_quarantine, why),
+            fault=lambda: self.call(self.drain, signal.SIGTERM, 1, None),
         )
         self.files = file_name(self.name, client.jobix)
-        self.log = self.printer = None
-        if options.print:
-            self.printer = Printer(self.nobody_reads)
-        else:
+        self.log = None
+        if not options.print:
             logs = options.logs or beside(client.access, "logs")
             self.log = OutputLog(os.path.join(logs, self.files))
         self.environment = dict(os.environb)
-        self.idle = []  # slots
-        self.slots = {}  # descriptor: (slot, stream)
+        self.environment.pop(b"JOBMAN_JOBIX", None)  # the secret
+        self.idle = list(range(options.slots))  # slots without a command
+        self.streams = {}  # descriptor: Attempt, of commands' output
         self.ready = collections.deque()  # attempts that wait for a slot
         self.attempts = {}  # jobid: Attempt, from its claim to its outcome
         self.running = {}  # process id: Attempt
-        self.over = []  # (attempt, verb, values), to be told
+        self.numbers = itertools.count()  # of result files
         self.inbox = collections.deque()  # what other threads call
         self.schedule = sched.scheduler(time.monotonic, time.sleep)
-        self.delay = None  # seconds until the next is due
+        self.delay = None  # seconds until the next event
         self.status = 0  # exit status
-        self.draining = False
-        self.quarantine = None  # why, if the node is in doubt
-        self.done = self.failed = 0
-        self.claiming, self.asking, self.dry = True, False, False
-        self.pace = None  # seconds for which recent commands had their slot
+        self.why = None  # why it ends
+        self.printing = self.eof = self.draining = self.scarce = False
+        self.quarantine = None  # why the node is bad
+        self.done = self.failed = 0  # attempts
+        self.failures = {}  # jobid: True, of jobs whose last attempt failed
+        self.claiming, self.asking = True, False
+        self.ahead = 0  # jobs to claim for slots that aren't idle yet
+        self.received = 0  # when claims came last
 
     def busy(self):
-        """Return whether there is work, or an outcome on its way.
+        """Return whether there is work, or an outcome to be told.
 
-        It may set a job free for us. In the order in which they go: none is
-        overlooked.
+        That may set a job free for us.
         """
-        return bool(self.attempts or self.over or self.claims.unsafe)
+        return bool(self.attempts or self.claims.unsafe)
 
     def run(self):
         """Work until there is nothing left to do, or a signal ends it.
 
         Returns the exit status.
         """
-        self.folder = tempfile.mkdtemp(prefix="jobman-")
+        self.make_folder(tempfile.gettempdir(), "jobman-")
         self.guard = Guard(self.folder, self.options.slots)  # no thread yet
         self.prepare()
+        self.inform("%s serves %s %s of %s with %s" % (
+            self.name, "stages" if len(self.claimer.stages) > 1 else "stage",
+            ", ".join(map(self.claimer.label, self.claimer.stages)),
+            self.claimer.client.url, number_of(self.options.slots, "slot")))
         try:
             while self.turn():
                 self.wait()
         finally:
             self.finish()
+        self.inform(self.summary())
         return self.status
 
+    def inform(self, line):
+        """Say a line that isn't about a fault."""
+        if not self.options.quiet:
+            say(line)
+
+    def summary(self):
+        """Return what the worker has done, and why it ends."""
+        line = number_of(self.done, "job") + " done"
+        if self.failures:
+            ids = list(map(str, self.failures))
+            line += ", %d failed (%s%s)" % (
+                len(ids), ", ".join(ids[: self.NAMED]),
+                ", …" if len(ids) > self.NAMED else "")
+        if self.why is None and self.claimer.idle:
+            self.why = "idle for %g s" % self.options.idle_timeout
+        return line + (", " + self.why if self.why else "")
+
+    def make_folder(self, place, prefix):
+        """Make the folder where commands leave their results."""
+        self.folder = tempfile.mkdtemp(prefix=prefix, dir=place)
+        self.owner = os.stat(self.folder).st_uid  # ids may be mapped
+
     def prepare(self):
-        """Make the slots, heed the signals, start the other threads."""
+        """Heed the signals, and start the other threads."""
         self.wake, self.waker = os.pipe()
         for fd in (self.wake, self.waker):
             os.set_blocking(fd, False)
         self.poll = select.poll()
         self.poll.register(self.wake, select.POLLIN)
         allow_open_files(self.options.slots)
-        for number in range(self.options.slots):
-            slot = Slot(self.folder, number)
-            self.idle.append(slot)
-            for stream, fd in enumerate(slot.readers, 1):
-                self.slots[fd] = slot, stream
-                self.poll.register(fd, select.POLLIN)
         self.heed_signals()
         client = Client(self.options.access, patience=0)
         spool = self.options.spool or beside(client.access, "spool")
         self.claims = Claims(
             client, Spool(spool, self.files),
-            self.name, self.options.lease, about=self.about, say=self.say,
+            self.name, self.options.lease, about=self.about,
             lost=lambda *claim: self.call(self.lost, *claim),
             drained=lambda whether: self.call(self.heed_drain, whether),
         )
-        self.claimer.start()
-        if self.printer:
-            self.printer.start()
+        self.claimer.thread.start()
         if self.options.until_eof:
             threading.Thread(target=self.end_at_eof, daemon=True).start()
         if self.options.until is not None:
             left = max(0, self.options.until - time.monotonic())
-            self.schedule.enter(left, 0, self.drain, (signal.SIGTERM, 0))
+            self.schedule.enter(
+                left, 0, self.drain, (signal.SIGTERM, 0, "its time is over"))
 
     def heed_signals(self):
-        """Let signals wake the loop; those to end drain the worker."""
+        """Let signals wake the loop; those in ENDING_SIGNALS drain it."""
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self.waker)
         for number in ENDING_SIGNALS:
@@ -2165,17 +2210,22 @@ class Worker:
 
         https://slurm.schedmd.com/sbatch.html, --signal
         """
-        status = 0 if number == signal.SIGUSR1 else 128 + number
-        self.call(self.drain, number, status)
+        status = 0 if self.eof or number == signal.SIGUSR1 else 128 + number
+        why = "ended by " + signal.Signals(number).name
+        self.call(self.drain, number, status, why)
+        if self.printing:
+            raise Interrupted
 
     def end_at_eof(self):
-        """Drain when whoever started us is gone."""
+        """Drain when standard input ends, with the program at its other end.
+        """
         while os.read(sys.stdin.fileno(), 4096):
             pass
-        self.call(self.drain, signal.SIGTERM, 0)
+        self.eof = True
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def call(self, function, *args):
-        """Let the loop call a function, from any thread or signal."""
+        """Call a function in the loop, from any thread or signal handler."""
         self.inbox.append((function, args))
         with contextlib.suppress(BlockingIOError):  # it is awake then
             os.write(self.waker, b".")
@@ -2189,47 +2239,51 @@ class Worker:
             "quarantine": self.quarantine,
         }
 
-    def say(self, line):
-        """Write a line to the worker's own log, its standard error."""
-        with self.mutex, contextlib.suppress(OSError):
-            print("worker.py: %s" % line, file=sys.stderr, flush=True)
-
     def turn(self):
-        """Do what is to be done now; return whether there will be more."""
+        """Do what can be done now; return whether there will be more."""
         while self.inbox:
             function, args = self.inbox.popleft()
             function(*args)
         self.reap()
         self.fill_slots()
         self.ask()
-        self.put_down()
+        self.flush_log()
         self.delay = self.schedule.run(blocking=False)
         return self.claiming or bool(self.attempts)
 
     def wait(self):
-        """Wait for an event, or a time; read what commands have printed."""
+        """Wait for an event, or a time; read what commands print."""
         delay = 3600 if self.delay is None else min(self.delay, 3600)
-        if self.inbox or self.over:
+        if self.inbox:
             delay = 0
         for fd, _ in self.poll.poll(delay * 1000):
             if fd == self.wake:
                 with contextlib.suppress(BlockingIOError):
                     os.read(fd, 65536)
             else:
-                slot, stream = self.slots[fd]
-                slot.read(stream)
+                self.read(self.streams[fd], fd)
+
+    def read(self, attempt, fd):
+        """Keep what a command has printed."""
+        try:
+            if attempt.read(fd) == 0:  # it has closed that stream
+                self.poll.unregister(fd)
+                del self.streams[fd]
+        except OSError as error:  # the folder of temporary files is full
+            attempt.output.close()
+            self.cut_off(attempt, "output", signal.SIGTERM, self.GRACE)
+            attempt.error = "its output can't be kept in %s: %s" % (
+                tempfile.gettempdir(), error.strerror)
 
     def finish(self):
-        """Tell the last outcomes, and let all go."""
+        """Tell the last outcomes, and end the rest."""
         for attempt in self.running.values():  # only after a fault
-            kill_group(attempt.pid)
-        for attempt in self.attempts.values():
-            self.over.append((attempt, "release", {}))
-        self.put_down()
+            kill_session(attempt.pid)
+        for attempt in list(self.attempts.values()):
+            self.tell(attempt, "release")
         self.claims.close(ended=True)
         self.guard.close()
-        for slot, _ in self.slots.values():
-            shutil.rmtree(os.path.dirname(slot.result), ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     # Claims come
 
@@ -2237,32 +2291,28 @@ class Worker:
         """Ask for jobs: for the idle slots, and a few ahead."""
         if self.asking or not self.claiming or self.claimer.ending.is_set():
             return
-        idle, ahead = len(self.idle), self.ahead()
-        if idle:
+        idle = len(self.idle)
+        if idle or len(self.ready) * 2 < self.ahead:
             self.asking = True
-            self.claimer.want(idle + ahead, wait=True)
-        elif len(self.ready) * 2 < ahead and not self.dry:
-            self.asking = True
-            self.claimer.want(ahead - len(self.ready), wait=False)
-
-    def ahead(self):
-        """Return how many jobs to have ready: some, if commands are short.
-
-        As many as end in the time of a few claims: none where commands take
-        longer than that, nor while they fail, which may be the node's fault.
-        And no more than have ended so far: they may have been the short ones.
-        """
-        if self.pace is None or self.claimer.doubt.failed:
-            return 0
-        ended = self.options.slots * 4 * self.claimer.trip / self.pace
-        return min(self.MOST_AHEAD, self.done + self.failed, int(ended))
+            self.claimer.want(
+                idle + self.ahead - len(self.ready), wait=bool(idle))
 
     def receive(self, jobs):
-        """Take what the claimer brings; None: it will bring no more."""
+        """Take what the claimer brings; None: it will bring no more.
+
+        Twice as many jobs are claimed ahead as the last time while they last
+        for less than a tenth of a second, and none when there are no more,
+        or they last too long.
+        """
         self.asking = False
         if jobs is None:
             self.claiming = False
-        self.dry = not jobs
+        lasted = time.monotonic() - self.received
+        if not jobs or lasted > self.HELD:
+            self.ahead = 0
+        elif lasted < 0.1:
+            self.ahead = min(self.MOST_AHEAD, self.ahead * 2 + 1)
+        self.received += lasted
         for job in jobs or ():
             self.claims.hold(job)
             attempt = self.attempts.get(job["jobid"])
@@ -2274,13 +2324,12 @@ class Worker:
         if self.claimer.ending.is_set() or self.claimer.drained:
             self.give_back()
         elif self.ready:
-            self.schedule.enter(self.HOARD, 0, self.unhoard)
+            self.schedule.enter(self.HELD, 0, self.give_back_late)
 
     def take_up(self, attempt, job):
         """Go on with an attempt under a new claim of its job.
 
-        Not where the job has come on without us, or back from a retry: then
-        the command works on what isn't the job's any more.
+        If the job has changed meanwhile its command is cut off.
         """
         keys = "jobstage", "jobcmd", "filename", "files"
         if any(attempt.job.get(key) != job.get(key) for key in keys):
@@ -2290,11 +2339,11 @@ class Worker:
             attempt.reason = "end"
         attempt.job = job
 
-    def unhoard(self):
-        """Give back what has waited for a slot too long."""
-        late = time.monotonic() - self.HOARD
-        if self.ready and self.ready[0].claimed <= late:
-            self.pace = max(self.pace or 0, self.HOARD)
+    def give_back_late(self):
+        """Release claims that have waited too long for a slot."""
+        if self.ready and (
+                self.ready[0].claimed <= time.monotonic() - self.HELD):
+            self.ahead = 0
             self.give_back()
 
     def give_back(self):
@@ -2314,24 +2363,22 @@ class Worker:
     def fill_slots(self):
         """Begin attempts in idle slots."""
         while self.ready and self.idle:
-            attempt, slot = self.ready.popleft(), self.idle.pop()
-            attempt.slot = slot
-            attempt.placed = time.monotonic()
-            self.dry = False
+            attempt = self.ready.popleft()
+            attempt.slot = self.idle.pop()
             files = attempt.job.get("files")
             if files and attempt.job.get("made") != attempt.job["jobstage"]:
-                self.aside(
+                self.in_thread(
                     self.checked, attempt, await_files, files,
                     self.options.lag, self.claimer.ending,
                 )
             else:
                 self.launch(attempt)
 
-    def aside(self, then, attempt, work, *args):
-        """Do `work(*args)` in a thread, then `then(attempt, what it gave)`.
+    def in_thread(self, then, attempt, work, *args):
+        """Do `work(*args)` in a thread, then call `then(attempt, result)`.
 
-        It gives an exception that it raised. An attempt that has ended
-        meanwhile is forgotten.
+        The result is an exception if there was one. It is dropped if the
+        attempt has ended meanwhile.
         """
 
         def go_on(found):
@@ -2353,7 +2400,7 @@ class Worker:
     def checked(self, attempt, bad):
         """Begin a command, unless the files it is given are `bad`.
 
-        They had less than their time to come when we claim no more.
+        When the worker ends they had less than their time to come.
         """
         if attempt.reason:
             self.conclude(attempt)
@@ -2362,10 +2409,9 @@ class Worker:
         elif isinstance(bad, Exception):
             self.end(attempt, "fail", error="worker.py has a fault: %r" % bad)
         elif bad:
-            names = ", ".join(file["path"] for file in bad)
-            self.say("Job %d: not as it was made: %s" % (
-                attempt.job["jobid"], names))
-            self.end(attempt, "reject", error="not as it was made: " + names)
+            error = CHANGED % ", ".join(file["path"] for file in bad)
+            say("Job %d: %s" % (attempt.job["jobid"], error))
+            self.end(attempt, "reject", error=error)
         else:
             paths = [file["path"] for file in attempt.job["files"]]
             attempt.inputs = {path: touched(path) for path in paths}
@@ -2377,16 +2423,18 @@ class Worker:
             argv, given = self.command(attempt.job)
         except ValueError as error:
             return self.end(attempt, "fail", error=str(error))
-        attempt.output = (
-            PrintedOutput() if self.printer else
-            LoggedOutput(self.log, attempt.key(), self.options.log_limit)
-        )
         try:
+            attempt.output = (
+                LoggedOutput(self.log, attempt.key(), self.options.log_limit)
+                if self.log else PrintedOutput())
+            attempt.result = self.new_result()
             attempt.start(argv, given, self.environment)
         except (OSError, ValueError) as error:
             return self.not_started(attempt, error)
-        attempt.slot.output = attempt.output
-        self.guard.groups[attempt.slot.number] = attempt.pid
+        for fd in attempt.readers:
+            self.streams[fd] = attempt
+            self.poll.register(fd, select.POLLIN)
+        self.guard.sessions[attempt.slot] = attempt.pid
         self.running[attempt.pid] = attempt
         if attempt.job.get("timeout"):
             attempt.events.append(self.schedule.enter(
@@ -2394,13 +2442,29 @@ class Worker:
                 (attempt, "timeout", signal.SIGTERM, self.GRACE),
             ))
 
+    def new_result(self):
+        """Return a path for a result file that no other attempt has had.
+
+        A command, or a cleaner of /tmp, may have removed our folder, and
+        another user made one of its name: then we make one of another name.
+        """
+        place, name = os.path.split(self.folder)
+        try:
+            ours = os.stat(self.folder).st_uid == self.owner
+        except FileNotFoundError:
+            ours = False
+        if not ours:
+            self.make_folder(place, name + ".")  # the guard's mark stays
+        return os.path.join(self.folder, "result-%d" % next(self.numbers))
+
     def command(self, job):
-        """Return a job's command as argv, and what it reads, as bytes.
+        """Return a job's command as argv, and its input, as bytes.
 
         Raises ValueError when it has none.
         """
         if self.options.command is not None:
-            given = json.dumps(job).encode("ascii")
+            shown = {k: v for k, v in job.items() if k not in SECRETS}
+            given = json.dumps(shown).encode("ascii")
             return ["/bin/sh", "-c", self.options.command], given
         jobcmd = job["jobcmd"]
         if isinstance(jobcmd, dict) and isinstance(jobcmd.get("steps"), dict):
@@ -2424,26 +2488,29 @@ class Worker:
         """End an attempt whose command can't be started."""
         number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT):
-            self.put_in_quarantine(str(error))
-        scarce = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE
+            self.put_in_quarantine("no room is left in %s"
+                                   % tempfile.gettempdir())
         status = 127 if number == errno.ENOENT else 126
-        if number in scarce:
-            status = TEMPFAIL
+        if number in REMEDIES:
+            status, error = TEMPFAIL, "%s: %s" % (error, REMEDIES[number])
+            if not self.scarce:
+                self.scarce = True
+                say("A command can't be started: %s." % error)
         self.end(attempt, "fail", error=str(error), exit_code=status)
 
     # Commands end
 
-    def cut_off(self, attempt, reason, number, grace):
-        """End a command: by a signal to its group, and KILL after `grace`.
+    def cut_off(self, attempt, reason, number, grace, running=None):
+        """End a command: by a signal to its session, and KILL after `grace`.
 
         Not one that has ended: its number may be another's by now.
         """
         if attempt.reason is None and attempt.pid in self.running:
             attempt.reason = reason
-            attempt.last = time.monotonic() + grace
-            kill_group(attempt.pid, number)
+            attempt.kill_at = time.monotonic() + grace
+            kill_session(attempt.pid, number, running)
             attempt.events.append(self.schedule.enter(
-                grace, 0, kill_group, (attempt.pid,)))
+                grace, 0, kill_session, (attempt.pid,)))
 
     def reap(self):
         """Take note of the commands that have ended.
@@ -2469,24 +2536,25 @@ class Worker:
                     128 + os.WTERMSIG(status) if killed
                     else os.WEXITSTATUS(status)
                 )
-                self.gone(attempt)
+                self.exited(attempt)
 
-    def gone(self, attempt):
+    def exited(self, attempt):
         """Go on with an attempt whose command has ended.
 
-        What is left of the group of a command that was cut off has its time
-        too.
+        If it was cut off, what else runs in its session has its time, too.
         """
-        cut = attempt.reason and time.monotonic() < attempt.last
-        if cut and group_lives(attempt.pid):
-            attempt.events.append(
-                self.schedule.enter(0.05, 0, self.gone, (attempt,)))
-            return
         if attempt.reason:
-            kill_group(attempt.pid)
+            running = running_groups()
+            if (time.monotonic() < attempt.kill_at
+                    and attempt.pid in running):
+                attempt.events.append(
+                    self.schedule.enter(0.1, 0, self.exited, (attempt,)))
+                return
+            kill_session(attempt.pid, signal.SIGKILL, running)
         del self.running[attempt.pid]
-        self.guard.groups[attempt.slot.number] = 0
-        attempt.slot.drain()
+        self.guard.sessions[attempt.slot] = 0
+        with contextlib.suppress(OSError):  # a full disk, which was said
+            attempt.drain()
         attempt.seconds = time.monotonic() - attempt.began
         if attempt.reason or attempt.status:
             self.conclude(attempt)
@@ -2496,7 +2564,7 @@ class Worker:
     def collect(self, attempt):
         """Find out what a command that ended well has brought."""
         try:
-            brought = attempt.brought()
+            brought = read_result_file(attempt.result, self.owner)
         except ValueError as error:
             self.end(attempt, "fail",
                      error="JOBMAN_RESULT can't be used: %s" % error)
@@ -2507,7 +2575,7 @@ class Worker:
             return self.collected(attempt, error)
         found = attempt.job, brought, paths, attempt.inputs
         if paths:
-            self.aside(self.collected, attempt, results, *found)
+            self.in_thread(self.collected, attempt, results, *found)
         else:
             self.collected(attempt, results(*found))
 
@@ -2522,62 +2590,81 @@ class Worker:
             self.end(attempt, "update", exit_code=0,
                      jobstage=attempt.job["jobstage"] + 2, **brought)
 
-    def conclude(self, attempt, *, doubtful=True):
+    def conclude(self, attempt, *, waited=False):
         """End an attempt that failed or was cut off.
 
-        A batch system may send the signal that ends us to the commands too,
-        and we may hear of their deaths before: so such a one waits a second.
+        A batch system may send the signal that ends us to the commands, too,
+        and they may die before we get it: so wait a second for it.
         """
         fatal = attempt.status in FATAL and not attempt.reason
-        if fatal and doubtful and not self.draining:
+        if fatal and not (waited or self.draining):
             attempt.events.append(self.schedule.enter(
-                1, 0, self.conclude, (attempt,), {"doubtful": False}))
+                1, 0, self.conclude, (attempt,), {"waited": True}))
         elif attempt.reason == "lost":
             self.end(attempt, None)
         elif attempt.reason == "timeout":
             self.end(attempt, "fail", exit_code=TIMED_OUT, error="not done"
                      " after %g seconds" % attempt.job["timeout"])
+        elif attempt.reason == "output":
+            self.end(attempt, "fail", error=attempt.error)
         elif attempt.reason or self.draining:
             self.end(attempt, "release")
         else:
+            whose = "" if self.options.command is None else \
+                " of the worker's --command %s" % self.options.command
             self.end(attempt, "fail", exit_code=attempt.status,
-                     error="exit status %d" % attempt.status)
+                     error="exit status %d%s" % (attempt.status, whose))
 
     def end(self, attempt, verb, **values):
-        """End an attempt: keep its output, then tell its outcome."""
-        if attempt.over:  # its output is being printed
+        """End an attempt: print its output, then tell its outcome."""
+        if attempt.over:
             return
         attempt.over = True
         for event in attempt.events:
             with contextlib.suppress(ValueError):
                 self.schedule.cancel(event)
+        for fd in set(attempt.readers) & set(self.streams):
+            self.poll.unregister(fd)
+            del self.streams[fd]
         if verb == "fail":
-            verb = self.blame(attempt, values)
+            verb = self.judge_failure(attempt, values)
         if verb in ("fail", "update"):
             if attempt.output:
                 values["stderr"] = attempt.output.tail.decode(
                     "utf-8", "replace")
             if attempt.seconds is not None:
                 values["seconds"] = round(attempt.seconds, 3)
-        elif verb == "release":
+            if self.options.print and attempt.output:
+                verb = verb if self.print(attempt) else "release"
+        if verb == "release":
             values = {}
-        if attempt.output:
-            attempt.output.end()
-            attempt.slot.output = None
-        if attempt.output and self.printer:
-            self.printer.put(attempt.output, lambda went: self.call(
-                self.printed, attempt, went, verb, values))
-        else:
-            self.tell(attempt, verb, **values)
+        attempt.close()
+        self.tell(attempt, verb, **values)
 
-    def printed(self, attempt, went, verb, values):
-        """Tell an outcome; what wasn't printed isn't done."""
-        if went:
-            self.tell(attempt, verb, **values)
-        else:
-            self.tell(attempt, "release")
+    def print(self, attempt):
+        """Print a command's output; return whether that worked.
 
-    def blame(self, attempt, values):
+        An attempt whose output wasn't printed isn't done.
+        """
+        try:
+            self.printing = True
+            attempt.output.print()
+            return True
+        except Interrupted:
+            return False
+        except BrokenPipeError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(null, stream.fileno())
+            self.call(self.drain, signal.SIGTERM, 128 + signal.SIGPIPE, None)
+        except OSError as error:
+            say("The output can't be written: %s" % error)
+            self.call(self.drain, signal.SIGTERM, 1, None)
+        finally:
+            self.printing = False
+        return False
+
+    def judge_failure(self, attempt, values):
         """Return fail, or release where it is the node's fault."""
         if values.get("exit_code") == TEMPFAIL:
             return "fail"
@@ -2589,49 +2676,52 @@ class Worker:
             self.put_in_quarantine("no room is left in %s" % folder)
         if self.quarantine:
             return "release"
-        self.claimer.doubt.note(
+        self.ahead = 0
+        self.claimer.check.record(
             attempt.job, failed=True, seconds=attempt.seconds or 0)
-        if self.claimer.doubt.stands():
+        if self.claimer.check.suspect():
             self.give_back()
         return "fail"
 
     def tell(self, attempt, verb, **values):
-        """Let the next have the slot; the outcome is told with others."""
-        self.over.append((attempt, verb, values))
-        del self.attempts[attempt.job["jobid"]]
+        """Tell the attempt's outcome, and free its slot."""
+        job = attempt.job
+        self.flush_log()
+        if verb is None:
+            self.claims.forget(job["jobid"], job["claim"])
+        else:
+            self.claims.settle(job, verb, **values)
+        del self.attempts[job["jobid"]]
         if attempt.slot is not None:
-            took = time.monotonic() - attempt.placed
-            self.pace = took if self.pace is None else (
-                self.pace + (took - self.pace) / 4)
             self.idle.append(attempt.slot)
         if verb == "update":
-            self.claimer.doubt.note(attempt.job, failed=False, seconds=0)
+            self.claimer.check.record(job, failed=False, seconds=0)
             self.done += 1
+            self.failures.pop(job["jobid"], None)
         elif verb == "fail":
             self.failed += 1
+            self.failures[job["jobid"]] = True
+            if not self.options.quiet and sys.stderr.isatty():
+                last = values.get("stderr", "").strip().rpartition("\n")[2]
+                say("Job %d failed in stage %s: %s" % (
+                    job["jobid"], self.claimer.label(job["jobstage"]),
+                    ": ".join(filter(None, [values.get("error"), last]))))
 
-    def put_down(self):
-        """Write the log, then pass on what has ended since."""
+    def flush_log(self):
+        """Write to the log what commands have printed."""
         if self.log is not None:
             try:
                 self.log.flush()
             except OSError as error:
                 self.put_in_quarantine("%s.out can't be written: %s" % (
                     self.log.path, error.strerror or error))
-        for attempt, verb, values in self.over:
-            if verb is None:
-                job = attempt.job
-                self.claims.forget(job["jobid"], job["claim"])
-            else:
-                self.claims.settle(attempt.job, verb, **values)
-        self.over = []
 
     # The worker ends
 
     def lost(self, jobid, claim):
-        """Give up a claim that is lost, a second later.
+        """Give up a lost claim in a second, if the job doesn't come back.
 
-        Not if the job has come back to us, which we may be about to hear.
+        We may be about to receive it.
         """
         self.schedule.enter(1, 0, self.give_up, (jobid, claim))
 
@@ -2641,7 +2731,7 @@ class Worker:
         if attempt is None or not self.claims.holds(jobid, claim):
             return
         if attempt.reason is None:
-            self.say("Job %d: its claim is lost." % jobid)
+            say("Job %d: its claim is lost." % jobid)
         if attempt.pid in self.running:
             self.cut_off(attempt, "lost", signal.SIGTERM, self.GRACE)
         elif attempt in self.ready:
@@ -2655,10 +2745,10 @@ class Worker:
         if self.claimer.heed_drain(drained) and drained:
             self.give_back()
 
-    def drain(self, number, status):
+    def drain(self, number, status, why):
         """Claim no more, end what runs by a signal, and give it back.
 
-        A second SIGINT leaves no time for that.
+        A second SIGINT kills it at once.
         """
         if self.draining:
             if number == signal.SIGINT:
@@ -2666,13 +2756,15 @@ class Worker:
             return
         self.draining = True
         self.status = self.status or status
+        self.why = why
         self.stop_claiming()
+        running = running_groups()
         for attempt in list(self.running.values()):
-            self.cut_off(attempt, "end", number, self.options.grace)
+            self.cut_off(attempt, "end", number, self.options.grace, running)
         self.schedule.enter(self.options.grace, 0, self.let_go)
 
     def let_go(self):
-        """Give back what isn't running: its files are being read."""
+        """Give back the claims whose files are being read."""
         for attempt in list(self.attempts.values()):
             if attempt.pid not in self.running:
                 self.end(attempt, "release")
@@ -2680,25 +2772,19 @@ class Worker:
     def end_now(self):
         """Kill what runs, give it back if the server answers, and end."""
         self.claims.LAST = 1
-        self.claiming = False  # whatever the claimer waits for
+        self.claiming = False  # don't wait for the claimer
         for attempt in self.running.values():
-            attempt.last = 0
-            kill_group(attempt.pid)
+            attempt.kill_at = 0
+            kill_session(attempt.pid)
         self.let_go()
-
-    def nobody_reads(self, error=None):
-        """End as by SIGPIPE, or with a word on why we can't print."""
-        if error:
-            self.say("The output can't be written: %s" % error)
-        status = 1 if error else 128 + signal.SIGPIPE
-        self.call(self.drain, signal.SIGTERM, status)
 
     def put_in_quarantine(self, reason):
         """Claim no more: this node does harm. What runs may end."""
         if self.quarantine is None:
             self.quarantine = reason
+            self.why = "in quarantine"
             self.status = self.status or QUARANTINED
-            self.say("In quarantine: %s." % reason)
+            say("In quarantine: %s." % reason)
             self.stop_claiming()
             self.claims.beat_soon()
 
@@ -2710,9 +2796,9 @@ class Job:
     """A claimed job, for a program that does the work itself.
 
     `jobid`, `stage`, `jobcmd`, `filename`, `attempt` are what it carries;
-    `lost` tells whether somebody else has it by now, until it ends. In a
+    `lost` tells whether the claim is lost, until the attempt ends. In a
     `with` statement an exception fails the attempt, and goes no further; a
-    good end is done().
+    normal end is done().
     """
 
     def __init__(self, claims, job):
@@ -2724,6 +2810,10 @@ class Job:
         self.began = time.monotonic()
         self.inputs = {}
         self.ended = False
+
+    def __repr__(self):
+        return "<worker.Job %d in stage %d: %.80r>" % (
+            self.jobid, self.stage, self.jobcmd)
 
     @property
     def lost(self):
@@ -2769,8 +2859,8 @@ class Job:
             files = ()
         bad = await_files(files, lag, threading.Event())
         if bad:
-            names = ", ".join(file["path"] for file in bad)
-            self.end("reject", error="not as it was made: " + names)
+            self.end("reject", error=CHANGED % ", ".join(
+                file["path"] for file in bad))
         self.inputs = {file["path"]: touched(file["path"]) for file in files}
         return not bad
 
@@ -2799,7 +2889,7 @@ def each_job(claimer, claims, lag):
             claims.hold(found[0])
             job = Job(claims, found[0])
             try:
-                if claimer.drained:  # while a long poll was on its way
+                if claimer.drained:  # during a long poll
                     job.release()
                 elif job.check(lag):
                     yield job
@@ -2821,22 +2911,18 @@ def claim_jobs(
     has failed, as by an exception in the loop. Options are those of the
     command line.
     """
-
-    def say(line):
-        print("worker.py: %s" % line, file=sys.stderr, flush=True)
-
     options = argparse.Namespace(
         stage=[stage], lease=lease, idle_timeout=idle_timeout, until=None
     )
     client, name = Client(access, patience=None), name or own_name()
-    claimer = Claimer(options, client, name, busy=lambda: False, say=say)
+    claimer = Claimer(options, client, name, busy=lambda: False)
     about = {
         "host": socket.gethostname(), "slots": 1, "stages": claimer.stages}
     claims = Claims(
         Client(access, patience=0),
         Spool(spool or beside(client.access, "spool"),
               file_name(name, client.jobix)),
-        name, lease, about=lambda: about, say=say,
+        name, lease, about=lambda: about,
         lost=lambda *claim: claims.forget(*claim), drained=claimer.heed_drain,
     )
     jobs = each_job(claimer, claims, lag)
@@ -2865,27 +2951,21 @@ def run(function, stage=0, **options):
 
 
 def send_spool(options):
-    """Deliver what workers that have ended left; return the exit status."""
+    """Deliver the outcomes of ended workers; return the exit status."""
     client = Client(options.access)
     spool = Spool(options.spool or beside(client.access, "spool"), "none")
-
-    dropped = []
-
-    def say(line):
-        dropped.append(line)
-        print("worker.py: %s" % line, file=sys.stderr, flush=True)
-
     outcomes = spool.adopt(namespace(client.jobix))
-    n = sum(len(batch) for batch in deliver(client, outcomes, say))
+    taken = 0
+    while outcomes:
+        taken += deliver(client, outcomes)[1]
     spool.clear()
-    n -= len(dropped)
-    print("1 result was delivered." if n == 1 else
-          "%d results were delivered." % n)
+    print(number_of(taken, "result"), "was" if taken == 1 else "were",
+          "delivered.")
     return 0
 
 
 def stage_list(text):
-    """Read --stage: numbers, from which a job can move two up, or names."""
+    """Read --stage: numbers from which a job can move two up, or names."""
     most = MAX_STAGE - 2
     stages = [int(stage) if stage.isdecimal() else stage
               for stage in text.replace(" ", "").split(",")]
@@ -2897,19 +2977,25 @@ def stage_list(text):
         % (text, most))
 
 
-def time_limit(text):
-    """Read --time-limit: seconds, from a time such as 2h30m."""
+def span(text):
+    """Read --time-limit: a time such as 2h30m."""
     try:
         return read_span(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def seconds(text):
-    """Read a number of seconds."""
-    if not 0 <= float(text) <= 10**9:  # nor NaN
-        raise ValueError
-    return float(text)
+def duration(text):
+    """Read seconds: a number, or a time such as 90s or 2h30m."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 10**9:  # nor NaN
+            return float(text)
+    try:
+        return read_span(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            "%r is no duration such as 90 (seconds), 90s, 2h30m or 1:00:00"
+            % text) from None
 
 
 def parse(arguments):
@@ -2920,26 +3006,29 @@ def parse(arguments):
     )
     add = parser.add_argument
     add("--stage", default=[0], type=stage_list, metavar="S[,S...]",
-        help="stages to claim from, the later ones first (default 0)")
+        help="stages to claim from, the highest first, by number or name"
+        " (default 0)")
     add("--slots", type=int, metavar="N",
         help="commands side by side (default: the cores we may use)")
     add("--command", metavar="CMD",
         help="run CMD for each job, the job as JSON on its standard input")
-    add("--idle-timeout", type=seconds, default=60, metavar="SECONDS",
-        help="end after so long with nothing to do (default 60)")
-    add("--lease", type=seconds, default=120, metavar="SECONDS",
-        help="a job goes to others when its worker is silent so long")
-    add("--time-limit", type=time_limit, metavar="TIME",
+    add("--idle-timeout", type=duration, default=60, metavar="TIME",
+        help="end after so long with nothing to do (default 60s)")
+    add("--lease", type=duration, default=120, metavar="TIME",
+        help="a job goes to others when its worker is silent so long"
+        " (default 2m)")
+    add("--time-limit", type=span, metavar="TIME",
         help="end after 1:00:00, 90s, 2h30m (default: with the batch job)")
-    add("--grace", type=seconds, default=10, metavar="SECONDS",
-        help="for commands to end after a signal, then KILL (default 10)")
-    add("--lag", type=seconds, default=10, metavar="SECONDS",
-        help="how late files of other nodes may be seen here (default 10)")
+    add("--grace", type=duration, default=10, metavar="TIME",
+        help="time between a signal to commands and KILL (default 10s)")
+    add("--lag", type=duration, default=10, metavar="TIME",
+        help="how late files of other nodes may be seen here (default 10s)")
     add("--logs", metavar="DIR",
         help="keep output there (default: logs, next to the access file)")
     add("--log-limit", type=int, default=2**20, metavar="BYTES",
-        help="of output kept of one job (default 1048576)")
+        help="of output kept of one attempt (default 1048576)")
     add("--print", action="store_true", help="print output, keep none")
+    add("--quiet", action="store_true", help="say only what is wrong")
     add("--spool", metavar="DIR",
         help="results wait there for a server that is away (default: spool,"
         " next to the access file)")
@@ -2947,10 +3036,12 @@ def parse(arguments):
         help="deliver what ended workers left there, do nothing else")
     add("--access", metavar="FILE",
         help="the server's access file (default ~/.jobman/access.json)")
-    add("--name", help="what this worker is called (default HOST-PID)")
+    add("--name", help="the worker's name (default HOST-PID, with the number"
+        " of the batch job)")
     add("--until-eof", action="store_true",
-        help="end when standard input ends")
+        help="end when standard input ends; includes --quiet")
     options = parser.parse_args(arguments)
+    options.quiet |= options.until_eof
     if options.slots is None:
         options.slots = len(os.sched_getaffinity(0))
     if options.slots < 1 or options.lease == 0:
@@ -2971,7 +3062,7 @@ def set_end(options):
 
 
 def open_standard_files():
-    """Open what who started us has closed of standard input to error."""
+    """Open those of standard input to error that are closed."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
@@ -2991,8 +3082,13 @@ def main(arguments=None):
         set_end(options)
         return Worker(options).run()
     except (Trouble, OSError) as trouble:
-        print("worker.py: %s" % trouble, file=sys.stderr)
-        return 1
+        remedy = REMEDIES.get(getattr(trouble, "errno", None))
+        say("%s: %s." % (trouble, remedy) if remedy else trouble)
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        say("No thread can be started: %s." % REMEDIES[errno.EAGAIN])
+    return 1
 
 
 if __name__ == "__main__":
