@@ -537,6 +537,10 @@ class SQL:
             quarantine, drain
         from worker where namespace = :namespace and heard >= :since
         order by heard desc, name"""
+    HELD = """
+        select worker, jobid, entered_at from job indexed by job_age
+        where namespace = :namespace and stage = :stage and state = :state
+            and expired = :expired and worker is not null"""
     DRAIN = """
         update worker set drain = :drain
         where namespace = :namespace and name = :name"""
@@ -2969,7 +2973,8 @@ class Store:
         """Return the time, and the workers heard `within` so many seconds.
 
         They are dicts in the columns of the table, the latest first, with the
-        `stage_names` of their stages.
+        `stage_names` of their stages, and what each `holds`: a list of a
+        jobid and the seconds since its claim.
         """
         now = self.clock()
         key = {"namespace": namespace, "since": now - within}
@@ -2978,8 +2983,13 @@ class Store:
                  drain=bool(row["drain"]))
             for row in execute(SQL.WORKERS, key)
         ]
+        held = defaultdict(list)
+        for job in self.in_groups(
+                execute, SQL.HELD, namespace, ("working",), None):
+            held[job["worker"]].append([job["jobid"], now - job["entered_at"]])
         values = self.stage_values(execute, namespace)
         for worker in workers:
+            worker["holds"] = sorted(held[worker["name"]])
             worker["stage_names"] = worker["stages"] and [
                 values.get(stage, {}).get("name")
                 for stage in worker["stages"]]
@@ -5812,7 +5822,7 @@ def workers_line(heard):
     if able:
         line = "%s, %d of %s busy" % (
             number_of(len(able), "worker"),
-            sum(worker["busy"] or 0 for worker in able),
+            sum(len(worker["holds"]) for worker in able),
             number_of(sum(worker["slots"] or 0 for worker in able), "slot"))
     for word in ("drained", "quarantined", "silent"):
         line += ", %d %s" % (faults[word], word) if faults[word] else ""
@@ -6118,7 +6128,7 @@ def why_waiting(job, figures, heard):
                              for worker in serving[:3]),
             ", ..." * (len(serving) > 3))
     slots = sum(worker["slots"] or 0 for worker in able)
-    busy = sum(worker["busy"] or 0 for worker in able)
+    busy = sum(len(worker["holds"]) for worker in able)
     return "%s serve%s stage %s, and %d of %s %s busy%s" % (
         number_of(len(able), "worker"), "s" * (len(able) == 1), label, busy,
         number_of(slots, "slot"), "is" if slots == 1 else "are",
@@ -6246,7 +6256,8 @@ def print_workers(options):
     now, workers = heard["time"], heard["workers"]
     columns = (
         ("worker", "name"), ("host", "host"), ("stages", stages_of),
-        ("slots", "slots"), ("busy", "busy"), ("done", "done"),
+        ("slots", "slots"), ("busy", lambda w: len(w["holds"])),
+        ("done", "done"),
         ("failed", "failed"),
         ("heard", lambda w: span(max(0, now - w["heard"])) + " ago"),
         ("", lambda w: note(w, now)),
@@ -7260,14 +7271,9 @@ def backup(options):
     """Copy a database into a new file, also while a server has it."""
     with exclusive_access(options.db) as location:
         total = os.path.getsize(location.file)
-
-        def show(size):
-            sys.stderr.write("\r%s\033[K\r" % bar(min(1, size / total)))
-
-        more = [show] if sys.stderr.isatty() else []
-        jobs = copy_database(location, options.file, *more)
-    if more:
-        sys.stderr.write("\033[K")
+        jobs = copy_database(location, options.file, lambda size: draw(
+            bar(min(1, size / total))))
+    draw("")
     size = os.path.getsize(options.file)
     report(options, {"file": options.file, "jobs": jobs, "bytes": size},
            ["%s: %d jobs, %d bytes" % (printable(options.file), jobs, size)],

@@ -1804,9 +1804,10 @@ class ClaimTest(StoreCase):
         self.clock.advance(9)
         self.beat("second")
         heard = dict(self.ABOUT, name="first", heard=self.clock() - 9)
-        heard.update(drain=False, stage_names=[None, None])
+        heard.update(drain=False, stage_names=[None, None], holds=[])
         blank = dict.fromkeys([*self.ABOUT, "stage_names"])
-        blank.update(name="second", heard=self.clock(), drain=False)
+        blank.update(
+            name="second", heard=self.clock(), drain=False, holds=[])
         self.assertEqual([blank, heard], self.ok("/workers")["workers"])
         self.assertEqual([], self.ok("/workers", jobix=1)["workers"])
         self.clock.advance(86400 - 8)
@@ -1818,6 +1819,19 @@ class ClaimTest(StoreCase):
              ("second", None, None)],
             self.workers("name", "busy", "host"),
         )
+
+    def test_workers_are_shown_with_the_jobs_that_they_hold(self):
+        self.set_jobs([1, 2, 3])
+        for name in ("a", "b", "c"):
+            self.beat(name)
+        self.get(0, worker="a", lease=60)
+        self.clock.advance(2)
+        self.get(0, worker="b", lease=60)
+        self.get(0, worker="a", lease=60)
+        self.clock.advance(3)
+        self.assertEqual(
+            [("a", [[1, 5], [3, 3]]), ("b", [[2, 3]]), ("c", [])],
+            self.workers("name", "holds"))
 
     def test_a_worker_that_ended_well_is_gone(self):
         for name in ("a", "b", "c", "d", "e"):
@@ -11688,6 +11702,23 @@ class ActingTest(CommandCase):
                             signal.SIGINT, signal.SIG_IGN))
                     self.assertEqual((0, ""), (status, err))
 
+    def test_a_jobix_alone_goes_with_the_access_files_address(self):
+        self.set_jobs([1])
+        for name in ("JOBMAN_URL", "JOBMAN_JOBIX"):
+            del self.environment[name]
+        os.mkdir(self.path(".jobman"))
+        access = {"url": "http://%s:%d" % self.address,
+                  "jobix": self.jobix + 1, "fingerprint": None}
+        with open(self.path(".jobman", "access.json"), "w") as file:
+            os.chmod(file.name, 0o600)
+            json.dump(access, file)
+        self.assertEqual("", self.does("jobs", "--output", "quiet"))
+        self.environment["JOBMAN_JOBIX"] = str(self.jobix)
+        self.assertEqual("1\n", self.does("jobs", "--output", "quiet"))
+        self.environment["JOBMAN_JOBIX"] = "mine"
+        self.does("jobs", status=1,
+                  err=r"jobman.py: A jobix \(\$JOBMAN_JOBIX\) must be .*\n")
+
     def test_a_server_that_is_not_there_is_said(self):
         self.closing.close()
         self.lead_to("http://127.0.0.1:1")
@@ -12325,19 +12356,26 @@ class LookTest(LookCase):
         self.ok("/pause/0", {})
         self.assertEqual("stage 0 is paused", self.why())
 
+    def occupy(self, worker, *ids):
+        """Let a worker have jobs of another stage."""
+        self.set_jobs(ids, stage=90)
+        self.get(90, n=len(ids), worker=worker, lease=3600)
+
     def test_waiting_for_busy_workers(self):
         self.set_jobs([1])
-        self.beat("a", slots=1, busy=1)
+        self.beat("a", slots=1)
+        self.occupy("a", 10)
         self.assertEqual(
             "1 worker serves stage 0, and 1 of 1 slot is busy", self.why())
-        self.beat("b", slots=8, busy=8)
+        self.beat("b", slots=2)
+        self.occupy("b", 11, 12)
         self.beat("drained")
         self.ok("/drain/drained", {})
         self.assertEqual(
-            "2 workers serve stage 0, and 9 of 9 slots are busy", self.why())
-        self.beat("b", slots=8, busy=5)
+            "2 workers serve stage 0, and 3 of 3 slots are busy", self.why())
+        self.beat("b", slots=3)
         self.assertEqual(
-            "2 workers serve stage 0, and 6 of 9 slots are busy: its turn"
+            "2 workers serve stage 0, and 3 of 4 slots are busy: its turn"
             " should come soon", self.why())
 
     def test_waiting_for_workers_that_take_nothing(self):
@@ -12487,10 +12525,10 @@ The end of what the last one said:
         self.ok("/drain/c", {})
         self.assertEqual("""\
 worker  host   stages  slots  busy  done  failed  heard
-c                                                 0:00 ago  drained
-b              2,0         4     4                0:01 ago  quarantined: no\
+c                                0                0:00 ago  drained
+b              2,0         4     0                0:01 ago  quarantined: no\
  space
-a       node1  0           4     4     9       1  3:21 ago  silent
+a       node1  0           4     0     9       1  3:21 ago  silent
 """, self.look("workers"))
         self.assertEqual(self.ok("/workers"), self.seen("workers"))
         self.assertEqual(
@@ -12878,7 +12916,7 @@ class WatchTest(LookCase):
     def test_a_bar_for_each_stage_is_drawn_again_in_its_place(self):
         self.set_jobs(range(8), laststage=2)
         self.set_jobs([8, 9], laststage=0)
-        self.get(0, n=4, lease=60)
+        self.get(0, n=4, lease=60, worker="a")
         self.ok("/cancel", {"ids": [7]})
         self.ok("/pause/0", {})
         self.ok("/stages", {"1": {"name": "align"}})
