@@ -2190,8 +2190,10 @@ class Store:
         """
         key = {"namespace": namespace}
         last = tx.execute(SQL.LAST_JOBID, key).fetchone()[0]
-        if any(max(job["after"] or [0]) > last for job in jobs):
-            raise Error(400, "A job can't wait for jobs that aren't there.")
+        latest = max((max(job["after"] or [0]) for job in jobs), default=0)
+        if latest > last:
+            raise Error(400, "A job can't wait for job %d: there is none."
+                        % latest)
         given, new, first = [], [], last + 1
         jobs = iter(jobs)
         for name, n in submissions:
@@ -3405,7 +3407,8 @@ def read_job(entry, readers):
     job = BLANK.copy()
     for name, value in entry.items():
         if name not in CARRIES:
-            raise Error(400, "A job can't carry %.80r." % name)
+            raise Error(400, "A job can't carry %.80r, only %s." % (
+                name, ", ".join(CARRIES)))
         if value is not None:
             job[name] = readers[name](value, name)
     if job["jobstage"] is None:
@@ -6206,10 +6209,13 @@ DETAILS_ELSEWHERE = {  # of a job, shown in words, or not to people
     "due", "files"}
 
 
-def details(job):
-    """Yield the lines that show a job and its attempts to a person."""
-    rows = [("job", str(job["jobid"])), ("why", job["why"]),
-            ("command", told_command(job)),
+def details(job, names):
+    """Yield the lines that show a job and its attempts to a person.
+
+    `names` are those of stages.
+    """
+    rows = [("job", job["jobid"]), ("why", job["why"]),
+            ("command", told_command(job) or ""),
             ("since", clock_time(job["since"]))]
     if job["expired"]:
         rows.append(("expired", "its stage's lifetime is over"))
@@ -6217,16 +6223,18 @@ def details(job):
         rows.append(("files", ", ".join(
             "%(path)s (%(size)d bytes)" % file for file in job["files"])))
     for name, value in dict(job, stage=label_of(job)).items():
-        shown = value or name in ("stage", "laststage", "made")  # may be 0
-        if name not in DETAILS_ELSEWHERE and shown and value is not None:
-            rows.append((name, value if type(value) is str
-                         else to_json(value)))
-    width = max(len(name) for name, _ in rows)
+        shown = value or (
+            value == 0 and name in ("stage", "laststage", "made"))
+        if shown and name not in DETAILS_ELSEWHERE:
+            rows.append((name, value))
     for name, value in rows:
-        yield printable("%s  %s" % (name.ljust(width), value or "")).rstrip()
+        text = value if type(value) is str else to_json(value)
+        yield printable("%-12s  %s" % (name, text)).rstrip()
     if job["attempts"]:
         yield ""
-        yield from table(ATTEMPT_TABLE, job["attempts"])
+        yield from table(ATTEMPT_TABLE, [
+            dict(attempt, stage=names.get(attempt["stage"], attempt["stage"]))
+            for attempt in job["attempts"]])
         said = (job["attempts"][-1]["stderr"] or "").splitlines()
         if len(said) > 1:
             yield "\nThe end of what the last one said:"
@@ -6238,7 +6246,8 @@ def print_job(options):
     with speaking(options) as client:
         job = client.job(options.jobid)
         job["why"] = why(job, client.status(), client.workers())
-    report(options, job, details(job), [job["jobid"]])
+        names = names_of_stages(client)
+    report(options, job, details(job, names), [job["jobid"]])
     return 0
 
 
@@ -7437,65 +7446,45 @@ OLDEST_PYTHON = 3, 6
 OLDEST_SQLITE = 3, 7, 17
 
 
-class Diagnosis:
-    """What doctor has found out so far, for the checks that come after.
-
-    `worker` is the module, `client` a Client, `access` the path of the access
-    file and `about` what it says of the server, `location` the database's.
-    """
-
-    def __init__(self, options, worker):
-        self.worker = worker
-        self.named = options.access
-        self.access = os.path.abspath(options.access or access_path())
-        self.database = options.db
-        self.client = self.location = None
-        self.about = {}
-
-    def ask(self, path, *names):
-        """Return values of the object that the server answers."""
-        try:
-            value = self.client.call("GET", path, timeout=4)
-            return [value[name] for name in names]
-        except (LookupError, TypeError, ValueError):
-            raise CommandError(
-                "What answers at %s:%d is no jobman; look at the address in %s"
-                % (*self.client.address, self.source())) from None
-
-    def source(self):
-        """Return what says where the server is."""
-        return "JOBMAN_URL" if self.client.fixed else self.access
+def ask(client, path, name):
+    """Return a value of the object that the server answers."""
+    try:
+        return client.call("GET", path, timeout=4)[name]
+    except (LookupError, TypeError, ValueError):
+        raise CommandError(
+            "What answers at %s:%d is no jobman server; look at the address in"
+            " the access file" % client.address) from None
 
 
 def check_program(found):
     """Return the versions of Python, SQLite and jobman."""
-    version = sys.version.split()[0]
-    if sys.version_info[:2] < OLDEST_PYTHON:
-        raise CommandError("This is Python %s; run it by %d.%d or later" % (
-            version, *OLDEST_PYTHON))
-    if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+    if (sys.version_info < OLDEST_PYTHON
+            or sqlite3.sqlite_version_info < OLDEST_SQLITE):
         raise CommandError(
-            "This is SQLite %s; use a Python with SQLite %d.%d.%d or later"
-            % (sqlite3.sqlite_version, *OLDEST_SQLITE))
+            "This is Python %s with SQLite %s; run it by Python %d.%d or later"
+            " with SQLite %d.%d.%d or later" % (
+                sys.version.split()[0], sqlite3.sqlite_version,
+                *OLDEST_PYTHON, *OLDEST_SQLITE))
     if found.worker.__version__ != __version__:
         raise CommandError(
             "worker.py is %s and jobman.py %s; copy both of one version here"
             % (found.worker.__version__, __version__))
     return "jobman.py and worker.py %s, Python %s, SQLite %s" % (
-        __version__, version, sqlite3.sqlite_version)
+        __version__, sys.version.split()[0], sqlite3.sqlite_version)
 
 
 def check_access(found):
     """Return what the access file is like."""
-    client = found.client = found.worker.Client(found.named, patience=0)
+    client = found.client = found.worker.Client(found.access, patience=0)
     client.CONNECT_TIMEOUT = 4
     if client.fixed:
         return "none is read, JOBMAN_URL names the server"
-    with open(found.access, encoding="utf-8") as file:
+    path = os.path.abspath(client.access)
+    with open(path, encoding="utf-8") as file:
         found.about = json.load(file)
         written = os.fstat(file.fileno()).st_mtime
     return "%s, for its owner only, written %s ago" % (
-        found.access, took(max(0, time.time() - written)))
+        path, took(max(0, time.time() - written)))
 
 
 def check_address(found):
@@ -7514,8 +7503,8 @@ def check_address(found):
         raise CommandError(
             "The server listens to its own host %s alone; start it with --host"
             " 0.0.0.0" % home)
-    return "%s, by the name of %s" % (address, host) if host != address \
-        else address
+    return address if host == address \
+        else "%s, by the name of %s" % (address, host)
 
 
 def check_connection(found):
@@ -7523,23 +7512,20 @@ def check_connection(found):
     client, at = found.client, "%s:%d" % found.client.address
     try:
         client.connect(4)
-    except ConnectionRefusedError:
-        raise CommandError(
-            "No server listens at %s; start it there, with the same access"
-            " file" % at) from None
     except found.worker.Impostor as error:
         raise CommandError(
             "At %s is another server than ours (%s); end it, or use its access"
             " file" % (at, error)) from None
     except OSError as error:
-        if hasattr(error, "reason"):  # it is an ssl.SSLError
-            raise CommandError(
-                "What listens at %s doesn't speak TLS (%s); start serve"
-                " without --plain, or with an --url with http:"
-                % (at, error)) from None
-        raise CommandError(
-            "%s can't be reached (%s); look for a firewall, or start serve"
-            " with another address by --url" % (at, cause(error))) from None
+        advice = "look for a firewall, or start serve with another --url"
+        if isinstance(error, ConnectionRefusedError):
+            advice = "no server listens there: start it, with the same" \
+                " access file"
+        elif hasattr(error, "reason"):  # it is an ssl.SSLError
+            advice = "what listens there doesn't speak TLS: start serve" \
+                " without --plain"
+        raise CommandError("%s can't be reached (%s); %s" % (
+            at, cause(error), advice)) from None
     if client.tls is None:
         return "%s takes connections, plain HTTP" % at
     return "%s takes connections, with the %s" % (
@@ -7550,11 +7536,9 @@ def check_connection(found):
 def check_server(found):
     """Return that the server and its database are well."""
     try:
-        version, = found.ask("/health", "version")
+        version = ask(found.client, "/health", "version")
     except found.worker.Unreachable as error:
-        raise CommandError(
-            "%s Look at its standard error, and at the address in %s"
-            % (error, found.source())) from None
+        raise CommandError("%s Look at its standard error" % error) from None
     if version != __version__:
         raise CommandError(
             "The server is jobman %s, this is %s; run the same files on both"
@@ -7565,7 +7549,7 @@ def check_server(found):
 def check_jobix(found):
     """Return whether the server takes our jobix."""
     try:
-        readonly, = found.ask("/status", "readonly")
+        readonly = ask(found.client, "/status", "readonly")
     except found.worker.Refused as refused:
         if refused.status != 403:
             raise
@@ -7576,8 +7560,8 @@ def check_jobix(found):
 
 def check_database(found):
     """Return which database there is, None where none is named."""
-    path = found.database or home_file("jobman.db")
-    if not (found.database or os.path.lexists(path)):
+    path = found.db or home_file("jobman.db")
+    if not (found.db or os.path.lexists(path)):
         return None
     version = inspect(path)
     found.location = DatabaseLocation(path)
@@ -7594,20 +7578,16 @@ def check_database(found):
 def check_locks(found):
     """Return what file system the database is on."""
     location = found.location
-    if location is None:
-        return None
     if not location.locks_work:
         raise CommandError("%s; use a disk of this host" % location.describe())
-    note = " (a network file system, so only one server may have it)"
+    only = " (a network file system, so only one server may have it)"
     return "%s, where locks work%s" % (
-        location.describe(), note if location.exclusive else "")
+        location.describe(), only if location.exclusive else "")
 
 
 def check_holder(found):
     """Return which server has the database."""
     location = found.location
-    if location is None:
-        return None
     holder = read_holder(location)
     if not holder:
         return "no server has %s" % location.path
@@ -7624,14 +7604,14 @@ def check_holder(found):
     if not shared and None not in ours and ours != [
             holder.get("host"), holder.get("pid")]:
         raise CommandError(
-            "%s serves %s, but %s is of process %s on %s; name the access file"
-            " that goes with it" % (
-                name, location.path, found.access, ours[1], ours[0]))
+            "%s serves %s, but the access file is of process %s on %s; name"
+            " the one that goes with it" % (
+                name, location.path, ours[1], ours[0]))
     return "%s serves %s" % (name, location.path)
 
 
-# The lines of doctor, in two rows. A check that fails ends its row, since
-# those after it depend on it.
+# The lines of doctor, in two rows. A check that fails, or finds nothing to
+# check, ends its row, since those after it depend on it.
 DOCTOR_CHECKS = (
     (("program", check_program), ("access", check_access),
      ("address", check_address), ("connection", check_connection),
@@ -7644,8 +7624,10 @@ DOCTOR_CHECKS = (
 def examine(options):
     """Yield what doctor finds: a name, whether it is all right, and a line."""
     with using_worker() as worker:
-        found = Diagnosis(options, worker)
-        failures = (CommandError, OSError, ValueError, worker.Trouble)
+        found = argparse.Namespace(
+            worker=worker, access=options.access, db=options.db, client=None,
+            about={}, location=None)
+        failures = CommandError, OSError, ValueError, worker.Trouble
         for checks in DOCTOR_CHECKS:
             for name, check in checks:
                 try:
@@ -7654,7 +7636,7 @@ def examine(options):
                     ok, said = False, str(error)
                 if said:
                     yield name, ok, said.rstrip(".")
-                if not ok:
+                if not (ok and said):
                     break
         if found.client:
             found.client.close()
