@@ -5470,7 +5470,7 @@ def worker_script():
 
 @contextlib.contextmanager
 def using_worker():
-    """Hand out worker.py as a module; its CommandError becomes ours."""
+    """Yield worker.py as a module; turn its errors into CommandError."""
     sys.path.insert(0, os.path.dirname(worker_script()))
     worker = importlib.import_module("worker")
     del sys.path[0]
@@ -5482,9 +5482,9 @@ def using_worker():
 
 @contextlib.contextmanager
 def speaking(options, patience=5):
-    """Hand out a Client of the server that a command's options name.
+    """Yield a Client of the server that a command's options name.
 
-    It gives the server up after `patience` seconds.
+    It gives up on the server after `patience` seconds.
     """
     def tell(line):
         clear = "\r\033[K" if sys.stderr.isatty() else ""  # a bar's line
@@ -5497,7 +5497,7 @@ def speaking(options, patience=5):
             yield client
 
 
-PATIENCE = 60  # seconds for a server to answer who changes something
+PATIENCE = 60  # seconds to wait for a server when changing something
 
 DURATION_FORMS = (  # days, hours, minutes, seconds
     r"()()()(\d+(?:\.\d+)?)",
@@ -5644,10 +5644,10 @@ def number_of(n, thing):
 
 
 def report(options, value, lines, names=()):
-    """Print what a command has found, in the form that --output names.
+    """Print a command's answer in the form that --output names.
 
-    `value` is printed as JSON, `lines` to be read, `names` (of jobs or of
-    workers), where quiet, one a line.
+    That is `value` as JSON, the `lines` for people, or, when quiet, the
+    `names` of jobs or workers, one a line.
     """
     if options.output == "json":
         lines = [to_json(value)]
@@ -5660,7 +5660,7 @@ def report(options, value, lines, names=()):
 def report_findings(options, findings):
     """Print findings as they come; return the exit status.
 
-    Each is a name, whether it is all right, and what there is to say of it.
+    Each is a name, whether it is all right, and a sentence.
     """
     found = []
     for name, ok, said in findings:
@@ -5688,7 +5688,7 @@ def bar(part, width=20):
 
 
 def draw(text):
-    """Write a line that the next one replaces, where a person looks on."""
+    """Write a line to a terminal that the next line replaces."""
     if sys.stderr.isatty():
         sys.stderr.write("\r%s\033[K\r" % text)
         sys.stderr.flush()
@@ -5758,7 +5758,7 @@ class Progress:
 # --------------------------------------------------------------- looking ---
 
 
-SILENT = 120  # seconds without a heartbeat, after which a worker is in doubt
+SILENT = 120  # seconds without a heartbeat until a worker counts as silent
 
 # A job of each state in the bar of a stage, in order.
 SIGNS = {
@@ -5869,8 +5869,8 @@ def watch_lines(figures, heard, height):
 def watch(options):
     """Show the status again every 2 seconds, until a signal.
 
-    Where nobody looks on it prints a line when there is news, every 10
-    seconds at most.
+    If standard output isn't a terminal, print a line when there is news, at
+    most every 10 seconds.
     """
     live = sys.stdout.isatty()
     lines, news, said = [], None, -math.inf
@@ -5975,7 +5975,7 @@ def table_of_jobs(pages, columns=JOB_TABLE):
 
 
 def table_of_failed(pages):
-    """Yield a table of failed jobs: how their last attempts ended."""
+    """Yield a table of failed jobs, with the ends of their last attempts."""
     return table_of_jobs(pages, FAILED_TABLE)
 
 
@@ -6279,8 +6279,7 @@ def print_workers(options):
 
 
 def failure_lines(found, names):
-    """Yield two lines for each group of failures: what failed, and a remedy.
-    """
+    """Yield two lines for each group of failures: the reason and a remedy."""
     for group in found["groups"]:
         how = "" if group["exit_code"] is None \
             else ", exit status %d" % group["exit_code"]
@@ -6302,7 +6301,7 @@ def failure_lines(found, names):
 
 
 def print_failures(options):
-    """Show why jobs have failed, in groups, each with what retries it."""
+    """Show why jobs have failed, in groups, each with its retry command."""
     with speaking(options) as client:
         found, names = client.failures(), names_of_stages(client)
     report(options, found, failure_lines(found, names),
@@ -6903,10 +6902,10 @@ def selections(options):
 
 
 def change_jobs(options):
-    """Do to the selected jobs what the command is called."""
+    """Retry, cancel, release or forget the selected jobs."""
     if options.ids is options.stage is options.state is None:
         options.error("name jobs: 1,3,5-8, or all, or by --state or --stage")
-    deed, states = SWEEPS[options.command]
+    outcome, states = SWEEPS[options.command]
     changed = 0
     with speaking(options, PATIENCE) as client:
         confirm(options, count_selected(client, options, states), "jobs")
@@ -6915,10 +6914,11 @@ def change_jobs(options):
                 changed += getattr(client, options.command)(**selector)
         except BaseException:
             if changed:
-                say("%s %s before that." % (number_of(changed, "job"), deed))
+                say("%s %s before that." % (
+                    number_of(changed, "job"), outcome))
             raise
-    line = "%s %s" % (number_of(changed, "job"), deed)
-    report(options, {deed: changed}, [line])
+    line = "%s %s" % (number_of(changed, "job"), outcome)
+    report(options, {outcome: changed}, [line])
     return 0
 
 
@@ -7705,7 +7705,7 @@ STAGE_OPTION = option(
     help="only jobs in this stage: its number or name")
 YES = option(
     "--yes", action="store_true",
-    help="do it to more than %d without asking" % ASKED_FROM)
+    help="change more than %d without asking" % ASKED_FROM)
 DATABASE = option(
     "--db", default=home_file("jobman.db"), metavar="FILE",
     help="the database (default ~/.jobman/jobman.db)")
@@ -7744,8 +7744,8 @@ MOVE = (option("old", type=read_stage, metavar="OLD"),
         option("new", type=read_stage, metavar="NEW"))
 VERIFY = (
     option("--lag", type=duration, default=10, metavar="TIME",
-           help="how late files of other nodes may be seen here (default"
-           " 10s)"),
+           help="how long files from other nodes may take to appear here"
+           " (default 10s)"),
     option("--dry-run", action="store_true", help="only say what is damaged"))
 
 
@@ -8025,10 +8025,10 @@ before the command."""),
   python3 jobman.py job 17 --output json"""),
     ("workers", print_workers, CLIENT, """show the workers
   python3 jobman.py workers"""),
-    ("watch", watch, (ACCESS,), """show live how the jobs stand
+    ("watch", watch, (ACCESS,), """show the status live
   python3 jobman.py watch
-Ctrl-C ends it. Where its output is no terminal it prints a line when there is
-news, every 10 seconds at most."""),
+Ctrl-C ends it. If its output isn't a terminal, it prints a line when there is
+news, at most every 10 seconds."""),
     ("wait", wait, add_wait, """return when jobs have ended
   python3 jobman.py wait --exit-code && echo all is well
   python3 jobman.py wait 1,3,5-8 --timeout 3600"""),
@@ -8038,14 +8038,14 @@ news, every 10 seconds at most."""),
     ("export", print_jobs, (*JOBS, jobs_output("csv")), """jobs --output csv
   python3 jobman.py export > jobs.csv
   python3 jobman.py export --format joblog > joblog.tsv"""),
-    ("failures", print_failures, CLIENT, """show why jobs failed, in groups
+    ("failures", print_failures, CLIENT, """group failed jobs by their reasons
   python3 jobman.py failures
-Under each group stands the command that retries its jobs."""),
+Below each group is the command that retries its jobs."""),
     ("stats", print_stats, CLIENT, """show what time the jobs took
   python3 jobman.py stats"""),
-    ("retry", change_jobs, SELECTION, """let ended jobs run again
+    ("retry", change_jobs, SELECTION, """run ended jobs again
   python3 jobman.py retry 17
-  python3 jobman.py retry --state failed --stage 2"""),
+  python3 jobman.py retry --state failed --stage align"""),
     ("cancel", change_jobs, SELECTION, """cancel jobs that aren't done
   python3 jobman.py cancel 1,3,5-8
   python3 jobman.py cancel --state working
@@ -8056,16 +8056,17 @@ Under each group stands the command that retries its jobs."""),
     ("forget", change_jobs, SELECTION, """delete done jobs
   python3 jobman.py forget 1-1000
   python3 jobman.py forget all --yes"""),
-    ("pause", make_call, (A_STAGE, *CLIENT), """hand out nothing of a stage
-  python3 jobman.py pause 2"""),
-    ("resume", make_call, (A_STAGE, *CLIENT), """end a pause
-  python3 jobman.py resume 2"""),
+    ("pause", make_call, (A_STAGE, *CLIENT),
+     """stop handing out the jobs of a stage
+  python3 jobman.py pause align"""),
+    ("resume", make_call, (A_STAGE, *CLIENT), """end the pause of a stage
+  python3 jobman.py resume align"""),
     ("drain", change_workers, (A_WORKER, *CLIENT, YES),
-     """let workers claim no more
+     """tell workers to claim no more jobs
   python3 jobman.py drain node7-4711
   python3 jobman.py drain all"""),
     ("undrain", change_workers, (A_WORKER, *CLIENT, YES),
-     """let them claim again
+     """let drained workers claim again
   python3 jobman.py undrain all"""),
     ("stages", make_call, (NAMES, *CLIENT), """show or name stages
   python3 jobman.py stages
@@ -8085,15 +8086,16 @@ Under each group stands the command that retries its jobs."""),
     ("verify", verify, (*VERIFY, *CLIENT), """check the files of all done jobs
   python3 jobman.py verify --dry-run"""),
     ("backup", backup, (COPY, DATABASE, OUTPUT),
-     """copy a database, also a served one
+     """copy a database, even while it is served
   python3 jobman.py backup --db jobs.db copy.db"""),
-    ("check", check, (DATABASE, OUTPUT), """look whether a database is whole
+    ("check", check, (DATABASE, OUTPUT),
+     """check that a database is intact
   python3 jobman.py check --db jobs.db"""),
     ("doctor", doctor, (ANY_DATABASE, *CLIENT),
-     """look whether all is there that is needed
+     """check that all that is needed is there
   python3 jobman.py doctor
   python3 jobman.py doctor --db /scratch/me/jobs.db
-It needs no server for what it can see without one, and changes nothing."""),
+Without a server it checks the rest. It changes nothing."""),
     ("sbatch", sbatch, add_batch, """print a script for Slurm
   python3 jobman.py sbatch --nodes 4 --time 8h -- --partition=long | sbatch
 What follows -- becomes #SBATCH lines."""),
