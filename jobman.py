@@ -2267,8 +2267,10 @@ class Store:
         """
         key = {"namespace": namespace}
         last = tx.execute(SQL.LAST_JOBID, key).fetchone()[0]
-        if any(max(job["after"] or [0]) > last for job in jobs):
-            raise Error(400, "A job can't wait for jobs that aren't there.")
+        latest = max((max(job["after"] or [0]) for job in jobs), default=0)
+        if latest > last:
+            raise Error(400, "A job can't wait for job %d: there is none."
+                        % latest)
         given, new, first = [], [], last + 1
         jobs = iter(jobs)
         for name, part, n in submissions:
@@ -3594,7 +3596,8 @@ def read_job(entry, readers):
     job = BLANK.copy()
     for name, value in entry.items():
         if name not in CARRIES:
-            raise Error(400, "A job can't carry %.80r." % name)
+            raise Error(400, "A job can't carry %.80r, only %s." % (
+                name, ", ".join(CARRIES)))
         if value is not None:
             job[name] = readers[name](value, name)
     if job["jobstage"] is None:
@@ -5708,7 +5711,7 @@ def worker_script():
 
 @contextlib.contextmanager
 def using_worker():
-    """Hand out worker.py as a module; its CommandError becomes ours."""
+    """Yield worker.py as a module; turn its errors into CommandError."""
     sys.path.insert(0, os.path.dirname(worker_script()))
     worker = importlib.import_module("worker")
     del sys.path[0]
@@ -5720,9 +5723,9 @@ def using_worker():
 
 @contextlib.contextmanager
 def speaking(options, patience=5):
-    """Hand out a Client of the server that a command's options name.
+    """Yield a Client of the server that a command's options name.
 
-    It gives the server up after `patience` seconds.
+    It gives up on the server after `patience` seconds.
     """
     def tell(line):
         clear = "\r\033[K" if sys.stderr.isatty() else ""  # a bar's line
@@ -5735,7 +5738,7 @@ def speaking(options, patience=5):
             yield client
 
 
-PATIENCE = 60  # seconds for a server to answer who changes something
+PATIENCE = 60  # seconds to wait for a server when changing something
 
 DURATION_FORMS = (  # days, hours, minutes, seconds
     r"()()()(\d+(?:\.\d+)?)",
@@ -5867,10 +5870,10 @@ def number_of(n, thing):
 
 
 def report(options, value, lines, names=()):
-    """Print what a command has found, in the form that --output names.
+    """Print a command's answer in the form that --output names.
 
-    `value` is printed as JSON, `lines` to be read, `names` (of jobs or of
-    workers), where quiet, one a line.
+    That is `value` as JSON, the `lines` for people, or, when quiet, the
+    `names` of jobs or workers, one a line.
     """
     if options.output == "json":
         lines = [to_json(value)]
@@ -5883,7 +5886,7 @@ def report(options, value, lines, names=()):
 def report_findings(options, findings):
     """Print findings as they come; return the exit status.
 
-    Each is a name, whether it is all right, and what there is to say of it.
+    Each is a name, whether it is all right, and a sentence.
     """
     found = []
     for name, ok, said in findings:
@@ -5911,7 +5914,7 @@ def bar(part, width=20):
 
 
 def draw(text):
-    """Write a line that the next one replaces, where a person looks on."""
+    """Write a line to a terminal that the next line replaces."""
     if sys.stderr.isatty():
         sys.stderr.write("\r%s\033[K\r" % text)
         sys.stderr.flush()
@@ -5982,7 +5985,7 @@ class Progress:
 # --------------------------------------------------------------- looking ---
 
 
-SILENT = 120  # seconds without a heartbeat, after which a worker is in doubt
+SILENT = 120  # seconds without a heartbeat until a worker counts as silent
 
 # A job of each state in the bar of a stage, in order.
 SIGNS = {
@@ -6049,7 +6052,7 @@ def workers_line(heard):
     if able:
         line = "%s, %d of %s busy" % (
             number_of(len(able), "worker"),
-            sum(worker["busy"] or 0 for worker in able),
+            sum(len(worker["holds"]) for worker in able),
             number_of(sum(worker["slots"] or 0 for worker in able), "slot"))
     for word in ("drained", "quarantined", "silent"):
         line += ", %d %s" % (faults[word], word) if faults[word] else ""
@@ -6093,8 +6096,8 @@ def watch_lines(figures, heard, height):
 def watch(options):
     """Show the status again every 2 seconds, until a signal.
 
-    Where nobody looks on it prints a line when there is news, every 10
-    seconds at most.
+    If standard output isn't a terminal, print a line when there is news, at
+    most every 10 seconds.
     """
     live = sys.stdout.isatty()
     lines, news, said = [], None, -math.inf
@@ -6209,7 +6212,7 @@ def table_of_jobs(pages, columns=JOB_TABLE):
 
 
 def table_of_failed(pages):
-    """Yield a table of failed jobs: how their last attempts ended."""
+    """Yield a table of failed jobs, with the ends of their last attempts."""
     return table_of_jobs(pages, FAILED_TABLE)
 
 
@@ -6420,7 +6423,7 @@ def why_waiting(job, figures, heard):
                              for worker in serving[:3]),
             ", ..." * (len(serving) > 3))
     slots = sum(worker["slots"] or 0 for worker in able)
-    busy = sum(worker["busy"] or 0 for worker in able)
+    busy = sum(len(worker["holds"]) for worker in able)
     return "%s serve%s stage %s, and %d of %s %s busy%s" % (
         number_of(len(able), "worker"), "s" * (len(able) == 1), label, busy,
         number_of(slots, "slot"), "is" if slots == 1 else "are",
@@ -6498,10 +6501,13 @@ DETAILS_ELSEWHERE = {  # of a job, shown in words, or not to people
     "due", "files"}
 
 
-def details(job):
-    """Yield the lines that show a job and its attempts to a person."""
-    rows = [("job", str(job["jobid"])), ("why", job["why"]),
-            ("command", told_command(job)),
+def details(job, names):
+    """Yield the lines that show a job and its attempts to a person.
+
+    `names` are those of stages.
+    """
+    rows = [("job", job["jobid"]), ("why", job["why"]),
+            ("command", told_command(job) or ""),
             ("since", clock_time(job["since"]))]
     if job["expired"]:
         rows.append(("expired", "its stage's lifetime is over"))
@@ -6509,16 +6515,18 @@ def details(job):
         rows.append(("files", ", ".join(
             "%(path)s (%(size)d bytes)" % file for file in job["files"])))
     for name, value in dict(job, stage=label_of(job)).items():
-        shown = value or name in ("stage", "laststage", "made")  # may be 0
-        if name not in DETAILS_ELSEWHERE and shown and value is not None:
-            rows.append((name, value if type(value) is str
-                         else to_json(value)))
-    width = max(len(name) for name, _ in rows)
+        shown = value or (
+            value == 0 and name in ("stage", "laststage", "made"))
+        if shown and name not in DETAILS_ELSEWHERE:
+            rows.append((name, value))
     for name, value in rows:
-        yield printable("%s  %s" % (name.ljust(width), value or "")).rstrip()
+        text = value if type(value) is str else to_json(value)
+        yield printable("%-12s  %s" % (name, text)).rstrip()
     if job["attempts"]:
         yield ""
-        yield from table(ATTEMPT_TABLE, job["attempts"])
+        yield from table(ATTEMPT_TABLE, [
+            dict(attempt, stage=names.get(attempt["stage"], attempt["stage"]))
+            for attempt in job["attempts"]])
         said = (job["attempts"][-1]["stderr"] or "").splitlines()
         if len(said) > 1:
             yield "\nThe end of what the last one said:"
@@ -6530,7 +6538,8 @@ def print_job(options):
     with speaking(options) as client:
         job = client.job(options.jobid)
         job["why"] = why(job, client.status(), client.workers())
-    report(options, job, details(job), [job["jobid"]])
+        names = names_of_stages(client)
+    report(options, job, details(job, names), [job["jobid"]])
     return 0
 
 
@@ -6548,7 +6557,8 @@ def print_workers(options):
     now, workers = heard["time"], heard["workers"]
     columns = (
         ("worker", "name"), ("host", "host"), ("stages", stages_of),
-        ("slots", "slots"), ("busy", "busy"), ("done", "done"),
+        ("slots", "slots"), ("busy", lambda w: len(w["holds"])),
+        ("done", "done"),
         ("failed", "failed"),
         ("heard", lambda w: span(max(0, now - w["heard"])) + " ago"),
         ("", lambda w: note(w, now)),
@@ -6561,8 +6571,7 @@ def print_workers(options):
 
 
 def failure_lines(found, names):
-    """Yield two lines for each group of failures: what failed, and a remedy.
-    """
+    """Yield two lines for each group of failures: the reason and a remedy."""
     for group in found["groups"]:
         how = "" if group["exit_code"] is None \
             else ", exit status %d" % group["exit_code"]
@@ -6584,7 +6593,7 @@ def failure_lines(found, names):
 
 
 def print_failures(options):
-    """Show why jobs have failed, in groups, each with what retries it."""
+    """Show why jobs have failed, in groups, each with its retry command."""
     with speaking(options) as client:
         found, names = client.failures(), names_of_stages(client)
     report(options, found, failure_lines(found, names),
@@ -7349,10 +7358,10 @@ def selections(options):
 
 
 def change_jobs(options):
-    """Do to the selected jobs what the command is called."""
+    """Retry, cancel, release or forget the selected jobs."""
     if options.ids is options.stage is options.state is None:
         options.error("name jobs: 1,3,5-8, or all, or by --state or --stage")
-    deed, states = SWEEPS[options.command]
+    outcome, states = SWEEPS[options.command]
     changed = 0
     with speaking(options, PATIENCE) as client:
         confirm(options, count_selected(client, options, states), "jobs")
@@ -7361,14 +7370,15 @@ def change_jobs(options):
                 changed += getattr(client, options.command)(**selector)
         except BaseException:
             if changed:
-                say("%s %s before that." % (number_of(changed, "job"), deed))
+                say("%s %s before that." % (
+                    number_of(changed, "job"), outcome))
             raise
         freed = 0
         if options.command == "forget" and changed:
             with using_worker() as worker:
                 freed = prune_logs(client, worker)
-    line = "%s %s" % (number_of(changed, "job"), deed)
-    report(options, {deed: changed}, [line])
+    line = "%s %s" % (number_of(changed, "job"), outcome)
+    report(options, {outcome: changed}, [line])
     if freed:
         say(freed_text(freed))
     return 0
@@ -7795,14 +7805,9 @@ def backup(options):
     """Copy a database into a new file, also while a server has it."""
     with exclusive_access(options.db) as location:
         total = os.path.getsize(location.file)
-
-        def show(size):
-            sys.stderr.write("\r%s\033[K\r" % bar(min(1, size / total)))
-
-        more = [show] if sys.stderr.isatty() else []
-        jobs = copy_database(location, options.file, *more)
-    if more:
-        sys.stderr.write("\033[K")
+        jobs = copy_database(location, options.file, lambda size: draw(
+            bar(min(1, size / total))))
+    draw("")
     size = os.path.getsize(options.file)
     report(options, {"file": options.file, "jobs": jobs, "bytes": size},
            ["%s: %d jobs, %d bytes" % (printable(options.file), jobs, size)],
@@ -7966,65 +7971,45 @@ OLDEST_PYTHON = 3, 6
 OLDEST_SQLITE = 3, 7, 17
 
 
-class Diagnosis:
-    """What doctor has found out so far, for the checks that come after.
-
-    `worker` is the module, `client` a Client, `access` the path of the access
-    file and `about` what it says of the server, `location` the database's.
-    """
-
-    def __init__(self, options, worker):
-        self.worker = worker
-        self.named = options.access
-        self.access = os.path.abspath(options.access or access_path())
-        self.database = options.db
-        self.client = self.location = None
-        self.about = {}
-
-    def ask(self, path, *names):
-        """Return values of the object that the server answers."""
-        try:
-            value = self.client.call("GET", path, timeout=4)
-            return [value[name] for name in names]
-        except (LookupError, TypeError, ValueError):
-            raise CommandError(
-                "What answers at %s:%d is no jobman; look at the address in %s"
-                % (*self.client.address, self.source())) from None
-
-    def source(self):
-        """Return what says where the server is."""
-        return "JOBMAN_URL" if self.client.fixed else self.access
+def ask(client, path, name):
+    """Return a value of the object that the server answers."""
+    try:
+        return client.call("GET", path, timeout=4)[name]
+    except (LookupError, TypeError, ValueError):
+        raise CommandError(
+            "What answers at %s:%d is no jobman server; look at the address in"
+            " the access file" % client.address) from None
 
 
 def check_program(found):
     """Return the versions of Python, SQLite and jobman."""
-    version = sys.version.split()[0]
-    if sys.version_info[:2] < OLDEST_PYTHON:
-        raise CommandError("This is Python %s; run it by %d.%d or later" % (
-            version, *OLDEST_PYTHON))
-    if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+    if (sys.version_info < OLDEST_PYTHON
+            or sqlite3.sqlite_version_info < OLDEST_SQLITE):
         raise CommandError(
-            "This is SQLite %s; use a Python with SQLite %d.%d.%d or later"
-            % (sqlite3.sqlite_version, *OLDEST_SQLITE))
+            "This is Python %s with SQLite %s; run it by Python %d.%d or later"
+            " with SQLite %d.%d.%d or later" % (
+                sys.version.split()[0], sqlite3.sqlite_version,
+                *OLDEST_PYTHON, *OLDEST_SQLITE))
     if found.worker.__version__ != __version__:
         raise CommandError(
             "worker.py is %s and jobman.py %s; copy both of one version here"
             % (found.worker.__version__, __version__))
     return "jobman.py and worker.py %s, Python %s, SQLite %s" % (
-        __version__, version, sqlite3.sqlite_version)
+        __version__, sys.version.split()[0], sqlite3.sqlite_version)
 
 
 def check_access(found):
     """Return what the access file is like."""
-    client = found.client = found.worker.Client(found.named, patience=0)
+    client = found.client = found.worker.Client(found.access, patience=0)
     client.CONNECT_TIMEOUT = 4
     if client.fixed:
         return "none is read, JOBMAN_URL names the server"
-    with open(found.access, encoding="utf-8") as file:
+    path = os.path.abspath(client.access)
+    with open(path, encoding="utf-8") as file:
         found.about = json.load(file)
         written = os.fstat(file.fileno()).st_mtime
     return "%s, for its owner only, written %s ago" % (
-        found.access, took(max(0, time.time() - written)))
+        path, took(max(0, time.time() - written)))
 
 
 def check_address(found):
@@ -8043,8 +8028,8 @@ def check_address(found):
         raise CommandError(
             "The server listens to its own host %s alone; start it with --host"
             " 0.0.0.0" % home)
-    return "%s, by the name of %s" % (address, host) if host != address \
-        else address
+    return address if host == address \
+        else "%s, by the name of %s" % (address, host)
 
 
 def check_connection(found):
@@ -8052,23 +8037,20 @@ def check_connection(found):
     client, at = found.client, "%s:%d" % found.client.address
     try:
         client.connect(4)
-    except ConnectionRefusedError:
-        raise CommandError(
-            "No server listens at %s; start it there, with the same access"
-            " file" % at) from None
     except found.worker.Impostor as error:
         raise CommandError(
             "At %s is another server than ours (%s); end it, or use its access"
             " file" % (at, error)) from None
     except OSError as error:
-        if hasattr(error, "reason"):  # it is an ssl.SSLError
-            raise CommandError(
-                "What listens at %s doesn't speak TLS (%s); start serve"
-                " without --plain, or with an --url with http:"
-                % (at, error)) from None
-        raise CommandError(
-            "%s can't be reached (%s); look for a firewall, or start serve"
-            " with another address by --url" % (at, cause(error))) from None
+        advice = "look for a firewall, or start serve with another --url"
+        if isinstance(error, ConnectionRefusedError):
+            advice = "no server listens there: start it, with the same" \
+                " access file"
+        elif hasattr(error, "reason"):  # it is an ssl.SSLError
+            advice = "what listens there doesn't speak TLS: start serve" \
+                " without --plain"
+        raise CommandError("%s can't be reached (%s); %s" % (
+            at, cause(error), advice)) from None
     if client.tls is None:
         return "%s takes connections, plain HTTP" % at
     return "%s takes connections, with the %s" % (
@@ -8079,11 +8061,9 @@ def check_connection(found):
 def check_server(found):
     """Return that the server and its database are well."""
     try:
-        version, = found.ask("/health", "version")
+        version = ask(found.client, "/health", "version")
     except found.worker.Unreachable as error:
-        raise CommandError(
-            "%s Look at its standard error, and at the address in %s"
-            % (error, found.source())) from None
+        raise CommandError("%s Look at its standard error" % error) from None
     if version != __version__:
         raise CommandError(
             "The server is jobman %s, this is %s; run the same files on both"
@@ -8094,7 +8074,7 @@ def check_server(found):
 def check_jobix(found):
     """Return whether the server takes our jobix."""
     try:
-        readonly, = found.ask("/status", "readonly")
+        readonly = ask(found.client, "/status", "readonly")
     except found.worker.Refused as refused:
         if refused.status != 403:
             raise
@@ -8105,8 +8085,8 @@ def check_jobix(found):
 
 def check_database(found):
     """Return which database there is, None where none is named."""
-    path = found.database or home_file("jobman.db")
-    if not (found.database or os.path.lexists(path)):
+    path = found.db or home_file("jobman.db")
+    if not (found.db or os.path.lexists(path)):
         return None
     version = inspect(path)
     found.location = DatabaseLocation(path)
@@ -8123,20 +8103,16 @@ def check_database(found):
 def check_locks(found):
     """Return what file system the database is on."""
     location = found.location
-    if location is None:
-        return None
     if not location.locks_work:
         raise CommandError("%s; use a disk of this host" % location.describe())
-    note = " (a network file system, so only one server may have it)"
+    only = " (a network file system, so only one server may have it)"
     return "%s, where locks work%s" % (
-        location.describe(), note if location.exclusive else "")
+        location.describe(), only if location.exclusive else "")
 
 
 def check_holder(found):
     """Return which server has the database."""
     location = found.location
-    if location is None:
-        return None
     holder = read_holder(location)
     if not holder:
         return "no server has %s" % location.path
@@ -8153,14 +8129,14 @@ def check_holder(found):
     if not shared and None not in ours and ours != [
             holder.get("host"), holder.get("pid")]:
         raise CommandError(
-            "%s serves %s, but %s is of process %s on %s; name the access file"
-            " that goes with it" % (
-                name, location.path, found.access, ours[1], ours[0]))
+            "%s serves %s, but the access file is of process %s on %s; name"
+            " the one that goes with it" % (
+                name, location.path, ours[1], ours[0]))
     return "%s serves %s" % (name, location.path)
 
 
-# The lines of doctor, in two rows. A check that fails ends its row, since
-# those after it depend on it.
+# The lines of doctor, in two rows. A check that fails, or finds nothing to
+# check, ends its row, since those after it depend on it.
 DOCTOR_CHECKS = (
     (("program", check_program), ("access", check_access),
      ("address", check_address), ("connection", check_connection),
@@ -8173,8 +8149,10 @@ DOCTOR_CHECKS = (
 def examine(options):
     """Yield what doctor finds: a name, whether it is all right, and a line."""
     with using_worker() as worker:
-        found = Diagnosis(options, worker)
-        failures = (CommandError, OSError, ValueError, worker.Trouble)
+        found = argparse.Namespace(
+            worker=worker, access=options.access, db=options.db, client=None,
+            about={}, location=None)
+        failures = CommandError, OSError, ValueError, worker.Trouble
         for checks in DOCTOR_CHECKS:
             for name, check in checks:
                 try:
@@ -8183,7 +8161,7 @@ def examine(options):
                     ok, said = False, str(error)
                 if said:
                     yield name, ok, said.rstrip(".")
-                if not ok:
+                if not (ok and said):
                     break
         if found.client:
             found.client.close()
@@ -8252,7 +8230,7 @@ STAGE_OPTION = option(
     help="only jobs in this stage: its number or name")
 YES = option(
     "--yes", action="store_true",
-    help="do it to more than %d without asking" % ASKED_FROM)
+    help="change more than %d without asking" % ASKED_FROM)
 DATABASE = option(
     "--db", default=home_file("jobman.db"), metavar="FILE",
     help="the database (default ~/.jobman/jobman.db)")
@@ -8291,8 +8269,8 @@ MOVE = (option("old", type=read_stage, metavar="OLD"),
         option("new", type=read_stage, metavar="NEW"))
 VERIFY = (
     option("--lag", type=duration, default=10, metavar="TIME",
-           help="how late files of other nodes may be seen here (default"
-           " 10s)"),
+           help="how long files from other nodes may take to appear here"
+           " (default 10s)"),
     option("--dry-run", action="store_true", help="only say what is damaged"))
 
 
@@ -8653,10 +8631,10 @@ before the command."""),
   python3 jobman.py job 17 --output json"""),
     ("workers", print_workers, CLIENT, """show the workers
   python3 jobman.py workers"""),
-    ("watch", watch, (ACCESS,), """show live how the jobs stand
+    ("watch", watch, (ACCESS,), """show the status live
   python3 jobman.py watch
-Ctrl-C ends it. Where its output is no terminal it prints a line when there is
-news, every 10 seconds at most."""),
+Ctrl-C ends it. If its output isn't a terminal, it prints a line when there is
+news, at most every 10 seconds."""),
     ("wait", wait, add_wait, """return when jobs have ended
   python3 jobman.py wait --exit-code && echo all is well
   python3 jobman.py wait 1,3,5-8 --timeout 2h30m
@@ -8671,14 +8649,14 @@ Exit status 124: the time was over."""),
     ("export", print_jobs, (*JOBS, jobs_output("csv")), """jobs --output csv
   python3 jobman.py export > jobs.csv
   python3 jobman.py export --format joblog > joblog.tsv"""),
-    ("failures", print_failures, CLIENT, """show why jobs failed, in groups
+    ("failures", print_failures, CLIENT, """group failed jobs by their reasons
   python3 jobman.py failures
-Under each group stands the command that retries its jobs."""),
+Below each group is the command that retries its jobs."""),
     ("stats", print_stats, CLIENT, """show what time the jobs took
   python3 jobman.py stats"""),
-    ("retry", change_jobs, SELECTION, """let ended jobs run again
+    ("retry", change_jobs, SELECTION, """run ended jobs again
   python3 jobman.py retry 17
-  python3 jobman.py retry --state failed --stage 2"""),
+  python3 jobman.py retry --state failed --stage align"""),
     ("cancel", change_jobs, SELECTION, """cancel jobs that aren't done
   python3 jobman.py cancel 1,3,5-8
   python3 jobman.py cancel --state working
@@ -8689,16 +8667,17 @@ Under each group stands the command that retries its jobs."""),
     ("forget", change_jobs, SELECTION, """delete done jobs
   python3 jobman.py forget 1-1000
   python3 jobman.py forget all --yes"""),
-    ("pause", make_call, (A_STAGE, *CLIENT), """hand out nothing of a stage
-  python3 jobman.py pause 2"""),
-    ("resume", make_call, (A_STAGE, *CLIENT), """end a pause
-  python3 jobman.py resume 2"""),
+    ("pause", make_call, (A_STAGE, *CLIENT),
+     """stop handing out the jobs of a stage
+  python3 jobman.py pause align"""),
+    ("resume", make_call, (A_STAGE, *CLIENT), """end the pause of a stage
+  python3 jobman.py resume align"""),
     ("drain", change_workers, (A_WORKER, *CLIENT, YES),
-     """let workers claim no more
+     """tell workers to claim no more jobs
   python3 jobman.py drain node7-4711
   python3 jobman.py drain all"""),
     ("undrain", change_workers, (A_WORKER, *CLIENT, YES),
-     """let them claim again
+     """let drained workers claim again
   python3 jobman.py undrain all"""),
     ("stages", make_call, (NAMES, *CLIENT), """show or name stages
   python3 jobman.py stages
@@ -8718,15 +8697,16 @@ Under each group stands the command that retries its jobs."""),
     ("verify", verify, (*VERIFY, *CLIENT), """check the files of all done jobs
   python3 jobman.py verify --dry-run"""),
     ("backup", backup, (COPY, DATABASE, OUTPUT),
-     """copy a database, also a served one
+     """copy a database, even while it is served
   python3 jobman.py backup --db jobs.db copy.db"""),
-    ("check", check, (DATABASE, OUTPUT), """look whether a database is whole
+    ("check", check, (DATABASE, OUTPUT),
+     """check that a database is intact
   python3 jobman.py check --db jobs.db"""),
     ("doctor", doctor, (ANY_DATABASE, *CLIENT),
-     """look whether all is there that is needed
+     """check that all that is needed is there
   python3 jobman.py doctor
   python3 jobman.py doctor --db /scratch/me/jobs.db
-It needs no server for what it can see without one, and changes nothing."""),
+Without a server it checks the rest. It changes nothing."""),
     ("sbatch", sbatch, add_batch, """print a script for Slurm
   python3 jobman.py sbatch --nodes 4 --time 8h -- --partition=long | sbatch
 What follows -- becomes #SBATCH lines."""),

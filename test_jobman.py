@@ -1870,6 +1870,19 @@ class ClaimTest(StoreCase):
             self.workers("name", "slots", "host"),
         )
 
+    def test_workers_are_shown_with_the_jobs_that_they_hold(self):
+        self.set_jobs([1, 2, 3])
+        for name in ("a", "b", "c"):
+            self.beat(name)
+        self.get(0, worker="a", lease=60)
+        self.clock.advance(2)
+        self.get(0, worker="b", lease=60)
+        self.get(0, worker="a", lease=60)
+        self.clock.advance(3)
+        self.assertEqual(
+            [("a", [[1, 5], [3, 3]]), ("b", [[2, 3]]), ("c", [])],
+            self.workers("name", "holds"))
+
     def test_a_worker_that_ended_well_is_gone(self):
         for name in ("a", "b", "c", "d", "e"):
             self.beat(name)
@@ -12192,6 +12205,23 @@ class ActingTest(CommandCase):
                             signal.SIGINT, signal.SIG_IGN))
                     self.assertEqual((0, ""), (status, err))
 
+    def test_a_jobix_alone_goes_with_the_access_files_address(self):
+        self.set_jobs([1])
+        for name in ("JOBMAN_URL", "JOBMAN_JOBIX"):
+            del self.environment[name]
+        os.mkdir(self.path(".jobman"))
+        access = {"url": "http://%s:%d" % self.address,
+                  "jobix": self.jobix + 1, "fingerprint": None}
+        with open(self.path(".jobman", "access.json"), "w") as file:
+            os.chmod(file.name, 0o600)
+            json.dump(access, file)
+        self.assertEqual("", self.does("jobs", "--output", "quiet"))
+        self.environment["JOBMAN_JOBIX"] = str(self.jobix)
+        self.assertEqual("1\n", self.does("jobs", "--output", "quiet"))
+        self.environment["JOBMAN_JOBIX"] = "mine"
+        self.does("jobs", status=1,
+                  err=r"jobman.py: A jobix \(\$JOBMAN_JOBIX\) must be .*\n")
+
     def test_a_server_that_is_not_there_is_said(self):
         self.closing.close()
         self.lead_to("http://127.0.0.1:1")
@@ -12959,19 +12989,26 @@ class LookTest(LookCase):
         self.ok("/pause/0", {})
         self.assertEqual("stage 0 is paused", self.why())
 
+    def occupy(self, worker, *ids):
+        """Let a worker have jobs of another stage."""
+        self.set_jobs(ids, stage=90)
+        self.get(90, n=len(ids), worker=worker, lease=3600)
+
     def test_waiting_for_busy_workers(self):
         self.set_jobs([1])
-        self.beat("a", slots=1, busy=1)
+        self.beat("a", slots=1)
+        self.occupy("a", 10)
         self.assertEqual(
             "1 worker serves stage 0, and 1 of 1 slot is busy", self.why())
-        self.beat("b", slots=8, busy=8)
+        self.beat("b", slots=2)
+        self.occupy("b", 11, 12)
         self.beat("drained")
         self.ok("/drain/drained", {})
         self.assertEqual(
-            "2 workers serve stage 0, and 9 of 9 slots are busy", self.why())
-        self.beat("b", slots=8, busy=5)
+            "2 workers serve stage 0, and 3 of 3 slots are busy", self.why())
+        self.beat("b", slots=3)
         self.assertEqual(
-            "2 workers serve stage 0, and 6 of 9 slots are busy: its turn"
+            "2 workers serve stage 0, and 3 of 4 slots are busy: its turn"
             " should come soon", self.why())
 
     def test_waiting_for_workers_that_take_nothing(self):
@@ -13121,10 +13158,10 @@ The end of what the last one said:
         self.ok("/drain/c", {})
         self.assertEqual("""\
 worker  host   stages  slots  busy  done  failed  heard
-c                                                 0:00 ago  drained
-b              2,0         4     4                0:01 ago  quarantined: no\
+c                                0                0:00 ago  drained
+b              2,0         4     0                0:01 ago  quarantined: no\
  space
-a       node1  0           4     4     9       1  3:21 ago  silent
+a       node1  0           4     0     9       1  3:21 ago  silent
 """, self.look("workers"))
         self.assertEqual(self.ok("/workers"), self.seen("workers"))
         self.assertEqual(
@@ -13201,6 +13238,8 @@ a       node1  0           4     4     9       1  3:21 ago  silent
             ("job 1", r"serves stage map, and"), ("workers", "  map,2  "),
         ):
             self.assertRegex(self.look(*line.split()), said)
+        self.fail(self.get(4, lease=60))
+        self.assertRegex(self.look("job", "1"), r"\n +1  map  ")
         for bad, status in (("4", 2), ("x y=a", 2), ("4=all", 1)):
             self.refused("stages", bad, status=status)
 
@@ -13539,7 +13578,7 @@ class WatchTest(LookCase):
     def test_a_bar_for_each_stage_is_drawn_again_in_its_place(self):
         self.set_jobs(range(8), laststage=2)
         self.set_jobs([8, 9], laststage=0)
-        self.get(0, n=4, lease=60)
+        self.get(0, n=4, lease=60, worker="a")
         self.ok("/cancel", {"ids": [7]})
         self.ok("/pause/0", {})
         self.ok("/stages", {"1": {"name": "align"}})
@@ -16936,7 +16975,7 @@ class DoctorTest(Certified, CommandCase):
         self.assertOk("program", "Python %s, SQLite %s" % (
             re.escape(version), sqlite3.sqlite_version), self.examine())
         for change, said in (
-            ("OLDEST_PYTHON = 9, 1", "run it by 9.1 or later"),
+            ("OLDEST_PYTHON = 9, 1", "run it by Python 9.1 or later"),
             ("OLDEST_SQLITE = 9, 2, 3", "SQLite 9.2.3 or later"),
         ):
             found = self.examine(start=changed("jobman", "jobman." + change))
@@ -17018,7 +17057,8 @@ class DoctorTest(Certified, CommandCase):
             deaf.bind(("127.0.0.1", 0))
             self.lead_to("http://127.0.0.1:%d" % deaf.getsockname()[1])
             found = self.examine()
-        self.assertWrong("connection", "No server listens at", found)
+        self.assertWrong(
+            "connection", "no server listens there: start it", found)
         self.assertNotIn("server", found)
 
     def test_a_firewall_may_be_between(self):
@@ -17063,7 +17103,8 @@ class DoctorTest(Certified, CommandCase):
     def test_who_speaks_no_tls_is_named(self):
         self.lead_to("https://127.0.0.1:%d" % self.address[1])
         found = self.examine()
-        self.assertWrong("connection", "doesn't speak TLS.* --plain", found)
+        self.assertWrong("connection", "what listens there doesn't speak TLS"
+                         ".* --plain", found)
         self.assertNotIn("server", found)
 
     # The server
@@ -17097,10 +17138,10 @@ class DoctorTest(Certified, CommandCase):
         for status, kind, body, said in (
             (b"404 No", b"text/html", b"<p>", "is no jobman server.*Look at"),
             (b"200 OK", b"text/html", b"<p>", "is no jobman server.*Look at"),
-            (b"200 OK", b"application/json", b"[7", "is no jobman server.*at"
-             " the address in .*access.json"),
-            (b"200 OK", b"application/json", b"{}", "is no jobman; look at"
-             " the address in /.*access.json$"),
+            (b"200 OK", b"application/json", b"[7", "is no jobman server"),
+            (b"200 OK", b"application/json", b"{}", "is no jobman server; look"
+             " at"
+             " the address in the access file$"),
             (b"421 No", b"application/json", b'{"error": "Not mine."}',
              "^Not mine$"),
             (b"503 No", b"text/html", b"", r"\(503\).*its standard error"),
@@ -17200,7 +17241,7 @@ class DoctorTest(Certified, CommandCase):
         said = "^process %d on .* serves own.db$" % process.pid
         self.assertOk("holder", said, self.examine("--db", "own.db"))
         other, _ = self.serve("--db", "other.db")  # has the access file now
-        said = "process %d on .* serves own.db, but .* of process %d on" % (
+        said = "process %d on .* but the access file is of process %d on" % (
             process.pid, other.pid)
         self.assertWrong("holder", said, self.examine("--db", "own.db"))
         process.kill()

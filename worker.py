@@ -272,7 +272,8 @@ class Client:
 
     `access` names the access file (default: $JOBMAN_ACCESS, else
     ~/.jobman/access.json); `url` and `jobix` (or $JOBMAN_URL and
-    $JOBMAN_JOBIX) do without one. An https server is known by the SHA-256 of
+    $JOBMAN_JOBIX) do without one; a `jobix` alone replaces the file's. An
+    https server is known by the SHA-256 of
     its certificate, which the access file has, or `fingerprint` (or
     $JOBMAN_FINGERPRINT); without one, certificate authorities and its host's
     name vouch for it. One connection is kept open; threads take turns on it.
@@ -300,11 +301,15 @@ class Client:
         self.access = access or access_path()
         if access is None and url is None:
             url = os.environ.get("JOBMAN_URL")
-            jobix = os.environ.get("JOBMAN_JOBIX")
+            jobix = os.environ.get("JOBMAN_JOBIX", jobix)
             fingerprint = os.environ.get("JOBMAN_FINGERPRINT")
-        if url is not None and not re.match(r"\d{1,19}\Z", str(jobix), re.A):
+        known = re.match(r"\d{1,19}\Z", str(jobix), re.A)
+        if not known and url is not None:
             raise Trouble("A url needs a jobix too ($JOBMAN_JOBIX), a number.")
-        self.fixed = None if url is None else (url, int(jobix), fingerprint)
+        if not known and jobix is not None:
+            raise Trouble("A jobix ($JOBMAN_JOBIX) must be a number.")
+        self.own_jobix = int(jobix) if known else None
+        self.fixed = url and (url, self.own_jobix, fingerprint)
         self.patience = patience
         self.tell = None  # called once a call with what holds it up
         self.told = True
@@ -322,6 +327,8 @@ class Client:
         The jobix stays the same: another jobix has other jobs.
         """
         url, jobix, fingerprint = self.fixed or read_access(self.access)
+        if self.own_jobix is not None:
+            jobix = self.own_jobix
         try:
             parts = urlsplit(url)
             address = parts.hostname, parts.port or PORTS.get(parts.scheme)
