@@ -6382,30 +6382,26 @@ def why_nothing_moves(figures, heard):
 
 
 class Stalled:
-    """Find out when jobs have waited for a while without a worker."""
+    """Tell once when jobs wait for a while and nothing moves them."""
 
-    PATIENCE = 30  # seconds
+    def __init__(self, patience=30):
+        self.patience = patience  # seconds
+        self.since, self.reasons, self.told = time.monotonic(), [], []
 
-    def __init__(self):
-        self.why = self.told = None
-        self.since = time.monotonic()
+    def tell(self, client, figures):
+        """Tell what keeps the jobs in `figures`, if that is so for a while.
 
-    def news(self, figures, workers):
-        """Return why nothing moves when that is so for a while, or changes.
-
-        `workers` returns what /workers says.
+        Tell it again only when a reason has changed, not a number of jobs.
         """
-        if not figures["totals"]["states"]["waiting"]:
-            self.why = self.told = None
-            return ()
-        now, lines = time.monotonic(), why_nothing_moves(figures, workers())
-        why = [re.sub("^[0-9]+ jobs? waits?", "", line) for line in lines]
-        if why != self.why:
-            self.why, self.since = why, now
-        if why == self.told or now < self.since + self.PATIENCE:
-            return ()
-        self.told = why
-        return lines
+        lines = why_nothing_moves(figures, client.workers())
+        reasons = [line.partition(" in ")[2] for line in lines]
+        if reasons != self.reasons:
+            self.since, self.reasons = time.monotonic(), reasons
+        elif reasons != self.told and (
+                time.monotonic() - self.since >= self.patience):
+            self.told = reasons
+            for line in lines:
+                client.tell(line)
 
 
 def why_waiting(job, figures, heard):
@@ -6716,8 +6712,7 @@ def wait_for_end(client, selector, end, progress):
         if progress:
             progress.show(left + ended, states["done"],
                           ended - states["done"], ended - ended_before)
-        for line in stalled.news(figures, client.workers):
-            client.tell(line)
+        stalled.tell(client, figures)
         now = time.monotonic()
         if now >= end:
             return None
@@ -6842,54 +6837,29 @@ def ids_selected(client, options):
     return {job["jobid"] for page in found for job in page}.__contains__
 
 
-def rewrite_log(index, output, lines):
-    """Write a log anew, with nothing but what some lines of its index name.
-
-    Under another name: a crash leaves two logs at worst, both right.
-    """
-    stem = "%s.%s" % (index.rsplit(".", 2)[0], secrets.token_hex(4))
-    with open_own(output) as source, open(stem + ".out", "xb") as kept, \
-            open(stem + ".new", "x") as numbers:
-        for *attempt, stream, offset, length in lines:
-            source.seek(offset)
-            line = (*attempt, stream, kept.tell(), length)
-            numbers.write("%d %d %d %d %d %d %d\n" % line)
-            kept.write(source.read(length))
-    os.rename(stem + ".new", stem + ".index")
-    return os.stat(stem + ".out").st_size
-
-
-def prune_log(index, exists):
-    """Remove from a log the output of jobs that are gone; return its bytes."""
-    output = index[: -len("index")] + "out"
-    lines, _ = index_lines(index)
-    left = [line for line in lines if exists(line[0])]
-    if len(left) == len(lines):
-        return 0
-    freed = os.stat(output).st_size
-    if left:
-        freed -= rewrite_log(index, output, left)
-    os.unlink(index)
-    os.unlink(output)
-    return freed
-
-
 def prune_logs(client, worker, folder=None):
-    """Remove the output of jobs that are gone; return how many bytes.
+    """Remove logs that have no output but of jobs that are gone.
 
-    The log of a worker that may still write to it is left alone.
+    Those of workers that may still write to them are left alone. Returns how
+    many bytes that freed.
     """
     folder = folder or worker.beside(client.access, "logs")
     found = indexes(folder, worker.namespace(client.jobix))
     if not found:
         return 0
-    heard = client.workers()
+    heard, freed = client.workers(), 0
     alive = {worker.file_name(each["name"], client.jobix).rsplit(".", 2)[0]
              for each in heard["workers"]
              if heard["time"] - each["heard"] < 2 * SILENT}
     there = {job["jobid"] for page in pages(client) for job in page}
-    return sum(prune_log(path, there.__contains__) for path in found
-               if os.path.basename(path).rsplit(".", 3)[0] not in alive)
+    for index in found:
+        jobs = {line[0] for line in index_lines(index)[0]}
+        name = os.path.basename(index).rsplit(".", 3)[0]
+        if jobs and name not in alive and not jobs & there:
+            for path in (index, index[: -len("index")] + "out"):
+                freed += os.stat(path).st_size
+                os.unlink(path)
+    return freed
 
 
 def freed_text(size):
@@ -6902,16 +6872,13 @@ def follow_logs(client, options, folder, space, wanted):
     """Print what the jobs print as it comes, until they have ended."""
     named = selector_of(client, options.ids)
     places, shown, left, looked = {}, None, True, -math.inf
-    stalled = Stalled()
-    stalled.PATIENCE = 5
+    stalled = Stalled(patience=5)
     while left:
-        now = time.monotonic()
-        if now > looked + 2:
-            looked, figures = now, client.status(**named)
+        if time.monotonic() > looked + 2:
+            looked, figures = time.monotonic(), client.status(**named)
             states = figures["totals"]["states"]
             left = any(states[state] for state in UNENDED)
-            for line in stalled.news(figures, client.workers):
-                client.tell(line)
+            stalled.tell(client, figures)
         shown = print_pieces(new_pieces(folder, space, wanted, places), shown)
         time.sleep(0.3 if left else 0)
 
@@ -7474,20 +7441,6 @@ def set_lifetimes(options):
     return 0
 
 
-def count_items(options, source):
-    """Return how many items there are, None where nobody knows yet."""
-    if source is None:
-        return len(options.items or ()) + sum(map(len, options.array or ()))
-    if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
-        return None
-    start = source.tell()  # others may have read what is before
-    blocks = iter(lambda: source.read(2**20), b"")
-    items = sum(block.count(b"\0" if options.null else b"\n")
-                for block in blocks)
-    source.seek(start)
-    return items
-
-
 def submit_carries(options, stage=None, laststage=None):
     """Return what each job that is submitted carries, where options say so."""
     entry = {
@@ -7501,15 +7454,15 @@ def submit_carries(options, stage=None, laststage=None):
     return {name: value for name, value in entry.items() if value is not None}
 
 
-def commands_of(lists, common):
+def commands_of(lines, common):
     """Yield a job for each line that is a command."""
-    for line in itertools.chain.from_iterable(lists):
+    for line in lines:
         if line.strip() and not line.startswith("#"):
             yield dict(common, jobcmd=line)
 
 
 def jobs_to_submit(options, stage, laststage):
-    """Return an iterator of jobs, and how many, None where nobody knows."""
+    """Return the jobs of commands and items, or of lines that are commands."""
     stage, steps = stage or 0, steps_in(options)
     if laststage is None:
         laststage = stage + 2 * max(1, len(steps))
@@ -7518,16 +7471,16 @@ def jobs_to_submit(options, stage, laststage):
     except FileNotFoundError:
         raise CommandError("This folder is gone; say --cwd DIR.") from None
     common = submit_carries(options, stage, laststage)
-    if not has_items(options):
-        jobcmd = steps[0] if len(steps) == 1 else {"steps": {
-            str(stage + 2 * i): step for i, step in enumerate(steps)}}
-        return [dict(common, jobcmd=jobcmd)], 1
-    source = open_items(options)
-    lists, n = read_items(options, source), count_items(options, source)
-    if options.commands:
-        return commands_of(lists, common), n
-    items = itertools.chain.from_iterable(lists)
-    return jobs_of(steps, items, common), n
+    if has_items(options):
+        lists = read_items(options, open_items(options))
+        items = itertools.chain.from_iterable(lists)
+        if options.commands:
+            return commands_of(items, common)
+        return jobs_of(steps, items, common)
+    if len(steps) == 1:
+        return [dict(common, jobcmd=steps[0])]
+    stages = (str(stage + 2 * i) for i in range(len(steps)))
+    return [dict(common, jobcmd={"steps": dict(zip(stages, steps))})]
 
 
 def in_parts(jobs):
@@ -7596,13 +7549,13 @@ def set_jobs(client, jobs):
     return joined(range(jobid, jobid + 1) for jobid in map(int, jobs))
 
 
-def submit_parts(client, name, jobs, total):
+def submit_parts(client, name, jobs):
     """Submit jobs in parts; return ranges of the ids that they are given.
 
     The parts of one name are added once. Where input had broken off in a part
     the first of its jobs are there.
     """
-    ranges, done = [], 0
+    ranges, done, bar = [], 0, sys.stderr.isatty()
     try:
         for part in in_parts(jobs):
             while part:
@@ -7613,10 +7566,8 @@ def submit_parts(client, name, jobs, total):
                 ranges = joined([*ranges, range(ids[0], ids[-1] + 1)])
                 done += len(ids)
                 part = part[len(ids) :]
-            if sys.stderr.isatty():
-                shown = bar(min(1, done / total)) if total else ""
-                sys.stderr.write("\r%s %s\033[K" % (
-                    shown, number_of(done, "job")))
+            if bar:
+                sys.stderr.write("\r%s\033[K" % number_of(done, "job"))
                 sys.stderr.flush()
     except BaseException as error:
         refused = isinstance(error, CommandError) or hasattr(error, "status")
@@ -7626,7 +7577,7 @@ def submit_parts(client, name, jobs, total):
                     "1 job is" if done == 1 else "%d jobs are" % done, name))
         raise
     finally:
-        if sys.stderr.isatty():
+        if bar:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()
     return ranges
@@ -7666,16 +7617,21 @@ def parents_named(client, named):
     return list(itertools.chain.from_iterable(joined(ranges)))
 
 
+def dry_run(options):
+    """Print the commands that would be submitted; needs no server."""
+    if options.from_json:
+        jobs = jobs_from_json(read_json(options.from_json), {})
+        return print_commands(jobs.values() if type(jobs) is dict else jobs)
+    options.after, stage = None, options.stage
+    return print_commands(jobs_to_submit(
+        options, 0 if type(stage) is str else stage, 0))
+
+
 def submit_jobs(options):
     """Add jobs: of commands and items, of lines, or described in JSON."""
     if options.dry_run:
-        options.after, stage = None, options.stage or 0
-        if options.from_json:
-            return print_commands(jobs_from_json(
-                read_json(options.from_json), submit_carries(options)))
-        return print_commands(jobs_to_submit(
-            options, stage if type(stage) is int else 0, None)[0])
-    name, ranges = options.name or "s" + secrets.token_hex(6), None
+        return dry_run(options)
+    name = options.name or "s" + secrets.token_hex(6)
     with speaking(options, PATIENCE) as client:
         known = client.stages()
         stage = number_of_stage(known, options.stage)
@@ -7685,15 +7641,14 @@ def submit_jobs(options):
             jobs = jobs_from_json(
                 read_json(options.from_json),
                 submit_carries(options, stage, laststage))
-            if type(jobs) is dict:
-                name, ranges = None, set_jobs(client, jobs)
-            total = len(jobs)
         else:
-            jobs, total = jobs_to_submit(options, stage, laststage)
+            jobs = jobs_to_submit(options, stage, laststage)
         if options.names:
             name_stages(client, known, stage or 0, options.names)
-        if ranges is None:
-            ranges = submit_parts(client, name, jobs, total)
+        if type(jobs) is dict:
+            name, ranges = None, set_jobs(client, jobs)
+        else:
+            ranges = submit_parts(client, name, jobs)
     n, ids = sum(map(len, ranges)), ids_text(ranges)
     line = number_of(n, "job") + (": " + ids if ids else "")
     report(options, {"jobs": n, "ids": ids, "name": name}, [line],
