@@ -5816,6 +5816,12 @@ def note(worker, now):
     return ": ".join(filter(None, words)) or None
 
 
+def slots_and_jobs(workers):
+    """Return how many slots some workers have, and how many jobs they hold."""
+    return (sum(worker["slots"] or 0 for worker in workers),
+            sum(len(worker["holds"]) for worker in workers))
+
+
 def workers_line(heard):
     """Return a sentence on the workers."""
     now, workers = heard["time"], heard["workers"]
@@ -5823,10 +5829,10 @@ def workers_line(heard):
     able = [worker for worker in workers if fault(worker, now) is None]
     line = "No worker takes jobs"
     if able:
-        line = "%s, %d of %s busy" % (
-            number_of(len(able), "worker"),
-            sum(len(worker["holds"]) for worker in able),
-            number_of(sum(worker["slots"] or 0 for worker in able), "slot"))
+        slots, jobs = slots_and_jobs(able)
+        line = "%s with %s, working on %s" % (
+            number_of(len(able), "worker"), number_of(slots, "slot"),
+            number_of(jobs, "job"))
     for word in ("drained", "quarantined", "silent"):
         line += ", %d %s" % (faults[word], word) if faults[word] else ""
     return line + "."
@@ -6130,12 +6136,12 @@ def why_waiting(job, figures, heard):
             label, ", ".join("%s is %s" % (worker["name"], note(worker, now))
                              for worker in serving[:3]),
             ", ..." * (len(serving) > 3))
-    slots = sum(worker["slots"] or 0 for worker in able)
-    busy = sum(len(worker["holds"]) for worker in able)
-    return "%s serve%s stage %s, and %d of %s %s busy%s" % (
-        number_of(len(able), "worker"), "s" * (len(able) == 1), label, busy,
-        number_of(slots, "slot"), "is" if slots == 1 else "are",
-        ": its turn should come soon" * (busy < slots))
+    slots, jobs = slots_and_jobs(able)
+    return "%s with %s serve%s stage %s, and work%s on %s%s" % (
+        number_of(len(able), "worker"), number_of(slots, "slot"),
+        "s" * (len(able) == 1), label, "s" * (len(able) == 1),
+        number_of(jobs, "job"),
+        ": its turn should come soon" * (jobs < slots))
 
 
 def why_delayed(job, now):

@@ -12366,17 +12366,19 @@ class LookTest(LookCase):
         self.beat("a", slots=1)
         self.occupy("a", 10)
         self.assertEqual(
-            "1 worker serves stage 0, and 1 of 1 slot is busy", self.why())
+            "1 worker with 1 slot serves stage 0, and works on 1 job",
+            self.why())
         self.beat("b", slots=2)
         self.occupy("b", 11, 12)
         self.beat("drained")
         self.ok("/drain/drained", {})
         self.assertEqual(
-            "2 workers serve stage 0, and 3 of 3 slots are busy", self.why())
+            "2 workers with 3 slots serve stage 0, and work on 3 jobs",
+            self.why())
         self.beat("b", slots=3)
         self.assertEqual(
-            "2 workers serve stage 0, and 3 of 4 slots are busy: its turn"
-            " should come soon", self.why())
+            "2 workers with 4 slots serve stage 0, and work on 3 jobs: its"
+            " turn should come soon", self.why())
 
     def test_waiting_for_workers_that_take_nothing(self):
         self.set_jobs([1])
@@ -12602,7 +12604,8 @@ a       node1  0           4     0     9       1  3:21 ago  silent
         self.beat("w", stages=[4, 2])
         for line, said in (
             ("status", r"\nmap +1 +1\n"), ("jobs", r"\n +1  map +waiting"),
-            ("job 1", r"serves stage map, and"), ("workers", "  map,2  "),
+            ("job 1", "serves stage map, and works on 0 jobs: its turn"),
+            ("workers", "  map,2  "),
         ):
             self.assertRegex(self.look(*line.split()), said)
         self.fail(self.get(4, lease=60))
@@ -12930,7 +12933,7 @@ class WatchTest(LookCase):
             ("all", "####========......xx"),
         ], re.findall(r"([\w, ]+?) +\d+  \[(.*)\]", shown))
         self.assertIn("\n20 %: 2 of 10 jobs done", shown)
-        self.assertIn("\n1 worker, 4 of 4 slots busy.", shown)
+        self.assertIn("\n1 worker with 4 slots, working on 4 jobs.", shown)
         self.ok("/resume/0", {})
         again = self.drawn_until(screen, "\033[J")
         self.assertTrue(again.startswith("\033[H"), again)
