@@ -10717,7 +10717,7 @@ class VerifyTest(WorkerCase):
         err = self.verify(status=1)
         here = os.path.realpath(self.folder)
         for n in (1, 3):
-            self.assertIn("job %d: not as it was made: %s/%d (now delayed in"
+            self.assertIn("job %d: missing or changed: %s/%d (now delayed in"
                           " stage 0)\n" % (n, here, n), err)
         self.assertIn("\nThe files of 3 done jobs checked: 2 damaged.\n", err)
         self.assertEqual(["delayed", "done", "delayed"], self.states())
@@ -10729,7 +10729,7 @@ class VerifyTest(WorkerCase):
         self.make(1)
         os.unlink(self.path("1"))
         err = self.verify("--dry-run", status=1)
-        self.assertRegex(err, "job 1: not as it was made: .*/1\n")
+        self.assertRegex(err, "job 1: missing or changed: .*/1\n")
         self.assertEqual((["done"], 0), (
             self.states(), self.job()["rejects"]))
 
@@ -10764,7 +10764,7 @@ class VerifyTest(WorkerCase):
         self.assertIn(b"2 jobs checked", os.read(terminal, 1000))
         self.client.retry(ids=[1])
         self.assertEqual(1, process.wait(PATIENCE))
-        self.assertIn(b"not as it was made", os.read(terminal, 1000))
+        self.assertIn(b"missing or changed", os.read(terminal, 1000))
         self.assertEqual(("waiting", 0), (
             self.job()["state"], self.job()["rejects"]))
 
