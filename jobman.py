@@ -5721,8 +5721,12 @@ def using_worker():
         raise CommandError(printable(str(trouble))) from None
 
 
+PATIENCE = 60  # seconds to try to reach a server, to change something
+LOOKING_PATIENCE = 5  # and to look
+
+
 @contextlib.contextmanager
-def speaking(options, patience=5):
+def speaking(options, patience=LOOKING_PATIENCE):
     """Yield a Client of the server that a command's options name.
 
     It gives up on the server after `patience` seconds.
@@ -5737,8 +5741,6 @@ def speaking(options, patience=5):
         with contextlib.closing(client):
             yield client
 
-
-PATIENCE = 60  # seconds to wait for a server when changing something
 
 DURATION_FORMS = (  # days, hours, minutes, seconds
     r"()()()(\d+(?:\.\d+)?)",
@@ -6043,6 +6045,12 @@ def note(worker, now):
     return ": ".join(filter(None, words)) or None
 
 
+def slots_and_jobs(workers):
+    """Return how many slots some workers have, and how many jobs they hold."""
+    return (sum(worker["slots"] or 0 for worker in workers),
+            sum(len(worker["holds"]) for worker in workers))
+
+
 def workers_line(heard):
     """Return a sentence on the workers."""
     now, workers = heard["time"], heard["workers"]
@@ -6050,10 +6058,10 @@ def workers_line(heard):
     able = [worker for worker in workers if fault(worker, now) is None]
     line = "No worker takes jobs"
     if able:
-        line = "%s, %d of %s busy" % (
-            number_of(len(able), "worker"),
-            sum(len(worker["holds"]) for worker in able),
-            number_of(sum(worker["slots"] or 0 for worker in able), "slot"))
+        slots, jobs = slots_and_jobs(able)
+        line = "%s with %s, working on %s" % (
+            number_of(len(able), "worker"), number_of(slots, "slot"),
+            number_of(jobs, "job"))
     for word in ("drained", "quarantined", "silent"):
         line += ", %d %s" % (faults[word], word) if faults[word] else ""
     return line + "."
@@ -6074,14 +6082,6 @@ def status_lines(figures, heard, *, bars=False):
     yield from table(columns, [*figures["stages"], totals])
     yield progress_line(figures)
     yield workers_line(heard)
-
-
-def print_status(options):
-    """Show how far the jobs are."""
-    with speaking(options) as client:
-        figures, heard = client.status(), client.workers()
-    report(options, figures, status_lines(figures, heard))
-    return 0
 
 
 def watch_lines(figures, heard, height):
@@ -6418,12 +6418,12 @@ def why_waiting(job, figures, heard):
             label, ", ".join("%s is %s" % (worker["name"], note(worker, now))
                              for worker in serving[:3]),
             ", ..." * (len(serving) > 3))
-    slots = sum(worker["slots"] or 0 for worker in able)
-    busy = sum(len(worker["holds"]) for worker in able)
-    return "%s serve%s stage %s, and %d of %s %s busy%s" % (
-        number_of(len(able), "worker"), "s" * (len(able) == 1), label, busy,
-        number_of(slots, "slot"), "is" if slots == 1 else "are",
-        ": its turn should come soon" * (busy < slots))
+    slots, jobs = slots_and_jobs(able)
+    return "%s with %s serve%s stage %s, and work%s on %s%s" % (
+        number_of(len(able), "worker"), number_of(slots, "slot"),
+        "s" * (len(able) == 1), label, "s" * (len(able) == 1),
+        number_of(jobs, "job"),
+        ": its turn should come soon" * (jobs < slots))
 
 
 def why_delayed(job, now):
@@ -6546,24 +6546,19 @@ def stages_of(worker):
         worker["stages"] or (), worker["stage_names"] or ()))
 
 
-def print_workers(options):
-    """Show the workers that were heard of in the last day."""
-    with speaking(options) as client:
-        heard = client.workers()
-    now, workers = heard["time"], heard["workers"]
-    columns = (
+def worker_lines(heard):
+    """Return the lines of a table of the workers."""
+    now = heard["time"]
+    if not heard["workers"]:
+        return ["No worker is there; those that have ended, or send no"
+                " heartbeats, aren't shown."]
+    return table((
         ("worker", "name"), ("host", "host"), ("stages", stages_of),
-        ("slots", "slots"), ("busy", lambda w: len(w["holds"])),
-        ("done", "done"),
-        ("failed", "failed"),
-        ("heard", lambda w: span(max(0, now - w["heard"])) + " ago"),
-        ("", lambda w: note(w, now)),
-    )
-    lines = table(columns, workers) if workers else [
-        "No worker is there; those that have ended, or send no heartbeats,"
-        " aren't shown."]
-    report(options, heard, lines, [worker["name"] for worker in workers])
-    return 0
+        ("slots", "slots"), ("busy", lambda worker: len(worker["holds"])),
+        ("done", "done"), ("failed", "failed"),
+        ("heard", lambda worker: span(max(0, now - worker["heard"])) + " ago"),
+        ("", lambda worker: note(worker, now)),
+    ), heard["workers"])
 
 
 def failure_lines(found, names):
@@ -6588,26 +6583,14 @@ def failure_lines(found, names):
         yield "No job has failed."
 
 
-def print_failures(options):
-    """Show why jobs have failed, in groups, each with its retry command."""
-    with speaking(options) as client:
-        found, names = client.failures(), names_of_stages(client)
-    report(options, found, failure_lines(found, names),
-           [jobid for group in found["groups"] for jobid in group["ids"]])
-    return 0
-
-
-def print_stats(options):
-    """Show what time the jobs of each stage took."""
-    with speaking(options) as client:
-        figures, names = client.stats(), names_of_stages(client)
-
+def stats_lines(figures, names):
+    """Return the lines of a table of the time that the jobs took."""
     def part(name, at):
         return lambda stage: took(stage[name][at]) if stage.get(name) else None
 
     ends = sorted({kind for stage in figures["stages"]
                    for kind in stage["outcomes"]})
-    columns = [
+    return table([
         ("stage", lambda s: str(names.get(s["stage"], s["stage"]))),
         ("claims", "claims"), ("retries", "retries"),
         *((kind, lambda s, kind=kind: s.get("outcomes", {}).get(
@@ -6618,10 +6601,7 @@ def print_stats(options):
         ("lost", lambda s: span(s["lost"])),
         ("lifetime advised", lambda s: s.get("advised") and number_of(
             s["advised"], "minute")),
-    ]
-    rows = [*figures["stages"], dict(figures["totals"], stage="all")]
-    report(options, figures, table(columns, rows))
-    return 0
+    ], [*figures["stages"], dict(figures["totals"], stage="all")])
 
 
 def snapshot(options):
@@ -6661,7 +6641,7 @@ def verify(options):
             if not names:
                 continue
             damaged.append({"jobid": job["jobid"], "files": names})
-            error = "not as it was made: " + printable(", ".join(names))
+            error = "missing or changed: " + printable(", ".join(names))
             line = "job %d: %s" % (job["jobid"], error)
             if not options.dry_run:
                 try:
@@ -6702,6 +6682,7 @@ def wait_for_end(client, selector, end, progress):
     while True:
         began = time.monotonic()
         figures = client.status(**selector)
+        client.patience = None if end == math.inf else max(0, end - began)
         states = figures["totals"]["states"]
         left = sum(states[state] for state in UNENDED)
         ended = figures["totals"]["jobs"] - left
@@ -6716,7 +6697,6 @@ def wait_for_end(client, selector, end, progress):
         now = time.monotonic()
         if now >= end:
             return None
-        client.patience = None if end == math.inf else end - now
         pause = max(min(2, 1.3 * pause), 10 * (now - began))
         time.sleep(min(pause, end - now))
 
@@ -7269,12 +7249,12 @@ def run(options):
 
 # ---------------------------------------------------------------- acting ---
 
-ASKED_FROM = 100  # of more than so many one is asked
-IDS_AT_ONCE = 100000  # in a call
+ASKED_FROM = 100  # confirm a change of more jobs or workers
+IDS_AT_ONCE = 100000  # in one call
 
 
 def confirm(options, n, things):
-    """Ask whether to change so many things; raise CommandError if not."""
+    """Ask before changing many things; raise CommandError for a no."""
     if n <= ASKED_FROM or options.yes:
         return
     what = "%s %d %s" % (options.command, n, things)
@@ -7295,7 +7275,7 @@ def read_selection(text):
 
 
 def count_selected(client, options, states):
-    """Return how many jobs a selection may be about."""
+    """Return how many jobs a selection may change."""
     if type(options.ids) is list:
         return sum(map(len, options.ids))
     named = {}
@@ -7310,7 +7290,7 @@ def count_selected(client, options, states):
 
 
 def selections(options):
-    """Yield what a selection is in calls, ids in parts."""
+    """Yield the selectors of a selection's calls; ids go in parts."""
     narrowed = {"stage": options.stage, "state": options.state}
     if type(options.ids) is str and options.ids != "all":
         yield dict(narrowed, submission=options.ids)
@@ -7406,26 +7386,51 @@ def read_naming(text):
     return read_stage(stage), {"name": name or None}
 
 
-# The commands that are one call: the call, and the lines of its answer.
+# The commands that only ask the server: the calls, the lines of their answers,
+# and for how long to try. The first answer is what --output json prints.
 CALLS = {
-    "pause": (lambda client, given: client.pause(given.stage),
-              lambda answer, given: ["stage %s is paused" % given.stage]),
-    "resume": (lambda client, given: client.resume(given.stage),
-               lambda answer, given: ["stage %s goes on" % given.stage]),
-    "stages": (lambda client, given: client.stages(dict(given.names) or None),
-               lambda answer, given: stage_lines(answer)),
-    "lifetime": (lambda client, given: client.init() if given.stage is None
-                 else client.lifetime(given.stage, given.minutes),
-                 lambda answer, given: lifetime_lines(answer)),
+    "status": (
+        lambda client, given: (client.status(), client.workers()),
+        status_lines, LOOKING_PATIENCE),
+    "workers": (
+        lambda client, given: (client.workers(),),
+        worker_lines, LOOKING_PATIENCE),
+    "failures": (
+        lambda client, given: (client.failures(), names_of_stages(client)),
+        failure_lines, LOOKING_PATIENCE),
+    "stats": (
+        lambda client, given: (client.stats(), names_of_stages(client)),
+        stats_lines, LOOKING_PATIENCE),
+    "stages": (
+        lambda client, given: (client.stages(dict(given.names) or None),),
+        stage_lines, PATIENCE),
+    "lifetime": (
+        lambda client, given: (
+            client.init() if given.stage is None
+            else client.lifetime(given.stage, given.minutes),),
+        lifetime_lines, PATIENCE),
+    "pause": (
+        lambda client, given: (client.pause(given.stage), given.stage),
+        lambda answer, stage: ["stage %s is paused" % stage], PATIENCE),
+    "resume": (
+        lambda client, given: (client.resume(given.stage), given.stage),
+        lambda answer, stage: ["stage %s goes on" % stage], PATIENCE),
+}
+# What --output quiet prints of the first answer.
+QUIET = {
+    "workers": lambda heard: [worker["name"] for worker in heard["workers"]],
+    "failures": lambda found: [
+        jobid for group in found["groups"] for jobid in group["ids"]],
 }
 
 
-def make_call(options):
-    """Make the call of a command in CALLS, and print the answer."""
-    call, lines = CALLS[options.command]
-    with speaking(options, PATIENCE) as client:
-        answer = call(client, options)
-    report(options, answer, lines(answer, options))
+def make_calls(options):
+    """Make the calls of a command in CALLS, and print what they answer."""
+    call, lines, patience = CALLS[options.command]
+    with speaking(options, patience) as client:
+        answers = call(client, options)
+    names = QUIET.get(options.command, lambda answer: ())
+    report(options, answers[0], lines(*answers), names(answers[0]))
     return 0
 
 
@@ -7760,9 +7765,11 @@ def backup(options):
     """Copy a database into a new file, also while a server has it."""
     with exclusive_access(options.db) as location:
         total = os.path.getsize(location.file)
-        jobs = copy_database(location, options.file, lambda size: draw(
-            bar(min(1, size / total))))
-    draw("")
+        try:
+            jobs = copy_database(location, options.file, lambda size: draw(
+                bar(min(1, size / total))))
+        finally:
+            draw("")
     size = os.path.getsize(options.file)
     report(options, {"file": options.file, "jobs": jobs, "bytes": size},
            ["%s: %d jobs, %d bytes" % (printable(options.file), jobs, size)],
@@ -8573,7 +8580,7 @@ command."""),
   python3 jobman.py submit --after run3 ./summarize.sh
 {} is the item as one shell word, {#} its number, as with run. Options stand
 before the command."""),
-    ("status", print_status, CLIENT, """show how far the jobs are
+    ("status", make_calls, CLIENT, """show how far the jobs are
   python3 jobman.py status
   python3 jobman.py status --output json"""),
     ("jobs", print_jobs, (*JOBS, jobs_output("table")), """list jobs
@@ -8584,7 +8591,7 @@ before the command."""),
     ("job", print_job, (A_JOB, *CLIENT), """show a job and why it isn't running
   python3 jobman.py job 17
   python3 jobman.py job 17 --output json"""),
-    ("workers", print_workers, CLIENT, """show the workers
+    ("workers", make_calls, CLIENT, """show the workers
   python3 jobman.py workers"""),
     ("watch", watch, (ACCESS,), """show the status live
   python3 jobman.py watch
@@ -8604,10 +8611,10 @@ Exit status 124: the time was over."""),
     ("export", print_jobs, (*JOBS, jobs_output("csv")), """jobs --output csv
   python3 jobman.py export > jobs.csv
   python3 jobman.py export --format joblog > joblog.tsv"""),
-    ("failures", print_failures, CLIENT, """group failed jobs by their reasons
+    ("failures", make_calls, CLIENT, """group failed jobs by their reasons
   python3 jobman.py failures
 Below each group is the command that retries its jobs."""),
-    ("stats", print_stats, CLIENT, """show what time the jobs took
+    ("stats", make_calls, CLIENT, """show what time the jobs took
   python3 jobman.py stats"""),
     ("retry", change_jobs, SELECTION, """run ended jobs again
   python3 jobman.py retry 17
@@ -8622,10 +8629,10 @@ Below each group is the command that retries its jobs."""),
     ("forget", change_jobs, SELECTION, """delete done jobs
   python3 jobman.py forget 1-1000
   python3 jobman.py forget all --yes"""),
-    ("pause", make_call, (A_STAGE, *CLIENT),
+    ("pause", make_calls, (A_STAGE, *CLIENT),
      """stop handing out the jobs of a stage
   python3 jobman.py pause align"""),
-    ("resume", make_call, (A_STAGE, *CLIENT), """end the pause of a stage
+    ("resume", make_calls, (A_STAGE, *CLIENT), """end the pause of a stage
   python3 jobman.py resume align"""),
     ("drain", change_workers, (A_WORKER, *CLIENT, YES),
      """tell workers to claim no more jobs
@@ -8634,13 +8641,13 @@ Below each group is the command that retries its jobs."""),
     ("undrain", change_workers, (A_WORKER, *CLIENT, YES),
      """let drained workers claim again
   python3 jobman.py undrain all"""),
-    ("stages", make_call, (NAMES, *CLIENT), """show or name stages
+    ("stages", make_calls, (NAMES, *CLIENT), """show or name stages
   python3 jobman.py stages
   python3 jobman.py stages 0=fetch 2=align 4=merge"""),
     ("move", move_jobs, (*MOVE, *CLIENT, YES),
      """move expired jobs to another stage
   python3 jobman.py move 1 0"""),
-    ("lifetime", make_call, (*LIFETIME, *CLIENT), """show or set lifetimes
+    ("lifetime", make_calls, (*LIFETIME, *CLIENT), """show or set lifetimes
   python3 jobman.py lifetime
   python3 jobman.py lifetime 1 90"""),
     ("init", set_lifetimes, (MINUTES_OF_STAGES, *CLIENT),

@@ -11214,7 +11214,7 @@ class VerifyTest(WorkerCase):
         err = self.verify(status=1)
         here = os.path.realpath(self.folder)
         for n in (1, 3):
-            self.assertIn("job %d: not as it was made: %s/%d (now delayed in"
+            self.assertIn("job %d: missing or changed: %s/%d (now delayed in"
                           " stage 0)\n" % (n, here, n), err)
         self.assertIn("\nThe files of 3 done jobs checked: 2 damaged.\n", err)
         self.assertEqual(["delayed", "done", "delayed"], self.states())
@@ -11226,7 +11226,7 @@ class VerifyTest(WorkerCase):
         self.make(1)
         os.unlink(self.path("1"))
         err = self.verify("--dry-run", status=1)
-        self.assertRegex(err, "job 1: not as it was made: .*/1\n")
+        self.assertRegex(err, "job 1: missing or changed: .*/1\n")
         self.assertEqual((["done"], 0), (
             self.states(), self.job()["rejects"]))
 
@@ -11261,7 +11261,7 @@ class VerifyTest(WorkerCase):
         self.assertIn(b"2 jobs checked", os.read(terminal, 1000))
         self.client.retry(ids=[1])
         self.assertEqual(1, process.wait(PATIENCE))
-        self.assertIn(b"not as it was made", os.read(terminal, 1000))
+        self.assertIn(b"missing or changed", os.read(terminal, 1000))
         self.assertEqual(("waiting", 0), (
             self.job()["state"], self.job()["rejects"]))
 
@@ -13000,17 +13000,19 @@ class LookTest(LookCase):
         self.beat("a", slots=1)
         self.occupy("a", 10)
         self.assertEqual(
-            "1 worker serves stage 0, and 1 of 1 slot is busy", self.why())
+            "1 worker with 1 slot serves stage 0, and works on 1 job",
+            self.why())
         self.beat("b", slots=2)
         self.occupy("b", 11, 12)
         self.beat("drained")
         self.ok("/drain/drained", {})
         self.assertEqual(
-            "2 workers serve stage 0, and 3 of 3 slots are busy", self.why())
+            "2 workers with 3 slots serve stage 0, and work on 3 jobs",
+            self.why())
         self.beat("b", slots=3)
         self.assertEqual(
-            "2 workers serve stage 0, and 3 of 4 slots are busy: its turn"
-            " should come soon", self.why())
+            "2 workers with 4 slots serve stage 0, and work on 3 jobs: its"
+            " turn should come soon", self.why())
 
     def test_waiting_for_workers_that_take_nothing(self):
         self.set_jobs([1])
@@ -13236,7 +13238,8 @@ a       node1  0           4     0     9       1  3:21 ago  silent
         self.beat("w", stages=[4, 2])
         for line, said in (
             ("status", r"\nmap +1 +1\n"), ("jobs", r"\n +1  map +waiting"),
-            ("job 1", r"serves stage map, and"), ("workers", "  map,2  "),
+            ("job 1", "serves stage map, and works on 0 jobs: its turn"),
+            ("workers", "  map,2  "),
         ):
             self.assertRegex(self.look(*line.split()), said)
         self.fail(self.get(4, lease=60))
@@ -13262,7 +13265,7 @@ a       node1  0           4     0     9       1  3:21 ago  silent
             ("job 1 2", "unrecognized"), ("wait 5-3", "1,3,5-8"),
             ("wait --timeout -1", "timeout"), ("wait --timeout x", "seconds"),
             ("export --format xml", "--format"),
-            ("logs x", "JOBID: .*it must"),
+            ("logs x,", "IDS: .*names no jobs"),
             ("status --output xml", "--output"), ("watch 1", "unrecognized"),
         ):
             with self.subTest(line=line):
@@ -13285,6 +13288,8 @@ a       node1  0           4     0     9       1  3:21 ago  silent
 
     def test_the_examples_of_help_work_as_they_stand(self):
         self.set_jobs(range(1, 18), laststage=0)
+        self.ok("/submit", {"key": "run3", "jobs": [
+            {"jobstage": 0, "laststage": 0}]})
         self.ok("/stages", {"0": {"name": "align"}})
         looking = {"status", "jobs", "job", "workers", "wait", "export",
                    "stats", "failures"}
@@ -13591,7 +13596,7 @@ class WatchTest(LookCase):
             ("all", "####========......xx"),
         ], re.findall(r"([\w, ]+?) +\d+  \[(.*)\]", shown))
         self.assertIn("\n20 %: 2 of 10 jobs done", shown)
-        self.assertIn("\n1 worker, 4 of 4 slots busy.", shown)
+        self.assertIn("\n1 worker with 4 slots, working on 4 jobs.", shown)
         self.ok("/resume/0", {})
         again = self.drawn_until(screen, "\033[J")
         self.assertTrue(again.startswith("\033[H"), again)
