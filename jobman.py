@@ -6701,7 +6701,7 @@ def wait_for_end(client, selector, end, progress):
         time.sleep(min(pause, end - now))
 
 
-TIMED_OUT = 124  # exit status, as of timeout(1)
+TIME_IS_OVER = 124  # exit status, as of timeout(1)
 
 
 def wait(options):
@@ -6722,7 +6722,7 @@ def wait(options):
             progress.end()
     if states is None:
         say("jobman.py: The time is over, and not all jobs have ended.")
-        return TIMED_OUT
+        return TIME_IS_OVER
     states = {state: states[state] for state in STATES if states[state]}
     ended = sum(states.values())
     line = ", ".join("%d %s" % (n, state) for state, n in states.items())

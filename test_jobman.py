@@ -20169,6 +20169,18 @@ class HouseTest(TemporaryFolder):
     def test_both_files_have_one_version(self):
         self.assertEqual(jobman.__version__, worker.__version__)
 
+    def test_no_name_of_a_module_means_two_things(self):
+        for name in ("jobman.py", "worker.py", "test_jobman.py"):
+            names = []
+            for node in ast.parse(self.source(name)).body:
+                if isinstance(node, ast.Assign):
+                    names += [target.id for target in node.targets
+                              if isinstance(target, ast.Name)]
+                elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                    names.append(node.name)
+            self.assertEqual([], [
+                name for name in set(names) if names.count(name) > 1])
+
     def test_the_clients_verbs_are_the_route_tables(self):
         verbs = {path.split("/")[1] for _, path, _ in jobman.ROUTES}
         methods = {
