@@ -6946,22 +6946,48 @@ def with_item(command):
     return command if named else command + " {}"
 
 
+# First words that mean something to a shell: those are run by one.
+SHELL_WORDS = frozenset("""
+    alias bg break builtin case cd command continue coproc declare do done echo
+    elif else enable esac eval exec exit export false fc fg fi for function
+    getopts hash history if in jobs kill let local printf pwd read readonly
+    return select set shift source test then time times trap true type typeset
+    ulimit umask unalias unset until wait while . :""".split())
+PLAIN_WORD = re.compile(r"(?:[\w./,:+%@=-]|\{\})+", re.A)
+
+
+def plain_words(command):
+    """Return the words of a command that needs no shell, None of any other.
+
+    A shell would cost as much as a short command takes.
+    """
+    words = command.split(" ")
+    program = words[0]
+    if program in SHELL_WORDS or "=" in program or "{}" in program \
+            or not all(map(PLAIN_WORD.fullmatch, words)):
+        return None
+    return words
+
+
 def jobs_of(commands, items, common, start=1):
     """Yield a job for each item: the commands of its stages, and the item.
 
     `common` is what all jobs carry, their first stage with that. Stages of
-    commands are two apart, and a job is done two above the last of them. Items
-    are numbered from `start` on.
+    commands are two apart. Items are numbered from `start` on.
     """
     stage = common["jobstage"]
-    stages = [str(stage + 2 * i) for i in range(len(commands))]
-    numbered = any("{#}" in command for command in commands)
-    scripts = [shell_script(command, start) for command in commands]
+    steps = [(str(stage + 2 * i), command, plain_words(command),
+              shell_script(command, start))
+             for i, command in enumerate(commands)]
     for number, item in enumerate(items, start):
-        if numbered:
-            scripts = [shell_script(command, number) for command in commands]
-        steps = dict(zip(stages, scripts))
-        yield dict(common, jobcmd={"steps": steps, "item": item})
+        filled = {}
+        for each, command, words, step in steps:
+            if words:
+                step = [word.replace("{}", item) for word in words]
+            elif "{#}" in command:
+                step = shell_script(command, number)
+            filled[each] = step
+        yield dict(common, jobcmd={"steps": filled, "item": item})
 
 
 def print_commands(jobs):

@@ -12645,6 +12645,22 @@ class ScriptTest(TemporaryFolder):
         self.assertEqual(
             "echo 7:'7' ${#}", jobman.shell_script("echo {#}:'{#}' ${#}", 7))
 
+    def test_words_alone_need_no_shell(self):
+        for command, words in (
+            ("gzip -k {}", "gzip -k {}"), ("./a --x={} y", "./a --x={} y"),
+            ("/bin/true é", None), ("echo {}", None), ("x=1 ls", None),
+            ("ls  {}", None), ("ls *", None), ("ls {#}", None), ("", None),
+            ("ls ~", None), ("ls; ls", None), ("{} x", None), ("if {}", None),
+        ):
+            self.assertEqual(
+                words and words.split(), jobman.plain_words(command), command)
+        jobs = jobman.jobs_of(["ls -- {}{}", "echo {}"], ["a b"],
+                              {"jobstage": 4})
+        self.assertEqual(
+            [{"steps": {"4": ["ls", "--", "a ba b"],
+                        "6": 'echo "${JOBMAN_ITEM}"'}, "item": "a b"}],
+            [job["jobcmd"] for job in jobs])
+
     def test_what_only_parallel_fills_in_is_refused(self):
         for text in ("{.}", "{/}", "{//}", "{/.}", "{1}", '"{.}"', "$({.})"):
             with self.assertRaises(ValueError):
