@@ -3681,6 +3681,211 @@ def read_result(given):
     return result
 
 
+# --------------------------------------------------------- jobs in words ---
+
+
+SILENT = 120  # seconds without a heartbeat until a worker counts as silent
+
+
+def span(period):
+    """Return a number of seconds as a person says it: 4:05, 1:00:00."""
+    minutes, rest = divmod(int(period + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return "%d:%02d:%02d" % (hours, minutes, rest)
+    return "%d:%02d" % (minutes, rest)
+
+
+def clock_time(moment):
+    """Return a moment as local date, time and zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(moment))
+
+
+def shorten(text, width):
+    """Return `text`, cut to a width, with dots where it was cut."""
+    return text if len(text) <= width else text[: max(0, width - 3)] + "..."
+
+
+def number_of(n, thing):
+    """Return how many there are of a thing: 1 job, 2 jobs."""
+    return "%d %s%s" % (n, thing, "" if n == 1 else "s")
+
+
+def moment(then, now):
+    """Return a moment near now as a time of day, another with its date."""
+    if abs(then - now) < 43200:
+        return time.strftime("%H:%M:%S", time.localtime(then))
+    return clock_time(then)
+
+
+def last_line(text):
+    """Return the last line of `text` that isn't empty, None without one."""
+    return ((text or "").strip().splitlines() or [None])[-1]
+
+
+def fault(worker, now):
+    """Return why a worker takes no jobs, a word, or None if it does."""
+    if worker["quarantine"]:
+        return "quarantined"
+    if worker["drain"]:
+        return "drained"
+    return "silent" if now - worker["heard"] > SILENT else None
+
+
+def note(worker, now):
+    """Return what is wrong with a worker, None if nothing is."""
+    words = fault(worker, now), worker["quarantine"]
+    return ": ".join(filter(None, words)) or None
+
+
+def slots_and_jobs(workers):
+    """Return how many slots some workers have, and how many jobs they hold."""
+    return (sum(worker["slots"] or 0 for worker in workers),
+            sum(len(worker["holds"]) for worker in workers))
+
+
+def label_of(job):
+    """Return the name of a job's stage, its number if it has none."""
+    return job["stage_name"] or job["stage"]
+
+
+def step_of(job):
+    """Return the command of a job's stage, None if its jobcmd has no steps.
+
+    While it is worked on, and when it is done, that of the stage before.
+    """
+    steps = job["jobcmd"].get("steps") if type(job["jobcmd"]) is dict else None
+    if type(steps) is not dict:
+        return None
+    before = [int(stage) for stage in steps
+              if stage.isdecimal() and int(stage) <= job["stage"]]
+    return steps[str(max(before))] if before else None
+
+
+def command_text(job):
+    """Return a job's command as a person wrote it, the item filled in."""
+    command, item = job["jobcmd"], None
+    step = step_of(job)
+    if step is not None:
+        command, item = step, command.get("item")
+    if type(command) is str and item is not None:
+        item = shlex.quote(str(item))
+        return command.replace('"${JOBMAN_ITEM}"', item).replace(
+            "${JOBMAN_ITEM}", item)
+    if command is None or type(command) is str:
+        return command
+    if type(command) is list and {type(word) for word in command} == {str}:
+        return " ".join(map(shlex.quote, command))
+    return to_json(command)
+
+
+def last_attempt(job):
+    """Return what is known of the last attempt at a job, {} if nothing."""
+    return job["attempts"][-1] if job["attempts"] else {}
+
+
+def last_words(attempt):
+    """Return the last line that an attempt wrote to stderr, else its error.
+    """
+    return last_line(attempt.get("stderr")) or last_line(attempt.get("error"))
+
+
+def reason(job):
+    """Return why a job's last attempt ended: `exit 1: no such file`."""
+    attempt = last_attempt(job)
+    if not attempt:
+        return "no attempt of it is known"
+    code, error = attempt["exit_code"], last_line(attempt["error"])
+    if code is not None and error in (None, "exit status %d" % code):
+        error = "exit %d" % code
+    words = [error or attempt["outcome"], last_line(attempt["stderr"])]
+    return ": ".join(shorten(word, 200) for word in words[
+        : 1 if words[0] == words[1] else 2] if word)
+
+
+def why_waiting(job, figures, heard):
+    """Return why a job that could be claimed isn't.
+
+    `figures` and `heard` are what /status and /workers say.
+    """
+    now, stage, label = heard["time"], job["stage"], label_of(job)
+    if any(s["paused"] for s in figures["stages"] if s["stage"] == stage):
+        return "stage %s is paused" % label
+    serving = [w for w in heard["workers"] if stage in (w["stages"] or ())]
+    if not serving:
+        return "no worker serves stage %s" % label
+    able = [worker for worker in serving if fault(worker, now) is None]
+    if not able:
+        return "no worker of stage %s takes jobs: %s%s" % (
+            label, ", ".join("%s is %s" % (worker["name"], note(worker, now))
+                             for worker in serving[:3]),
+            ", ..." * (len(serving) > 3))
+    slots, jobs = slots_and_jobs(able)
+    return "%s with %s serve%s stage %s, and work%s on %s%s" % (
+        number_of(len(able), "worker"), number_of(slots, "slot"),
+        "s" * (len(able) == 1), label, "s" * (len(able) == 1),
+        number_of(jobs, "job"),
+        ": its turn should come soon" * (jobs < slots))
+
+
+def why_delayed(job, now):
+    """Return until when a job is delayed, and what for."""
+    after = "failure %d" % job["failures"]
+    last = last_attempt(job).get("outcome")
+    if last == "deferred":
+        after = "it was deferred"
+    elif last == "rejected" or not job["failures"]:
+        after = "its files were rejected"
+    elif job["max_attempts"]:
+        after += " of %d" % job["max_attempts"]
+    return "delayed until %s after %s: %s" % (
+        moment(job["due"], now), after, reason(job))
+
+
+def why_blocked(job):
+    """Return which jobs a job waits for."""
+    named = [str(jobid) for jobid in job["waits_for"][:2]]
+    more = job["waits"] - len(named)
+    if more > 0:
+        named.append(number_of(more, "other"))
+    rest, last = named[:-1], named[-1:]
+    return "waits for " + " and ".join(filter(None, [", ".join(rest), *last]))
+
+
+def why_working(job, now):
+    """Return which worker has a job, since when and until when."""
+    end = "has no lease"
+    if job["due"] is not None:
+        end = "has a lease until " + moment(job["due"], now)
+    return "%s has worked on it since %s and %s" % (
+        job["worker"] or "somebody", moment(job["since"], now), end)
+
+
+def why(job, now, around):
+    """Return in one sentence why a job isn't running, or which worker has it.
+
+    `job` is as /job shows it; `around()` returns what /status and /workers
+    say.
+    """
+    state = job["state"]
+    if state == "waiting":
+        line = why_waiting(job, *around())
+    elif state == "delayed":
+        line = why_delayed(job, now)
+    elif state == "blocked":
+        line = why_blocked(job)
+    elif state == "working":
+        line = why_working(job, now)
+    elif state == "aborted":
+        line = "aborted, because job %s, which it waits for, failed, was " \
+            "cancelled or aborted" % job["aborted_by"]
+    elif state == "failed":
+        line = "failed: " + reason(job)
+    else:
+        line = "%s since %s" % (state, clock_time(job["since"]))
+    return printable(line)
+
+
 # ------------------------------------------------------------- endpoints ---
 
 
@@ -4086,12 +4291,39 @@ SHOWN = {
 }
 
 
-def job_json(job, **more):
-    """Return, in JSON, a job but its token, and `more`, JSON already."""
-    shown = {name: job[column] for name, column in SHOWN.items()}
-    shown["expired"] = bool(job["expired"])
-    texts = {name: job[name] or "null" for name in JSON_COLUMNS}
-    return splice(shown, dict(texts, **more))
+class Describer:
+    """Describes jobs of a namespace, in JSON, with a command and a reason.
+
+    What it says of waiting jobs depends on all stages and workers: they are
+    looked up for the first one.
+    """
+
+    def __init__(self, store, namespace):
+        self.store, self.namespace = store, namespace
+        self.found = None
+
+    def around(self):
+        """Return what /status and /workers say, as it was at first."""
+        if self.found is None:
+            now, workers = self.store.workers(self.namespace, within=86400)
+            self.found = self.store.status(self.namespace), {
+                "time": now, "workers": workers}
+        return self.found
+
+    def describe(self, job, known_attempts, parents=(), **more):
+        """Return a job but its token, and `more`, JSON already.
+
+        Of the attempts the last one at least must be known; `parents` are
+        ids of jobs that it waits for.
+        """
+        shown = {name: job[column] for name, column in SHOWN.items()}
+        shown["expired"] = bool(job["expired"])
+        known = dict(shown, jobcmd=from_json(job["jobcmd"] or "null"),
+                     attempts=known_attempts, waits_for=parents)
+        shown["command"] = command_text(known)
+        shown["why"] = why(known, self.store.clock(), self.around)
+        texts = {name: job[name] or "null" for name in JSON_COLUMNS}
+        return splice(shown, dict(texts, **more))
 
 
 def get_job(store, request, jobid):
@@ -4100,8 +4332,9 @@ def get_job(store, request, jobid):
     if found is None:
         raise Error(404, "There is no job %d." % jobid)
     job, waits_for, attempts = found
-    return tagged(request, job_json(
-        job, waits_for=to_json(waits_for), attempts=to_json(attempts)))
+    return tagged(request, Describer(store, request.namespace).describe(
+        job, attempts, waits_for, waits_for=to_json(waits_for),
+        attempts=to_json(attempts)))
 
 
 def read_place(text, order):
@@ -4128,8 +4361,8 @@ def get_jobs(store, request):
         limit=from_query(integer(1, 10**25)),
         attempts=from_query(integer(0, ATTEMPTS_SHOWN)),
     )
-    more = given["attempts"] is not None
-    given["attempts"] = given["attempts"] or 0
+    n = given["attempts"]
+    given["attempts"] = max(1, n or 0)  # the last one says why it failed
     given["limit"] = min(given["limit"] or 100, MAX_PAGE)
     given["order"] = given["order"] or "id"
     if given["after"] is not None:
@@ -4138,21 +4371,18 @@ def get_jobs(store, request):
     if type(after) is tuple:
         after = "%r,%d" % after
     text = '{"jobs": [%s], "after": %s}'
-    listed = ", ".join(
-        job_json(job, attempts=to_json(attempts)) if more else job_json(job)
-        for job, attempts in page)
-    return tagged(request, text % (listed, to_json(after)))
+    describe = Describer(store, request.namespace).describe
+    listed = [
+        describe(job, attempts) if n is None
+        else describe(job, attempts, attempts=to_json(attempts[:n]))
+        for job, attempts in page]
+    return tagged(request, text % (", ".join(listed), to_json(after)))
 
 
 def get_workers(store, request):
     """Show the workers that were heard of in the last day."""
     now, heard = store.workers(request.namespace, within=86400)
     return tagged(request, to_json({"workers": heard}), now)
-
-
-def last_line(text):
-    """Return the last line of `text` that isn't empty, None without one."""
-    return ((text or "").strip().splitlines() or [None])[-1]
 
 
 # What differs between two messages of one fault: quoted parts, paths, numbers.
@@ -4349,20 +4579,6 @@ def page_response(page, status=200, headers=()):
     ]
     kind = "text/html; charset=utf-8"
     return Response(status, page.encode(), kind, [*guards, *headers])
-
-
-def span(period):
-    """Return a number of seconds as a person says it: 4:05, 1:00:00."""
-    minutes, rest = divmod(int(period + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return "%d:%02d:%02d" % (hours, minutes, rest)
-    return "%d:%02d" % (minutes, rest)
-
-
-def clock_time(moment):
-    """Return a moment as local date, time and zone."""
-    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(moment))
 
 
 # What a page shows of jobs: a name, the call that returns it, its options.
@@ -5834,11 +6050,6 @@ def screen_size(stream):
     return size if all(size) else (80, 24)
 
 
-def shorten(text, width):
-    """Return `text`, cut to a width, with dots where it was cut."""
-    return text if len(text) <= width else text[: max(0, width - 3)] + "..."
-
-
 def table(columns, rows, widths=None):
     """Yield the lines of a table for standard output, numbers to the right.
 
@@ -5864,11 +6075,6 @@ def table(columns, rows, widths=None):
             text.rjust(width) if to_right else text.ljust(width)
             for text, width, to_right in zip(row, widths, right)).rstrip()
         yield shorten(line, most) if most else line
-
-
-def number_of(n, thing):
-    """Return how many there are of a thing: 1 job, 2 jobs."""
-    return "%d %s%s" % (n, thing, "" if n == 1 else "s")
 
 
 def report(options, value, lines, names=()):
@@ -5987,8 +6193,6 @@ class Progress:
 # --------------------------------------------------------------- looking ---
 
 
-SILENT = 120  # seconds without a heartbeat until a worker counts as silent
-
 # A job of each state in the bar of a stage, in order.
 SIGNS = {
     "done": "#", "working": "=", "waiting": ".", "delayed": "-",
@@ -6001,11 +6205,6 @@ def stage_label(stage):
     """
     label = stage["name"] or str(stage["stage"])
     return label + ", paused" * stage["paused"]
-
-
-def label_of(job):
-    """Return the name of a job's stage, its number if it has none."""
-    return job["stage_name"] or job["stage"]
 
 
 def stage_bar(stage, width=20):
@@ -6028,27 +6227,6 @@ def median_time(stage):
     """Return how long the jobs of a stage of /status take."""
     ran = stage.get("runtime")
     return ran and took(ran["median"])
-
-
-def fault(worker, now):
-    """Return why a worker takes no jobs, a word, or None if it does."""
-    if worker["quarantine"]:
-        return "quarantined"
-    if worker["drain"]:
-        return "drained"
-    return "silent" if now - worker["heard"] > SILENT else None
-
-
-def note(worker, now):
-    """Return what is wrong with a worker, None if nothing is."""
-    words = fault(worker, now), worker["quarantine"]
-    return ": ".join(filter(None, words)) or None
-
-
-def slots_and_jobs(workers):
-    """Return how many slots some workers have, and how many jobs they hold."""
-    return (sum(worker["slots"] or 0 for worker in workers),
-            sum(len(worker["holds"]) for worker in workers))
 
 
 def workers_line(heard):
@@ -6135,72 +6313,20 @@ def pages(client, *, most=math.inf, after=None, **options):
             return
 
 
-def item_of(job):
-    """Return the item that a job's command is for, None without one."""
-    command = job["jobcmd"]
-    return command.get("item") if type(command) is dict else None
-
-
-def command_of(job):
-    """Return a job's command as one would write it in a shell."""
-    command = job["jobcmd"]
-    if command is None or type(command) is str:
-        return command
-    if type(command) is list and {type(word) for word in command} == {str}:
-        return " ".join(map(shlex.quote, command))
-    return to_json(command)
-
-
-def step_of(job):
-    """Return the command of a job's stage, None if its jobcmd has no steps.
-
-    While it is worked on, and when it is done, that of the stage before.
-    """
-    steps = job["jobcmd"].get("steps") if type(job["jobcmd"]) is dict else None
-    if type(steps) is not dict:
-        return None
-    before = [int(stage) for stage in steps
-              if stage.isdecimal() and int(stage) <= job["stage"]]
-    return steps[str(max(before))] if before else None
-
-
-def told_command(job):
-    """Return a job's command as a person wrote it, the item filled in."""
-    step = step_of(job)
-    if step is None:
-        return command_of(job)
-    if type(step) is str and "item" in job["jobcmd"]:
-        item = shlex.quote(str(job["jobcmd"]["item"]))
-        return step.replace('"${JOBMAN_ITEM}"', item).replace(
-            "${JOBMAN_ITEM}", item)
-    return command_of({"jobcmd": step})
-
-
-def last_attempt(job):
-    """Return what is known of the last attempt at a job, {} if nothing."""
-    return job["attempts"][-1] if job["attempts"] else {}
-
-
-def last_words(attempt):
-    """Return the last line that an attempt wrote to stderr, else its error.
-    """
-    return last_line(attempt.get("stderr")) or last_line(attempt.get("error"))
-
-
 # What `jobs` shows of each, and what of those that have failed.
 JOB_TABLE = (
     ("job", "jobid"), ("stage", label_of),
     ("state", lambda job: job["state"] + ", expired" * job["expired"]),
     ("since", lambda job: clock_time(job["since"])[:19]), ("worker", "worker"),
     ("attempt", lambda job: job["attempt"] or None),
-    ("command", told_command),
+    ("command", "command"),
 )
 FAILED_TABLE = (
     ("job", "jobid"), ("stage", label_of),
     ("since", lambda job: clock_time(job["since"])[:19]), ("worker", "worker"),
     ("exit", lambda job: last_attempt(job).get("exit_code")),
     ("said", lambda job: shorten(last_words(last_attempt(job)) or "", 60)),
-    ("command", told_command),
+    ("command", "command"),
 )
 
 
@@ -6266,7 +6392,9 @@ def csv_lines(pages):
         if attempt:
             attempt["seconds"] = round(
                 attempt["ended"] - attempt["started"], 3)
-        job.update(command=told_command(job), item=item_of(job))
+        job["item"] = None
+        if type(job["jobcmd"]) is dict:
+            job["item"] = job["jobcmd"].get("item")
         yield csv_line([job[name] for name in JOB_COLUMNS]
                        + [attempt.get(name) for name in ATTEMPT_COLUMNS])
 
@@ -6289,7 +6417,7 @@ def joblog_line(job):
         "%.3f" % attempt["started"],
         "%10.3f" % max(0, attempt["ended"] - attempt["started"]),
         "0", "0", str(code), str(number),
-        (command_of(job) or "").replace("\n", "\0"),
+        (job["command"] or "").replace("\n", "\0"),
     )) + "\n"
 
 
@@ -6331,26 +6459,6 @@ def print_jobs(options):
             output.write(to_bytes(text))
     output.flush()
     return 0
-
-
-def moment(then, now):
-    """Return a moment near now as a time of day, another with its date."""
-    if abs(then - now) < 43200:
-        return time.strftime("%H:%M:%S", time.localtime(then))
-    return clock_time(then)
-
-
-def reason(job):
-    """Return why a job's last attempt ended: `exit 1: no such file`."""
-    attempt = last_attempt(job)
-    if not attempt:
-        return "no attempt of it is known"
-    code, error = attempt["exit_code"], last_line(attempt["error"])
-    if code is not None and error in (None, "exit status %d" % code):
-        error = "exit %d" % code
-    words = [error or attempt["outcome"], last_line(attempt["stderr"])]
-    return ": ".join(shorten(word, 200) for word in words[
-        : 1 if words[0] == words[1] else 2] if word)
 
 
 def why_nothing_moves(figures, heard):
@@ -6404,87 +6512,6 @@ class Stalled:
                 client.tell(line)
 
 
-def why_waiting(job, figures, heard):
-    """Return why a job that could be claimed isn't."""
-    now, stage, label = heard["time"], job["stage"], label_of(job)
-    if any(s["paused"] for s in figures["stages"] if s["stage"] == stage):
-        return "stage %s is paused" % label
-    serving = [w for w in heard["workers"] if stage in (w["stages"] or ())]
-    if not serving:
-        return "no worker serves stage %s" % label
-    able = [worker for worker in serving if fault(worker, now) is None]
-    if not able:
-        return "no worker of stage %s takes jobs: %s%s" % (
-            label, ", ".join("%s is %s" % (worker["name"], note(worker, now))
-                             for worker in serving[:3]),
-            ", ..." * (len(serving) > 3))
-    slots, jobs = slots_and_jobs(able)
-    return "%s with %s serve%s stage %s, and work%s on %s%s" % (
-        number_of(len(able), "worker"), number_of(slots, "slot"),
-        "s" * (len(able) == 1), label, "s" * (len(able) == 1),
-        number_of(jobs, "job"),
-        ": its turn should come soon" * (jobs < slots))
-
-
-def why_delayed(job, now):
-    """Return until when a job is delayed, and what for."""
-    after = "failure %d" % job["failures"]
-    last = last_attempt(job).get("outcome")
-    if last == "deferred":
-        after = "it was deferred"
-    elif last == "rejected" or not job["failures"]:
-        after = "its files were rejected"
-    elif job["max_attempts"]:
-        after += " of %d" % job["max_attempts"]
-    return "delayed until %s (in %s) after %s: %s" % (
-        moment(job["due"], now), span(max(0, job["due"] - now)), after,
-        reason(job))
-
-
-def why_blocked(job):
-    """Return which jobs a job waits for."""
-    named = [str(jobid) for jobid in job["waits_for"][:2]]
-    more = job["waits"] - len(named)
-    if more > 0:
-        named.append(number_of(more, "other"))
-    rest, last = named[:-1], named[-1:]
-    return "waits for " + " and ".join(filter(None, [", ".join(rest), *last]))
-
-
-def why_working(job, now):
-    """Return which worker has a job, since when and until when."""
-    end = "has no lease"
-    if job["due"] is not None:
-        end = "has a lease until " + moment(job["due"], now)
-    return "%s has worked on it since %s (for %s) and %s" % (
-        job["worker"] or "somebody", moment(job["since"], now),
-        span(max(0, now - job["since"])), end)
-
-
-def why(job, figures, heard):
-    """Return in one sentence why a job isn't running, or which worker has it.
-
-    It is made of what /job, /status and /workers say.
-    """
-    state, now = job["state"], figures["time"]
-    if state == "waiting":
-        line = why_waiting(job, figures, heard)
-    elif state == "delayed":
-        line = why_delayed(job, now)
-    elif state == "blocked":
-        line = why_blocked(job)
-    elif state == "working":
-        line = why_working(job, now)
-    elif state == "aborted":
-        line = "aborted, because job %s, which it waits for, failed, was " \
-            "cancelled or aborted" % job["aborted_by"]
-    elif state == "failed":
-        line = "failed: " + reason(job)
-    else:
-        line = "%s since %s" % (state, clock_time(job["since"]))
-    return printable(line)
-
-
 ATTEMPT_TABLE = (
     ("attempt", "attempt"), ("stage", "stage"),
     ("worker", lambda attempt: attempt["worker"] or attempt["host"]),
@@ -6493,8 +6520,8 @@ ATTEMPT_TABLE = (
     ("outcome", "outcome"), ("exit", "exit_code"), ("said", last_words),
 )
 DETAILS_ELSEWHERE = {  # of a job, shown in words, or not to people
-    "jobid", "stage_name", "attempts", "why", "jobcmd", "expired", "since",
-    "due", "files"}
+    "jobid", "stage_name", "attempts", "why", "command", "jobcmd", "expired",
+    "since", "due", "files"}
 
 
 def details(job, names):
@@ -6503,7 +6530,7 @@ def details(job, names):
     `names` are those of stages.
     """
     rows = [("job", job["jobid"]), ("why", job["why"]),
-            ("command", told_command(job) or ""),
+            ("command", job["command"] or ""),
             ("since", clock_time(job["since"]))]
     if job["expired"]:
         rows.append(("expired", "its stage's lifetime is over"))
@@ -6533,7 +6560,6 @@ def print_job(options):
     """Show all that is known of a job, and why it isn't running."""
     with speaking(options) as client:
         job = client.job(options.jobid)
-        job["why"] = why(job, client.status(), client.workers())
         names = names_of_stages(client)
     report(options, job, details(job, names), [job["jobid"]])
     return 0
@@ -6947,12 +6973,16 @@ def with_item(command):
 
 
 # First words that mean something to a shell: those are run by one.
-SHELL_WORDS = frozenset("""
-    alias bg break builtin case cd command continue coproc declare do done echo
-    elif else enable esac eval exec exit export false fc fg fi for function
-    getopts hash history if in jobs kill let local printf pwd read readonly
-    return select set shift source test then time times trap true type typeset
-    ulimit umask unalias unset until wait while . :""".split())
+SHELL_WORDS = frozenset((
+    "alias", "bg", "break", "builtin", "case", "cd", "command", "continue",
+    "coproc", "declare", "do", "done", "echo", "elif", "else", "enable",
+    "esac", "eval", "exec", "exit", "export", "false", "fc", "fg", "fi",
+    "for", "function", "getopts", "hash", "history", "if", "in", "jobs",
+    "kill", "let", "local", "printf", "pwd", "read", "readonly", "return",
+    "select", "set", "shift", "source", "test", "then", "time", "times",
+    "trap", "true", "type", "typeset", "ulimit", "umask", "unalias", "unset",
+    "until", "wait", "while", ".", ":",
+))
 PLAIN_WORD = re.compile(r"(?:[\w./,:+%@=-]|\{\})+", re.A)
 
 
@@ -6997,7 +7027,7 @@ def print_commands(jobs):
         if type(jobcmd) is dict and type(jobcmd.get("steps")) is dict:
             stages = map(int, jobcmd["steps"])
         for stage in stages:
-            command = told_command({"jobcmd": jobcmd, "stage": stage})
+            command = command_text({"jobcmd": jobcmd, "stage": stage})
             print(printable(command or "null"))
     return 0
 
