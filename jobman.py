@@ -5717,6 +5717,20 @@ def read_ids(text):
         ) from None
 
 
+def selector_of(client, named):
+    """Return the options that name jobs to the server: those of IDS.
+
+    `named` is what read_ids() returns, or None for all. A submission named
+    `last` stays the same one.
+    """
+    if named is None:
+        return {}
+    if type(named) is str:
+        found, = client.submissions(named)
+        return {"submission": found["key"]}
+    return {"ids": ids_text(named)}
+
+
 # What a word looks like on a terminal: numbers of ECMA-48's SGR.
 COLOURS = {
     "working": 36, "done": 32, "failed": 31, "aborted": 31, "expired": 33,
@@ -5897,6 +5911,43 @@ class Progress:
 SILENT = 120  # seconds without a heartbeat, after which a worker is in doubt
 
 
+def fault(worker, now):
+    """Return why a worker takes no jobs, a word, or None if it does."""
+    if worker["quarantine"]:
+        return "quarantined"
+    if worker["drain"]:
+        return "drained"
+    return "silent" if now - worker["heard"] > SILENT else None
+
+
+def why_nothing_moves(figures, heard):
+    """Return why jobs wait that could be claimed, a sentence for each stage.
+
+    Of what /status and /workers say. Stages with a worker that can take their
+    jobs are left out.
+    """
+    lines = []
+    for figure in figures["stages"]:
+        stage, waiting = figure["stage"], figure["states"]["waiting"]
+        name = figure["name"] or "stage %d" % stage
+        serving = [worker for worker in heard["workers"]
+                   if stage in (worker["stages"] or ())]
+        faults = sorted({
+            fault(worker, heard["time"]) or "" for worker in serving})
+        if figure["paused"]:
+            why = "it is paused"
+        elif not serving:
+            why = "no worker serves it"
+        elif "" not in faults:
+            why = "its workers are " + " or ".join(faults)
+        else:
+            continue
+        if waiting:
+            lines.append("%s wait%s in %s: %s." % (
+                number_of(waiting, "job"), "s" * (waiting == 1), name, why))
+    return lines
+
+
 def status_lines(figures):
     """Yield the lines of a table of the stages, and how far all is."""
     totals = figures["totals"]
@@ -5918,8 +5969,10 @@ def status_lines(figures):
 def print_status(options):
     """Show how far the jobs are."""
     with speaking(options) as client:
-        figures = client.status()
-    report(options, figures, status_lines(figures))
+        figures = client.status(**selector_of(client, options.ids))
+        heard = client.workers()
+    report(options, figures, itertools.chain(
+        status_lines(figures), why_nothing_moves(figures, heard)))
     return 0
 
 
@@ -6002,6 +6055,7 @@ def print_jobs(options):
     """List jobs, a page at a time."""
     asked = {"stage": options.stage, "state": options.state}
     with speaking(options) as client:
+        asked.update(selector_of(client, options.ids))
         found = pages(client, most=options.limit, order=options.order, **asked)
         if options.output == "json":
             parts = json_array(found)
@@ -6035,15 +6089,6 @@ def reason(job):
     return ": ".join(shorten(word, 200) for word in words if word)
 
 
-def fault(worker, now):
-    """Return why a worker takes no jobs, a word, or None if it does."""
-    if worker["quarantine"]:
-        return "quarantined"
-    if worker["drain"]:
-        return "drained"
-    return "silent" if now - worker["heard"] > SILENT else None
-
-
 def why_none(stage, serving, now):
     """Return why no worker of those serving a stage takes its jobs."""
     faults = Counter(fault(worker, now) for worker in serving)
@@ -6059,57 +6104,6 @@ def why_none(stage, serving, now):
     line = "the only worker of stage %d, %s, is %s" % (
         stage, only["name"], which)
     return line + ": %s" % only["quarantine"] if only["quarantine"] else line
-
-
-def why_nothing_moves(figures, heard):
-    """Return why jobs wait that could be claimed, a sentence for each stage.
-
-    Of what /status and /workers say. Stages with a worker that can take their
-    jobs are left out.
-    """
-    lines = []
-    for figure in figures["stages"]:
-        stage, waiting = figure["stage"], figure["states"]["waiting"]
-        name = figure["name"] or "stage %d" % stage
-        serving = [worker for worker in heard["workers"]
-                   if stage in (worker["stages"] or ())]
-        faults = sorted({
-            fault(worker, heard["time"]) or "" for worker in serving})
-        if figure["paused"]:
-            why = "it is paused"
-        elif not serving:
-            why = "no worker serves it"
-        elif "" not in faults:
-            why = "its workers are " + " or ".join(faults)
-        else:
-            continue
-        if waiting:
-            lines.append("%s wait%s in %s: %s." % (
-                number_of(waiting, "job"), "s" * (waiting == 1), name, why))
-    return lines
-
-
-class Stalled:
-    """Tell once when jobs wait for a while and nothing moves them."""
-
-    def __init__(self, patience=30):
-        self.patience = patience  # seconds
-        self.since, self.reasons, self.told = time.monotonic(), [], []
-
-    def tell(self, client, figures):
-        """Tell what keeps the jobs in `figures`, if that is so for a while.
-
-        Tell it again only when a reason has changed, not a number of jobs.
-        """
-        lines = why_nothing_moves(figures, client.workers())
-        reasons = [line.partition(" in ")[2] for line in lines]
-        if reasons != self.reasons:
-            self.since, self.reasons = time.monotonic(), reasons
-        elif reasons != self.told and (
-                time.monotonic() - self.since >= self.patience):
-            self.told = reasons
-            for line in lines:
-                client.tell(line)
 
 
 def why_waiting(job, figures, heard):
@@ -6461,18 +6455,27 @@ def watch(options):
             raise
 
 
-def selector_of(client, named):
-    """Return the options that name jobs to the server: those of IDS.
+class Stalled:
+    """Tell once when jobs wait for a while and nothing moves them."""
 
-    `named` is what read_ids() returns, or None for all. A submission named
-    `last` stays the same one.
-    """
-    if named is None:
-        return {}
-    if type(named) is str:
-        found, = client.submissions(named)
-        return {"submission": found["key"]}
-    return {"ids": ids_text(named)}
+    def __init__(self, patience=30):
+        self.patience = patience  # seconds
+        self.since, self.reasons, self.told = time.monotonic(), [], []
+
+    def tell(self, client, figures):
+        """Tell what keeps the jobs in `figures`, if that is so for a while.
+
+        Tell it again only when a reason has changed, not a number of jobs.
+        """
+        lines = why_nothing_moves(figures, client.workers())
+        reasons = [line.partition(" in ")[2] for line in lines]
+        if reasons != self.reasons:
+            self.since, self.reasons = time.monotonic(), reasons
+        elif reasons != self.told and (
+                time.monotonic() - self.since >= self.patience):
+            self.told = reasons
+            for line in lines:
+                client.tell(line)
 
 
 def wait_for_end(client, selector, end, progress):
@@ -6899,8 +6902,8 @@ def shell_script(command, number):
 
     It takes the item from a variable, so that nothing in an item is ever
     executed. `{}` becomes one word in any quotes that it stands in; `{#}`
-    becomes `number`. Raises ValueError for `{.}`, `{/}`, `{1}` and the like,
-    unless they stand in single quotes.
+    becomes `number`. Raises ValueError for `{.}`, `{/}`, `{1}` and the like
+    outside of single quotes.
     """
     script, quotes, i = [], [""], 0
     while i < len(command):
@@ -6912,9 +6915,9 @@ def shell_script(command, number):
             script.append(str(number))
         elif match.lastgroup == "foreign" and inside != "'":
             raise ValueError(
-                "%s isn't filled in here, only {} and {#}: let the shell do"
-                " it, as in f={}; echo ${f%%.*}, or put it in single quotes"
-                " as it stands" % piece)
+                "%s isn't supported, only {} and {#} are: let the shell do it,"
+                " as in f={}; echo ${f%%.*}, or quote it as '%s' if you mean"
+                " just that" % (piece, piece))
         else:
             if inside == "'" or (inside == '"' and piece[0] == "#"):
                 piece = piece[0]  # means nothing special in there
@@ -6930,24 +6933,24 @@ def with_item(command):
     return command if named else command + " {}"
 
 
-# First words that mean something to a shell: those are run by one.
-SHELL_WORDS = frozenset("""
+# Commands that start with one of these are run by a shell.
+SHELL_WORDS = """
     alias bg break builtin case cd command continue coproc declare do done echo
     elif else enable esac eval exec exit export false fc fg fi for function
     getopts hash history if in jobs kill let local printf pwd read readonly
     return select set shift source test then time times trap true type typeset
-    ulimit umask unalias unset until wait while . :""".split())
+    ulimit umask unalias unset until wait while . :"""
 PLAIN_WORD = re.compile(r"(?:[\w./,:+%@=-]|\{\})+", re.A)
 
 
 def plain_words(command):
-    """Return the words of a command that needs no shell, None of any other.
+    """Return the words of a command that needs no shell, None for any other.
 
-    A shell would cost as much as a short command takes.
+    Starting a shell takes as long as a short command does.
     """
     words = command.split(" ")
     program = words[0]
-    if program in SHELL_WORDS or "=" in program or "{}" in program \
+    if program in SHELL_WORDS.split() or "=" in program or "{}" in program \
             or not all(map(PLAIN_WORD.fullmatch, words)):
         return None
     return words
@@ -6959,19 +6962,19 @@ def jobs_of(commands, items, common, start=1):
     `common` is what all jobs carry, their first stage with that. Stages of
     commands are two apart. Items are numbered from `start` on.
     """
-    stage = common["jobstage"]
-    steps = [(str(stage + 2 * i), command, plain_words(command),
-              shell_script(command, start))
-             for i, command in enumerate(commands)]
+    stages = itertools.count(common["jobstage"], 2)
+    parsed = [(str(stage), command, plain_words(command),
+               shell_script(command, start))
+              for stage, command in zip(stages, commands)]
     for number, item in enumerate(items, start):
-        filled = {}
-        for each, command, words, step in steps:
+        steps = {}
+        for stage, command, words, step in parsed:
             if words:
                 step = [word.replace("{}", item) for word in words]
             elif "{#}" in command:
                 step = shell_script(command, number)
-            filled[each] = step
-        yield dict(common, jobcmd={"steps": filled, "item": item})
+            steps[stage] = step
+        yield dict(common, jobcmd={"steps": steps, "item": item})
 
 
 def print_commands(jobs):
@@ -8125,7 +8128,7 @@ exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \\
     %(worker)s
 """
 
-# What pbsdsh starts has a bare environment and stands in the home folder.
+# pbsdsh starts programs with a bare environment, in the home folder.
 PBS = """\
 #!/bin/bash
 #PBS -N jobman
@@ -8153,7 +8156,7 @@ def shell_words(text):
 def option_lines(prefix, words):
     """Return a script's lines for a batch system: each option on its own.
 
-    A word that is no option stands beside the option before it.
+    A word that isn't an option goes on the line of the option before it.
     """
     lines = []
     for word in words:
@@ -8755,6 +8758,19 @@ def add_client(command):
     add_output(command)
 
 
+def add_ids(command):
+    """Add the argument that names jobs."""
+    command.add_argument(
+        "ids", nargs="?", type=read_ids, metavar="IDS",
+        help="only these jobs: 1,3,5-8, the name of a submission, or last")
+
+
+def add_status(command):
+    """Describe status."""
+    add_ids(command)
+    add_client(command)
+
+
 def add_some(command, *more):
     """Add the options that name some jobs."""
     command.add_argument(
@@ -8839,19 +8855,19 @@ def check_steps(parser, options):
                 and word.partition("=")[0] in parser._option_string_actions):
             steps[-1].append(word)
         else:
-            parser.error("%s stands after the command: put it before, or write"
-                         " -- before the command if it is a part of that"
-                         % word)
+            parser.error("%s comes after the command: put it before, or write"
+                         " -- before the command if it belongs to it" % word)
     steps = [" ".join(step) for step in steps]
     options.steps = steps[:1] + options.then + steps[1:]
     if len(options.steps) > 1 and not all(map(str.strip, options.steps)):
-        parser.error("--then parts two commands")
+        parser.error("--then needs a command before and after it")
     if options.names and len(options.names) != len(options.steps):
         parser.error("give --names a name for each command, %d in all"
                      % len(options.steps))
     for word in (*words, *(options.items or ())):
         if re.fullmatch(":::+[+]?", word):
-            parser.error("there is one list of items, after one :::")
+            parser.error("a second ::: isn't supported: give one list of"
+                         " items")
     if has_items(options):
         try:
             for step in options.steps:
@@ -9007,6 +9023,7 @@ def add_verify(command):
 
 def add_jobs(command):
     """Describe jobs."""
+    add_ids(command)
     add_some(command, "expired")
     add = command.add_argument
     add("--order", choices=("id", "time"), default="id",
@@ -9030,9 +9047,8 @@ def add_job(command):
 
 def add_wait(command):
     """Describe wait."""
+    add_ids(command)
     add = command.add_argument
-    add("ids", nargs="?", type=read_ids, metavar="IDS",
-        help="only these jobs: 1,3,5-8, the name of a submission, or last")
     add("--exit-code", action="store_true",
         help="exit status 1 if one failed, was aborted or cancelled")
     add("--timeout", type=duration, metavar="TIME",
@@ -9060,10 +9076,9 @@ def check_logs(parser, options):
 def add_logs(command):
     """Describe logs."""
     command.set_defaults(check=check_logs)
-    add = command.add_argument
-    add("ids", nargs="?", type=read_ids, metavar="IDS",
-        help="jobids, as 1,3,5-8, the name of a submission, or last")
+    add_ids(command)
     add_some(command)
+    add = command.add_argument
     add("-f", "--follow", action="store_true",
         help="go on as the jobs print, until they have ended")
     add("--prune", action="store_true",
@@ -9122,7 +9137,8 @@ def check_batch(parser, options):
         parser.error("-- is followed by options, not by %r" % options.more[0])
     for word in options.more:
         if UNQUOTABLE.search(word):
-            parser.error("%r can't stand in a batch system's option" % word)
+            parser.error("%r can't be a batch system's option: it has a quote,"
+                         " a backslash or a control character" % word)
     with using_worker() as worker:
         try:
             options.time = worker.read_span(options.time)
@@ -9167,11 +9183,13 @@ command."""),
   python3 jobman.py submit --after run3 ./summarize.sh
 {} is the item as one shell word, {#} its number, as with run. Options stand
 before the command."""),
-    ("status", print_status, add_client, """show how far the jobs are
+    ("status", print_status, add_status, """show how far the jobs are
   python3 jobman.py status
+  python3 jobman.py status run3
   python3 jobman.py status --output json"""),
     ("jobs", print_jobs, add_jobs, """list jobs
   python3 jobman.py jobs --state failed --stage 2
+  python3 jobman.py jobs last
   python3 jobman.py jobs --order time --limit 20
   python3 jobman.py jobs --state waiting --output quiet"""),
     ("job", print_job, add_job, """show a job and why it isn't running

@@ -12001,9 +12001,16 @@ class SubmitTest(CommandCase):
         self.assertEqual({(0, "waiting"): 2003}, self.states())
 
     def test_a_submission_goes_by_its_name(self):
+        self.ok("/stages", {"0": {"name": "align"}})
         self.does("submit", "--name", "a", "--array", "1-2", "true")
         self.does("submit", "--name", "b", "--after", "a", "true")
         self.assertEqual([1, 2], self.carried(3)["waits_for"])
+        for ids, listed in (("a", "1 2"), ("last", "3"), ("2-3", "2 3")):
+            self.assertEqual(listed.split(), self.does(
+                "jobs", ids, "--output", "quiet").split())
+        self.assertRegex(
+            self.does("status", "a"), r"\n0 %: 0 of 2 jobs done[^\n]*\n"
+            r"2 jobs wait in align: no worker serves it\.\n$")
         self.assertEqual("2 jobs cancelled\n", self.does("cancel", "a"))
         self.assertEqual("0 jobs retried\n", self.does(
             "retry", "a", "--state", "failed"))
@@ -12053,12 +12060,12 @@ class SubmitTest(CommandCase):
 
     def test_what_would_be_wrong_in_a_command_is_refused(self):
         for words, named in (
-            (("ls -la", "--priority", "5"), "--priority stands after"),
-            (("ls", "--then", "ls", "--names=a,b"), "--names=a,b stands"),
+            (("ls -la", "--priority", "5"), "--priority comes after"),
+            (("ls", "--then", "ls", "--names=a,b"), "--names=a,b comes"),
             (("echo {1} {2}", ":::", "a", ":::", "b"), "one list of items"),
             (("echo {}", ":::", "a", ":::+", "b"), "one list of items"),
-            (("gzip {.}", ":::", "a"), "isn't filled in here"),
-            (("ls", "--then"), "--then parts two commands"),
+            (("gzip {.}", ":::", "a"), "{.} isn't supported"),
+            (("ls", "--then"), "--then needs a command"),
             (("--name", "1-5", "ls"), "a name is a letter"),
         ):
             self.does("submit", *words, status=2,
