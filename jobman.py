@@ -6032,6 +6032,20 @@ def read_ids(text):
         ) from None
 
 
+def selector_of(client, named):
+    """Return the options that name jobs to the server: those of IDS.
+
+    `named` is what read_ids() returns, or None for all. A submission named
+    `last` stays the same one.
+    """
+    if named is None:
+        return {}
+    if type(named) is str:
+        found, = client.submissions(named)
+        return {"submission": found["key"]}
+    return {"ids": ids_text(named)}
+
+
 def add_ids(ranges, ids):
     """Add jobids to a list of ranges."""
     for jobid in ids:
@@ -6245,6 +6259,34 @@ def workers_line(heard):
     return line + "."
 
 
+def why_nothing_moves(figures, heard):
+    """Return why jobs wait that could be claimed, a sentence for each stage.
+
+    Of what /status and /workers say. Stages with a worker that can take their
+    jobs are left out.
+    """
+    lines = []
+    for figure in figures["stages"]:
+        stage, waiting = figure["stage"], figure["states"]["waiting"]
+        name = figure["name"] or "stage %d" % stage
+        serving = [worker for worker in heard["workers"]
+                   if stage in (worker["stages"] or ())]
+        faults = sorted({
+            fault(worker, heard["time"]) or "" for worker in serving})
+        if figure["paused"]:
+            why = "it is paused"
+        elif not serving:
+            why = "no worker serves it"
+        elif "" not in faults:
+            why = "its workers are " + " or ".join(faults)
+        else:
+            continue
+        if waiting:
+            lines.append("%s wait%s in %s: %s." % (
+                number_of(waiting, "job"), "s" * (waiting == 1), name, why))
+    return lines
+
+
 def status_lines(figures, heard, *, bars=False):
     """Yield the lines of a table of the stages, and how far all is."""
     totals = dict(figures["totals"], stage="all", name=None, paused=False)
@@ -6260,14 +6302,20 @@ def status_lines(figures, heard, *, bars=False):
     yield from table(columns, [*figures["stages"], totals])
     yield progress_line(figures)
     yield workers_line(heard)
+    reasons = why_nothing_moves(figures, heard)
+    yield from reasons[:3]
+    if len(reasons) > 3:
+        yield "... and so in %s." % number_of(len(reasons) - 3, "more stage")
 
 
 def watch_lines(figures, heard, height):
     """Return the lines of `status`, with bars, cut to a terminal's height."""
     lines = list(status_lines(figures, heard, bars=True))
+    below = len(lines) - 1 - len(figures["stages"])
     more = len(lines) - height
     if more > 0:
-        lines[-more - 4:-3] = ["... and %s" % number_of(more + 1, "more line")]
+        lines[-more - below - 1:-below] = [
+            "... and %s" % number_of(more + 1, "more line")]
     return lines
 
 
@@ -6454,39 +6502,12 @@ def print_jobs(options):
         found = pages(
             client, most=options.limit, order=options.order,
             stage=options.stage, state=options.state,
-            attempts=None if form in (table_of_jobs, id_lines) else 1)
+            attempts=None if form in (table_of_jobs, id_lines) else 1,
+            **selector_of(client, options.ids))
         for text in form(found):
             output.write(to_bytes(text))
     output.flush()
     return 0
-
-
-def why_nothing_moves(figures, heard):
-    """Return why jobs wait that could be claimed, a sentence for each stage.
-
-    Of what /status and /workers say. Stages with a worker that can take their
-    jobs are left out.
-    """
-    lines = []
-    for figure in figures["stages"]:
-        stage, waiting = figure["stage"], figure["states"]["waiting"]
-        name = figure["name"] or "stage %d" % stage
-        serving = [worker for worker in heard["workers"]
-                   if stage in (worker["stages"] or ())]
-        faults = sorted({
-            fault(worker, heard["time"]) or "" for worker in serving})
-        if figure["paused"]:
-            why = "it is paused"
-        elif not serving:
-            why = "no worker serves it"
-        elif "" not in faults:
-            why = "its workers are " + " or ".join(faults)
-        else:
-            continue
-        if waiting:
-            lines.append("%s wait%s in %s: %s." % (
-                number_of(waiting, "job"), "s" * (waiting == 1), name, why))
-    return lines
 
 
 class Stalled:
@@ -6682,20 +6703,6 @@ def verify(options):
     report(options, {"checked": checked, "damaged": damaged}, (),
            [one["jobid"] for one in damaged])
     return 1 if damaged else 0
-
-
-def selector_of(client, named):
-    """Return the options that name jobs to the server: those of IDS.
-
-    `named` is what read_ids() returns, or None for all. A submission named
-    `last` stays the same one.
-    """
-    if named is None:
-        return {}
-    if type(named) is str:
-        found, = client.submissions(named)
-        return {"submission": found["key"]}
-    return {"ids": ids_text(named)}
 
 
 def wait_for_end(client, selector, end, progress):
@@ -6941,8 +6948,8 @@ def shell_script(command, number):
 
     It takes the item from a variable, so that nothing in an item is ever
     executed. `{}` becomes one word in any quotes that it stands in; `{#}`
-    becomes `number`. Raises ValueError for `{.}`, `{/}`, `{1}` and the like,
-    unless they stand in single quotes.
+    becomes `number`. Raises ValueError for `{.}`, `{/}`, `{1}` and the like
+    outside of single quotes.
     """
     script, quotes, i = [], [""], 0
     while i < len(command):
@@ -6954,9 +6961,9 @@ def shell_script(command, number):
             script.append(str(number))
         elif match.lastgroup == "foreign" and inside != "'":
             raise ValueError(
-                "%s isn't filled in here, only {} and {#}: let the shell do"
-                " it, as in f={}; echo ${f%%.*}, or put it in single quotes"
-                " as it stands" % piece)
+                "%s isn't supported, only {} and {#} are: let the shell do it,"
+                " as in f={}; echo ${f%%.*}, or quote it as '%s' if you mean"
+                " just that" % (piece, piece))
         else:
             if inside == "'" or (inside == '"' and piece[0] == "#"):
                 piece = piece[0]  # means nothing special in there
@@ -6987,9 +6994,9 @@ PLAIN_WORD = re.compile(r"(?:[\w./,:+%@=-]|\{\})+", re.A)
 
 
 def plain_words(command):
-    """Return the words of a command that needs no shell, None of any other.
+    """Return the words of a command that needs no shell, None for any other.
 
-    A shell would cost as much as a short command takes.
+    Starting a shell takes as long as a short command does.
     """
     words = command.split(" ")
     program = words[0]
@@ -7005,19 +7012,19 @@ def jobs_of(commands, items, common, start=1):
     `common` is what all jobs carry, their first stage with that. Stages of
     commands are two apart. Items are numbered from `start` on.
     """
-    stage = common["jobstage"]
-    steps = [(str(stage + 2 * i), command, plain_words(command),
-              shell_script(command, start))
-             for i, command in enumerate(commands)]
+    stages = itertools.count(common["jobstage"], 2)
+    parsed = [(str(stage), command, plain_words(command),
+               shell_script(command, start))
+              for stage, command in zip(stages, commands)]
     for number, item in enumerate(items, start):
-        filled = {}
-        for each, command, words, step in steps:
+        steps = {}
+        for stage, command, words, step in parsed:
             if words:
                 step = [word.replace("{}", item) for word in words]
             elif "{#}" in command:
                 step = shell_script(command, number)
-            filled[each] = step
-        yield dict(common, jobcmd={"steps": filled, "item": item})
+            steps[stage] = step
+        yield dict(common, jobcmd={"steps": steps, "item": item})
 
 
 def print_commands(jobs):
@@ -7446,13 +7453,17 @@ def read_naming(text):
 # and for how long to try. The first answer is what --output json prints.
 CALLS = {
     "status": (
-        lambda client, given: (client.status(), client.workers()),
+        lambda client, given: (
+            client.status(**selector_of(client, given.ids)),
+            client.workers()),
         status_lines, LOOKING_PATIENCE),
     "workers": (
         lambda client, given: (client.workers(),),
         worker_lines, LOOKING_PATIENCE),
     "failures": (
-        lambda client, given: (client.failures(), names_of_stages(client)),
+        lambda client, given: (
+            client.failures(**selector_of(client, given.ids)),
+            names_of_stages(client)),
         failure_lines, LOOKING_PATIENCE),
     "stats": (
         lambda client, given: (client.stats(), names_of_stages(client)),
@@ -7909,7 +7920,7 @@ exec srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \\
     %(worker)s
 """
 
-# What pbsdsh starts has a bare environment and stands in the home folder.
+# pbsdsh starts programs with a bare environment, in the home folder.
 PBS = """\
 #!/bin/bash
 #PBS -N jobman
@@ -7937,7 +7948,7 @@ def shell_words(text):
 def option_lines(prefix, words):
     """Return a script's lines for a batch system: each option on its own.
 
-    A word that is no option stands beside the option before it.
+    A word that isn't an option goes on the line of the option before it.
     """
     lines = []
     for word in words:
@@ -8265,8 +8276,11 @@ SELECTION = (
     option("ids", nargs="?", type=read_selection, metavar="IDS",
            help="jobids, as 1,3,5-8, or all"),
     STATE_OPTION, STAGE_OPTION, *CLIENT, YES)
+IDS = option(
+    "ids", nargs="?", type=read_ids, metavar="IDS",
+    help="only these jobs: 1,3,5-8, the name of a submission, or last")
 JOBS = (
-    EXPIRED_TOO, STAGE_OPTION, ACCESS,
+    IDS, EXPIRED_TOO, STAGE_OPTION, ACCESS,
     option("--order", choices=("id", "time"), default="id",
            help="by their ids (default), or longest in their stage first"),
     option("--limit", type=argument(integer(1, MAX_JOBID)), default=math.inf,
@@ -8390,19 +8404,19 @@ def check_steps(parser, options):
                 and word.partition("=")[0] in parser._option_string_actions):
             steps[-1].append(word)
         else:
-            parser.error("%s stands after the command: put it before, or write"
-                         " -- before the command if it is a part of that"
-                         % word)
+            parser.error("%s comes after the command: put it before, or write"
+                         " -- before the command if it belongs to it" % word)
     steps = [" ".join(step) for step in steps]
     options.steps = steps[:1] + options.then + steps[1:]
     if len(options.steps) > 1 and not all(map(str.strip, options.steps)):
-        parser.error("--then parts two commands")
+        parser.error("--then needs a command before and after it")
     if options.names and len(options.names) != len(options.steps):
         parser.error("give --names a name for each command, %d in all"
                      % len(options.steps))
     for word in (*words, *(options.items or ())):
         if re.fullmatch(":::+[+]?", word):
-            parser.error("there is one list of items, after one :::")
+            parser.error("a second ::: isn't supported: give one list of"
+                         " items")
     if has_items(options):
         try:
             for step in options.steps:
@@ -8548,9 +8562,8 @@ def add_jobid(command):
 
 def add_wait(command):
     """Describe wait."""
+    add_options(command, (IDS,))
     add = command.add_argument
-    add("ids", nargs="?", type=read_ids, metavar="IDS",
-        help="only these jobs: 1,3,5-8, the name of a submission, or last")
     add("--exit-code", action="store_true",
         help="exit status 1 if one failed, was aborted or cancelled")
     add("--timeout", type=duration, metavar="TIME",
@@ -8591,7 +8604,8 @@ def check_batch(parser, options):
         parser.error("-- is followed by options, not by %r" % options.more[0])
     for word in options.more:
         if UNQUOTABLE.search(word):
-            parser.error("%r can't stand in a batch system's option" % word)
+            parser.error("%r can't be a batch system's option: it has a quote,"
+                         " a backslash or a control character" % word)
     with using_worker() as worker:
         try:
             options.time = worker.read_span(options.time)
@@ -8636,8 +8650,9 @@ command."""),
   python3 jobman.py submit --after run3 ./summarize.sh
 {} is the item as one shell word, {#} its number, as with run. Options stand
 before the command."""),
-    ("status", make_calls, CLIENT, """show how far the jobs are
+    ("status", make_calls, (IDS, *CLIENT), """show how far the jobs are
   python3 jobman.py status
+  python3 jobman.py status run3
   python3 jobman.py status --output json"""),
     ("jobs", print_jobs, (*JOBS, jobs_output("table")), """list jobs
   python3 jobman.py jobs --state failed --stage align
@@ -8667,7 +8682,7 @@ Exit status 124: the time was over."""),
     ("export", print_jobs, (*JOBS, jobs_output("csv")), """jobs --output csv
   python3 jobman.py export > jobs.csv
   python3 jobman.py export --format joblog > joblog.tsv"""),
-    ("failures", make_calls, CLIENT, """group failed jobs by their reasons
+    ("failures", make_calls, (IDS, *CLIENT), """group failed jobs by reason
   python3 jobman.py failures
 Below each group is the command that retries its jobs."""),
     ("stats", make_calls, CLIENT, """show what time the jobs took
