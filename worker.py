@@ -1564,7 +1564,8 @@ class Attempt:
         self.slot = None  # its number, while it has one
         self.result = None  # the path of its result file
         self.output = None
-        self.readers = []  # descriptors of its command's stdout and stderr
+        self.readers = []  # descriptors of the pipes of its command's
+        self.writers = []  # stdout and stderr
         self.pid = None  # of its command, also its session
         self.status = None  # of its command, as a shell gives it
         self.began = self.seconds = None
@@ -1598,39 +1599,32 @@ class Attempt:
             environment[name.encode("ascii")] = to_bytes(text)
         return environment
 
-    def start(self, argv, given, base):
-        """Start its command; `given` are the bytes of its standard input.
+    def start(self, argv, stdin, base):
+        """Start its command; `stdin` is the descriptor of its input.
 
         Raises OSError, or ValueError for words that no command can have.
+        Both ends of its pipes stay open here, so nothing ends when the
+        command closes them: what it has printed is in the pipe by then.
         """
         argv, cwd = [to_bytes(word) for word in argv], self.job.get("cwd")
-        with contextlib.ExitStack() as stack:
-            if given:
-                stdin = stack.enter_context(tempfile.TemporaryFile())
-                stdin.write(given)
-                stdin.seek(0)
-            else:
-                stdin = stack.enter_context(open(os.devnull, "rb"))
-            files = [stdin.fileno()]
-            for _ in "12":
-                reader, writer = os.pipe()
-                stack.callback(os.close, writer)
-                self.readers.append(reader)
-                os.set_blocking(reader, False)
-                files.append(writer)
-            self.began = time.monotonic()
-            self.pid = start_process(
-                argv, self.environment(base), cwd and to_bytes(cwd), files)
+        for _ in "12":
+            reader, writer = os.pipe()
+            self.readers.append(reader)
+            self.writers.append(writer)
+            os.set_blocking(reader, False)
+        self.began = time.monotonic()
+        self.pid = start_process(
+            argv, self.environment(base), cwd and to_bytes(cwd),
+            (stdin, *self.writers))
 
     def read(self, fd):
-        """Keep what is in a pipe; return how many bytes, None for no more."""
+        """Keep what is in a pipe; return whether there was any."""
         try:
             data = os.read(fd, 65536)
         except BlockingIOError:
-            return None
-        if data:
-            self.output.take(self.readers.index(fd) + 1, data)
-        return len(data)
+            return False
+        self.output.take(self.readers.index(fd) + 1, data)
+        return True
 
     def drain(self):
         """Keep all that its command has written: a pipe holds 1 MiB at most.
@@ -1644,9 +1638,8 @@ class Attempt:
 
     def close(self):
         """Close its pipes and its output."""
-        for fd in self.readers:
+        for fd in self.readers + self.writers:
             os.close(fd)
-        self.readers = []
         if self.output:
             self.output.close()
 
@@ -2087,6 +2080,7 @@ class Worker:
             self.log = OutputLog(os.path.join(logs, self.files))
         self.environment = dict(os.environb)
         self.environment.pop(b"JOBMAN_JOBIX", None)  # the secret
+        self.null = open(os.devnull, "rb")
         self.idle = list(range(options.slots))  # slots without a command
         self.streams = {}  # descriptor: Attempt, of commands' output
         self.ready = collections.deque()  # attempts that wait for a slot
@@ -2249,9 +2243,7 @@ class Worker:
     def read(self, attempt, fd):
         """Keep what a command has printed."""
         try:
-            if attempt.read(fd) == 0:  # it has closed that stream
-                self.poll.unregister(fd)
-                del self.streams[fd]
+            attempt.read(fd)
         except OSError as error:  # the folder of temporary files is full
             attempt.output.close()
             self.cut_off(attempt, "output", signal.SIGTERM, self.GRACE)
@@ -2271,31 +2263,33 @@ class Worker:
     # Claims come
 
     def ask(self):
-        """Ask for jobs: for the idle slots, and a few ahead."""
+        """Ask for jobs: for the idle slots, and some ahead.
+
+        Twice as many as the last time are asked for ahead if these lasted
+        for less than a tenth of a second, half as many if they lasted long.
+        """
         if self.asking or not self.claiming or self.claimer.ending.is_set():
             return
         idle = len(self.idle)
         if idle or len(self.ready) * 2 < self.ahead:
-            self.asking = True
-            self.claimer.want(
-                idle + self.ahead - len(self.ready), wait=bool(idle))
+            lasted = time.monotonic() - self.received
+            if lasted < 0.1:
+                self.ahead = min(self.MOST_AHEAD, self.ahead * 2 + 1)
+            elif lasted > 0.3:
+                self.ahead //= 2
+            n = idle + self.ahead - len(self.ready)
+            if n > 0:
+                self.asking = True
+                self.claimer.want(n, wait=bool(idle))
 
     def receive(self, jobs):
-        """Take what the claimer brings; None: it will bring no more.
-
-        Twice as many jobs are claimed ahead as the last time while they last
-        for less than a tenth of a second, and none when there are no more,
-        or they last too long.
-        """
+        """Take what the claimer brings; None: it will bring no more."""
         self.asking = False
+        self.received = time.monotonic()
         if jobs is None:
             self.claiming = False
-        lasted = time.monotonic() - self.received
-        if not jobs or lasted > self.HELD:
+        if not jobs:
             self.ahead = 0
-        elif lasted < 0.1:
-            self.ahead = min(self.MOST_AHEAD, self.ahead * 2 + 1)
-        self.received += lasted
         for job in jobs or ():
             self.claims.hold(job)
             attempt = self.attempts.get(job["jobid"])
@@ -2411,7 +2405,13 @@ class Worker:
                 LoggedOutput(self.log, attempt.key(), self.options.log_limit)
                 if self.log else PrintedOutput())
             attempt.result = self.new_result()
-            attempt.start(argv, given, self.environment)
+            with contextlib.ExitStack() as stack:
+                stdin = self.null
+                if given:
+                    stdin = stack.enter_context(tempfile.TemporaryFile())
+                    stdin.write(given)
+                    stdin.seek(0)
+                attempt.start(argv, stdin.fileno(), self.environment)
         except (OSError, ValueError) as error:
             return self.not_started(attempt, error)
         for fd in attempt.readers:
@@ -2606,9 +2606,9 @@ class Worker:
         for event in attempt.events:
             with contextlib.suppress(ValueError):
                 self.schedule.cancel(event)
-        for fd in set(attempt.readers) & set(self.streams):
-            self.poll.unregister(fd)
-            del self.streams[fd]
+        for fd in attempt.readers:
+            if self.streams.pop(fd, None):
+                self.poll.unregister(fd)
         if verb == "fail":
             verb = self.judge_failure(attempt, values)
         if verb in ("fail", "update"):
