@@ -59,7 +59,7 @@ STDERR_KEPT = 4096  # bytes of a command's stderr that go to the server
 RESULT_LIMIT = 2**20  # bytes that a command may leave in JOBMAN_RESULT
 TEMPFAIL = 75  # EX_TEMPFAIL of sysexits.h: try again, without counting
 TIMED_OUT = 124  # the exit status of timeout(1)
-QUARANTINED = 3  # exit status of a worker whose node is in doubt
+QUARANTINED = 3  # exit status of a worker on a bad node
 MARGIN = 5  # seconds kept free before the end of an allocation
 
 
@@ -708,7 +708,7 @@ CHANGED = "files are missing or have changed: %s"
 
 
 def to_bytes(text):
-    """Return the bytes that `text` stands for, whatever the locale.
+    """Return `text` as bytes, whatever the locale.
 
     Bytes that aren't UTF-8 travel as lone surrogates (PEP 383).
     """
@@ -978,7 +978,7 @@ def read_outcomes(lines, space):
     found, complete = [], True
     for line in lines:
         outcome = None
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
             outcome = Outcome(**json.loads(line.decode("ascii")))
         if outcome is None or outcome.space != space:
             complete = False  # another worker may know it
@@ -1464,27 +1464,7 @@ def refuse_constant(name):
     raise ValueError("%s is not JSON" % name)
 
 
-def read_result(text):
-    """Return the object in a result file; raise ValueError for a bad one."""
-    try:
-        result = json.loads(
-            text.decode("utf-8", "surrogateescape"),
-            parse_constant=refuse_constant,
-        )
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    keys = {"filename", "jobcmd", "outputs"}
-    if not isinstance(result, dict) or set(result) - keys:
-        raise ValueError("it is no object with filename, jobcmd and outputs")
-    if not isinstance(result.get("filename"), (str, type(None))):
-        raise ValueError("its filename is no string")
-    outputs = result.get("outputs") or []
-    if not isinstance(outputs, list) or {type(o) for o in outputs} - {str}:
-        raise ValueError("its outputs are no list of strings")
-    return result
-
-
-def read_result_file(path, owner):
+def read_result(path, owner):
     """Return what a command left in its result file, and remove that.
 
     Raises ValueError when that is no object with the known keys, or a file
@@ -1506,7 +1486,24 @@ def read_result_file(path, owner):
         raise ValueError(error.strerror) from None
     if len(text) > RESULT_LIMIT:
         raise ValueError("it is over %d bytes" % RESULT_LIMIT)
-    return read_result(text) if text.strip() else {}
+    if not text.strip():
+        return {}
+    try:
+        result = json.loads(
+            text.decode("utf-8", "surrogateescape"),
+            parse_constant=refuse_constant,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    keys = {"filename", "jobcmd", "outputs"}
+    if not isinstance(result, dict) or set(result) - keys:
+        raise ValueError("it is no object with filename, jobcmd and outputs")
+    if not isinstance(result.get("filename"), (str, type(None))):
+        raise ValueError("its filename is no string")
+    outputs = result.get("outputs") or []
+    if not isinstance(outputs, list) or {type(o) for o in outputs} - {str}:
+        raise ValueError("its outputs are no list of strings")
+    return result
 
 
 def start_process(argv, environment, cwd, files):
@@ -1892,7 +1889,7 @@ class Claimer:
             self.wanted.put((0, False))
             self.client.abort()
 
-    def heed_drain(self, drained):
+    def set_drained(self, drained):
         """Claim nothing while the server says so; return if that is new."""
         new = drained != self.drained and not self.ending.is_set()
         if new:
@@ -2150,21 +2147,21 @@ class Worker:
         self.owner = os.stat(self.folder).st_uid  # ids may be mapped
 
     def prepare(self):
-        """Heed the signals, and start the other threads."""
+        """Handle signals, and start the other threads."""
         self.wake, self.waker = os.pipe()
         for fd in (self.wake, self.waker):
             os.set_blocking(fd, False)
         self.poll = select.poll()
         self.poll.register(self.wake, select.POLLIN)
         allow_open_files(self.options.slots)
-        self.heed_signals()
+        self.handle_signals()
         client = Client(self.options.access, patience=0)
         spool = self.options.spool or beside(client.access, "spool")
         self.claims = Claims(
             client, Spool(spool, self.files),
             self.name, self.options.lease, about=self.about,
             lost=lambda *claim: self.call(self.lost, *claim),
-            drained=lambda whether: self.call(self.heed_drain, whether),
+            drained=lambda whether: self.call(self.set_drained, whether),
         )
         self.claimer.thread.start()
         if self.options.until_eof:
@@ -2174,7 +2171,7 @@ class Worker:
             self.schedule.enter(
                 left, 0, self.drain, (signal.SIGTERM, 0, "its time is over"))
 
-    def heed_signals(self):
+    def handle_signals(self):
         """Let signals wake the loop; those in ENDING_SIGNALS drain it."""
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self.waker)
@@ -2547,7 +2544,7 @@ class Worker:
     def collect(self, attempt):
         """Find out what a command that ended well has brought."""
         try:
-            brought = read_result_file(attempt.result, self.owner)
+            brought = read_result(attempt.result, self.owner)
         except ValueError as error:
             self.end(attempt, "fail",
                      error="JOBMAN_RESULT can't be used: %s" % error)
@@ -2723,9 +2720,9 @@ class Worker:
         else:
             attempt.reason = "lost"
 
-    def heed_drain(self, drained):
+    def set_drained(self, drained):
         """Claim nothing while the server says so; what runs may end."""
-        if self.claimer.heed_drain(drained) and drained:
+        if self.claimer.set_drained(drained) and drained:
             self.give_back()
 
     def drain(self, number, status, why):
@@ -2744,9 +2741,9 @@ class Worker:
         running = running_groups()
         for attempt in list(self.running.values()):
             self.cut_off(attempt, "end", number, self.options.grace, running)
-        self.schedule.enter(self.options.grace, 0, self.let_go)
+        self.schedule.enter(self.options.grace, 0, self.release_idle)
 
-    def let_go(self):
+    def release_idle(self):
         """Give back the claims whose files are being read."""
         for attempt in list(self.attempts.values()):
             if attempt.pid not in self.running:
@@ -2759,7 +2756,7 @@ class Worker:
         for attempt in self.running.values():
             attempt.kill_at = 0
             kill_session(attempt.pid)
-        self.let_go()
+        self.release_idle()
 
     def put_in_quarantine(self, reason):
         """Claim no more: this node does harm. What runs may end."""
@@ -2906,7 +2903,7 @@ def claim_jobs(
         Spool(spool or beside(client.access, "spool"),
               file_name(name, client.jobix)),
         name, lease, about=lambda: about,
-        lost=lambda *claim: claims.forget(*claim), drained=claimer.heed_drain,
+        lost=lambda *claim: claims.forget(*claim), drained=claimer.set_drained,
     )
     jobs = each_job(claimer, claims, lag)
     atexit.register(jobs.close)  # at last: later our threads are gone
