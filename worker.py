@@ -1874,6 +1874,7 @@ class Claimer:
         self.looked = None  # when these were fresh
         self.drained = False  # claim nothing for now
         self.idle = False  # whether it ended because it was idle
+        self.told = None  # why it isn't idle
         self.ending = threading.Event()
         self.wanted = queue.Queue()
         self.thread = threading.Thread(target=self.work, daemon=True)
@@ -1935,11 +1936,14 @@ class Claimer:
                 return jobs
             now, busy = time.monotonic(), self.busy()
             if not busy and now >= since + self.options.idle_timeout:
-                if self.drained or not self.more_to_come():
-                    # a job may have come free just before that
+                coming = None if self.drained else self.coming()
+                if coming is None:  # a job may have come free just before
                     jobs = self.ask(stages, n, 0)
                     self.idle = not jobs
                     return jobs or None
+                if coming != self.told and not self.options.quiet:
+                    self.told = coming
+                    say("Nothing to do yet: %s." % coming)
                 busy = True
             if busy:
                 since, least = now, 0.2
@@ -1958,26 +1962,32 @@ class Claimer:
             self.ending.wait(random.uniform(0.1, 1))
         return jobs
 
-    def more_to_come(self):
-        """Return whether jobs may still come to our stages.
+    def coming(self):
+        """Return why jobs may still come to our stages, None if they won't.
 
-        They may when one waits for its time, when one runs in an earlier
-        stage on a worker that doesn't serve the next one, or when its worker
-        is silent, so that the job may come back.
+        One may wait for its time. One may run in an earlier stage, on a worker
+        that doesn't serve the next one. Or its worker is silent, so that the
+        job may come back.
         """
         for row in self.client.status()["stages"]:
             if row["states"]["delayed"] and any(
                     stage >= row["stage"] and (stage - row["stage"]) % 2 == 0
                     for stage in self.stages):
-                return True
+                return "jobs in stage %s are delayed" % (
+                    row["name"] or row["stage"])
         told = self.client.workers()
         silent = told["time"] - 0.4 * self.options.lease  # > a third: see beat
         serving = {
             other["name"]: set(other["stages"] or ())
             for other in told["workers"] if other["heard"] > silent}
         jobs = self.client.jobs(state="working", limit=1000)["jobs"]
-        return any(self.may_come(job, serving.get(job["worker"]))
-                   for job in jobs if job["due"] is not None)
+        for job in jobs:
+            served = serving.get(job["worker"])
+            if job["due"] is not None and self.may_come(job, served):
+                return "job %d runs on %s%s" % (
+                    job["jobid"], printable(str(job["worker"])),
+                    ", which is silent" if served is None else "")
+        return None
 
     def may_come(self, job, served):
         """Return whether a job that runs elsewhere may come to our stages.
@@ -2528,7 +2538,7 @@ class Worker:
             if (time.monotonic() < attempt.kill_at
                     and attempt.pid in running):
                 attempt.events.append(
-                    self.schedule.enter(0.1, 0, self.exited, (attempt,)))
+                    self.schedule.enter(0.2, 0, self.exited, (attempt,)))
                 return
             kill_session(attempt.pid, signal.SIGKILL, running)
         del self.running[attempt.pid]
@@ -2629,6 +2639,7 @@ class Worker:
         try:
             self.printing = True
             attempt.output.print()
+            self.printing = False
             return True
         except Interrupted:
             return False
@@ -2892,8 +2903,8 @@ def claim_jobs(
     command line.
     """
     options = argparse.Namespace(
-        stage=[stage], lease=lease, idle_timeout=idle_timeout, until=None
-    )
+        stage=[stage], lease=lease, idle_timeout=idle_timeout, until=None,
+        quiet=True)
     client, name = Client(access, patience=None), name or own_name()
     claimer = Claimer(options, client, name, busy=lambda: False)
     about = {
