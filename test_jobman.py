@@ -9528,7 +9528,7 @@ class BudgetTest(WorkerCase):
         worker = self.start_with(
             "look = worker.Claimer.coming\n"
             "worker.Claimer.coming = lambda self:"
-            " list(iter(lambda: look(self), None)) * 0 or None")  # not any more
+            " list(iter(lambda: look(self), None)) * 0 or None")
         self.assertEqual((0, "", ""), self.finish(worker))
         self.assertEqual(["done"], self.states())
 

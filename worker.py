@@ -91,6 +91,11 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def number_of(n, thing):
+    """Return how many things there are: 1 job, 2 jobs."""
+    return "%d %s%s" % (n, thing, "" if n == 1 else "s")
+
+
 def say(line):
     """Write a line for a person on standard error."""
     with contextlib.suppress(OSError):
@@ -917,12 +922,9 @@ class LoggedOutput:
         self.key = key
         self.room = limit
         self.cut = 0
-        self.tail = b""
 
     def take(self, stream, data):
         """Keep `data` from stream 1 or 2."""
-        if stream == 2:
-            self.tail = (self.tail + data)[-STDERR_KEPT:]
         kept = data[: self.room]
         self.room -= len(kept)
         self.cut += len(data) - len(kept)
@@ -941,12 +943,9 @@ class PrintedOutput:
 
     def __init__(self):
         self.files = [tempfile.SpooledTemporaryFile(2**20) for _ in "12"]
-        self.tail = b""
 
     def take(self, stream, data):
         """Keep `data` from stream 1 or 2; raise OSError on a full disk."""
-        if stream == 2:
-            self.tail = (self.tail + data)[-STDERR_KEPT:]
         if self.files:
             self.files[stream - 1].write(data)
 
@@ -1123,18 +1122,14 @@ def deliver_updates(client, updates):
 def deliver(client, outcomes):
     """Deliver the first of a list of outcomes; updates many at a time.
 
-    Takes them from the list. Returns them, and how many the server took.
-    Raises an exception when nothing was judged: the server is away.
+    Returns how many, and how many of them the server took. Raises an
+    exception when nothing was judged: the server is away.
     """
-    batch = list(itertools.takewhile(
+    updates = list(itertools.takewhile(
         lambda outcome: outcome.verb == "update", outcomes[:100]))
-    if batch:
-        taken = deliver_updates(client, batch)
-    else:
-        batch = outcomes[:1]
-        taken = deliver_one(client, batch[0])
-    del outcomes[: len(batch)]
-    return batch, taken
+    if updates:
+        return len(updates), deliver_updates(client, updates)
+    return 1, deliver_one(client, outcomes[0])
 
 
 class Claims:
@@ -1157,14 +1152,13 @@ class Claims:
         self.about = about
         self.lost = lost
         self.drained = drained
-        self.news = threading.Condition()  # guards the next five
+        self.news = threading.Condition()  # guards the next six
         self.held = {}  # jobid: newest token, until its outcome is delivered
         self.fresh = []  # outcomes that have just come
-        self.unsafe = 0  # outcomes that are neither delivered nor on disk
+        self.waiting = []  # outcomes in order; only the thread changes it
+        self.spooled = 0  # how many of these are on disk
         self.closing = None  # when to give up, in monotonic seconds
         self.next_beat = 0  # when, in monotonic seconds
-        self.waiting = []  # outcomes in order; only the thread uses this
-        self.spooled = 0  # how many of these are on disk
         self.away = False  # the server
         self.next_try = 0  # when to try again a server that is away
         self.pauses = backoff()
@@ -1193,13 +1187,17 @@ class Claims:
         outcome = Outcome(space, job["jobid"], job["claim"], verb, values)
         with self.news:
             self.fresh.append(outcome)
-            self.unsafe += 1
             self.news.notify_all()
+
+    def unsafe(self):
+        """Return how many outcomes are neither delivered nor on disk."""
+        with self.news:
+            return len(self.fresh) + len(self.waiting) - self.spooled
 
     def wait(self):
         """Return when all outcomes are delivered, or at least on disk."""
         with self.news:
-            self.news.wait_for(lambda: not self.unsafe)
+            self.news.wait_for(lambda: not self.unsafe())
 
     def beat_soon(self):
         """Send a heartbeat at once: the worker has news."""
@@ -1217,9 +1215,9 @@ class Claims:
         if self.thread.is_alive():  # the server doesn't answer
             self.client.abort(socket.SHUT_RDWR)
             self.thread.join()
-        if self.unsafe:
-            say("%d results are lost: the server is away and %s can't be"
-                " written." % (self.unsafe, self.spool.path))
+        if self.unsafe():
+            say("%s lost: the server is away and %s can't be written." % (
+                number_of(self.unsafe(), "result"), self.spool.path))
         if not self.away:
             with contextlib.suppress(Trouble):
                 self.beat(**about)
@@ -1266,8 +1264,9 @@ class Claims:
     def adopt(self):
         """Take over the spool of workers that have ended."""
         found = self.spool.adopt(namespace(self.client.jobix))
-        self.waiting[:0] = found
-        self.spooled += len(found)
+        with self.news:
+            self.waiting[:0] = found
+            self.spooled += len(found)
 
     def try_server(self):
         """Beat and deliver; say when the server goes and when it is back."""
@@ -1275,7 +1274,7 @@ class Claims:
             if self.away or time.monotonic() >= self.next_beat:
                 self.beat()
             while self.waiting and time.monotonic() < self.next_beat:
-                self.delivered(deliver(self.client, self.waiting)[0])
+                self.drop(deliver(self.client, self.waiting)[0])
         except Exception as error:  # also another program's answer
             if not self.away:
                 say("%s It is waited for." % (str(error) or repr(error)))
@@ -1289,30 +1288,26 @@ class Claims:
             self.away, self.next_try, self.pauses = False, 0, backoff()
             self.adopt()
 
-    def delivered(self, batch):
-        """Forget the claims of outcomes that have been delivered."""
-        for each in batch:
-            self.forget(each.jobid, each.claim)
-        self.safe(max(0, len(batch) - self.spooled))
-        self.spooled = max(0, self.spooled - len(batch))
+    def drop(self, n):
+        """Drop the first `n` outcomes, which have been delivered."""
+        with self.news:
+            for outcome in self.waiting[:n]:
+                self.forget(outcome.jobid, outcome.claim)
+            del self.waiting[:n]
+            self.spooled = max(0, self.spooled - n)
+            self.news.notify_all()
 
     def keep(self):
         """Write to disk the waiting outcomes that aren't there yet."""
-        fresh = self.waiting[self.spooled :]
         try:
-            self.spool.add(fresh)
+            self.spool.add(self.waiting[self.spooled :])
         except OSError as error:
             return say("%s can't be written: %s" % (
                 self.spool.path, error.strerror or error))
         if not self.spooled:
             say("Results wait on disk, in %s." % self.spool.folder)
-        self.spooled = len(self.waiting)
-        self.safe(len(fresh))
-
-    def safe(self, n):
-        """Note that `n` more outcomes are delivered or on disk."""
         with self.news:
-            self.unsafe -= n
+            self.spooled = len(self.waiting)
             self.news.notify_all()
 
     def beat(self, **about):
@@ -1561,6 +1556,7 @@ class Attempt:
         self.slot = None  # its number, while it has one
         self.result = None  # the path of its result file
         self.output = None
+        self.tail = b""  # the end of its stderr
         self.readers = []  # descriptors of the pipes of its command's
         self.writers = []  # stdout and stderr
         self.pid = None  # of its command, also its session
@@ -1620,7 +1616,10 @@ class Attempt:
             data = os.read(fd, 65536)
         except BlockingIOError:
             return False
-        self.output.take(self.readers.index(fd) + 1, data)
+        stream = self.readers.index(fd) + 1
+        if stream == 2:
+            self.tail = (self.tail + data)[-STDERR_KEPT:]
+        self.output.take(stream, data)
         return True
 
     def drain(self):
@@ -2045,11 +2044,6 @@ def file_name(name, jobix):
     return "%s.%s.%s" % (plain, namespace(jobix), secrets.token_hex(4))
 
 
-def number_of(n, thing):
-    """Return how many things there are: 1 job, 2 jobs."""
-    return "%d %s%s" % (n, thing, "" if n == 1 else "s")
-
-
 SECRETS = "jobix", "claim"  # of a job, which its command isn't told
 
 
@@ -2112,7 +2106,7 @@ class Worker:
 
         That may set a job free for us.
         """
-        return bool(self.attempts or self.claims.unsafe)
+        return bool(self.attempts or self.claims.unsafe())
 
     def run(self):
         """Work until there is nothing left to do, or a signal ends it.
@@ -2620,8 +2614,7 @@ class Worker:
             verb = self.judge_failure(attempt, values)
         if verb in ("fail", "update"):
             if attempt.output:
-                values["stderr"] = attempt.output.tail.decode(
-                    "utf-8", "replace")
+                values["stderr"] = attempt.tail.decode("utf-8", "replace")
             if attempt.seconds is not None:
                 values["seconds"] = round(attempt.seconds, 3)
             if self.options.print and attempt.output:
@@ -2948,7 +2941,9 @@ def send_spool(options):
     outcomes = spool.adopt(namespace(client.jobix))
     taken = 0
     while outcomes:
-        taken += deliver(client, outcomes)[1]
+        n, accepted = deliver(client, outcomes)
+        taken += accepted
+        del outcomes[:n]
     spool.clear()
     print(number_of(taken, "result"), "was" if taken == 1 else "were",
           "delivered.")
