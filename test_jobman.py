@@ -11945,7 +11945,7 @@ class SubmitTest(CommandCase):
     def work(self, **options):
         """Let a worker run all; return what was printed, in lines."""
         status, out, err = self.command(
-            WORKER, "--print", "--idle-timeout", "0", **options)
+            WORKER, "--print", "--quiet", "--idle-timeout", "0", **options)
         self.assertEqual((0, ""), (status, err))
         return sorted(out.splitlines())
 
@@ -16223,7 +16223,7 @@ class TlsTest(Certified, TemporaryFolder):
         self.serve("--tls")
         self.client().set({1: {"jobstage": 0, "jobcmd": "echo done"}})
         status, out, err = self.command(
-            WORKER, "--print", "--idle-timeout", "0.05")
+            WORKER, "--print", "--quiet", "--idle-timeout", "0.05")
         self.assertEqual((0, "done\n", ""), (status, out, err))
         self.assertEqual("https", self.access()["url"].split(":")[0])
 
