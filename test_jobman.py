@@ -12682,8 +12682,8 @@ failures      1
 priority      5
 max_attempts  1
 
-attempt  stage  where  started                    took  outcome  exit  said
-      1      0  node7  2020-09-13 12:26:40 +0000  2 s   failed      3  last
+attempt  stage  worker  started                    took  outcome  exit  said
+      1      0  node7   2020-09-13 12:26:40 +0000  2 s   failed      3  last
 
 The end of what the last one said:
   first

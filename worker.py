@@ -959,7 +959,8 @@ class PrintedOutput:
     def close(self):
         """Free its memory, or its disk space; drop what comes later."""
         for file in self.files:
-            file.close()
+            with contextlib.suppress(OSError):  # what it still has to write
+                file.close()
         self.files = []
 
 
