@@ -9296,17 +9296,16 @@ class WorkerTest(WorkerCase):
         wait_for(lambda: self.states() == ["working"], "the first stage")
         same = self.start("--stage", "0", "--lease", "600")
         self.assertEqual(0, self.finish(same)[0])  # its worker is alive
-        second = self.start("--stage", "2", "--lease", "600")
-        beats = wait_for(lambda: [
-            each for each in self.client.workers()["workers"]
-            if each["stages"] == [2]], "the second worker")
-        self.assertTrue(beats)
-        time.sleep(1)  # 20 times its idle timeout
-        self.assertIsNone(second.poll())
+        second = self.spawn(WORKER, "--stage", "2", "--lease", "600",
+                            "--idle-timeout", "0.05", "--name", "b")
+        self.assertIn(b" serves stage 2 of ", second.stderr.readline())
+        self.assertRegex(second.stderr.readline(), br"\Aworker.py: Nothing to"
+                         br" do yet: job 1 runs on [^ ]+-\d+\.\n\Z")
         with open(self.path("go"), "w"):
             pass
-        for process in first, second:
-            self.assertEqual(0, self.finish(process)[0])
+        self.assertEqual(0, self.finish(first)[0])
+        self.assertEqual((0, "", "worker.py: 1 job done, idle for 0.05 s\n"),
+                         self.finish(second))
         self.assertEqual(["done"], self.states())
 
     def test_it_waits_for_jobs_of_a_worker_that_may_have_died(self):
@@ -9757,9 +9756,9 @@ class BudgetTest(WorkerCase):
     def test_a_job_that_comes_free_as_a_worker_would_end_is_done(self):
         self.add('[ "$JOBMAN_ATTEMPT" = 2 ]')
         worker = self.start_with(
-            "look = worker.Claimer.more_to_come\n"
-            "worker.Claimer.more_to_come = lambda self:"
-            " list(iter(lambda: look(self), False)) is None")  # not any more
+            "look = worker.Claimer.coming\n"
+            "worker.Claimer.coming = lambda self:"
+            " list(iter(lambda: look(self), None)) * 0 or None")
         self.assertEqual((0, "", ""), self.finish(worker))
         self.assertEqual(["done"], self.states())
 
@@ -12254,7 +12253,8 @@ class SubmitTest(CommandCase):
     def work(self, *argv, **options):
         """Let a worker run all; return what was printed, in lines."""
         status, out, err = self.command(
-            WORKER, "--print", "--idle-timeout", "0", *argv, **options)
+            WORKER, "--print", "--quiet", "--idle-timeout", "0", *argv,
+            **options)
         self.assertEqual((0, ""), (status, err))
         return sorted(out.splitlines())
 
@@ -16682,7 +16682,7 @@ class TlsTest(Certified, TemporaryFolder):
         self.serve("--tls")
         self.client().set({1: {"jobstage": 0, "jobcmd": "echo done"}})
         status, out, err = self.command(
-            WORKER, "--print", "--idle-timeout", "0.05")
+            WORKER, "--print", "--quiet", "--idle-timeout", "0.05")
         self.assertEqual((0, "done\n", ""), (status, out, err))
         self.assertEqual("https", self.access()["url"].split(":")[0])
 

@@ -59,7 +59,7 @@ STDERR_KEPT = 4096  # bytes of a command's stderr that go to the server
 RESULT_LIMIT = 2**20  # bytes that a command may leave in JOBMAN_RESULT
 TEMPFAIL = 75  # EX_TEMPFAIL of sysexits.h: try again, without counting
 TIMED_OUT = 124  # the exit status of timeout(1)
-QUARANTINED = 3  # exit status of a worker whose node is in doubt
+QUARANTINED = 3  # exit status of a worker on a bad node
 MARGIN = 5  # seconds kept free before the end of an allocation
 
 
@@ -89,6 +89,11 @@ class Impostor(OSError):
 def printable(text):
     """Return `text` with control characters as escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def number_of(n, thing):
+    """Return how many things there are: 1 job, 2 jobs."""
+    return "%d %s%s" % (n, thing, "" if n == 1 else "s")
 
 
 def say(line):
@@ -732,7 +737,7 @@ CHANGED = "files are missing or have changed: %s"
 
 
 def to_bytes(text):
-    """Return the bytes that `text` stands for, whatever the locale.
+    """Return `text` as bytes, whatever the locale.
 
     Bytes that aren't UTF-8 travel as lone surrogates (PEP 383).
     """
@@ -941,12 +946,9 @@ class LoggedOutput:
         self.key = key
         self.room = limit
         self.cut = 0
-        self.tail = b""
 
     def take(self, stream, data):
         """Keep `data` from stream 1 or 2."""
-        if stream == 2:
-            self.tail = (self.tail + data)[-STDERR_KEPT:]
         kept = data[: self.room]
         self.room -= len(kept)
         self.cut += len(data) - len(kept)
@@ -965,12 +967,9 @@ class PrintedOutput:
 
     def __init__(self):
         self.files = [tempfile.SpooledTemporaryFile(2**20) for _ in "12"]
-        self.tail = b""
 
     def take(self, stream, data):
         """Keep `data` from stream 1 or 2; raise OSError on a full disk."""
-        if stream == 2:
-            self.tail = (self.tail + data)[-STDERR_KEPT:]
         if self.files:
             self.files[stream - 1].write(data)
 
@@ -984,7 +983,8 @@ class PrintedOutput:
     def close(self):
         """Free its memory, or its disk space; drop what comes later."""
         for file in self.files:
-            file.close()
+            with contextlib.suppress(OSError):  # what it still has to write
+                file.close()
         self.files = []
 
 
@@ -1002,7 +1002,7 @@ def read_outcomes(lines, space):
     found, complete = [], True
     for line in lines:
         outcome = None
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
             outcome = Outcome(**json.loads(line.decode("ascii")))
         if outcome is None or outcome.space != space:
             complete = False  # another worker may know it
@@ -1147,18 +1147,14 @@ def deliver_updates(client, updates):
 def deliver(client, outcomes):
     """Deliver the first of a list of outcomes; updates many at a time.
 
-    Takes them from the list. Returns them, and how many the server took.
-    Raises an exception when nothing was judged: the server is away.
+    Returns how many, and how many of them the server took. Raises an
+    exception when nothing was judged: the server is away.
     """
-    batch = list(itertools.takewhile(
+    updates = list(itertools.takewhile(
         lambda outcome: outcome.verb == "update", outcomes[:100]))
-    if batch:
-        taken = deliver_updates(client, batch)
-    else:
-        batch = outcomes[:1]
-        taken = deliver_one(client, batch[0])
-    del outcomes[: len(batch)]
-    return batch, taken
+    if updates:
+        return len(updates), deliver_updates(client, updates)
+    return 1, deliver_one(client, outcomes[0])
 
 
 class Claims:
@@ -1181,14 +1177,13 @@ class Claims:
         self.about = about
         self.lost = lost
         self.drained = drained
-        self.news = threading.Condition()  # guards the next five
+        self.news = threading.Condition()  # guards the next six
         self.held = {}  # jobid: newest token, until its outcome is delivered
         self.fresh = []  # outcomes that have just come
-        self.unsafe = 0  # outcomes that are neither delivered nor on disk
+        self.waiting = []  # outcomes in order; only the thread changes it
+        self.spooled = 0  # how many of these are on disk
         self.closing = None  # when to give up, in monotonic seconds
         self.next_beat = 0  # when, in monotonic seconds
-        self.waiting = []  # outcomes in order; only the thread uses this
-        self.spooled = 0  # how many of these are on disk
         self.away = False  # the server
         self.next_try = 0  # when to try again a server that is away
         self.pauses = backoff()
@@ -1217,13 +1212,17 @@ class Claims:
         outcome = Outcome(space, job["jobid"], job["claim"], verb, values)
         with self.news:
             self.fresh.append(outcome)
-            self.unsafe += 1
             self.news.notify_all()
+
+    def unsafe(self):
+        """Return how many outcomes are neither delivered nor on disk."""
+        with self.news:
+            return len(self.fresh) + len(self.waiting) - self.spooled
 
     def wait(self):
         """Return when all outcomes are delivered, or at least on disk."""
         with self.news:
-            self.news.wait_for(lambda: not self.unsafe)
+            self.news.wait_for(lambda: not self.unsafe())
 
     def beat_soon(self):
         """Send a heartbeat at once: the worker has news."""
@@ -1241,9 +1240,9 @@ class Claims:
         if self.thread.is_alive():  # the server doesn't answer
             self.client.abort(socket.SHUT_RDWR)
             self.thread.join()
-        if self.unsafe:
-            say("%d results are lost: the server is away and %s can't be"
-                " written." % (self.unsafe, self.spool.path))
+        if self.unsafe():
+            say("%s lost: the server is away and %s can't be written." % (
+                number_of(self.unsafe(), "result"), self.spool.path))
         if not self.away:
             with contextlib.suppress(Trouble):
                 self.beat(**about)
@@ -1290,8 +1289,9 @@ class Claims:
     def adopt(self):
         """Take over the spool of workers that have ended."""
         found = self.spool.adopt(namespace(self.client.jobix))
-        self.waiting[:0] = found
-        self.spooled += len(found)
+        with self.news:
+            self.waiting[:0] = found
+            self.spooled += len(found)
 
     def try_server(self):
         """Beat and deliver; say when the server goes and when it is back."""
@@ -1299,7 +1299,7 @@ class Claims:
             if self.away or time.monotonic() >= self.next_beat:
                 self.beat()
             while self.waiting and time.monotonic() < self.next_beat:
-                self.delivered(deliver(self.client, self.waiting)[0])
+                self.drop(deliver(self.client, self.waiting)[0])
         except Exception as error:  # also another program's answer
             if not self.away:
                 say("%s It is waited for." % (str(error) or repr(error)))
@@ -1313,30 +1313,26 @@ class Claims:
             self.away, self.next_try, self.pauses = False, 0, backoff()
             self.adopt()
 
-    def delivered(self, batch):
-        """Forget the claims of outcomes that have been delivered."""
-        for each in batch:
-            self.forget(each.jobid, each.claim)
-        self.safe(max(0, len(batch) - self.spooled))
-        self.spooled = max(0, self.spooled - len(batch))
+    def drop(self, n):
+        """Drop the first `n` outcomes, which have been delivered."""
+        with self.news:
+            for outcome in self.waiting[:n]:
+                self.forget(outcome.jobid, outcome.claim)
+            del self.waiting[:n]
+            self.spooled = max(0, self.spooled - n)
+            self.news.notify_all()
 
     def keep(self):
         """Write to disk the waiting outcomes that aren't there yet."""
-        fresh = self.waiting[self.spooled :]
         try:
-            self.spool.add(fresh)
+            self.spool.add(self.waiting[self.spooled :])
         except OSError as error:
             return say("%s can't be written: %s" % (
                 self.spool.path, error.strerror or error))
         if not self.spooled:
             say("Results wait on disk, in %s." % self.spool.folder)
-        self.spooled = len(self.waiting)
-        self.safe(len(fresh))
-
-    def safe(self, n):
-        """Note that `n` more outcomes are delivered or on disk."""
         with self.news:
-            self.unsafe -= n
+            self.spooled = len(self.waiting)
             self.news.notify_all()
 
     def beat(self, **about):
@@ -1488,27 +1484,7 @@ def refuse_constant(name):
     raise ValueError("%s is not JSON" % name)
 
 
-def read_result(text):
-    """Return the object in a result file; raise ValueError for a bad one."""
-    try:
-        result = json.loads(
-            text.decode("utf-8", "surrogateescape"),
-            parse_constant=refuse_constant,
-        )
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    keys = {"filename", "jobcmd", "outputs"}
-    if not isinstance(result, dict) or set(result) - keys:
-        raise ValueError("it is no object with filename, jobcmd and outputs")
-    if not isinstance(result.get("filename"), (str, type(None))):
-        raise ValueError("its filename is no string")
-    outputs = result.get("outputs") or []
-    if not isinstance(outputs, list) or {type(o) for o in outputs} - {str}:
-        raise ValueError("its outputs are no list of strings")
-    return result
-
-
-def read_result_file(path, owner):
+def read_result(path, owner):
     """Return what a command left in its result file, and remove that.
 
     Raises ValueError when that is no object with the known keys, or a file
@@ -1530,7 +1506,24 @@ def read_result_file(path, owner):
         raise ValueError(error.strerror) from None
     if len(text) > RESULT_LIMIT:
         raise ValueError("it is over %d bytes" % RESULT_LIMIT)
-    return read_result(text) if text.strip() else {}
+    if not text.strip():
+        return {}
+    try:
+        result = json.loads(
+            text.decode("utf-8", "surrogateescape"),
+            parse_constant=refuse_constant,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    keys = {"filename", "jobcmd", "outputs"}
+    if not isinstance(result, dict) or set(result) - keys:
+        raise ValueError("it is no object with filename, jobcmd and outputs")
+    if not isinstance(result.get("filename"), (str, type(None))):
+        raise ValueError("its filename is no string")
+    outputs = result.get("outputs") or []
+    if not isinstance(outputs, list) or {type(o) for o in outputs} - {str}:
+        raise ValueError("its outputs are no list of strings")
+    return result
 
 
 def start_process(argv, environment, cwd, files):
@@ -1588,7 +1581,9 @@ class Attempt:
         self.slot = None  # its number, while it has one
         self.result = None  # the path of its result file
         self.output = None
-        self.readers = []  # descriptors of its command's stdout and stderr
+        self.tail = b""  # the end of its stderr
+        self.readers = []  # descriptors of the pipes of its command's
+        self.writers = []  # stdout and stderr
         self.pid = None  # of its command, also its session
         self.status = None  # of its command, as a shell gives it
         self.began = self.seconds = None
@@ -1622,39 +1617,35 @@ class Attempt:
             environment[name.encode("ascii")] = to_bytes(text)
         return environment
 
-    def start(self, argv, given, base):
-        """Start its command; `given` are the bytes of its standard input.
+    def start(self, argv, stdin, base):
+        """Start its command; `stdin` is the descriptor of its input.
 
         Raises OSError, or ValueError for words that no command can have.
+        Both ends of its pipes stay open here, so nothing ends when the
+        command closes them: what it has printed is in the pipe by then.
         """
         argv, cwd = [to_bytes(word) for word in argv], self.job.get("cwd")
-        with contextlib.ExitStack() as stack:
-            if given:
-                stdin = stack.enter_context(tempfile.TemporaryFile())
-                stdin.write(given)
-                stdin.seek(0)
-            else:
-                stdin = stack.enter_context(open(os.devnull, "rb"))
-            files = [stdin.fileno()]
-            for _ in "12":
-                reader, writer = os.pipe()
-                stack.callback(os.close, writer)
-                self.readers.append(reader)
-                os.set_blocking(reader, False)
-                files.append(writer)
-            self.began = time.monotonic()
-            self.pid = start_process(
-                argv, self.environment(base), cwd and to_bytes(cwd), files)
+        for _ in "12":
+            reader, writer = os.pipe()
+            self.readers.append(reader)
+            self.writers.append(writer)
+            os.set_blocking(reader, False)
+        self.began = time.monotonic()
+        self.pid = start_process(
+            argv, self.environment(base), cwd and to_bytes(cwd),
+            (stdin, *self.writers))
 
     def read(self, fd):
-        """Keep what is in a pipe; return how many bytes, None for no more."""
+        """Keep what is in a pipe; return whether there was any."""
         try:
             data = os.read(fd, 65536)
         except BlockingIOError:
-            return None
-        if data:
-            self.output.take(self.readers.index(fd) + 1, data)
-        return len(data)
+            return False
+        stream = self.readers.index(fd) + 1
+        if stream == 2:
+            self.tail = (self.tail + data)[-STDERR_KEPT:]
+        self.output.take(stream, data)
+        return True
 
     def drain(self):
         """Keep all that its command has written: a pipe holds 1 MiB at most.
@@ -1668,9 +1659,8 @@ class Attempt:
 
     def close(self):
         """Close its pipes and its output."""
-        for fd in self.readers:
+        for fd in self.readers + self.writers:
             os.close(fd)
-        self.readers = []
         if self.output:
             self.output.close()
 
@@ -1908,6 +1898,7 @@ class Claimer:
         self.looked = None  # when these were fresh
         self.drained = False  # claim nothing for now
         self.idle = False  # whether it ended because it was idle
+        self.told = None  # why it isn't idle
         self.ending = threading.Event()
         self.wanted = queue.Queue()
         self.thread = threading.Thread(target=self.work, daemon=True)
@@ -1923,7 +1914,7 @@ class Claimer:
             self.wanted.put((0, False))
             self.client.abort()
 
-    def heed_drain(self, drained):
+    def set_drained(self, drained):
         """Claim nothing while the server says so; return if that is new."""
         new = drained != self.drained and not self.ending.is_set()
         if new:
@@ -1969,11 +1960,14 @@ class Claimer:
                 return jobs
             now, busy = time.monotonic(), self.busy()
             if not busy and now >= since + self.options.idle_timeout:
-                if self.drained or not self.more_to_come():
-                    # a job may have come free just before that
+                coming = None if self.drained else self.coming()
+                if coming is None:  # a job may have come free just before
                     jobs = self.ask(stages, n, 0)
                     self.idle = not jobs
                     return jobs or None
+                if coming != self.told and not self.options.quiet:
+                    self.told = coming
+                    say("Nothing to do yet: %s." % coming)
                 busy = True
             if busy:
                 since, least = now, 0.2
@@ -1992,26 +1986,32 @@ class Claimer:
             self.ending.wait(random.uniform(0.1, 1))
         return jobs
 
-    def more_to_come(self):
-        """Return whether jobs may still come to our stages.
+    def coming(self):
+        """Return why jobs may still come to our stages, None if they won't.
 
-        They may when one waits for its time, when one runs in an earlier
-        stage on a worker that doesn't serve the next one, or when its worker
-        is silent, so that the job may come back.
+        One may wait for its time. One may run in an earlier stage, on a worker
+        that doesn't serve the next one. Or its worker is silent, so that the
+        job may come back.
         """
         for row in self.client.status()["stages"]:
             if row["states"]["delayed"] and any(
                     stage >= row["stage"] and (stage - row["stage"]) % 2 == 0
                     for stage in self.stages):
-                return True
+                return "jobs in stage %s are delayed" % (
+                    row["name"] or row["stage"])
         told = self.client.workers()
         silent = told["time"] - 0.4 * self.options.lease  # > a third: see beat
         serving = {
             other["name"]: set(other["stages"] or ())
             for other in told["workers"] if other["heard"] > silent}
         jobs = self.client.jobs(state="working", limit=1000)["jobs"]
-        return any(self.may_come(job, serving.get(job["worker"]))
-                   for job in jobs if job["due"] is not None)
+        for job in jobs:
+            served = serving.get(job["worker"])
+            if job["due"] is not None and self.may_come(job, served):
+                return "job %d runs on %s%s" % (
+                    job["jobid"], printable(str(job["worker"])),
+                    ", which is silent" if served is None else "")
+        return None
 
     def may_come(self, job, served):
         """Return whether a job that runs elsewhere may come to our stages.
@@ -2069,11 +2069,6 @@ def file_name(name, jobix):
     return "%s.%s.%s" % (plain, namespace(jobix), secrets.token_hex(4))
 
 
-def number_of(n, thing):
-    """Return how many things there are: 1 job, 2 jobs."""
-    return "%d %s%s" % (n, thing, "" if n == 1 else "s")
-
-
 SECRETS = "jobix", "claim"  # of a job, which its command isn't told
 
 
@@ -2111,6 +2106,7 @@ class Worker:
             self.log = OutputLog(os.path.join(logs, self.files))
         self.environment = dict(os.environb)
         self.environment.pop(b"JOBMAN_JOBIX", None)  # the secret
+        self.null = open(os.devnull, "rb")
         self.idle = list(range(options.slots))  # slots without a command
         self.streams = {}  # descriptor: Attempt, of commands' output
         self.ready = collections.deque()  # attempts that wait for a slot
@@ -2135,7 +2131,7 @@ class Worker:
 
         That may set a job free for us.
         """
-        return bool(self.attempts or self.claims.unsafe)
+        return bool(self.attempts or self.claims.unsafe())
 
     def run(self):
         """Work until there is nothing left to do, or a signal ends it.
@@ -2180,21 +2176,21 @@ class Worker:
         self.owner = os.stat(self.folder).st_uid  # ids may be mapped
 
     def prepare(self):
-        """Heed the signals, and start the other threads."""
+        """Handle signals, and start the other threads."""
         self.wake, self.waker = os.pipe()
         for fd in (self.wake, self.waker):
             os.set_blocking(fd, False)
         self.poll = select.poll()
         self.poll.register(self.wake, select.POLLIN)
         allow_open_files(self.options.slots)
-        self.heed_signals()
+        self.handle_signals()
         client = Client(self.options.access, patience=0)
         spool = self.options.spool or beside(client.access, "spool")
         self.claims = Claims(
             client, Spool(spool, self.files),
             self.name, self.options.lease, about=self.about,
             lost=lambda *claim: self.call(self.lost, *claim),
-            drained=lambda whether: self.call(self.heed_drain, whether),
+            drained=lambda whether: self.call(self.set_drained, whether),
         )
         self.claimer.thread.start()
         if self.options.until_eof:
@@ -2204,7 +2200,7 @@ class Worker:
             self.schedule.enter(
                 left, 0, self.drain, (signal.SIGTERM, 0, "its time is over"))
 
-    def heed_signals(self):
+    def handle_signals(self):
         """Let signals wake the loop; those in ENDING_SIGNALS drain it."""
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self.waker)
@@ -2273,9 +2269,7 @@ class Worker:
     def read(self, attempt, fd):
         """Keep what a command has printed."""
         try:
-            if attempt.read(fd) == 0:  # it has closed that stream
-                self.poll.unregister(fd)
-                del self.streams[fd]
+            attempt.read(fd)
         except OSError as error:  # the folder of temporary files is full
             attempt.output.close()
             self.cut_off(attempt, "output", signal.SIGTERM, self.GRACE)
@@ -2295,31 +2289,33 @@ class Worker:
     # Claims come
 
     def ask(self):
-        """Ask for jobs: for the idle slots, and a few ahead."""
+        """Ask for jobs: for the idle slots, and some ahead.
+
+        Twice as many as the last time are asked for ahead if these lasted
+        for less than a tenth of a second, half as many if they lasted long.
+        """
         if self.asking or not self.claiming or self.claimer.ending.is_set():
             return
         idle = len(self.idle)
         if idle or len(self.ready) * 2 < self.ahead:
-            self.asking = True
-            self.claimer.want(
-                idle + self.ahead - len(self.ready), wait=bool(idle))
+            lasted = time.monotonic() - self.received
+            if lasted < 0.1:
+                self.ahead = min(self.MOST_AHEAD, self.ahead * 2 + 1)
+            elif lasted > 0.3:
+                self.ahead //= 2
+            n = idle + self.ahead - len(self.ready)
+            if n > 0:
+                self.asking = True
+                self.claimer.want(n, wait=bool(idle))
 
     def receive(self, jobs):
-        """Take what the claimer brings; None: it will bring no more.
-
-        Twice as many jobs are claimed ahead as the last time while they last
-        for less than a tenth of a second, and none when there are no more,
-        or they last too long.
-        """
+        """Take what the claimer brings; None: it will bring no more."""
         self.asking = False
+        self.received = time.monotonic()
         if jobs is None:
             self.claiming = False
-        lasted = time.monotonic() - self.received
-        if not jobs or lasted > self.HELD:
+        if not jobs:
             self.ahead = 0
-        elif lasted < 0.1:
-            self.ahead = min(self.MOST_AHEAD, self.ahead * 2 + 1)
-        self.received += lasted
         for job in jobs or ():
             self.claims.hold(job)
             attempt = self.attempts.get(job["jobid"])
@@ -2435,7 +2431,13 @@ class Worker:
                 LoggedOutput(self.log, attempt.key(), self.options.log_limit)
                 if self.log else PrintedOutput())
             attempt.result = self.new_result()
-            attempt.start(argv, given, self.environment)
+            with contextlib.ExitStack() as stack:
+                stdin = self.null
+                if given:
+                    stdin = stack.enter_context(tempfile.TemporaryFile())
+                    stdin.write(given)
+                    stdin.seek(0)
+                attempt.start(argv, stdin.fileno(), self.environment)
         except (OSError, ValueError) as error:
             return self.not_started(attempt, error)
         for fd in attempt.readers:
@@ -2555,7 +2557,7 @@ class Worker:
             if (time.monotonic() < attempt.kill_at
                     and attempt.pid in running):
                 attempt.events.append(
-                    self.schedule.enter(0.1, 0, self.exited, (attempt,)))
+                    self.schedule.enter(0.2, 0, self.exited, (attempt,)))
                 return
             kill_session(attempt.pid, signal.SIGKILL, running)
         del self.running[attempt.pid]
@@ -2571,7 +2573,7 @@ class Worker:
     def collect(self, attempt):
         """Find out what a command that ended well has brought."""
         try:
-            brought = read_result_file(attempt.result, self.owner)
+            brought = read_result(attempt.result, self.owner)
         except ValueError as error:
             self.end(attempt, "fail",
                      error="JOBMAN_RESULT can't be used: %s" % error)
@@ -2630,15 +2632,14 @@ class Worker:
         for event in attempt.events:
             with contextlib.suppress(ValueError):
                 self.schedule.cancel(event)
-        for fd in set(attempt.readers) & set(self.streams):
-            self.poll.unregister(fd)
-            del self.streams[fd]
+        for fd in attempt.readers:
+            if self.streams.pop(fd, None):
+                self.poll.unregister(fd)
         if verb == "fail":
             verb = self.judge_failure(attempt, values)
         if verb in ("fail", "update"):
             if attempt.output:
-                values["stderr"] = attempt.output.tail.decode(
-                    "utf-8", "replace")
+                values["stderr"] = attempt.tail.decode("utf-8", "replace")
             if attempt.seconds is not None:
                 values["seconds"] = round(attempt.seconds, 3)
             if self.options.print and attempt.output:
@@ -2656,6 +2657,7 @@ class Worker:
         try:
             self.printing = True
             attempt.output.print()
+            self.printing = False
             return True
         except Interrupted:
             return False
@@ -2747,9 +2749,9 @@ class Worker:
         else:
             attempt.reason = "lost"
 
-    def heed_drain(self, drained):
+    def set_drained(self, drained):
         """Claim nothing while the server says so; what runs may end."""
-        if self.claimer.heed_drain(drained) and drained:
+        if self.claimer.set_drained(drained) and drained:
             self.give_back()
 
     def drain(self, number, status, why):
@@ -2768,9 +2770,9 @@ class Worker:
         running = running_groups()
         for attempt in list(self.running.values()):
             self.cut_off(attempt, "end", number, self.options.grace, running)
-        self.schedule.enter(self.options.grace, 0, self.let_go)
+        self.schedule.enter(self.options.grace, 0, self.release_idle)
 
-    def let_go(self):
+    def release_idle(self):
         """Give back the claims whose files are being read."""
         for attempt in list(self.attempts.values()):
             if attempt.pid not in self.running:
@@ -2783,7 +2785,7 @@ class Worker:
         for attempt in self.running.values():
             attempt.kill_at = 0
             kill_session(attempt.pid)
-        self.let_go()
+        self.release_idle()
 
     def put_in_quarantine(self, reason):
         """Claim no more: this node does harm. What runs may end."""
@@ -2919,8 +2921,8 @@ def claim_jobs(
     command line.
     """
     options = argparse.Namespace(
-        stage=[stage], lease=lease, idle_timeout=idle_timeout, until=None
-    )
+        stage=[stage], lease=lease, idle_timeout=idle_timeout, until=None,
+        quiet=True)
     client, name = Client(access, patience=None), name or own_name()
     claimer = Claimer(options, client, name, busy=lambda: False)
     about = {
@@ -2930,7 +2932,7 @@ def claim_jobs(
         Spool(spool or beside(client.access, "spool"),
               file_name(name, client.jobix)),
         name, lease, about=lambda: about,
-        lost=lambda *claim: claims.forget(*claim), drained=claimer.heed_drain,
+        lost=lambda *claim: claims.forget(*claim), drained=claimer.set_drained,
     )
     jobs = each_job(claimer, claims, lag)
     atexit.register(jobs.close)  # at last: later our threads are gone
@@ -2964,7 +2966,9 @@ def send_spool(options):
     outcomes = spool.adopt(namespace(client.jobix))
     taken = 0
     while outcomes:
-        taken += deliver(client, outcomes)[1]
+        n, accepted = deliver(client, outcomes)
+        taken += accepted
+        del outcomes[:n]
     spool.clear()
     print(number_of(taken, "result"), "was" if taken == 1 else "were",
           "delivered.")
