@@ -12392,7 +12392,8 @@ class LookTest(LookCase):
         self.ok("/pause/0", {})
         self.ok("/cancel", {"ids": [3]})
         self.end(2)
-        *lines, last = self.look("status").splitlines()
+        *lines, last, why = self.look("status").splitlines()
+        self.assertEqual("1 job waits in stage 0: it is paused.", why)
         self.assertEqual([
             "stage  jobs  waiting  done  cancelled  expired  median",
             "0         2        1                1                   paused",
@@ -12800,7 +12801,7 @@ a       node1  0           4     4     9       1  3:21 ago  silent
     def test_wrong_usage_is_exit_status_2(self):
         for line, word in (
             ("jobs --state doing", "STATE|--state"),
-            ("jobs --stage x", "--stage: 'x': it must be an integer from 0"),
+            ("jobs --stage -", "--stage: '-' is no stage; write its number"),
             ("jobs --limit 0", "--limit: '0': it must be"),
             ("jobs --order size", "--order"),
             ("job", "JOBID"), ("job x", "JOBID: .*it must be an integer"),
@@ -12808,7 +12809,7 @@ a       node1  0           4     4     9       1  3:21 ago  silent
             ("job 1 2", "unrecognized"), ("wait 5-3", "1,3,5-8"),
             ("wait --timeout -1", "timeout"), ("wait --timeout x", "seconds"),
             ("export --format xml", "--format"),
-            ("logs x", "JOBID: .*it must"),
+            ("logs 1x", "1,3,5-8"), ("logs", "name jobs"),
             ("status --output xml", "--output"), ("watch 1", "unrecognized"),
         ):
             with self.subTest(line=line):
@@ -12830,6 +12831,7 @@ a       node1  0           4     4     9       1  3:21 ago  silent
                          r" can't be reached[^\n]*\n\Z")
 
     def test_the_examples_of_help_work_as_they_stand(self):
+        self.ok("/submit", {"key": "run3", "jobs": []})
         self.set_jobs(range(1, 18), laststage=0)
         looking = {"status", "jobs", "job", "workers", "wait", "export",
                    "stats"}
