@@ -6007,24 +6007,25 @@ def command_of(job):
     return to_json(command)
 
 
-def step_of(job):
-    """Return the command of a job's stage, None if its jobcmd has no steps.
-
-    While it is worked on, and when it is done, that of the stage before.
-    """
-    steps = job["jobcmd"].get("steps") if type(job["jobcmd"]) is dict else None
+def steps_of(jobcmd):
+    """Return {stage: command} of a jobcmd that has one for each stage."""
+    steps = jobcmd.get("steps") if type(jobcmd) is dict else None
     if type(steps) is not dict:
-        return None
-    before = [int(stage) for stage in steps
-              if stage.isdecimal() and int(stage) <= job["stage"]]
-    return steps[str(max(before))] if before else None
+        return {}
+    return {int(stage): command for stage, command in steps.items()
+            if stage.isdecimal()}
 
 
 def told_command(job):
-    """Return a job's command as a person wrote it, the item filled in."""
-    step = step_of(job)
-    if step is None:
+    """Return a job's command as a person wrote it, the item filled in.
+
+    Of one for each stage that of the stage, or of the last one before.
+    """
+    steps = steps_of(job["jobcmd"])
+    before = [stage for stage in steps if stage <= job["stage"]]
+    if not before:
         return command_of(job)
+    step = steps[max(before)]
     if type(step) is str and "item" in job["jobcmd"]:
         item = shlex.quote(str(job["jobcmd"]["item"]))
         return step.replace('"${JOBMAN_ITEM}"', item).replace(
@@ -6507,7 +6508,7 @@ def wait_for_end(client, selector, end, progress):
         time.sleep(min(pause, end - now))
 
 
-TIMED_OUT = 124  # exit status, as of timeout(1)
+TIME_IS_OVER = 124  # exit status, as of timeout(1)
 
 
 def wait(options):
@@ -6528,7 +6529,7 @@ def wait(options):
             progress.end()
     if states is None:
         say("jobman.py: The time is over, and not all jobs have ended.")
-        return TIMED_OUT
+        return TIME_IS_OVER
     states = {state: states[state] for state in STATES if states[state]}
     ended = sum(states.values())
     line = ", ".join("%d %s" % (n, state) for state, n in states.items())
@@ -6980,10 +6981,8 @@ def jobs_of(commands, items, common, start=1):
 def print_commands(jobs):
     """Print the commands that jobs would run, a line each; return 0."""
     for job in jobs:
-        jobcmd, stages = job.get("jobcmd"), [0]
-        if type(jobcmd) is dict and type(jobcmd.get("steps")) is dict:
-            stages = map(int, jobcmd["steps"])
-        for stage in stages:
+        jobcmd = job.get("jobcmd")
+        for stage in steps_of(jobcmd) or [0]:
             command = told_command({"jobcmd": jobcmd, "stage": stage})
             print(printable(command or "null"))
     return 0
@@ -7499,12 +7498,10 @@ def jobs_from_json(jobs, common):
         if type(job) is not dict:
             return job
         job = dict(common, **job)
-        if type(jobs) is list and job.get("laststage") is None:
-            steps = type(job.get("jobcmd")) is dict and job["jobcmd"].get(
-                "steps")
-            last = [int(stage) for stage in steps or () if stage.isdecimal()]
-            if type(job.get("jobstage")) is int:
-                job["laststage"] = max([job["jobstage"], *last]) + 2
+        first = job.get("jobstage")
+        if type(jobs) is list and job.get("laststage") is None \
+                and type(first) is int:
+            job["laststage"] = 2 + max([first, *steps_of(job.get("jobcmd"))])
         return job
 
     if type(jobs) is list:
@@ -7512,18 +7509,20 @@ def jobs_from_json(jobs, common):
     return {jobid: complete(job) for jobid, job in jobs.items()}
 
 
-def set_jobs(client, jobs):
+def set_from_json(client, jobs):
     """Add jobs under their own ids, those that there aren't yet.
 
-    In one call, as they may wait for each other, unless they are too many.
+    In one call where they wait for each other, unless they are too many.
     Returns ranges of their ids.
     """
     if not all(re.match("[0-9]{1,16}$", jobid) for jobid in jobs):
         raise CommandError("Jobs in a JSON object need numbers for names.")
-    if len(jobs) > MAX_JOBS:
-        client.set(jobs)
-    else:
+    waits = any(type(job) is dict and job.get("after")
+                for job in jobs.values())
+    if waits and len(jobs) <= MAX_JOBS:
         client.call("POST", "/set", jobs)
+    else:
+        client.set(jobs)
     return joined(range(jobid, jobid + 1) for jobid in map(int, jobs))
 
 
@@ -7623,8 +7622,12 @@ def submit_jobs(options):
             jobs = jobs_to_submit(options, stage, laststage)
         if options.names:
             name_stages(client, known, stage or 0, options.names)
+        if options.name and name in (
+                found["key"] for found in client.submissions()):
+            say("jobman.py: There are jobs of the name %s already: only what"
+                " is missing is added." % name)
         if type(jobs) is dict:
-            name, ranges = None, set_jobs(client, jobs)
+            name, ranges = None, set_from_json(client, jobs)
         else:
             ranges = submit_parts(client, name, jobs)
     n, ids = sum(map(len, ranges)), ids_text(ranges)
@@ -9067,7 +9070,7 @@ def add_export(command):
 
 def check_logs(parser, options):
     """End with exit status 2 when no jobs are named."""
-    named = not options.ids is options.stage is options.state is None
+    named = not (options.ids is options.stage is options.state is None)
     if named == options.prune:
         parser.error("name jobs: by ids, as 1,3,5-8, by a submission, --state"
                      " or --stage; --prune goes without")

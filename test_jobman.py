@@ -11928,7 +11928,8 @@ class SubmitTest(CommandCase):
         self.assertEqual({(0, "blocked"): 2500, (0, "waiting"): 1},
                          self.states())
         many = changed("jobman", "jobman.MAX_JOBS = 2")
-        given = json.dumps({i: {"jobstage": 4} for i in range(5000, 5003)})
+        given = json.dumps({i: {"jobstage": 4, "after": [0]}
+                            for i in range(5000, 5003)})
         self.assertEqual((0, "3 jobs: 5000-5002\n", ""), self.command(
             *many, "submit", "--from-json", "-", given=given.encode()))
         for after in (5, ["1"], [9000], [3000], [[]]):
@@ -11990,9 +11991,11 @@ class SubmitTest(CommandCase):
     def test_a_name_is_for_the_same_jobs(self):
         named = "submit", "--name", "run3"
         self.does(*named, "--array", "1-3", "true")
-        self.does("submit", "--key", "run3", "--array", "1-3", "true")
-        self.does(*named, "--array", "1-2", "true", status=1,
-                  err="jobman.py: The name run3 was used for other .*\n")
+        known = "jobman.py: There are jobs of the name run3 already: .*\n"
+        self.does("submit", "--key", "run3", "--array", "1-3", "true",
+                  err=known)
+        self.does(*named, "--array", "1-2", "true", status=1, err=(
+            known + "jobman.py: The name run3 was used for other .*\n"))
         jobs = [{"jobstage": 0}] * 2000 + [{"jobstage": -1}]
         self.does("submit", "--name", "b", "--from-json", "-",
                   given=json.dumps(jobs).encode(), status=1,
@@ -12141,7 +12144,8 @@ class SubmitTest(CommandCase):
             " rest", err)
         self.assertTrue(found, err)
         self.assertEqual("5000 jobs: 1-5000\n", self.does(
-            *submit, "--name", found.group(1), given=b"".join(lines)))
+            *submit, "--name", found.group(1), given=b"".join(lines),
+            err="jobman.py: There are jobs of the name .*\n"))
         self.assertEqual({(0, "waiting"): 5000}, self.states())
 
     def test_memory_is_bounded_and_a_line_shows_how_far_it_is(self):
