@@ -6499,13 +6499,13 @@ def wait_for_end(client, selector, end, progress):
         if progress:
             progress.show(left + ended, states["done"],
                           ended - states["done"], ended - ended_before)
-        stalled.tell(client, figures)
         now = time.monotonic()
         if now >= end:
             return None
         client.patience = None if end == math.inf else end - now
+        stalled.tell(client, figures)
         pause = max(min(2, 1.3 * pause), 10 * (now - began))
-        time.sleep(min(pause, end - now))
+        time.sleep(max(0, min(pause, end - time.monotonic())))
 
 
 TIME_IS_OVER = 124  # exit status, as of timeout(1)
