@@ -7475,17 +7475,16 @@ def in_parts(jobs):
 
 
 def read_json(name):
-    """Return the JSON value in a file, `-`: on standard input."""
+    """Return the JSON object or list in a file, `-`: on standard input."""
     try:
         with open(0 if name == "-" else name, "rb") as file:
-            jobs = from_json(file.read().decode("utf-8-sig"))
+            jobs = DECODER.decode(file.read().decode("utf-8-sig"))
         if type(jobs) not in (dict, list):
-            raise Error(400, "It must be an object or a list.")
+            raise ValueError("it must be an object or a list.")
         return jobs
-    except (OSError, UnicodeDecodeError, Error) as error:
-        raise CommandError(
-            "Can't read jobs in %s: %s" % (name, cause(error))) \
-            from None
+    except (OSError, ValueError, RecursionError, Error) as error:
+        raise CommandError("Can't read jobs in %s: %s" % (
+            name, cause(error))) from None
 
 
 def jobs_from_json(jobs, common):

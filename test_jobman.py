@@ -11916,6 +11916,8 @@ class SubmitTest(CommandCase):
                     b'{"1": {"jobstage": 0}, "1": {"jobstage": 0}}'):
             self.does("submit", "--from-json", "-", given=bad, status=1,
                       err="jobman.py: .*\n")
+        self.does("submit", "--from-json", "-", given=b'[\n{"a" 1}]', status=1,
+                  err="jobman.py: Can't read jobs in -: .*line 2 column 6.*\n")
         self.assertEqual(5, len(self.told()))
 
     def test_json_in_any_order_and_with_a_mark_of_its_encoding(self):
