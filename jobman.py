@@ -8880,9 +8880,6 @@ def check_steps(parser, options):
 
 def check_run(parser, options):
     """End with exit status 2 when a run isn't described well."""
-    check_steps(parser, options)
-    if not "".join(options.steps).strip():
-        parser.error("run needs a command")
     sources = [options.items is not None, options.arg_file, options.array]
     if sum(map(bool, sources)) > 1:
         parser.error("give items after :::, in a file, or by --array, not"
@@ -8891,6 +8888,9 @@ def check_run(parser, options):
         if sys.stdin is None or sys.stdin.isatty():
             parser.error("give items after :::, in a file, or on stdin")
         options.arg_file = "-"
+    check_steps(parser, options)
+    if not "".join(options.steps).strip():
+        parser.error("run needs a command")
 
 
 def stage_names(text):
