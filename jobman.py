@@ -3749,25 +3749,25 @@ def label_of(job):
     return job["stage_name"] or job["stage"]
 
 
-def step_of(job):
-    """Return the command of a job's stage, None if its jobcmd has no steps.
-
-    While it is worked on, and when it is done, that of the stage before.
-    """
-    steps = job["jobcmd"].get("steps") if type(job["jobcmd"]) is dict else None
+def steps_of(jobcmd):
+    """Return {stage: command} of a jobcmd that has one for each stage."""
+    steps = jobcmd.get("steps") if type(jobcmd) is dict else None
     if type(steps) is not dict:
-        return None
-    before = [int(stage) for stage in steps
-              if stage.isdecimal() and int(stage) <= job["stage"]]
-    return steps[str(max(before))] if before else None
+        return {}
+    return {int(stage): command for stage, command in steps.items()
+            if stage.isdecimal()}
 
 
 def command_text(job):
-    """Return a job's command as a person wrote it, the item filled in."""
+    """Return a job's command as a person wrote it, the item filled in.
+
+    Of one for each stage that of the stage, or of the last one before.
+    """
     command, item = job["jobcmd"], None
-    step = step_of(job)
-    if step is not None:
-        command, item = step, command.get("item")
+    steps = steps_of(command)
+    before = [stage for stage in steps if stage <= job["stage"]]
+    if before:
+        command, item = steps[max(before)], command.get("item")
     if type(command) is str and item is not None:
         item = shlex.quote(str(item))
         return command.replace('"${JOBMAN_ITEM}"', item).replace(
@@ -6726,12 +6726,11 @@ def wait_for_end(client, selector, end, progress):
         if progress:
             progress.show(left + ended, states["done"],
                           ended - states["done"], ended - ended_before)
-        stalled.tell(client, figures)
         now = time.monotonic()
         if now >= end:
             return None
         pause = max(min(2, 1.3 * pause), 10 * (now - began))
-        time.sleep(min(pause, end - now))
+        time.sleep(max(0, min(pause, end - time.monotonic())))
 
 
 TIME_IS_OVER = 124  # exit status, as of timeout(1)
@@ -7030,10 +7029,8 @@ def jobs_of(commands, items, common, start=1):
 def print_commands(jobs):
     """Print the commands that jobs would run, a line each; return 0."""
     for job in jobs:
-        jobcmd, stages = job.get("jobcmd"), [0]
-        if type(jobcmd) is dict and type(jobcmd.get("steps")) is dict:
-            stages = map(int, jobcmd["steps"])
-        for stage in stages:
+        jobcmd = job.get("jobcmd")
+        for stage in steps_of(jobcmd) or [0]:
             command = command_text({"jobcmd": jobcmd, "stage": stage})
             print(printable(command or "null"))
     return 0
@@ -7570,17 +7567,16 @@ def in_parts(jobs):
 
 
 def read_json(name):
-    """Return the JSON value in a file, `-`: on standard input."""
+    """Return the JSON object or list in a file, `-`: on standard input."""
     try:
         with open(0 if name == "-" else name, "rb") as file:
-            jobs = from_json(file.read().decode("utf-8-sig"))
+            jobs = DECODER.decode(file.read().decode("utf-8-sig"))
         if type(jobs) not in (dict, list):
-            raise Error(400, "It must be an object or a list.")
+            raise ValueError("it must be an object or a list.")
         return jobs
-    except (OSError, UnicodeDecodeError, Error) as error:
-        raise CommandError(
-            "Can't read jobs in %s: %s" % (name, cause(error))) \
-            from None
+    except (OSError, ValueError, RecursionError, Error) as error:
+        raise CommandError("Can't read jobs in %s: %s" % (
+            name, cause(error))) from None
 
 
 def jobs_from_json(jobs, common):
@@ -7593,12 +7589,10 @@ def jobs_from_json(jobs, common):
         if type(job) is not dict:
             return job
         job = dict(common, **job)
-        if type(jobs) is list and job.get("laststage") is None:
-            steps = type(job.get("jobcmd")) is dict and job["jobcmd"].get(
-                "steps")
-            last = [int(stage) for stage in steps or () if stage.isdecimal()]
-            if type(job.get("jobstage")) is int:
-                job["laststage"] = max([job["jobstage"], *last]) + 2
+        first = job.get("jobstage")
+        if type(jobs) is list and job.get("laststage") is None \
+                and type(first) is int:
+            job["laststage"] = 2 + max([first, *steps_of(job.get("jobcmd"))])
         return job
 
     if type(jobs) is list:
@@ -7606,18 +7600,20 @@ def jobs_from_json(jobs, common):
     return {jobid: complete(job) for jobid, job in jobs.items()}
 
 
-def set_jobs(client, jobs):
+def set_from_json(client, jobs):
     """Add jobs under their own ids, those that there aren't yet.
 
-    In one call, as they may wait for each other, unless they are too many.
+    In one call where they wait for each other, unless they are too many.
     Returns ranges of their ids.
     """
     if not all(re.match("[0-9]{1,16}$", jobid) for jobid in jobs):
         raise CommandError("Jobs in a JSON object need numbers for names.")
-    if len(jobs) > MAX_JOBS:
-        client.set(jobs)
-    else:
+    waits = any(type(job) is dict and job.get("after")
+                for job in jobs.values())
+    if waits and len(jobs) <= MAX_JOBS:
         client.call("POST", "/set", jobs)
+    else:
+        client.set(jobs)
     return joined(range(jobid, jobid + 1) for jobid in map(int, jobs))
 
 
@@ -7717,8 +7713,12 @@ def submit_jobs(options):
             jobs = jobs_to_submit(options, stage, laststage)
         if options.names:
             name_stages(client, known, stage or 0, options.names)
+        if options.name and name in (
+                found["key"] for found in client.submissions()):
+            say("jobman.py: There are jobs of the name %s already: only what"
+                " is missing is added." % name)
         if type(jobs) is dict:
-            name, ranges = None, set_jobs(client, jobs)
+            name, ranges = None, set_from_json(client, jobs)
         else:
             ranges = submit_parts(client, name, jobs)
     n, ids = sum(map(len, ranges)), ids_text(ranges)
@@ -8427,9 +8427,6 @@ def check_steps(parser, options):
 
 def check_run(parser, options):
     """End with exit status 2 when a run isn't described well."""
-    check_steps(parser, options)
-    if not "".join(options.steps).strip():
-        parser.error("run needs a command")
     sources = [options.items is not None, options.arg_file, options.array]
     if sum(map(bool, sources)) > 1:
         parser.error("give items after :::, in a file, or by --array, not"
@@ -8438,6 +8435,9 @@ def check_run(parser, options):
         if sys.stdin is None or sys.stdin.isatty():
             parser.error("give items after :::, in a file, or on stdin")
         options.arg_file = "-"
+    check_steps(parser, options)
+    if not "".join(options.steps).strip():
+        parser.error("run needs a command")
 
 
 def stage_names(text):
@@ -8573,7 +8573,7 @@ def add_wait(command):
 
 def check_logs(parser, options):
     """End with exit status 2 when no jobs are named."""
-    named = not options.ids is options.stage is options.state is None
+    named = not (options.ids is options.stage is options.state is None)
     if named == options.prune:
         parser.error("name jobs: by ids, as 1,3,5-8, by a submission, --state"
                      " or --stage; --prune goes without")
