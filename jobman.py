@@ -6726,6 +6726,7 @@ def wait_for_end(client, selector, end, progress):
         if progress:
             progress.show(left + ended, states["done"],
                           ended - states["done"], ended - ended_before)
+        stalled.tell(client, figures)
         now = time.monotonic()
         if now >= end:
             return None
