@@ -12224,6 +12224,18 @@ class ActingTest(CommandCase):
         self.does("jobs", status=1,
                   err=r"jobman.py: A jobix \(\$JOBMAN_JOBIX\) must be .*\n")
 
+    def test_a_server_that_does_not_answer_is_said(self):
+        for name in ("JOBMAN_URL", "JOBMAN_JOBIX"):
+            del self.environment[name]
+        server, _ = self.serve("--db", "frozen.db")
+        server.send_signal(signal.SIGSTOP)
+        self.addCleanup(server.send_signal, signal.SIGCONT)
+        began = time.monotonic()
+        self.does("status", status=1, err=(
+            "jobman.py: The server at .* doesn't answer. It is waited for.\n"
+            "jobman.py: The server at .* can't be reached.*\n"))
+        self.assertLess(time.monotonic() - began, 14)
+
     def test_a_server_that_is_not_there_is_said(self):
         self.closing.close()
         self.lead_to("http://127.0.0.1:1")
