@@ -11184,14 +11184,6 @@ class VerifyTest(WorkerCase):
         self.assertNotIn("Traceback", err)
         return err
 
-    def on_terminal(self, *argv):
-        """Start verify on a terminal; return (process, what it writes)."""
-        ours, theirs = pty.openpty()
-        self.addCleanup(os.close, ours)
-        process = self.spawn(JOBMAN, "verify", *argv, stderr=theirs)
-        os.close(theirs)
-        return process, ours
-
     def test_intact_files_are_left_alone(self):
         self.make(3)
         err = self.verify()
@@ -11249,21 +11241,23 @@ class VerifyTest(WorkerCase):
     def test_files_may_be_late(self):
         self.make(2)
         os.rename(self.path("1"), self.path("later"))
-        process, terminal = self.on_terminal("--lag", "20")
-        self.assertIn(b"2 jobs checked", os.read(terminal, 1000))
+        process = self.spawn(JOBMAN, "verify", "--lag", "60")
+        self.assertIn(b"job 1: waiting for its files",
+                      process.stderr.readline())
         os.rename(self.path("later"), self.path("1"))
-        self.assertEqual(0, process.wait(PATIENCE))
-        self.assertIn(b"The files of 2 done jobs checked: 0 damaged.",
-                      os.read(terminal, 1000))
+        self.assertEqual(
+            (0, "", "The files of 2 done jobs checked: 0 damaged.\n"),
+            self.finish(process))
 
     def test_job_that_has_moved_meanwhile_is_left(self):
         self.make(2)
         os.unlink(self.path("1"))
-        process, terminal = self.on_terminal("--lag", "1")
-        self.assertIn(b"2 jobs checked", os.read(terminal, 1000))
+        process = self.spawn(JOBMAN, "verify", "--lag", "5")
+        self.assertIn(b"job 1: waiting", process.stderr.readline())
         self.client.retry(ids=[1])
-        self.assertEqual(1, process.wait(PATIENCE))
-        self.assertIn(b"missing or changed", os.read(terminal, 1000))
+        status, _, err = self.finish(process)
+        self.assertEqual(1, status)
+        self.assertRegex(err, "missing or changed: .*/1\n")
         self.assertEqual(("waiting", 0), (
             self.job()["state"], self.job()["rejects"]))
 
@@ -17085,15 +17079,10 @@ class DoctorTest(Certified, CommandCase):
     # The way to the server
 
     def test_the_servers_name_is_known(self):
-        self.assertOk("address", r"^127\.0\.0\.1$", self.examine())
-        self.lead_to("http://localhost:%d" % self.address[1])
-        self.assertOk(
-            "address", "127.0.0.1, by the name of localhost", self.examine())
+        self.assertOk("address", r"^127\.0\.0\.1, port", self.examine())
         self.lead_to("http://no host:80")
-        found = self.examine()
-        self.assertWrong(
-            "address", "no host is no name.*serve .*--url", found)
-        self.assertNotIn("connection", found)
+        self.assertWrong("connection", "can't be reached .*another --url",
+                         self.examine())
         self.lead_to("http://%s:80" % ("x" * 64))
         found = self.examine()
         self.assertWrong(
@@ -17107,7 +17096,7 @@ class DoctorTest(Certified, CommandCase):
                          " --host 0.0.0.0", found)
         self.assertNotIn("connection", found)
         self.name_server(url="http://0.0.0.0:%d" % self.address[1])
-        self.assertOk("address", "^0.0.0.0$", self.examine())
+        self.assertOk("address", "^0.0.0.0, port", self.examine())
 
     def test_somebody_listens_there(self):
         self.assertOk("connection", "takes connections", self.examine())
@@ -17161,8 +17150,7 @@ class DoctorTest(Certified, CommandCase):
     def test_who_speaks_no_tls_is_named(self):
         self.lead_to("https://127.0.0.1:%d" % self.address[1])
         found = self.examine()
-        self.assertWrong("connection", "what listens there doesn't speak TLS"
-                         ".* --plain", found)
+        self.assertWrong("connection", "it doesn't speak TLS", found)
         self.assertNotIn("server", found)
 
     # The server
@@ -17304,7 +17292,7 @@ class DoctorTest(Certified, CommandCase):
         self.assertWrong("holder", said, self.examine("--db", "own.db"))
         process.kill()
         process.wait()
-        said = "process %d on .* no sign of life; serve would" % process.pid
+        said = "process %d on .* has ended; serve would" % process.pid
         self.assertOk("holder", said, self.examine("--db", "own.db"))
 
     def test_of_servers_that_share_any_may_have_the_access_file(self):
@@ -17314,35 +17302,18 @@ class DoctorTest(Certified, CommandCase):
             self.assertOk(
                 "holder", "serves own.db$", self.examine("--db", "own.db"))
 
-    def test_a_server_of_another_host_shows_by_its_beat(self):
-        record = {"host": "far", "pid": 7}
+    def test_a_server_of_another_host_may_be_alive(self):
         self.name_server(host="far", pid=7)
-        ending = threading.Event()
-        self.put("new.db.lock", json.dumps(record))
-        began = time.monotonic()
-        self.assertOk("holder", "process 7 on far had new.db and gives no",
-                      self.examine("--db", "new.db"))
-        self.assertLess(time.monotonic() - began, 12)
-
-        def beat():
-            while not ending.wait(0.3):
-                record["beat"] = record.get("beat", 0) + 1
-                self.put("new.lock", json.dumps(record))
-                os.replace(self.path("new.lock"), self.path("new.db.lock"))
-
-        beating = threading.Thread(target=beat)
-        beating.start()
-        self.addCleanup(beating.join)
-        self.addCleanup(ending.set)
-        self.assertOk("holder", "process 7 on far serves new.db",
-                      self.examine("--db", "new.db"))
+        self.put("new.db.lock", json.dumps({"host": "far", "pid": 7}))
+        self.assertOk(
+            "holder", "process 7 on far serves new.db, if it is still alive",
+            self.examine("--db", "new.db"))
 
     def test_a_lock_file_of_any_content_is_read(self):
         for content in ("", "\0\xff", "[]", '{"pid": "x", "host": 7}'):
             with self.subTest(content=content):
                 self.put("new.db.lock", content)
-                self.examine("--db", "new.db", start=changed(
-                    "jobman", "jobman.ServerLock.BEAT = -0.5"))
+                self.examine("--db", "new.db")
 
 
 class BatchTest(TemporaryFolder):
