@@ -7316,7 +7316,7 @@ def confirm(options, n, things):
 
 
 def read_selection(text):
-    """Return what IDS names: "all", or a list of ranges of jobids."""
+    """Return what IDS names: "all", or what read_ids() returns."""
     if text in STATES:
         raise argparse.ArgumentTypeError(
             "%r is a state: write --state %s" % (text, text))
@@ -7356,7 +7356,8 @@ def selections(options):
 def change_jobs(options):
     """Retry, cancel, release or forget the selected jobs."""
     if options.ids is options.stage is options.state is None:
-        options.error("name jobs: 1,3,5-8, or all, or by --state or --stage")
+        options.error("name jobs: 1,3,5-8, a submission, last or all, or by"
+                      " --state or --stage")
     outcome, states = SWEEPS[options.command]
     changed = 0
     with speaking(options, PATIENCE) as client:
@@ -7828,7 +7829,8 @@ def backup(options):
             draw("")
     size = os.path.getsize(options.file)
     report(options, {"file": options.file, "jobs": jobs, "bytes": size},
-           ["%s: %d jobs, %d bytes" % (printable(options.file), jobs, size)],
+           ["%s: %s, %d bytes" % (
+               printable(options.file), number_of(jobs, "job"), size)],
            [options.file])
     return 0
 
@@ -8247,7 +8249,8 @@ EXPIRED_TOO = option(
     help="only jobs in this state: " + ", ".join((*STATES, "expired")))
 SELECTION = (
     option("ids", nargs="?", type=read_selection, metavar="IDS",
-           help="jobids, as 1,3,5-8, or all"),
+           help="jobids, as 1,3,5-8, the name of a submission, last, or"
+           " all"),
     STATE_OPTION, STAGE_OPTION, *CLIENT, YES)
 IDS = option(
     "ids", nargs="?", type=read_ids, metavar="IDS",
