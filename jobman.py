@@ -6248,7 +6248,7 @@ def workers_line(heard):
     now, workers = heard["time"], heard["workers"]
     faults = Counter(fault(worker, now) for worker in workers)
     able = [worker for worker in workers if fault(worker, now) is None]
-    line = "No worker takes jobs"
+    line = "No worker takes jobs" if workers else "There are no workers"
     if able:
         slots, jobs = slots_and_jobs(able)
         line = "%s with %s, working on %s" % (

@@ -12851,7 +12851,7 @@ class LookTest(LookCase):
         self.ok("/cancel", {"ids": [3]})
         self.end(2)
         *lines, last, workers, why = self.look("status").splitlines()
-        self.assertEqual("No worker takes jobs.", workers)
+        self.assertEqual("There are no workers.", workers)
         self.assertEqual("1 job waits in stage 0: it is paused.", why)
         self.assertEqual([
             "stage      jobs  waiting  done  cancelled  median",
@@ -13266,6 +13266,15 @@ a       node1  0           4     0     9       1  3:21 ago  silent
                           "command"], heads.split())
         self.assertRegex(first, r"^  1  align  .*  w  +3  no space")
         self.assertRegex(last, r"^  4  align  .*  w  +3$")
+
+    def test_status_says_how_the_workers_are(self):
+        self.beat("a", slots=3)
+        self.assertIn("\n1 worker with 3 slots, working on 0 jobs.\n",
+                      self.look("status"))
+        self.ok("/drain/a", {})
+        self.beat("b", quarantine="no disk")
+        self.assertIn("\nNo worker takes jobs, 1 drained, 1 quarantined.\n",
+                      self.look("status"))
 
     def test_stages_go_by_their_names(self):
         self.assertEqual("stage  name   minutes\n    4  align\n",
