@@ -6577,15 +6577,6 @@ def details(job, names):
             yield from ("  " + printable(line) for line in said)
 
 
-def print_job(options):
-    """Show all that is known of a job, and why it isn't running."""
-    with speaking(options) as client:
-        job = client.job(options.jobid)
-        names = names_of_stages(client)
-    report(options, job, details(job, names), [job["jobid"]])
-    return 0
-
-
 def stages_of(worker):
     """Return the names of the stages that a worker serves, or their numbers.
     """
@@ -7444,6 +7435,10 @@ CALLS = {
             client.status(**selector_of(client, given.ids)),
             client.workers()),
         status_lines, LOOKING_PATIENCE),
+    "job": (
+        lambda client, given: (
+            client.job(given.jobid), names_of_stages(client)),
+        details, LOOKING_PATIENCE),
     "workers": (
         lambda client, given: (client.workers(),),
         worker_lines, LOOKING_PATIENCE),
@@ -7472,6 +7467,7 @@ CALLS = {
 }
 # What --output quiet prints of the first answer.
 QUIET = {
+    "job": lambda job: [job["jobid"]],
     "workers": lambda heard: [worker["name"] for worker in heard["workers"]],
     "failures": lambda found: [
         jobid for group in found["groups"] for jobid in group["ids"]],
@@ -8629,7 +8625,8 @@ before the command."""),
   python3 jobman.py jobs --order time --limit 20
   python3 jobman.py jobs --state waiting --output quiet
   python3 jobman.py jobs --output csv > jobs.csv"""),
-    ("job", print_job, (A_JOB, *CLIENT), """show a job and why it isn't running
+    ("job", make_calls, (A_JOB, *CLIENT),
+     """show a job and why it isn't running
   python3 jobman.py job 17
   python3 jobman.py job 17 --output json"""),
     ("workers", make_calls, CLIENT, """show the workers
