@@ -6709,6 +6709,7 @@ def wait_for_end(client, selector, end, progress):
         now = time.monotonic()
         if now >= end:
             return None
+        stalled.tell(client, figures)
         pause = max(min(2, 1.3 * pause), 10 * (now - began))
         time.sleep(max(0, min(pause, end - time.monotonic())))
 
