@@ -12466,7 +12466,8 @@ class SubmitTest(CommandCase):
             self.assertEqual(listed.split(), self.does(
                 "jobs", ids, "--output", "quiet").split())
         self.assertRegex(
-            self.does("status", "a"), r"\n0 %: 0 of 2 jobs done[^\n]*\n"
+            self.does("status", "a"), r"\n0 %: 0 of 2 jobs done\.\n"
+            r"There are no workers\.\n"
             r"2 jobs wait in align: no worker serves it\.\n$")
         self.assertEqual("2 jobs cancelled\n", self.does("cancel", "a"))
         self.assertEqual("0 jobs retried\n", self.does(
