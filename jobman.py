@@ -6328,10 +6328,12 @@ def watch(options):
     live = sys.stdout.isatty()
     lines, news, said = [], None, -math.inf
     with using_worker() as worker, speaking(options, 0) as client:
+        selector = selector_of(client, options.ids)
         while True:
             trouble = None
             try:
-                figures, heard = client.status(), client.workers()
+                figures = client.status(**selector)
+                heard = client.workers()
             except worker.Unreachable as lost:
                 trouble = "Still asking: " + printable(str(lost))
             if live:
@@ -8632,8 +8634,9 @@ before the command."""),
   python3 jobman.py job 17 --output json"""),
     ("workers", make_calls, CLIENT, """show the workers
   python3 jobman.py workers"""),
-    ("watch", watch, (ACCESS,), """show the status live
+    ("watch", watch, (IDS, ACCESS), """show the status live
   python3 jobman.py watch
+  python3 jobman.py watch run3
 Ctrl-C ends it. If its output isn't a terminal, it prints a line when there is
 news, at most every 10 seconds."""),
     ("wait", wait, add_wait, """return when jobs have ended

@@ -13315,7 +13315,7 @@ a       node1  0           4     0     9       1  3:21 ago  silent
             ("wait --timeout -1", "timeout"), ("wait --timeout x", "seconds"),
             ("export --format xml", "--format"),
             ("logs x,", "IDS: .*names no jobs"),
-            ("status --output xml", "--output"), ("watch 1", "unrecognized"),
+            ("status --output xml", "--output"), ("watch 1 2", "unrecognized"),
         ):
             with self.subTest(line=line):
                 self.assertRegex(self.refused(*line.split(), status=2), word)
@@ -13652,6 +13652,13 @@ class WatchTest(LookCase):
         again = self.drawn_until(screen, "\033[J")
         self.assertTrue(again.startswith("\033[H"), again)
         self.assertNotIn("paused", again)
+        self.end_it(process)
+
+    def test_one_submission_is_shown(self):
+        self.set_jobs(range(5))
+        self.ok("/submit", {"key": "run3", "jobs": [{"jobstage": 0}] * 2})
+        process, _, shown = self.screen_of("run3")
+        self.assertIn("0 of 2 jobs done", shown)
         self.end_it(process)
 
     def test_it_keeps_to_the_terminals_size(self):
