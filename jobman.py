@@ -6248,7 +6248,7 @@ def workers_line(heard):
     now, workers = heard["time"], heard["workers"]
     faults = Counter(fault(worker, now) for worker in workers)
     able = [worker for worker in workers if fault(worker, now) is None]
-    line = "No worker takes jobs"
+    line = "No worker takes jobs" if workers else "There are no workers"
     if able:
         slots, jobs = slots_and_jobs(able)
         line = "%s with %s, working on %s" % (
@@ -6328,10 +6328,12 @@ def watch(options):
     live = sys.stdout.isatty()
     lines, news, said = [], None, -math.inf
     with using_worker() as worker, speaking(options, 0) as client:
+        selector = selector_of(client, options.ids)
         while True:
             trouble = None
             try:
-                figures, heard = client.status(), client.workers()
+                figures = client.status(**selector)
+                heard = client.workers()
             except worker.Unreachable as lost:
                 trouble = "Still asking: " + printable(str(lost))
             if live:
@@ -6577,15 +6579,6 @@ def details(job, names):
             yield from ("  " + printable(line) for line in said)
 
 
-def print_job(options):
-    """Show all that is known of a job, and why it isn't running."""
-    with speaking(options) as client:
-        job = client.job(options.jobid)
-        names = names_of_stages(client)
-    report(options, job, details(job, names), [job["jobid"]])
-    return 0
-
-
 def stages_of(worker):
     """Return the names of the stages that a worker serves, or their numbers.
     """
@@ -6666,38 +6659,27 @@ def snapshot(options):
 
 def verify(options):
     """Check the files of all done jobs; send back the damaged ones."""
-    checked, doubtful, damaged = 0, [], []
+    checked, damaged, never = 0, [], threading.Event()
     with using_worker() as worker, speaking(options, PATIENCE) as client:
-
-        def bad_files(job, lag):
-            return [file["path"] for file in worker.await_files(
-                job["files"] or (), lag, threading.Event())]
-
-        for page in pages(client, state="done"):
-            checked += sum(bool(job["files"]) for job in page)
-            doubtful += [job for job in page if bad_files(job, 0)]
-            draw("%s checked" % number_of(checked, "job"))
-        draw("")
-        if doubtful:
-            say("The files of %s look damaged; they are checked again for %s,"
-                " since a shared file system may show them late." % (
-                    number_of(len(doubtful), "job"), took(options.lag)))
-        end = time.monotonic() + options.lag
-        for job in doubtful:
-            names = bad_files(job, max(0, end - time.monotonic()))
-            if not names:
+        for job in itertools.chain.from_iterable(pages(client, state="done")):
+            checked += bool(job["files"])
+            bad = worker.await_files(job["files"] or (), 0, never)
+            late = job["since"] + options.lag - time.time()
+            if bad and late > 0:  # a shared file system may show them late
+                say("job %d: waiting for its files for up to %s" % (
+                    job["jobid"], took(late)))
+                bad = worker.await_files(bad, late, never)
+            if not bad:
                 continue
+            names = [file["path"] for file in bad]
             damaged.append({"jobid": job["jobid"], "files": names})
-            error = "missing or changed: " + printable(", ".join(names))
-            line = "job %d: %s" % (job["jobid"], error)
+            line = "missing or changed: " + printable(", ".join(names))
             if not options.dry_run:
-                try:
+                with contextlib.suppress(worker.Refused):  # it has moved since
                     line += " (now %(state)s in stage %(stage)d)" % \
-                        client.reject_job(job["jobid"], error=error,
+                        client.reject_job(job["jobid"], error=line,
                                           files=job["files"])
-                except worker.Refused as refused:
-                    line += " (%s)" % refused
-            say(line)
+            say("job %d: %s" % (job["jobid"], line))
     say("The files of %s checked: %d damaged." % (
         number_of(checked, "done job"), len(damaged)))
     report(options, {"checked": checked, "damaged": damaged}, (),
@@ -6730,6 +6712,7 @@ def wait_for_end(client, selector, end, progress):
         now = time.monotonic()
         if now >= end:
             return None
+        stalled.tell(client, figures)
         pause = max(min(2, 1.3 * pause), 10 * (now - began))
         time.sleep(max(0, min(pause, end - time.monotonic())))
 
@@ -7328,7 +7311,7 @@ def confirm(options, n, things):
 
 
 def read_selection(text):
-    """Return what IDS names: "all", or a list of ranges of jobids."""
+    """Return what IDS names: "all", or what read_ids() returns."""
     if text in STATES:
         raise argparse.ArgumentTypeError(
             "%r is a state: write --state %s" % (text, text))
@@ -7368,7 +7351,8 @@ def selections(options):
 def change_jobs(options):
     """Retry, cancel, release or forget the selected jobs."""
     if options.ids is options.stage is options.state is None:
-        options.error("name jobs: 1,3,5-8, or all, or by --state or --stage")
+        options.error("name jobs: 1,3,5-8, a submission, last or all, or by"
+                      " --state or --stage")
     outcome, states = SWEEPS[options.command]
     changed = 0
     with speaking(options, PATIENCE) as client:
@@ -7455,6 +7439,10 @@ CALLS = {
             client.status(**selector_of(client, given.ids)),
             client.workers()),
         status_lines, LOOKING_PATIENCE),
+    "job": (
+        lambda client, given: (
+            client.job(given.jobid), names_of_stages(client)),
+        details, LOOKING_PATIENCE),
     "workers": (
         lambda client, given: (client.workers(),),
         worker_lines, LOOKING_PATIENCE),
@@ -7483,6 +7471,7 @@ CALLS = {
 }
 # What --output quiet prints of the first answer.
 QUIET = {
+    "job": lambda job: [job["jobid"]],
     "workers": lambda heard: [worker["name"] for worker in heard["workers"]],
     "failures": lambda found: [
         jobid for group in found["groups"] for jobid in group["ids"]],
@@ -7840,7 +7829,8 @@ def backup(options):
             draw("")
     size = os.path.getsize(options.file)
     report(options, {"file": options.file, "jobs": jobs, "bytes": size},
-           ["%s: %d jobs, %d bytes" % (printable(options.file), jobs, size)],
+           ["%s: %s, %d bytes" % (
+               printable(options.file), number_of(jobs, "job"), size)],
            [options.file])
     return 0
 
@@ -8043,48 +8033,35 @@ def check_access(found):
 
 
 def check_address(found):
-    """Return the address of the server's host."""
+    """Return the server's address, unless it is one of another host only."""
     host, port = found.client.address
-    try:
-        address = socket.getaddrinfo(
-            host, port, 0, socket.SOCK_STREAM)[0][4][0]
-    except (OSError, UnicodeError) as error:
-        raise CommandError(
-            "%s is no name that this host knows (%s); start serve with"
-            " another by --url" % (host, cause(error))) from None
     home = found.about.get("host")
-    is_loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
-    if is_loopback and home not in (None, socket.gethostname()):
+    if host in ("127.0.0.1", "::1", "localhost") and home not in (
+            None, socket.gethostname()):
         raise CommandError(
             "The server listens to its own host %s alone; start it with --host"
             " 0.0.0.0" % home)
-    return address if host == address \
-        else "%s, by the name of %s" % (address, host)
+    return "%s, port %d" % (host, port)
 
 
 def check_connection(found):
     """Return that the port takes connections, and how the server is known."""
-    client, at = found.client, "%s:%d" % found.client.address
+    client = found.client
     try:
         client.connect(4)
     except found.worker.Impostor as error:
-        raise CommandError(
-            "At %s is another server than ours (%s); end it, or use its access"
-            " file" % (at, error)) from None
-    except OSError as error:
+        raise CommandError("It is another server than ours (%s); end it, or"
+                           " use its access file" % error) from None
+    except (OSError, http.client.InvalidURL) as error:
         advice = "look for a firewall, or start serve with another --url"
         if isinstance(error, ConnectionRefusedError):
-            advice = "no server listens there: start it, with the same" \
-                " access file"
-        elif hasattr(error, "reason"):  # it is an ssl.SSLError
-            advice = "what listens there doesn't speak TLS: start serve" \
-                " without --plain"
-        raise CommandError("%s can't be reached (%s); %s" % (
-            at, cause(error), advice)) from None
+            advice = "no server listens there: start it"
+        raise CommandError("It can't be reached (%s); %s" % (
+            cause(error), advice)) from None
     if client.tls is None:
-        return "%s takes connections, plain HTTP" % at
-    return "%s takes connections, with the %s" % (
-        at, "right fingerprint" if client.fingerprint
+        return "it takes connections, plain HTTP"
+    return "it takes connections, with the %s" % (
+        "right fingerprint" if client.fingerprint
         else "word of certificate authorities")
 
 
@@ -8146,13 +8123,9 @@ def check_holder(found):
     holder = read_holder(location)
     if not holder:
         return "no server has %s" % location.path
-    running = is_running(holder)
-    if running is None:  # it is on another host: only heartbeats show that
-        time.sleep(ServerLock.BEAT + 0.5)
-        running = read_holder(location) not in (holder, {})
-    name = name_holder(holder)
-    if not running:
-        return "%s had %s and gives no sign of life; serve would take it" % (
+    name, running = name_holder(holder), is_running(holder)
+    if running is False:
+        return "%s had %s and has ended; serve would take it" % (
             name, location.path)
     ours = [found.about.get(key) for key in ("host", "pid")]
     shared = os.path.exists(location.file + ".gate")
@@ -8162,7 +8135,8 @@ def check_holder(found):
             "%s serves %s, but the access file is of process %s on %s; name"
             " the one that goes with it" % (
                 name, location.path, ours[1], ours[0]))
-    return "%s serves %s" % (name, location.path)
+    return "%s serves %s%s" % (
+        name, location.path, "" if running else ", if it is still alive there")
 
 
 # The lines of doctor, in two rows. A check that fails, or finds nothing to
@@ -8275,7 +8249,8 @@ EXPIRED_TOO = option(
     help="only jobs in this state: " + ", ".join((*STATES, "expired")))
 SELECTION = (
     option("ids", nargs="?", type=read_selection, metavar="IDS",
-           help="jobids, as 1,3,5-8, or all"),
+           help="jobids, as 1,3,5-8, the name of a submission, last, or"
+           " all"),
     STATE_OPTION, STAGE_OPTION, *CLIENT, YES)
 IDS = option(
     "ids", nargs="?", type=read_ids, metavar="IDS",
@@ -8555,12 +8530,6 @@ def add_submit(command):
     add_client(command)
 
 
-def add_jobid(command):
-    """Add the argument that names a job."""
-    command.add_argument(
-        "jobid", type=argument(JOBID), metavar="JOBID")
-
-
 def add_wait(command):
     """Describe wait."""
     add_options(command, (IDS,))
@@ -8660,13 +8629,15 @@ before the command."""),
   python3 jobman.py jobs --order time --limit 20
   python3 jobman.py jobs --state waiting --output quiet
   python3 jobman.py jobs --output csv > jobs.csv"""),
-    ("job", print_job, (A_JOB, *CLIENT), """show a job and why it isn't running
+    ("job", make_calls, (A_JOB, *CLIENT),
+     """show a job and why it isn't running
   python3 jobman.py job 17
   python3 jobman.py job 17 --output json"""),
     ("workers", make_calls, CLIENT, """show the workers
   python3 jobman.py workers"""),
-    ("watch", watch, (ACCESS,), """show the status live
+    ("watch", watch, (IDS, ACCESS), """show the status live
   python3 jobman.py watch
+  python3 jobman.py watch run3
 Ctrl-C ends it. If its output isn't a terminal, it prints a line when there is
 news, at most every 10 seconds."""),
     ("wait", wait, add_wait, """return when jobs have ended

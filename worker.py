@@ -662,6 +662,7 @@ class Client:
         if not self.told and not self.has_input(self.LATE):
             self.tell_once(
                 "The server at %s:%d doesn't answer." % self.address)
+            self.connection.sock.settimeout(max(1, timeout - self.LATE))
         response = self.connection.getresponse()
         text = response.read().decode("utf-8", "replace")
         if response.will_close:
