@@ -1985,7 +1985,7 @@ class Claimer:
             served = serving.get(job["worker"])
             if job["due"] is not None and self.may_come(job, served):
                 return "job %d runs on %s%s" % (
-                    job["jobid"], printable(str(job["worker"])),
+                    job["jobid"], job["worker"],
                     ", which is silent" if served is None else "")
         return None
 
