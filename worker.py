@@ -2240,17 +2240,19 @@ class Worker:
                 with contextlib.suppress(BlockingIOError):
                     os.read(fd, 65536)
             else:
-                self.read(self.streams[fd], fd)
+                attempt = self.streams[fd]
+                try:
+                    attempt.read(fd)
+                except OSError as error:
+                    self.fail_output(attempt, error)
 
-    def read(self, attempt, fd):
-        """Keep what a command has printed."""
-        try:
-            attempt.read(fd)
-        except OSError as error:  # the folder of temporary files is full
-            attempt.output.close()
-            self.cut_off(attempt, "output", signal.SIGTERM, self.GRACE)
-            attempt.error = "its output can't be kept in %s: %s" % (
-                tempfile.gettempdir(), error.strerror)
+    def fail_output(self, attempt, error):
+        """Fail an attempt whose output can't be kept: the disk is full."""
+        attempt.output.close()
+        attempt.error = "its output can't be kept in %s: %s" % (
+            tempfile.gettempdir(), error.strerror)
+        self.cut_off(attempt, "output", signal.SIGTERM, self.GRACE)
+        attempt.reason = attempt.reason or "output"
 
     def finish(self):
         """Tell the last outcomes, and end the rest."""
@@ -2538,8 +2540,10 @@ class Worker:
             kill_session(attempt.pid, signal.SIGKILL, running)
         del self.running[attempt.pid]
         self.guard.sessions[attempt.slot] = 0
-        with contextlib.suppress(OSError):  # a full disk, which was said
+        try:
             attempt.drain()
+        except OSError as error:
+            self.fail_output(attempt, error)
         attempt.seconds = time.monotonic() - attempt.began
         if attempt.reason or attempt.status:
             self.conclude(attempt)
