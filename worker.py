@@ -426,14 +426,14 @@ class Client:
         return self.call("POST", "/update_jobs", updates)
 
     def fail_job(self, jobid, claim=None, **report):
-        """Say that an attempt failed: `error`, `exit_code`, `stderr`."""
+        """Report that an attempt failed: `error`, `exit_code`, `stderr`."""
         return self.call(
             "POST", path_of("fail_job", jobid), report,
             options={"claim": claim}, repeat=claim is not None,
         )
 
     def reject_job(self, jobid, claim=None, **report):
-        """Say that the files that a job was given aren't there as made.
+        """Report that a job's files are missing or have changed.
 
         `report`: `error`, `stderr`, and `files` that the job must have still.
         """
@@ -480,7 +480,7 @@ class Client:
         return self.sweep("/cancel", selector)["cancelled"]
 
     def release(self, **selector):
-        """Take jobs from who works on them, unharmed; return how many."""
+        """Take jobs away from their workers, unharmed; return how many."""
         return self.sweep("/release", selector)["released"]
 
     def forget(self, **selector):
@@ -488,11 +488,11 @@ class Client:
         return self.sweep("/forget", selector)["forgotten"]
 
     def pause(self, stage):
-        """Let nothing be handed out of a stage."""
+        """Hand out no more jobs of a stage."""
         return self.call("POST", path_of("pause", stage), {})
 
     def resume(self, stage):
-        """Let jobs of a paused stage be handed out again."""
+        """Hand out the jobs of a paused stage again."""
         return self.call("POST", path_of("resume", stage), {})
 
     def drain(self, worker):
@@ -651,7 +651,7 @@ class Client:
         raise OSError("what answers there is no jobman server")
 
     def has_input(self, seconds):
-        """Wait so long for the server to send; return whether it has."""
+        """Return whether the server sends something within so many seconds."""
         poll = select.poll()
         poll.register(self.connection.sock, select.POLLIN)
         return bool(poll.poll(seconds * 1000))
@@ -2130,7 +2130,7 @@ class Worker:
         return self.status
 
     def inform(self, line):
-        """Say a line that isn't about a fault."""
+        """Say a line, unless --quiet."""
         if not self.options.quiet:
             say(line)
 
@@ -2177,7 +2177,7 @@ class Worker:
                 left, 0, self.drain, (signal.SIGTERM, 0, "its time is over"))
 
     def handle_signals(self):
-        """Let signals wake the loop; those in ENDING_SIGNALS drain it."""
+        """Wake the loop by signals; drain it by those in ENDING_SIGNALS."""
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self.waker)
         for number in ENDING_SIGNALS:
@@ -2872,7 +2872,7 @@ class Job:
 
 
 def each_job(claimer, claims, lag):
-    """Yield jobs; see claim_jobs."""
+    """Claim and yield jobs; see claim_jobs."""
     try:
         for found in iter(lambda: claimer.claim(1, True), None):
             claims.hold(found[0])
