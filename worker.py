@@ -1985,7 +1985,7 @@ class Claimer:
             served = serving.get(job["worker"])
             if job["due"] is not None and self.may_come(job, served):
                 return "job %d runs on %s%s" % (
-                    job["jobid"], job["worker"],
+                    job["jobid"], job["worker"] or "an unnamed worker",
                     ", which is silent" if served is None else "")
         return None
 
