@@ -1578,7 +1578,7 @@ class Attempt:
     def environment(self, base):
         """Return the environment of its command: `base`, and its own."""
         job = self.job
-        own = {
+        added = {
             "JOBMAN_JOBID": str(job["jobid"]),
             "JOBMAN_STAGE": str(job["jobstage"]),
             "JOBMAN_ATTEMPT": str(job["attempt"]),
@@ -1587,9 +1587,9 @@ class Attempt:
         }
         jobcmd = job["jobcmd"]
         if isinstance(jobcmd, dict) and isinstance(jobcmd.get("item"), str):
-            own["JOBMAN_ITEM"] = jobcmd["item"]
+            added["JOBMAN_ITEM"] = jobcmd["item"]
         environment = dict(base)
-        for name, text in own.items():
+        for name, text in added.items():
             environment[name.encode("ascii")] = to_bytes(text)
         return environment
 
