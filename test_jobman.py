@@ -8759,6 +8759,18 @@ class WorkerTest(WorkerCase):
         out, _ = self.work()
         self.assertEqual("/bin/sh 2\na b|$HOME|", out)
 
+    def test_a_jobcmd_may_have_a_command_for_each_stage(self):
+        steps = {"0": 'echo "$JOBMAN_ITEM" 0',
+                 "2": ["printenv", "JOBMAN_ITEM"]}
+        self.add({"steps": steps, "item": "a  b"}, laststage=4)
+        self.client.set({2: {"jobstage": 0, "max_attempts": 1,
+                             "jobcmd": {"steps": {"4": "true"}}}})
+        out, _ = self.work("--stage", "0,2")
+        self.assertEqual("a  b 0\na  b\n", out)
+        self.assertEqual(["done", "failed"], self.states())
+        self.assertIn("no command for stage 0; start the worker with",
+                      self.attempts(2)[0]["error"])
+
     def test_jobcmd_that_is_no_command_fails_and_says_so(self):
         self.add(None, {"size": 5}, [], ["ls", 1], max_attempts=1)
         self.work()

@@ -443,14 +443,14 @@ class Client:
         return self.call("POST", "/update_jobs", updates)
 
     def fail_job(self, jobid, claim=None, **report):
-        """Say that an attempt failed: `error`, `exit_code`, `stderr`."""
+        """Report that an attempt failed: `error`, `exit_code`, `stderr`."""
         return self.call(
             "POST", path_of("fail_job", jobid), report,
             options={"claim": claim}, repeat=claim is not None,
         )
 
     def reject_job(self, jobid, claim=None, **report):
-        """Say that the files that a job was given aren't there as made.
+        """Report that a job's files are missing or have changed.
 
         `report`: `error`, `stderr`, and `files` that the job must have still.
         """
@@ -498,7 +498,7 @@ class Client:
         return self.sweep("/cancel", selector)["cancelled"]
 
     def release(self, **selector):
-        """Take jobs from who works on them, unharmed; return how many."""
+        """Take jobs away from their workers, unharmed; return how many."""
         return self.sweep("/release", selector)["released"]
 
     def forget(self, **selector):
@@ -506,11 +506,11 @@ class Client:
         return self.sweep("/forget", selector)["forgotten"]
 
     def pause(self, stage):
-        """Let nothing be handed out of a stage."""
+        """Hand out no more jobs of a stage."""
         return self.call("POST", path_of("pause", stage), {})
 
     def resume(self, stage):
-        """Let jobs of a paused stage be handed out again."""
+        """Hand out the jobs of a paused stage again."""
         return self.call("POST", path_of("resume", stage), {})
 
     def drain(self, worker):
@@ -676,7 +676,7 @@ class Client:
         raise OSError("what answers there is no jobman server")
 
     def has_input(self, seconds):
-        """Wait so long for the server to send; return whether it has."""
+        """Return whether the server sends something within so many seconds."""
         poll = select.poll()
         poll.register(self.connection.sock, select.POLLIN)
         return bool(poll.poll(seconds * 1000))
@@ -1603,7 +1603,7 @@ class Attempt:
     def environment(self, base):
         """Return the environment of its command: `base`, and its own."""
         job = self.job
-        own = {
+        added = {
             "JOBMAN_JOBID": str(job["jobid"]),
             "JOBMAN_STAGE": str(job["jobstage"]),
             "JOBMAN_ATTEMPT": str(job["attempt"]),
@@ -1612,9 +1612,9 @@ class Attempt:
         }
         jobcmd = job["jobcmd"]
         if isinstance(jobcmd, dict) and isinstance(jobcmd.get("item"), str):
-            own["JOBMAN_ITEM"] = jobcmd["item"]
+            added["JOBMAN_ITEM"] = jobcmd["item"]
         environment = dict(base)
-        for name, text in own.items():
+        for name, text in added.items():
             environment[name.encode("ascii")] = to_bytes(text)
         return environment
 
@@ -2010,7 +2010,7 @@ class Claimer:
             served = serving.get(job["worker"])
             if job["due"] is not None and self.may_come(job, served):
                 return "job %d runs on %s%s" % (
-                    job["jobid"], printable(str(job["worker"])),
+                    job["jobid"], job["worker"] or "an unnamed worker",
                     ", which is silent" if served is None else "")
         return None
 
@@ -2155,7 +2155,7 @@ class Worker:
         return self.status
 
     def inform(self, line):
-        """Say a line that isn't about a fault."""
+        """Say a line, unless --quiet."""
         if not self.options.quiet:
             say(line)
 
@@ -2202,7 +2202,7 @@ class Worker:
                 left, 0, self.drain, (signal.SIGTERM, 0, "its time is over"))
 
     def handle_signals(self):
-        """Let signals wake the loop; those in ENDING_SIGNALS drain it."""
+        """Wake the loop by signals; drain it by those in ENDING_SIGNALS."""
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self.waker)
         for number in ENDING_SIGNALS:
@@ -2265,17 +2265,19 @@ class Worker:
                 with contextlib.suppress(BlockingIOError):
                     os.read(fd, 65536)
             else:
-                self.read(self.streams[fd], fd)
+                attempt = self.streams[fd]
+                try:
+                    attempt.read(fd)
+                except OSError as error:
+                    self.fail_output(attempt, error)
 
-    def read(self, attempt, fd):
-        """Keep what a command has printed."""
-        try:
-            attempt.read(fd)
-        except OSError as error:  # the folder of temporary files is full
-            attempt.output.close()
-            self.cut_off(attempt, "output", signal.SIGTERM, self.GRACE)
-            attempt.error = "its output can't be kept in %s: %s" % (
-                tempfile.gettempdir(), error.strerror)
+    def fail_output(self, attempt, error):
+        """Fail an attempt whose output can't be kept: the disk is full."""
+        attempt.output.close()
+        attempt.error = "its output can't be kept in %s: %s" % (
+            tempfile.gettempdir(), error.strerror)
+        self.cut_off(attempt, "output", signal.SIGTERM, self.GRACE)
+        attempt.reason = attempt.reason or "output"
 
     def finish(self):
         """Tell the last outcomes, and end the rest."""
@@ -2563,8 +2565,10 @@ class Worker:
             kill_session(attempt.pid, signal.SIGKILL, running)
         del self.running[attempt.pid]
         self.guard.sessions[attempt.slot] = 0
-        with contextlib.suppress(OSError):  # a full disk, which was said
+        try:
             attempt.drain()
+        except OSError as error:
+            self.fail_output(attempt, error)
         attempt.seconds = time.monotonic() - attempt.began
         if attempt.reason or attempt.status:
             self.conclude(attempt)
@@ -2893,7 +2897,7 @@ class Job:
 
 
 def each_job(claimer, claims, lag):
-    """Yield jobs; see claim_jobs."""
+    """Claim and yield jobs; see claim_jobs."""
     try:
         for found in iter(lambda: claimer.claim(1, True), None):
             claims.hold(found[0])
