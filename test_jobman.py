@@ -18512,6 +18512,17 @@ class BrowserTest(StoreCase):
             "return [text.scrollTop, document.activeElement === text,"
             " getSelection().toString().length]"))
 
+    def test_a_job_says_its_command_and_why_it_does_not_run(self):
+        self.set_jobs({1: ["gzip", "-k", "a b.txt"]}, max_attempts=1)
+        if "why" not in self.ok("/job/1"):
+            self.skipTest("/job doesn't say it yet")
+        self.show("job=1")
+        self.see("#job", "gzip -k 'a b.txt'", "no worker serves")
+        self.fail(self.get(0), exit_code=2, stderr="no such file")
+        self.see("#job-why", "no such file")
+        self.show("state=failed")
+        self.see("#jobs", "Why", "no such file", "gzip -k 'a b.txt'")
+
     @unittest.skipUnless(hasattr(jobman, "get_output"), "no /output")
     def test_a_job_shows_its_output_while_it_runs(self):
         self.set_jobs({1: "run"})
@@ -18981,7 +18992,7 @@ class BrowserTest(StoreCase):
         self.see_rows("#jobs", [[1]])
         self.assertEqual("", self.browser.text("#stale"))
         refused.set()
-        self.see("#stale", "(it is full)", "since", "Retrying")
+        self.see("#stale", "(it is full)", " since ", "Retrying")
 
     def test_only_what_is_new_is_drawn(self):
         self.pipeline()
