@@ -18524,7 +18524,6 @@ class BrowserTest(StoreCase):
         self.show("state=failed")
         self.see("#jobs", "Why", "no such file", "gzip -k 'a b.txt'")
 
-    @unittest.skipUnless(hasattr(jobman, "get_output"), "no /output")
     def test_a_job_shows_its_output_while_it_runs(self):
         self.set_jobs({1: "run"})
         self.get(0)
