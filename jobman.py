@@ -7167,42 +7167,42 @@ class WorkerProcess:
             self.relay.join()
 
 
-class Interrupted(Exception):
-    """End a run before it is over: the reason, and a signal's number."""
-
-
-def follow(this, worker, progress, ending):
+def follow(batch, worker, progress, ending):
     """Show progress until a Run is over; return its last figures.
 
-    Raises Interrupted when a signal, or a closed pipe, ends it before.
+    And the number of the signal that ended it before, None without one; a
+    closed pipe counts as SIGPIPE.
     """
     over = False
     while not over:
-        if ending.wait(0.05):
-            raise Interrupted("Interrupted", ending.number)
-        over, *figures = this.figures()
-        this.store.lock.require()
-        if this.error:
-            raise CommandError("The jobs can't be added: %s" % this.error)
+        ending.wait(0.05)
+        over, *figures = batch.figures()
+        batch.store.lock.require()
+        if batch.error:
+            raise CommandError("The jobs can't be added: %s" % batch.error)
         status = worker.process.poll()
-        if status == 128 + signal.SIGPIPE:
-            raise Interrupted("Nobody reads the output", signal.SIGPIPE)
+        unread = status == 128 + signal.SIGPIPE
+        if ending.number or unread:
+            progress.end()
+            say("%s; the same command goes on where it was." % (
+                "Nobody reads the output" if unread else "Interrupted"))
+            return figures, signal.SIGPIPE if unread else ending.number
         if status is not None and not over:
             raise CommandError(
                 "The worker has ended; start the run once more.")
         progress.show(*figures)
-    return figures
+    return figures, None
 
 
-def sum_up(this, figures, progress, database):
+def sum_up(batch, figures, progress, database):
     """Say what came of a run; return its exit status."""
     items, done, failed, fresh = figures
-    for failure in this.failures():
+    for failure in batch.failures():
         say(failure)
-    if failed > this.NAMED:
+    if failed > batch.NAMED:
         say("... and %d more. All of them: python3 jobman.py serve --db %s,"
             " then python3 jobman.py failures" % (
-                failed - this.NAMED, shlex.quote(database)))
+                failed - batch.NAMED, shlex.quote(database)))
     before = done + failed - fresh
     if before > 0:
         say("%s done before and not run again; for that use another --db, or"
@@ -7239,24 +7239,21 @@ def run(options):
     with serving(options, access_file, ending) as (server, access):
         say("Watch it at " + page_address(access, sys.stderr))
         send_results(access_file)
-        this = Run(server.store, options)
+        batch = Run(server.store, options)
         if options.names:
-            server.store.set_stages(this.namespace, {
+            server.store.set_stages(batch.namespace, {
                 2 * i: {"name": name} for i, name in enumerate(options.names)})
         worker = WorkerProcess(access_file, options, progress)
-        threading.Thread(target=this.load, args=(items,), daemon=True).start()
+        threading.Thread(target=batch.load, args=(items,), daemon=True).start()
         try:
-            figures = follow(this, worker, progress, ending)
-        except Interrupted as interrupted:
-            reason, number = interrupted.args
-            progress.end()
-            say(reason + "; the same command goes on where it was.")
-            return 128 + number
+            figures, number = follow(batch, worker, progress, ending)
         finally:
             server.store.wait_queue.close()  # ends its long poll
             worker.end()
             progress.end()
-        return sum_up(this, figures, progress, options.db)
+        if number:
+            return 128 + number
+        return sum_up(batch, figures, progress, options.db)
 
 
 # ---------------------------------------------------------------- acting ---
