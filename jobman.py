@@ -6016,6 +6016,13 @@ def steps_of(jobcmd):
             if stage.isdecimal()}
 
 
+def item_of(job):
+    """Return the item of a job, None without one."""
+    jobcmd = job["jobcmd"]
+    item = jobcmd.get("item") if type(jobcmd) is dict else None
+    return item if type(item) is str else None
+
+
 def told_command(job):
     """Return a job's command as a person wrote it, the item filled in.
 
@@ -6025,9 +6032,9 @@ def told_command(job):
     before = [stage for stage in steps if stage <= job["stage"]]
     if not before:
         return command_of(job)
-    step = steps[max(before)]
-    if type(step) is str and "item" in job["jobcmd"]:
-        item = shlex.quote(str(job["jobcmd"]["item"]))
+    step, item = steps[max(before)], item_of(job)
+    if type(step) is str and item is not None:
+        item = shlex.quote(item)
         return step.replace('"${JOBMAN_ITEM}"', item).replace(
             "${JOBMAN_ITEM}", item)
     return command_of({"jobcmd": step})
