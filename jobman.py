@@ -3758,6 +3758,13 @@ def steps_of(jobcmd):
             if stage.isdecimal()}
 
 
+def item_of(job):
+    """Return the item of a job, None without one."""
+    jobcmd = job["jobcmd"]
+    item = jobcmd.get("item") if type(jobcmd) is dict else None
+    return item if type(item) is str else None
+
+
 def command_text(job):
     """Return a job's command as a person wrote it, the item filled in.
 
@@ -3767,9 +3774,9 @@ def command_text(job):
     steps = steps_of(command)
     before = [stage for stage in steps if stage <= job["stage"]]
     if before:
-        command, item = steps[max(before)], command.get("item")
+        command, item = steps[max(before)], item_of(job)
     if type(command) is str and item is not None:
-        item = shlex.quote(str(item))
+        item = shlex.quote(item)
         return command.replace('"${JOBMAN_ITEM}"', item).replace(
             "${JOBMAN_ITEM}", item)
     if command is None or type(command) is str:
@@ -6442,9 +6449,7 @@ def csv_lines(pages):
         if attempt:
             attempt["seconds"] = round(
                 attempt["ended"] - attempt["started"], 3)
-        job["item"] = None
-        if type(job["jobcmd"]) is dict:
-            job["item"] = job["jobcmd"].get("item")
+        job["item"] = item_of(job)
         yield csv_line([job[name] for name in JOB_COLUMNS]
                        + [attempt.get(name) for name in ATTEMPT_COLUMNS])
 
@@ -6712,7 +6717,6 @@ def wait_for_end(client, selector, end, progress):
         now = time.monotonic()
         if now >= end:
             return None
-        stalled.tell(client, figures)
         pause = max(min(2, 1.3 * pause), 10 * (now - began))
         time.sleep(max(0, min(pause, end - time.monotonic())))
 
@@ -7199,42 +7203,42 @@ class WorkerProcess:
             self.relay.join()
 
 
-class Interrupted(Exception):
-    """End a run before it is over: the reason, and a signal's number."""
-
-
-def follow(this, worker, progress, ending):
+def follow(batch, worker, progress, ending):
     """Show progress until a Run is over; return its last figures.
 
-    Raises Interrupted when a signal, or a closed pipe, ends it before.
+    And the number of the signal that ended it before, None without one; a
+    closed pipe counts as SIGPIPE.
     """
     over = False
     while not over:
-        if ending.wait(0.05):
-            raise Interrupted("Interrupted", ending.number)
-        over, *figures = this.figures()
-        this.store.lock.require()
-        if this.error:
-            raise CommandError("The jobs can't be added: %s" % this.error)
+        ending.wait(0.05)
+        over, *figures = batch.figures()
+        batch.store.lock.require()
+        if batch.error:
+            raise CommandError("The jobs can't be added: %s" % batch.error)
         status = worker.process.poll()
-        if status == 128 + signal.SIGPIPE:
-            raise Interrupted("Nobody reads the output", signal.SIGPIPE)
+        unread = status == 128 + signal.SIGPIPE
+        if ending.number or unread:
+            progress.end()
+            say("%s; the same command goes on where it was." % (
+                "Nobody reads the output" if unread else "Interrupted"))
+            return figures, signal.SIGPIPE if unread else ending.number
         if status is not None and not over:
             raise CommandError(
                 "The worker has ended; start the run once more.")
         progress.show(*figures)
-    return figures
+    return figures, None
 
 
-def sum_up(this, figures, progress, database):
+def sum_up(batch, figures, progress, database):
     """Say what came of a run; return its exit status."""
     items, done, failed, fresh = figures
-    for failure in this.failures():
+    for failure in batch.failures():
         say(failure)
-    if failed > this.NAMED:
+    if failed > batch.NAMED:
         say("... and %d more. All of them: python3 jobman.py serve --db %s,"
             " then python3 jobman.py failures" % (
-                failed - this.NAMED, shlex.quote(database)))
+                failed - batch.NAMED, shlex.quote(database)))
     before = done + failed - fresh
     if before > 0:
         say("%s done before and not run again; for that use another --db, or"
@@ -7271,24 +7275,21 @@ def run(options):
     with serving(options, access_file, ending) as (server, access):
         say("Watch it at " + page_address(access, sys.stderr))
         send_results(access_file)
-        this = Run(server.store, options)
+        batch = Run(server.store, options)
         if options.names:
-            server.store.set_stages(this.namespace, {
+            server.store.set_stages(batch.namespace, {
                 2 * i: {"name": name} for i, name in enumerate(options.names)})
         worker = WorkerProcess(access_file, options, progress)
-        threading.Thread(target=this.load, args=(items,), daemon=True).start()
+        threading.Thread(target=batch.load, args=(items,), daemon=True).start()
         try:
-            figures = follow(this, worker, progress, ending)
-        except Interrupted as interrupted:
-            reason, number = interrupted.args
-            progress.end()
-            say(reason + "; the same command goes on where it was.")
-            return 128 + number
+            figures, number = follow(batch, worker, progress, ending)
         finally:
             server.store.wait_queue.close()  # ends its long poll
             worker.end()
             progress.end()
-        return sum_up(this, figures, progress, options.db)
+        if number:
+            return 128 + number
+        return sum_up(batch, figures, progress, options.db)
 
 
 # ---------------------------------------------------------------- acting ---

@@ -12477,10 +12477,9 @@ class SubmitTest(CommandCase):
         for ids, listed in (("a", "1 2"), ("last", "3"), ("2-3", "2 3")):
             self.assertEqual(listed.split(), self.does(
                 "jobs", ids, "--output", "quiet").split())
-        self.assertRegex(
-            self.does("status", "a"), r"\n0 %: 0 of 2 jobs done\.\n"
-            r"There are no workers\.\n"
-            r"2 jobs wait in align: no worker serves it\.\n$")
+        told = self.does("status", "a")
+        self.assertIn("0 of 2 jobs done", told)
+        self.assertIn("\n2 jobs wait in align: no worker serves it.\n", told)
         self.assertEqual("2 jobs cancelled\n", self.does("cancel", "a"))
         self.assertEqual("0 jobs retried\n", self.does(
             "retry", "a", "--state", "failed"))
