@@ -18600,8 +18600,8 @@ class BrowserTest(StoreCase):
         for text, said in (("a.txt", "1 to 2 of 2"), ("007", "1 to 1 of 1"),
                            ("-1", "No jobs match."), ("9" * 22, "No jobs")):
             self.browser.script(
-                "document.querySelector('#find input').value = ''")
-            self.browser.type("#find input", text)
+                "document.querySelector('#find-text').value = ''")
+            self.browser.type("#find-text", text)
             self.browser.press("Enter")
             self.see("#jobs-title", text)
             self.see("#jobs caption", said)
