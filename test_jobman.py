@@ -11575,7 +11575,7 @@ class ActingTest(CommandCase):
     def test_no_jobs_named_or_badly_is_wrong_usage(self):
         self.set_jobs([1])
         for verb in ("retry", "cancel", "release", "forget"):
-            for bad in ((), ("x",), ("3-1",), ("1,,2",), ("-1",),
+            for bad in ((), ("1x",), ("3-1",), ("1,,2",), ("-1",),
                         ("--state", "lost"), ("--stage", "-1"),
                         ("--stage", "1000001"), ("1", "2")):
                 self.assertEqual("", self.does(
