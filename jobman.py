@@ -6267,31 +6267,35 @@ def workers_line(heard):
 
 
 def why_nothing_moves(figures, heard):
-    """Return why jobs wait that could be claimed, a sentence for each stage.
+    """Return why jobs wait that could be claimed, a sentence for each reason.
 
     Of what /status and /workers say. Stages with a worker that can take their
     jobs are left out.
     """
-    lines = []
+    reasons = {}  # [jobs, names of stages], by a reason for one and for more
     for figure in figures["stages"]:
-        stage, waiting = figure["stage"], figure["states"]["waiting"]
-        name = figure["name"] or "stage %d" % stage
+        waiting = figure["states"]["waiting"]
         serving = [worker for worker in heard["workers"]
-                   if stage in (worker["stages"] or ())]
+                   if figure["stage"] in (worker["stages"] or ())]
         faults = sorted({
             fault(worker, heard["time"]) or "" for worker in serving})
         if figure["paused"]:
-            why = "it is paused"
+            why = "it is paused", "they are paused"
         elif not serving:
-            why = "no worker serves it"
+            why = "no worker serves it", "no worker serves them"
         elif "" not in faults:
-            why = "its workers are " + " or ".join(faults)
+            which = "workers are " + " or ".join(faults)
+            why = "its " + which, "their " + which
         else:
             continue
         if waiting:
-            lines.append("%s wait%s in %s: %s." % (
-                number_of(waiting, "job"), "s" * (waiting == 1), name, why))
-    return lines
+            found = reasons.setdefault(why, [0, []])
+            found[0] += waiting
+            found[1].append(figure["name"] or "stage %d" % figure["stage"])
+    return ["%s wait%s in %s: %s." % (
+        number_of(jobs, "job"), "s" * (jobs == 1),
+        shorten(", ".join(names), 60), why[len(names) > 1])
+        for why, (jobs, names) in reasons.items()]
 
 
 def status_lines(figures, heard, *, bars=False):

@@ -12006,7 +12006,7 @@ class ActingTest(CommandCase):
     def test_no_jobs_named_or_badly_is_wrong_usage(self):
         self.set_jobs([1])
         for verb in ("retry", "cancel", "release", "forget"):
-            for bad in ((), ("x,1",), ("3-1",), ("1,,2",), ("-1",),
+            for bad in ((), ("1x",), ("3-1",), ("1,,2",), ("-1",),
                         ("--state", "lost"), ("--stage", "-1"),
                         ("--stage", "1000001"), ("1", "2")):
                 with self.subTest(verb=verb, bad=bad):
@@ -13573,8 +13573,15 @@ class AwaitTest(LookCase):
         self.beat("w", quarantine="no disk")
         self.assertEqual("jobman.py: 1 job waits in align: its workers are"
                          " quarantined.\n", say().decode())
+        self.set_jobs([3], stage=4, laststage=4)
+        self.set_jobs([4], stage=2, laststage=4)
+        self.ok("/pause/0", {})
+        self.ok("/pause/2", {})
+        self.assertEqual("jobman.py: 2 jobs wait in align, stage 2: they are"
+                         " paused.\n", say().decode())
         self.end(2)
-        self.assertEqual((0, "2 jobs ended: 2 done.\n", ""),
+        self.assertReply(200, self.call("/update_job/4/4"))
+        self.assertEqual((0, "4 jobs ended: 4 done.\n", ""),
                          self.finish(process))
 
     def test_jobs_that_are_not_there(self):
