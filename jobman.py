@@ -31,6 +31,7 @@ import email.utils
 import errno
 import fcntl
 import functools
+import glob
 import gc
 import hashlib
 import html
@@ -97,6 +98,7 @@ BEAT = 5  # seconds between a worker's heartbeats, while workers are few
 BEATS = 60  # heartbeats a second, at most, of many workers
 ALIVE = 120  # seconds since its last heartbeat in which a worker counts
 MAX_REPORT = 4096  # characters kept of an attempt's error and stderr
+MAX_LOG = 2**20  # bytes of a job's output in one answer
 MAX_ATTEMPTS = 3  # failures in a stage before a job is failed
 MAX_LAPSES = 5  # lapsed leases in a stage before a job is failed
 OUTAGE = 10  # seconds without a commit after which leases are renewed
@@ -1897,7 +1899,8 @@ class Store:
     `max_lapses`. Attempts of jobs that ended `keep_days` ago are pruned;
     None: never. No commit for `outage` seconds, where the Store ticks, means
     that the server was paused, or the clock set. `pause` is that of
-    ServerLock.
+    ServerLock. `logs` is the folder of the workers' logs, where they can be
+    read, and `shares_output` whether the reading jobix sees them.
     """
 
     TICK = {False: 1, True: 0.2}  # seconds between ticks, by `shared`
@@ -1928,6 +1931,7 @@ class Store:
         self.ending = threading.Event()
         self.ticker = None
         self.damaged = False  # and we have said so
+        self.logs, self.shares_output = None, False
         inspect(path)  # before a lock file is made beside it
         with translate_errors(path), contextlib.ExitStack() as undo:
             self.location = DatabaseLocation(path)
@@ -3893,6 +3897,82 @@ def why(job, now, around):
     return printable(line)
 
 
+# -------------------------------------------------------- output of jobs ---
+
+# Workers keep what commands print in a file, with an index beside it.
+
+
+def open_own(path):
+    """Open a regular file of ours for reading; raise OSError for any other."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+    file = open(os.open(path, flags), "rb")
+    status = os.fstat(file.fileno())
+    ours = is_ours(status.st_uid, os.path.dirname(path))
+    if ours and stat.S_ISREG(status.st_mode):
+        return file
+    file.close()
+    raise PermissionError(errno.EPERM, "not a regular file of yours", path)
+
+
+# A line of a log's index: job, stage, attempt, began, stream, offset, length.
+INDEX_LINE = re.compile(
+    rb"^(\d+) (\d+) (\d+) (\d+) ([12]) (\d+) (\d+)$", re.M)
+
+
+def index_lines(path, start=0):
+    """Return the lines of an index from a place on, and the place after them.
+
+    Each is a tuple of the numbers in INDEX_LINE. A file of another user has
+    none.
+    """
+    with contextlib.suppress(OSError), open_own(path) as file:
+        file.seek(start)
+        text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        lines = [tuple(map(int, match.groups()))
+                 for match in INDEX_LINE.finditer(whole)]
+        return lines, start + len(whole)
+    return [], start
+
+
+def logs_of(folder, jobix, worker):
+    """Return the paths of the indexes of a worker's logs.
+
+    Their names are made by file_name() of worker.py.
+    """
+    space = hashlib.sha256(b"jobman %d" % jobix).hexdigest()[:12]
+    plain = re.sub(r"[^\w.-]", "_", worker, flags=re.A)[:100]
+    pattern = "%s.%s.*.index" % (glob.escape(plain), space)
+    return glob.glob(os.path.join(glob.escape(folder), pattern))
+
+
+def read_output(folder, jobix, worker, attempt, size):
+    """Return what an attempt has printed: None, or its last `size` bytes.
+
+    `attempt` are its first columns in an index: job, stage and number. A dict
+    of `stdout`, `stderr`, and whether they are `truncated`.
+    """
+    found = []
+    for path in logs_of(folder, jobix, worker):
+        lines = [line for line in index_lines(path)[0] if line[:3] == attempt]
+        if lines:
+            found.append((lines[-1][3], lines, path[: -len("index")] + "out"))
+    if not found:
+        return None
+    began, lines, path = max(found)
+    printed, truncated = {1: b"", 2: b""}, False
+    with open_own(path) as file:
+        for *_, start, stream, offset, length in lines:
+            if start == began:
+                file.seek(offset)
+                text = printed[stream] + file.read(min(length, MAX_LOG))
+                printed[stream] = text[-size:]
+                truncated = truncated or len(text) > size
+    return {"stdout": printed[1].decode("utf-8", "replace"),
+            "stderr": printed[2].decode("utf-8", "replace"),
+            "truncated": truncated}
+
+
 # ------------------------------------------------------------- endpoints ---
 
 
@@ -4342,6 +4422,32 @@ def get_job(store, request, jobid):
     return tagged(request, Describer(store, request.namespace).describe(
         job, attempts, waits_for, waits_for=to_json(waits_for),
         attempts=to_json(attempts)))
+
+
+def get_output(store, request, jobid):
+    """Show the end of what the last attempt at a job has printed."""
+    size = request.options(bytes=from_query(integer(1, MAX_LOG)))["bytes"]
+    if request.readonly and not store.shares_output:
+        raise Error(403, "This jobix doesn't see output: start the server with"
+                         " --share-output.")
+    found = store.job(request.namespace, jobid)
+    if found is None:
+        raise Error(404, "There is no job %d." % jobid)
+    job, _, attempts = found
+    running, shown = job["state"] == "working", None
+    last = attempts[-1] if attempts else {}
+    if running:
+        last = dict(job, stage=job["claimed_from"])
+    if store.logs and last and last["worker"]:
+        jobix = store.jobix if request.readonly else request.jobix
+        with contextlib.suppress(OSError):
+            shown = read_output(
+                store.logs, jobix, last["worker"],
+                (jobid, last["stage"], last["attempt"]), size or 2**16)
+    if shown is None:
+        raise Error(404, "This server sees no output of it; on a host that"
+                         " does: python3 jobman.py logs %d" % jobid)
+    return Response.json(dict(shown, running=running))
 
 
 def read_place(text, order):
@@ -4798,14 +4904,15 @@ ROUTES = (
     ("GET", "/stats", get_stats),
     ("GET", "/jobs", get_jobs),
     ("GET", "/job/<jobid>", get_job),
+    ("GET", "/output/<jobid>", get_output),
 )
 PUBLIC = frozenset((
     get_greeting, get_health, get_metrics, get_dashboard, get_lifetime_page,
 ))
 READING = frozenset((
     get_lifetimes, get_lifetime, get_stages, get_submissions, get_status,
-    get_pace,
-    get_workers, get_failures, get_stats, get_jobs, get_job, *PUBLIC
+    get_pace, get_workers, get_failures, get_stats, get_jobs, get_job,
+    get_output, *PUBLIC
 ))
 
 
@@ -5825,6 +5932,8 @@ def serving(options, access_file, ending, jobix=None):
     url = options.url or "%s://%s:%d" % (
         "https" if server.tls else "http", host, server.server_port)
     server.names = own_names(url)
+    server.store.logs = os.path.join(os.path.dirname(access_file), "logs")
+    server.store.shares_output = options.share_output
     server.start()
     try:
         access = write_access(access_file, url, server.store, fingerprint)
@@ -6755,45 +6864,12 @@ def wait(options):
     return int(options.exit_code and ended > states.get("done", 0))
 
 
-def open_own(path):
-    """Open a regular file of ours for reading; raise OSError for any other."""
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
-    file = open(os.open(path, flags), "rb")
-    status = os.fstat(file.fileno())
-    ours = is_ours(status.st_uid, os.path.dirname(path))
-    if ours and stat.S_ISREG(status.st_mode):
-        return file
-    file.close()
-    raise PermissionError(errno.EPERM, "not a regular file of yours", path)
-
-
-# A line of a log's index: job, stage, attempt, began, stream, offset, length.
-INDEX_LINE = re.compile(
-    rb"^(\d+) (\d+) (\d+) (\d+) ([12]) (\d+) (\d+)$", re.M)
-
-
 def indexes(folder, space):
     """Return the paths of the indexes of a namespace's logs."""
     if not os.path.isdir(folder):
         return []
     return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
             if name.split(".")[-3::2] == [space, "index"]]
-
-
-def index_lines(path, start=0):
-    """Return the lines of an index from a place on, and the place after them.
-
-    Each is a tuple of the numbers in INDEX_LINE. A file of another user has
-    none.
-    """
-    with contextlib.suppress(OSError), open_own(path) as file:
-        file.seek(start)
-        text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        lines = [tuple(map(int, match.groups()))
-                 for match in INDEX_LINE.finditer(whole)]
-        return lines, start + len(whole)
-    return [], start
 
 
 def new_pieces(folder, space, wanted, places):
@@ -8304,6 +8380,8 @@ SERVE = (
     option("--open", action="store_true",
            default=os.environ.get("JOBMAN_OPEN") == "1",
            help="admit any jobix"),
+    option("--share-output", action="store_true",
+           help="show the reading jobix what jobs have printed, too"),
     option("--shared", action="store_true",
            help="other servers of this host may serve the same database"),
     option("--keyfile", metavar="FILE",
@@ -8462,6 +8540,7 @@ def add_run(command):
         check=check_run, host="127.0.0.1", port=0, url=None, shared=False,
         lapses=MAX_LAPSES, keep_days=None, open=False, tls=False,
         plain=False, certfile=None, keyfile=None, new_jobix=False,
+        share_output=False,
     )
     add_steps(command)
     add = command.add_argument

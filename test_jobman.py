@@ -1216,7 +1216,7 @@ class ContractTest(StoreCase):
         for _, pattern, endpoint in jobman.ROUTES:
             path = re.sub("<[^>]*>", "1", pattern)
             if endpoint in jobman.READING:
-                status = 404 if pattern == "/job/<jobid>" else 200
+                status = 404 if "<jobid>" in pattern else 200
                 self.assertEqual(status, self.call(path).status, path)
         self.assertEqual(0, made())
         self.assertEqual({}, self.ok("/init"))
@@ -10976,6 +10976,31 @@ class LogTest(WorkerCase):
         self.assertRegex(
             err, r"\A--- job 1, stage 0, attempt 1, node\.cluster_7, \d{4}-")
 
+    def test_the_server_shows_what_a_job_prints(self):
+        def shown(**options):
+            with contextlib.suppress(worker.Refused):
+                return self.client.output(1, **options)
+
+        self.add("echo ein; echo \u00e4; echo two >&2; read x < fifo")
+        os.mkfifo(self.path("fifo"))
+        process = self.start("--name", "a/b")
+        seen = {"stdout": "ein\n\u00e4\n", "stderr": "two\n",
+                "running": True, "truncated": False}
+        wait_for(lambda: shown() == seen, "its output")
+        with open(self.path("fifo"), "w") as file:
+            file.write("go\n")
+        self.finish(process)
+        self.assertEqual(dict(seen, running=False), shown())
+        self.assertEqual(
+            {"stdout": "\u00e4\n", "stderr": "wo\n", "running": False,
+             "truncated": True}, shown(bytes=3))
+        access = json.loads(read(self.path(".jobman", "access.json")).decode())
+        reading = worker.Client(url=access["url"],
+                                jobix=access["reading_jobix"])
+        with contextlib.closing(reading):
+            with self.assertRaisesRegex(worker.Refused, "--share-output"):
+                reading.output(1)
+
     def test_a_server_known_by_its_url_has_logs_too(self):
         self.add("echo here")
         self.work()
@@ -19164,22 +19189,22 @@ class BrowserTest(StoreCase):
 
     def test_a_job_shows_its_output_while_it_runs(self):
         self.set_jobs({1: "run"})
-        self.get(0)
-        output = {"stdout": "one\n", "stderr": "", "running": True,
-                  "truncated": False}
-        respond = jobman.respond
+        job = self.get(0, worker="w")
+        self.store.logs = self.folder
+        log = self.path("w.%s.1." % worker.namespace(self.jobix))
 
-        def printing(store, request):
-            if request.path == "/output/1":
-                return jobman.Response.json(output)
-            return respond(store, request)
+        def prints(index, text):
+            for name, more in (("out", text), ("index", index + "\n")):
+                with open(log + name, "a") as file:
+                    file.write(more)
 
-        self.replace("respond", printing)
+        prints("1 0 1 5 1 0 4", "one\n")
         self.show("job=1")
         self.see("#job-output", "Standard output \u00b7 running", "one")
-        output["stdout"] += "two\n"
+        prints("1 0 1 5 1 4 4", "two\n")
         self.see("#job-output", "one\ntwo")
-        output.update(stderr="over", running=False)
+        prints("1 0 1 5 2 8 5", "over\n")
+        self.update(job, 2)
         self.see("#job-output", "Standard error", "over")
 
     def test_a_long_command_is_cut_in_the_table_alone(self):

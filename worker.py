@@ -575,6 +575,14 @@ class Client:
         """Return all that the server knows of a job, and its attempts."""
         return self.call("GET", path_of("job", jobid))
 
+    def output(self, jobid, **options):
+        """Return the end of what the last attempt at a job has printed.
+
+        {"stdout", "stderr", "truncated", "running"}; each has the last
+        `bytes`, 65,536 if not given.
+        """
+        return self.call("GET", path_of("output", jobid), options=options)
+
     # How a call is made
 
     def call(
