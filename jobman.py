@@ -4701,8 +4701,10 @@ OVERVIEW = (
     ("all", get_pace, {}),
     ("workers", get_workers, {}),
     ("failures", get_failures, {}),
-    ("expired", get_jobs, {"state": "expired", "order": "time"}),
-    ("failed", get_jobs, {"state": "failed", "order": "time"}),
+    ("expired", get_jobs,
+     {"state": "expired", "order": "time", "attempts": 1}),
+    ("failed", get_jobs,
+     {"state": "failed", "order": "-time", "attempts": 1}),
 )
 
 
