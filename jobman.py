@@ -2087,7 +2087,7 @@ class Store:
     def end_attempt(
         self, tx, job, outcome, *, target=None, report=None, given=None
     ):
-        """Write how the attempt ended that the job's claim stands for.
+        """Write how the attempt under the job's claim ended.
 
         `given` is what its update replaces: see replace().
         """
@@ -2426,7 +2426,7 @@ class Store:
         """Return whether the attempt of `claim` has ended this way before.
 
         Then the call is a repetition, whose first reply was lost. Raises
-        Error 409 when the claim is no longer the job's. None stands for
+        Error 409 when the claim is no longer the job's. None means
         whatever claim is current.
         """
         if claim is None or claim == job["claim"]:
@@ -3312,7 +3312,7 @@ class Request:
     def identify(self, store):
         """Read `jobix`, the caller's namespace and secret; or raise Error 403.
 
-        A reading jobix stands for the namespace that it may read. A wrong
+        A reading jobix is for the namespace that it may read. A wrong
         one is refused after a pause, which slows down guessing.
         """
         jobix = read_jobix(self.headers.get("jobix", ""))
@@ -3337,7 +3337,7 @@ class Request:
     def options(self, **readers):
         """Return the query's values, read by `readers`; None where missing.
 
-        Raises Error 400 for an unknown option, one that stands twice, or a
+        Raises Error 400 for an unknown option, one given twice, or a
         bad value.
         """
         values = dict.fromkeys(readers)
@@ -4584,7 +4584,7 @@ METRICS = (
     ("info", "gauge", "This server's version."),
     ("jobs", "gauge", "Jobs by stage and state."),
     ("expired_jobs", "gauge", "Jobs over their lifetime."),
-    ("workers", "gauge", "Workers heard of lately."),
+    ("workers", "gauge", "Workers heard of in the last five minutes."),
     ("slots", "gauge", "Slots of those workers."),
     ("busy", "gauge", "Slots of theirs that have a job."),
     ("claims_total", "counter", "Jobs that were claimed."),
@@ -4827,7 +4827,7 @@ def dashboard_file():
 def get_dashboard(store, request):
     """Show the page; it asks for its content by itself, with a jobix.
 
-    A plain page stands in where there is no script, or no dashboard.html.
+    A plain page is shown where there is no script, or no dashboard.html.
     """
     page = None if request.query == "plain=1" else dashboard_file()
     if page is not None:

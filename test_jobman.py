@@ -10675,7 +10675,7 @@ def leaving(command, **result):
 
 
 class FilesTest(WorkerCase):
-    """What a stage has made is there, as it was made, for the next."""
+    """What a stage has made is there, unchanged, for the next."""
 
     USE = 'case $JOBMAN_STAGE in 0) %s;; *) echo used >> log;; esac'
 
@@ -13135,10 +13135,10 @@ class LookTest(LookCase):
         self.assertReply(200, reply)
         job = self.get(2, lease=60)
         self.ok("/reject_job/1?claim=" + job["claim"],
-                {"error": "not as it was made: a"})
+                {"error": "changed: a"})
         self.assertEqual(
             "delayed until 12:26:42 after its files were rejected:"
-            " not as it was made: a", self.why())
+            " changed: a", self.why())
 
     def test_blocked_by_others(self):
         self.set_jobs(range(2, 103))
