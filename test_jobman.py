@@ -5561,7 +5561,7 @@ class ManyJobsTest(StoreCase):
 
         def pairs():
             for jobid in range(35):
-                self.assertEqual(len(calls), jobid // 10)
+                self.assertEqual(len(calls), max(0, jobid - 1) // 10)
                 made.append(jobid)
                 yield jobid, {"jobstage": 0}
 
@@ -12986,7 +12986,7 @@ class LookTest(LookCase):
         some = [most(*argv) for argv in commands]
         self.set_jobs(dict.fromkeys(range(1000, 15000), "x" * 1000))
         for argv, before in zip(commands, some):
-            self.assertLess(most(*argv), before + 8000)  # KiB
+            self.assertLess(most(*argv), before + 12000)  # KiB
 
     def test_columns_grow_with_the_pages_and_stay_under_one_another(self):
         self.set_jobs({**dict.fromkeys(range(1001), "a"), 10**6: "b"})
@@ -15859,7 +15859,7 @@ class NetworkTest(AloneCase):
 
     def test_backup_and_check_read_a_wal_that_was_left(self):
         for argv, said in (([*BACKUP, "copy"], "copy: 100 jobs"),
-                           (CHECK, "integrity     ok")):
+                           (CHECK, "integrity    ok")):
             self.hot_wal()
             status, out, err = self.run_jobman(*argv)
             self.assertEqual((0, ""), (status, err))
