@@ -2979,7 +2979,7 @@ class Store:
             if spent.attempts["done"]:
                 stages[stage]["runtime"] = quantiles(
                     spent.buckets["done"], "attempts", "median", "p90")
-        rate = self.rate(execute, namespace)
+        rate = self.rate(execute, namespace) if ranges is None else None
         left = sum(totals["states"][state] for state in UNENDED)
         return {
             "version": __version__,
@@ -3916,7 +3916,7 @@ def open_own(path):
 
 # A line of a log's index: job, stage, attempt, began, stream, offset, length.
 INDEX_LINE = re.compile(
-    rb"^(\d+) (\d+) (\d+) (\d+) ([12]) (\d+) (\d+)$", re.M)
+    rb"^(\d+) (\d+) (\d+) (\d+) ([12]) (\d{1,18}) (\d{1,18})$", re.M)
 
 
 def index_lines(path, start=0):
@@ -4447,7 +4447,8 @@ def get_output(store, request, jobid):
     if shown is None:
         raise Error(404, "This server sees no output of it; on a host that"
                          " does: python3 jobman.py logs %d" % jobid)
-    return Response.json(dict(shown, running=running))
+    return Response.json(dict(shown, running=running), 200,
+                         [("X-Content-Type-Options", "nosniff")])
 
 
 def read_place(text, order):
@@ -6902,11 +6903,15 @@ def print_pieces(pieces, shown):
                 jobid, stage, number,
                 os.path.basename(path).rsplit(".", 3)[0],
                 clock_time(began / 1000)))
-        with open_own(path) as file:
-            file.seek(offset)
-            target = sys.stdout if stream == 1 else sys.stderr
-            target.buffer.write(file.read(length))
-            target.flush()
+        target = sys.stdout if stream == 1 else sys.stderr
+        try:
+            with open_own(path) as file:
+                file.seek(offset)
+                target.buffer.write(file.read(min(length, MAX_LOG)))
+        except OSError as error:
+            say("The output in %s can't be read: %s." % (
+                path, error.strerror))
+        target.flush()
     return shown
 
 
@@ -7000,6 +7005,9 @@ SHELL_PIECE = re.compile(
 )
 
 
+ARITHMETIC_ITEM = re.compile(r"\$\(\((?:(?!\)\)).)*\{\}", re.DOTALL)
+
+
 def turn_quotes(quotes, piece):
     """Follow, on the stack `quotes`, what quotes `piece` opens or closes."""
     inside = quotes[-1]
@@ -7020,6 +7028,8 @@ def shell_script(command, number):
     becomes `number`. Raises ValueError for `{.}`, `{/}`, `{1}` and the like
     outside of single quotes.
     """
+    if ARITHMETIC_ITEM.search(command):
+        raise ValueError("{} can't be in $((...)): write n={}; echo $((n+1))")
     script, quotes, i = [], [""], 0
     while i < len(command):
         match = SHELL_PIECE.match(command, i)
@@ -7044,7 +7054,7 @@ def shell_script(command, number):
 
 def with_item(command):
     """Return a command in which the item stands, at the end if not before."""
-    named = "{}" in command or "{#}" in command
+    named = any(name in command for name in ("{}", "{#}", "JOBMAN_ITEM"))
     return command if named else command + " {}"
 
 
@@ -7661,7 +7671,7 @@ def jobs_from_json(jobs, common):
     def complete(job):
         if type(job) is not dict:
             return job
-        job = dict(common, **job)
+        job = {"jobstage": 0, **common, **job}
         first = job.get("jobstage")
         if type(jobs) is list and job.get("laststage") is None \
                 and type(first) is int:

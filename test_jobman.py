@@ -11001,6 +11001,18 @@ class LogTest(WorkerCase):
             with self.assertRaisesRegex(worker.Refused, "--share-output"):
                 reading.output(1)
 
+    def test_a_log_that_somebody_has_changed_is_no_fault(self):
+        self.add("echo here")
+        self.work()
+        index, out = self.kept()
+        with open(index, "ab") as file:
+            file.write(b"1 0 1 1 1 0 " + b"9" * 18 + b"\n1 0 1 1 1 "
+                       + b"9" * 99 + b" 1\n")
+        self.assertEqual("here\nhere\n", self.logs()[0])
+        os.unlink(out)
+        os.mkfifo(out)
+        self.assertRegex(self.logs()[1], "(?m)^The output in .* can't be read")
+
     def test_a_server_known_by_its_url_has_logs_too(self):
         self.add("echo here")
         self.work()
@@ -12478,6 +12490,9 @@ class SubmitTest(CommandCase):
                   given=json.dumps(jobs).encode())
         self.assertEqual([12, 16], [
             self.carried(i)["laststage"] for i in (32, 33)])
+        self.does("submit", "--from-json", "-", given=b'[{"jobcmd": "a"}]')
+        self.assertEqual(
+            {"jobcmd": "a", "laststage": 2}, self.carried(34))
 
     def test_a_name_is_for_the_same_jobs(self):
         named = "submit", "--name", "run3"
@@ -12502,6 +12517,10 @@ class SubmitTest(CommandCase):
         for ids, listed in (("a", "1 2"), ("last", "3"), ("2-3", "2 3")):
             self.assertEqual(listed.split(), self.does(
                 "jobs", ids, "--output", "quiet").split())
+        self.set_jobs([99], laststage=2)
+        self.assertReply(200, self.call("/update_job/99/2"))
+        self.assertGreater(self.ok("/status")["rate"], 0)
+        self.assertIsNone(self.ok("/status?submission=a")["rate"])
         told = self.does("status", "a")
         self.assertIn("0 of 2 jobs done", told)
         self.assertIn("\n2 jobs wait in align: no worker serves it.\n", told)
@@ -12699,6 +12718,17 @@ class ScriptTest(TemporaryFolder):
                         self.assertEqual(wanted, found)
                     break
         self.assertEqual([], os.listdir(self.folder))
+
+    def test_an_item_is_no_part_of_arithmetic(self):
+        for command in ("echo $(( {} % 2 ))", 'x="$((1+{}))"'):
+            with self.assertRaisesRegex(ValueError, r"write n=\{\}"):
+                jobman.shell_script(command, 1)
+        jobman.shell_script("n={}; echo $(( n % 2 )) {}", 1)
+
+    def test_a_command_without_the_item_gets_it_at_its_end(self):
+        for command, end in (("gzip", " {}"), ("echo {#}", ""),
+                             ("a {} b", ""), ('echo "$JOBMAN_ITEM"', "")):
+            self.assertEqual(command + end, jobman.with_item(command))
 
     def test_number_of_the_item(self):
         self.assertEqual(
