@@ -7166,6 +7166,15 @@ def run_carries(options):
     return common
 
 
+# What `run` has of the options of `serve`, beside its own.
+SERVED = {
+    "host": "127.0.0.1", "port": 0, "url": None, "shared": False,
+    "lapses": MAX_LAPSES, "keep_days": None, "open": False, "tls": False,
+    "plain": False, "certfile": None, "keyfile": None, "new_jobix": False,
+    "share_output": False,
+}
+
+
 class Run:
     """Commands over many items: their jobs, and how far they are.
 
@@ -7352,7 +7361,8 @@ def run(options):
     access_file = options.db + ".access"
     make_folder(options.db, warn=True)
     progress = Progress(sys.stderr)
-    with serving(options, access_file, ending) as (server, access):
+    served = argparse.Namespace(**dict(vars(options), **SERVED))
+    with serving(served, access_file, ending) as (server, access):
         say("Watch it at " + page_address(access, sys.stderr))
         send_results(access_file)
         batch = Run(server.store, options)
@@ -8297,7 +8307,25 @@ def option(*names, **settings):
     return names, settings
 
 
-stage_number = argument(STAGE)
+def stage_names(text):
+    """Return the names of stages that --names gives; ArgumentTypeError."""
+    names = text.split(",")
+    if not all(map(is_stage_name, names)) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(
+            "%.80r aren't different names, each a letter and up to 63 of A-Z"
+            " a-z 0-9 _ . -, and neither all nor last" % text)
+    return names
+
+
+def read_name(text):
+    """Return the name of a submission; ArgumentTypeError for none."""
+    if not is_stage_name(text):
+        raise argparse.ArgumentTypeError(
+            "a name is a letter and up to 63 of A-Z a-z 0-9 _ . -, and neither"
+            " all nor last")
+    return text
+
+
 read_state = one_of_words(*STATES)
 
 ACCESS = option(
@@ -8363,6 +8391,7 @@ VERIFY = (
     option("--dry-run", action="store_true", help="only say what is damaged"))
 
 
+RETRIES = argument(integer(0, 999999))
 SERVE = (
     DATABASE,
     option("--host", default="127.0.0.1",
@@ -8384,12 +8413,18 @@ SERVE = (
            help="show the reading jobix what jobs have printed, too"),
     option("--shared", action="store_true",
            help="other servers of this host may serve the same database"),
+    option("--tls", action="store_true",
+           help="speak HTTPS on loopback too, with the same certificate,"
+           " which openssl makes once"),
+    option("--plain", action="store_true",
+           help="speak plain HTTP beyond loopback too"),
+    option("--certfile", metavar="FILE",
+           help="speak HTTPS, with the certificate in FILE (PEM)"),
     option("--keyfile", metavar="FILE",
            help="the certificate's key, if it isn't in the same file"),
     option("--snapshot", metavar="DIR",
            help="write DIR/status.html, a page for colleagues, every minute"),
-    option("--retries", type=argument(integer(0, 999999)),
-           default=MAX_ATTEMPTS - 1, metavar="N",
+    option("--retries", type=RETRIES, default=MAX_ATTEMPTS - 1, metavar="N",
            help="how often a job that fails is tried again in a stage, if it"
            " doesn't say itself (default %d)" % (MAX_ATTEMPTS - 1)),
     option("--lapses", type=argument(integer(1, 1000000)), default=MAX_LAPSES,
@@ -8401,6 +8436,85 @@ SERVE = (
 )
 
 
+STEPS = (
+    option("words", nargs=argparse.REMAINDER, metavar="COMMAND",
+           help="the command; {} is the item, at its end if not said"),
+    option("--then", action="append", default=[], metavar="COMMAND",
+           help="a command for the next stage, when the one before has"
+           " succeeded; as often as there are stages, also after the command"),
+    option("--names", type=stage_names, metavar="NAME,...",
+           help="names of the stages, one for each command"),
+    option("-a", "--each-line", "--arg-file", dest="arg_file", metavar="FILE",
+           help="a job for each line of FILE, as an item; -: standard input"),
+    option("-0", "--null", action="store_true",
+           help="items end in a zero byte, as those of find -print0"),
+    option("--array", type=read_array, metavar="NUMBERS",
+           help="a job for each number, as an item: 1-1000, 1-9:2,12"),
+    option("--timeout", type=duration, metavar="TIME",
+           help="how long a command may take: 90, 90s, 2h30m (default: no"
+           " limit)"),
+    option("--dry-run", action="store_true",
+           help="print the commands, and run or add none"))
+RUN = (
+    *STEPS,
+    option("--db", default="jobman-run.db", metavar="FILE",
+           help="where the run is kept (default jobman-run.db)"),
+    option("--slots", type=argument(integer(1, 100000)), metavar="N",
+           help="commands side by side (default: the cores we may use)"),
+    option("--retries", type=RETRIES, default=0, metavar="N",
+           help="how often a command that fails is tried again (default 0)"))
+SUBMIT = (
+    *STEPS,
+    option("--commands", metavar="FILE",
+           help="a job for each line, as a command; -: standard input"),
+    option("--from-json", metavar="FILE",
+           help="jobs as /set or /submit take them, options being what they"
+           " have if they don't say; -: standard input"),
+    option("--stage", type=read_stage, metavar="STAGE",
+           help="where they wait, a number or a name (default 0)"),
+    option("--laststage", type=read_stage, metavar="STAGE",
+           help="where they are done (default: two above their last"
+           " command)"),
+    option("--priority", type=argument(CARRIES["priority"]), metavar="N",
+           help="higher goes first (default 0)"),
+    option("--retries", type=RETRIES, metavar="N",
+           help="how often a command that fails is tried again (default: the"
+           " server's, 2 if it says no other)"),
+    option("--max-attempts", type=argument(CARRIES["max_attempts"]),
+           help=argparse.SUPPRESS),  # one more
+    option("--cwd", metavar="DIR", help="where they run (default: here)"),
+    option("--after", type=read_ids, action="append", default=[],
+           metavar="IDS", help="jobs that they wait for: 1,3,5-8, or the name"
+           " of a submission"),
+    option("--name", "--key", type=read_name, metavar="NAME",
+           help="what to call these jobs in other commands; under one name"
+           " jobs are added once"),
+    *CLIENT)
+WAIT = (
+    IDS,
+    option("--exit-code", action="store_true",
+           help="exit status 1 if one failed, was aborted or cancelled"),
+    option("--timeout", type=duration, metavar="TIME",
+           help="give up after 90, 90s, 2h30m or so, with exit status 124"),
+    *CLIENT)
+LOGS = (
+    IDS, STATE_OPTION, STAGE_OPTION, ACCESS,
+    option("-f", "--follow", action="store_true",
+           help="go on as the jobs print, until they have ended"),
+    option("--prune", action="store_true",
+           help="remove the output of jobs that were forgotten"),
+    option("--logs", metavar="DIR", help="where workers keep output (default:"
+           " next to the access file)"))
+BATCH = (
+    option("--nodes", type=argument(integer(1, MAX_STAGE)), default=1,
+           metavar="N", help="how many nodes, so workers (default 1)"),
+    option("--time", required=True, metavar="TIME",
+           help="how long at most: 1:00:00, 1-12:00:00, 90m, 2h30m"),
+    option("--worker", type=shell_words, default=[], metavar="'OPTIONS'",
+           help="options for worker.py, in one word"),
+    ACCESS)
+
+
 def jobs_output(default):
     """Return the option by which jobs are printed."""
     return option(
@@ -8409,44 +8523,16 @@ def jobs_output(default):
             ", ".join(FORMATS), default), metavar="FORM")
 
 
-def add_options(command, options):
-    """Give a command options, each as option() has it."""
-    for names, settings in options:
-        command.add_argument(*names, **settings)
-
-
-def add_access(command):
-    """Add the option by which a client finds the server."""
-    add_options(command, [ACCESS])
-
-
-def add_client(command):
-    """Add the options of a command that asks the server."""
-    add_options(command, CLIENT)
-
-
 def check_serve(parser, options):
     """End with exit status 2 when a server isn't described well."""
+    if options.tls + options.plain + bool(options.certfile) > 1:
+        parser.error("choose one of --tls, --plain and --certfile")
     if options.keyfile and not options.certfile:
         parser.error("--keyfile goes with --certfile")
     given = options.jobix_file or "JOBMAN_JOBIX" in os.environ
     if options.new_jobix and (given or options.shared or options.open):
         parser.error("--new-jobix makes the number itself, for one server:"
                      " give no --jobix-file, JOBMAN_JOBIX, --shared or --open")
-
-
-def add_serve(command):
-    """Describe serve."""
-    command.set_defaults(check=check_serve)
-    add_options(command, SERVE)
-    choose = command.add_mutually_exclusive_group().add_argument
-    choose("--tls", action="store_true",
-        help="speak HTTPS on loopback too, with the same certificate, which"
-        " openssl makes once")
-    choose("--plain", action="store_true",
-        help="speak plain HTTP beyond loopback too")
-    choose("--certfile", metavar="FILE",
-        help="speak HTTPS, with the certificate in FILE (PEM)")
 
 
 def check_steps(parser, options):
@@ -8499,60 +8585,6 @@ def check_run(parser, options):
         parser.error("run needs a command")
 
 
-def stage_names(text):
-    """Return the names of stages that --names gives; ArgumentTypeError."""
-    names = text.split(",")
-    if not all(map(is_stage_name, names)) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(
-            "%.80r aren't different names, each a letter and up to 63 of A-Z"
-            " a-z 0-9 _ . -, and neither all nor last" % text)
-    return names
-
-
-def add_steps(command):
-    """Add what describes commands and their items, for run and submit."""
-    add = command.add_argument
-    add("words", nargs=argparse.REMAINDER, metavar="COMMAND",
-        help="the command; {} is the item, at its end if not said")
-    add("--then", action="append", default=[], metavar="COMMAND",
-        help="a command for the next stage, when the one before has succeeded;"
-        " as often as there are stages, also after the command")
-    add("--names", type=stage_names, metavar="NAME,...",
-        help="names of the stages, one for each command")
-    add("-a", "--each-line", "--arg-file", dest="arg_file", metavar="FILE",
-        help="a job for each line of FILE, as an item; -: standard input")
-    add("-0", "--null", action="store_true",
-        help="items end in a zero byte, as those of find -print0")
-    del command._has_negative_number_optionals[:]  # -5 is no option
-    add("--array", type=read_array, metavar="NUMBERS",
-        help="a job for each number, as an item: 1-1000, 1-9:2,12")
-    add("--timeout", type=duration, metavar="TIME",
-        help="how long a command may take: 90, 90s, 2h30m (default: no limit)")
-    add("--dry-run", action="store_true",
-        help="print the commands, and run or add none")
-
-
-def add_run(command):
-    """Describe run."""
-    command.usage = "%(prog)s [options] 'COMMAND {}' [--then COMMAND] " \
-        "[::: ITEM ...]"
-    command.set_defaults(
-        check=check_run, host="127.0.0.1", port=0, url=None, shared=False,
-        lapses=MAX_LAPSES, keep_days=None, open=False, tls=False,
-        plain=False, certfile=None, keyfile=None, new_jobix=False,
-        share_output=False,
-    )
-    add_steps(command)
-    add = command.add_argument
-    add("--db", default="jobman-run.db", metavar="FILE",
-        help="where the run is kept (default jobman-run.db)")
-    add("--slots", type=argument(integer(1, 100000)), metavar="N",
-        help="commands side by side (default: the cores we may use)")
-    add("--retries", type=argument(integer(0, 1000000)), default=0,
-        metavar="N", help="how often a command that fails is tried again"
-        " (default 0)")
-
-
 def check_submit(parser, options):
     """End with exit status 2 when jobs aren't described well."""
     check_steps(parser, options)
@@ -8573,58 +8605,6 @@ def check_submit(parser, options):
     options.arg_file = options.arg_file or options.commands
 
 
-def read_name(text):
-    """Return the name of a submission; ArgumentTypeError for none."""
-    if not is_stage_name(text):
-        raise argparse.ArgumentTypeError(
-            "a name is a letter and up to 63 of A-Z a-z 0-9 _ . -, and neither"
-            " all nor last")
-    return text
-
-
-def add_submit(command):
-    """Describe submit."""
-    command.usage = "%(prog)s [options] ['COMMAND {}' [--then COMMAND] " \
-        "[::: ITEM ...]]"
-    command.set_defaults(check=check_submit)
-    add_steps(command)
-    add = command.add_argument
-    add("--commands", metavar="FILE",
-        help="a job for each line, as a command; -: standard input")
-    add("--from-json", metavar="FILE",
-        help="jobs as /set or /submit take them, options being what they have"
-        " if they don't say; -: standard input")
-    add("--stage", type=read_stage, metavar="STAGE",
-        help="where they wait, a number or a name (default 0)")
-    add("--laststage", type=read_stage, metavar="STAGE",
-        help="where they are done (default: two above their last command)")
-    add("--priority", type=argument(CARRIES["priority"]), metavar="N",
-        help="higher goes first (default 0)")
-    add("--retries", type=argument(integer(0, 999999)), metavar="N",
-        help="how often a command that fails is tried again (default: the"
-        " server's, 2 if it says no other)")
-    add("--max-attempts", type=argument(CARRIES["max_attempts"]),
-        help=argparse.SUPPRESS)  # one more
-    add("--cwd", metavar="DIR", help="where they run (default: here)")
-    add("--after", type=read_ids, action="append", default=[], metavar="IDS",
-        help="jobs that they wait for: 1,3,5-8, or the name of a submission")
-    add("--name", "--key", type=read_name, metavar="NAME",
-        help="what to call these jobs in other commands; under one name jobs"
-        " are added once")
-    add_client(command)
-
-
-def add_wait(command):
-    """Describe wait."""
-    add_options(command, (IDS,))
-    add = command.add_argument
-    add("--exit-code", action="store_true",
-        help="exit status 1 if one failed, was aborted or cancelled")
-    add("--timeout", type=duration, metavar="TIME",
-        help="give up after 90, 90s, 2h30m or so, with exit status 124")
-    add_client(command)
-
-
 def check_logs(parser, options):
     """End with exit status 2 when no jobs are named."""
     named = not (options.ids is options.stage is options.state is None)
@@ -8633,27 +8613,9 @@ def check_logs(parser, options):
                      " or --stage; --prune goes without")
 
 
-def add_logs(command):
-    """Describe logs."""
-    command.set_defaults(check=check_logs)
-    add = command.add_argument
-    add("ids", nargs="?", type=read_ids, metavar="IDS",
-        help="jobids, as 1,3,5-8, the name of a submission, or last")
-    add_options(command, (STATE_OPTION, STAGE_OPTION))
-    add("-f", "--follow", action="store_true",
-        help="go on as the jobs print, until they have ended")
-    add("--prune", action="store_true",
-        help="remove the output of jobs that were forgotten")
-    add_access(command)
-    add("--logs", metavar="DIR",
-        help="where workers keep output (default: next to the access file)")
-
-
 def check_batch(parser, options):
     """End with exit status 2 when a script's options aren't good."""
     options.more = options.items or []
-    if options.nodes < 1:
-        parser.error("--nodes must be at least 1")
     if options.more and not options.more[0].startswith("-"):
         parser.error("-- is followed by options, not by %r" % options.more[0])
     for word in options.more:
@@ -8668,34 +8630,20 @@ def check_batch(parser, options):
         worker.parse(options.worker)  # ends with exit status 2 if it's bad
 
 
-def add_batch(command):
-    """Describe sbatch or pbs."""
-    command.usage = "%(prog)s [options] [-- OPTION ...]"
-    command.set_defaults(check=check_batch)
-    add = command.add_argument
-    add("--nodes", type=int, default=1, metavar="N",
-        help="how many nodes, so workers (default 1)")
-    add("--time", required=True, metavar="TIME",
-        help="how long at most: 1:00:00, 1-12:00:00, 90m, 2h30m")
-    add("--worker", type=shell_words, default=[], metavar="'OPTIONS'",
-        help="options for worker.py, in one word")
-    add_access(command)
-
-
-# Each command: its name, what it does, what describes its options, and a text:
-# a line that says what it is for, and examples.
+# Each command: its name, what it does, its options, and a text: a line that
+# says what it is for, and examples.
 COMMANDS = (
-    ("serve", serve, add_serve, """serve a database until a signal ends it
+    ("serve", serve, SERVE, """serve a database until a signal ends it
   python3 jobman.py serve
   python3 jobman.py serve --db jobs.db --host 0.0.0.0"""),
-    ("run", run, add_run, """run a command for each item, and end
+    ("run", run, RUN, """run a command for each item, and end
   python3 jobman.py run 'gzip -k {}' ::: *.txt
   find . -name '*.png' -print0 | python3 jobman.py run -0 'optipng {}'
   python3 jobman.py run 'gzip -k {}' --then 'gzip -t {}.gz' ::: *.txt
 {} is the item as one shell word, {#} its number. Items come after :::, from a
 file, or from standard input, one a line. Options stand before the
 command."""),
-    ("submit", submit_jobs, add_submit, """add jobs
+    ("submit", submit_jobs, SUBMIT, """add jobs
   python3 jobman.py submit 'gzip -k {}' ::: *.txt
   find . -name '*.png' | python3 jobman.py submit --each-line - 'optipng {}'
   python3 jobman.py submit --array 1-1000 ./simulate.sh --seed {}
@@ -8724,12 +8672,12 @@ before the command."""),
   python3 jobman.py watch run3
 Ctrl-C ends it. If its output isn't a terminal, it prints a line when there is
 news, at most every 10 seconds."""),
-    ("wait", wait, add_wait, """return when jobs have ended
+    ("wait", wait, WAIT, """return when jobs have ended
   python3 jobman.py wait --exit-code && echo all is well
   python3 jobman.py wait 1,3,5-8 --timeout 2h30m
   python3 jobman.py wait run3
 Exit status 124: the time was over."""),
-    ("logs", logs, add_logs, """print what the commands of jobs have printed
+    ("logs", logs, LOGS, """print what the commands of jobs have printed
   python3 jobman.py logs 17
   python3 jobman.py logs 17 2>/dev/null > 17.txt
   python3 jobman.py logs last --state failed
@@ -8796,15 +8744,25 @@ Below each group is the command that retries its jobs."""),
   python3 jobman.py doctor
   python3 jobman.py doctor --db /scratch/me/jobs.db
 Without a server it checks the rest. It changes nothing."""),
-    ("sbatch", sbatch, add_batch, """print a script for Slurm
+    ("sbatch", sbatch, BATCH, """print a script for Slurm
   python3 jobman.py sbatch --nodes 4 --time 8h -- --partition=long | sbatch
 What follows -- becomes #SBATCH lines."""),
-    ("pbs", pbs, add_batch, """print a script for PBS
+    ("pbs", pbs, BATCH, """print a script for PBS
   python3 jobman.py pbs --time 8h -- -l select=4:ncpus=64 | qsub
 What follows -- becomes #PBS lines."""),
 )
 # What parts the arguments of some; see split_off.
 MARKS = {"run": ":::", "submit": ":::", "sbatch": "--", "pbs": "--"}
+USAGES = {
+    "run": "[options] 'COMMAND {}' [--then COMMAND] [::: ITEM ...]",
+    "submit": "[options] ['COMMAND {}' [--then COMMAND] [::: ITEM ...]]",
+    "sbatch": "[options] [-- OPTION ...]", "pbs": "[options] [-- OPTION ...]",
+}
+# How the options of some are checked, beyond what argparse does.
+CHECKS = {
+    "serve": check_serve, "run": check_run, "submit": check_submit,
+    "logs": check_logs, "sbatch": check_batch, "pbs": check_batch,
+}
 EPILOG = """\
 python3 jobman.py COMMAND --help has the options and examples of each.
 """
@@ -8843,11 +8801,12 @@ def parse(arguments):
             name, help=line, description=line,
             epilog="examples:\n" + examples,
             formatter_class=argparse.RawDescriptionHelpFormatter)
-        command.set_defaults(act=act, check=None, error=command.error)
-        if callable(added):
-            added(command)
-        else:
-            add_options(command, added)
+        command.set_defaults(act=act, error=command.error)
+        for names, settings in added:
+            command.add_argument(*names, **settings)
+        if name in USAGES:
+            command.usage = "%(prog)s " + USAGES[name]
+        del command._has_negative_number_optionals[:]  # -5 is no option
     words, rest = split_off(arguments)
     if words and words[0][:1] != "-" and words[0] not in commands.choices:
         parser.error("there is no command %.80r%s" % (
@@ -8863,8 +8822,8 @@ def parse(arguments):
     if rest is not None and options.command not in MARKS:
         command.error("::: belongs to run and submit")
     options.items = rest
-    if options.check:
-        options.check(command, options)
+    if options.command in CHECKS:
+        CHECKS[options.command](command, options)
     return options
 
 
