@@ -6053,6 +6053,13 @@ def using_worker():
         raise CommandError(printable(str(trouble))) from None
 
 
+def draw(text):
+    """Write a line to a terminal that the next line replaces."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\r%s\033[K" % text)
+        sys.stderr.flush()
+
+
 PATIENCE = 60  # seconds to try to reach a server, to change something
 LOOKING_PATIENCE = 5  # and to look
 
@@ -6064,8 +6071,8 @@ def speaking(options, patience=LOOKING_PATIENCE):
     It gives up on the server after `patience` seconds.
     """
     def tell(line):
-        clear = "\r\033[K" if sys.stderr.isatty() else ""  # a bar's line
-        say("%sjobman.py: %s" % (clear, printable(line)))
+        draw("")  # over a bar
+        say("jobman.py: %s" % printable(line))
 
     with using_worker() as worker:
         client = worker.Client(options.access, patience=patience)
@@ -6162,15 +6169,6 @@ def selector_of(client, named):
     return {"ids": ids_text(named)}
 
 
-def add_ids(ranges, ids):
-    """Add jobids to a list of ranges."""
-    for jobid in ids:
-        if ranges and ranges[-1].stop == jobid:
-            ranges[-1] = range(ranges[-1].start, jobid + 1)
-        else:
-            ranges.append(range(jobid, jobid + 1))
-
-
 def screen_size(stream):
     """Return the columns and lines of the terminal that a stream goes to."""
     try:
@@ -6251,24 +6249,14 @@ def bar(part, width=20):
     return "[%s%s] %3d%%" % ("#" * full, "." * (width - full), part * 100)
 
 
-def draw(text):
-    """Write a line to a terminal that the next line replaces."""
-    if sys.stderr.isatty():
-        sys.stderr.write("\r%s\033[K\r" % text)
-        sys.stderr.flush()
-
-
 class Progress:
-    """Show how far a run is: a bar on a terminal, else a line at times."""
+    """Show how far jobs are: a bar on a terminal, else a line at times."""
 
-    PERIOD = 10  # seconds between two lines
-
-    def __init__(self, stream):
-        self.stream = stream
-        self.bar = stream.isatty()
+    def __init__(self, period=10):
+        self.period = period  # seconds between two lines
+        self.bar = sys.stderr.isatty()
         self.mutex = threading.Lock()  # one writes to the terminal at a time
-        self.began = time.monotonic()
-        self.said = self.began
+        self.began = self.said = time.monotonic()
         self.line = ""
         self.midway = False  # whether the output stands in mid-line
 
@@ -6281,43 +6269,37 @@ class Progress:
             done, items, failed, rate, span(left / rate) if rate else "?"
         )
         if self.bar:
-            width = screen_size(self.stream)[0] - 1
-            line = "%s %s" % (bar(over / max(items, 1)), text)
-            with self.mutex:
-                self.line = line[:width]
-                self.draw()
-        elif now - self.said >= self.PERIOD:
+            width = screen_size(sys.stderr)[0] - 1
+            self.draw(("%s %s" % (bar(over / max(items, 1)), text))[:width])
+        elif now - self.said >= self.period:
             self.said = now
-            print(text, file=self.stream, flush=True)
+            say(text)
 
-    def draw(self):
-        """Write the bar on a line of its own; the mutex is held."""
-        if self.midway:
-            self.stream.write("\n")
-            self.midway = False
-        self.stream.write("\r%s\033[K" % self.line)
-        self.stream.flush()
+    def draw(self, line):
+        """Write the bar, on a line of its own."""
+        with self.mutex:
+            self.line = line
+            if self.midway:
+                say("")
+                self.midway = False
+            draw(line)
 
     def relay(self, source):
         """Copy output to the terminal, the bar kept below it."""
-        target = self.stream.buffer
         for block in iter(lambda: source.read1(65536), b""):
             with self.mutex:
                 if not self.midway:
-                    self.stream.write("\r\033[K")
-                    self.stream.flush()
-                target.write(block)
-                target.flush()
+                    draw("")
+                sys.stderr.buffer.write(block)
+                sys.stderr.flush()
                 self.midway = not block.endswith(b"\n")
                 if not self.midway:
-                    self.draw()
+                    draw(self.line)
 
     def end(self):
         """Take the bar away."""
         if self.bar:
-            with self.mutex:
-                self.line = ""
-                self.draw()
+            self.draw("")
 
 
 # --------------------------------------------------------------- looking ---
@@ -6731,9 +6713,8 @@ def failure_lines(found, names):
             number_of(group["jobs"], "job"),
             names.get(group["stage"], group["stage"]), how, where,
             group["message"] or "nothing was said"))
-        ranges = []
-        add_ids(ranges, sorted(group["ids"]))
-        yield "    python3 jobman.py retry " + ids_text(ranges)
+        yield "    python3 jobman.py retry " + ids_text(joined(
+            range(jobid, jobid + 1) for jobid in group["ids"]))
     left = found["failed"] - found["looked_at"]
     if left:
         yield "%s failed before these." % number_of(left, "job")
@@ -6823,9 +6804,8 @@ def wait_for_end(client, selector, end, progress):
             return states
         if ended_before is None:
             ended_before = ended
-        if progress:
-            progress.show(left + ended, states["done"],
-                          ended - states["done"], ended - ended_before)
+        progress.show(left + ended, states["done"], ended - states["done"],
+                      ended - ended_before)
         stalled.tell(client, figures)
         now = time.monotonic()
         if now >= end:
@@ -6841,7 +6821,7 @@ def wait(options):
     """Return when jobs have ended; exit status 1 if some ended badly."""
     end = time.monotonic() + (
         math.inf if options.timeout is None else options.timeout)
-    progress = Progress(sys.stderr) if sys.stderr.isatty() else None
+    progress = Progress(math.inf)
     try:
         with speaking(options) as client:
             states = wait_for_end(
@@ -6851,8 +6831,7 @@ def wait(options):
             raise
         states = None  # the server is away
     finally:
-        if progress:
-            progress.end()
+        progress.end()
     if states is None:
         say("jobman.py: The time is over, and not all jobs have ended.")
         return TIME_IS_OVER
@@ -7251,45 +7230,41 @@ class Run:
             yield printable(line + " " + said if said else line)
 
 
-class WorkerProcess:
-    """The worker of a run: worker.py in a process of its own.
+@contextlib.contextmanager
+def worker_of_run(access_file, options, progress):
+    """Run worker.py in a process of its own while the body runs; yield it.
 
     It ends when our end of the pipe to it closes, so also when we are
     killed. What it prints on a terminal comes through us, above the bar.
     """
-
-    PATIENCE = 20  # seconds for its commands to end
-
-    def __init__(self, access_file, options, progress):
-        stages = (str(2 * i) for i in range(len(options.steps)))
-        command = [sys.executable, worker_script(), "--access", access_file]
-        command += ["--print", "--spool", access_file + ".spool"]
-        command += ["--until-eof", "--idle-timeout", "1000000000"]
-        command += ["--stage", ",".join(stages)]
-        command += ["--slots", str(options.slots)] if options.slots else []
-        out = err = None
-        if progress.bar and sys.stdout.isatty():
-            out, err = subprocess.PIPE, subprocess.STDOUT
-        elif progress.bar:
-            err = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=out, stderr=err)
-        source = self.process.stdout or self.process.stderr
-        self.relay = source and threading.Thread(
-            target=progress.relay, args=(source,), daemon=True)
-        if self.relay:
-            self.relay.start()
-
-    def end(self):
-        """Let it give back what it has, and wait for it."""
-        self.process.stdin.close()
+    stages = (str(2 * i) for i in range(len(options.steps)))
+    command = [sys.executable, worker_script(), "--access", access_file]
+    command += ["--print", "--spool", access_file + ".spool"]
+    command += ["--until-eof", "--idle-timeout", "1000000000"]
+    command += ["--stage", ",".join(stages)]
+    command += ["--slots", str(options.slots)] if options.slots else []
+    out = err = None
+    if progress.bar and sys.stdout.isatty():
+        out, err = subprocess.PIPE, subprocess.STDOUT
+    elif progress.bar:
+        err = subprocess.PIPE
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=out, stderr=err)
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.end)
+        if err:
+            source = process.stdout or process.stderr
+            relay = threading.Thread(target=progress.relay, args=(source,))
+            relay.start()
+            stack.callback(relay.join)
+        stack.callback(process.wait)
         try:
-            self.process.wait(self.PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        if self.relay:
-            self.relay.join()
+            yield process
+        finally:
+            process.stdin.close()  # it gives back what it has
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            process.kill()
 
 
 def follow(batch, worker, progress, ending):
@@ -7305,7 +7280,7 @@ def follow(batch, worker, progress, ending):
         batch.store.lock.require()
         if batch.error:
             raise CommandError("The jobs can't be added: %s" % batch.error)
-        status = worker.process.poll()
+        status = worker.poll()
         unread = status == 128 + signal.SIGPIPE
         if ending.number or unread:
             progress.end()
@@ -7360,7 +7335,7 @@ def run(options):
     ending = until_signal()
     access_file = options.db + ".access"
     make_folder(options.db, warn=True)
-    progress = Progress(sys.stderr)
+    progress = Progress()
     served = argparse.Namespace(**dict(vars(options), **SERVED))
     with serving(served, access_file, ending) as (server, access):
         say("Watch it at " + page_address(access, sys.stderr))
@@ -7369,14 +7344,12 @@ def run(options):
         if options.names:
             server.store.set_stages(batch.namespace, {
                 2 * i: {"name": name} for i, name in enumerate(options.names)})
-        worker = WorkerProcess(access_file, options, progress)
         threading.Thread(target=batch.load, args=(items,), daemon=True).start()
-        try:
-            figures, number = follow(batch, worker, progress, ending)
-        finally:
-            server.store.wait_queue.close()  # ends its long poll
-            worker.end()
-            progress.end()
+        with worker_of_run(access_file, options, progress) as worker:
+            try:
+                figures, number = follow(batch, worker, progress, ending)
+            finally:
+                server.store.wait_queue.close()  # ends its long poll
         if number:
             return 128 + number
         return sum_up(batch, figures, progress, options.db)
@@ -7413,12 +7386,10 @@ def count_selected(client, options, states):
     """Return how many jobs a selection may change."""
     if type(options.ids) is list:
         return sum(map(len, options.ids))
-    named = {}
-    if options.ids not in (None, "all"):
-        named["submission"] = options.ids
+    named = None if options.ids == "all" else options.ids
     return sum(
         stage["states"][state]
-        for stage in client.status(**named)["stages"]
+        for stage in client.status(**selector_of(client, named))["stages"]
         if options.stage in (None, stage["stage"], stage["name"])
         for state in states if options.state in (None, state)
     )
@@ -7704,7 +7675,7 @@ def submit_parts(client, name, jobs):
     The parts of one name are added once. Where input had broken off in a part
     the first of its jobs are there.
     """
-    ranges, done, bar = [], 0, sys.stderr.isatty()
+    ranges, done = [], 0
     try:
         for part in in_parts(jobs):
             while part:
@@ -7715,9 +7686,7 @@ def submit_parts(client, name, jobs):
                 ranges = joined([*ranges, range(ids[0], ids[-1] + 1)])
                 done += len(ids)
                 part = part[len(ids) :]
-            if bar:
-                sys.stderr.write("\r%s\033[K" % number_of(done, "job"))
-                sys.stderr.flush()
+            draw(number_of(done, "job"))
     except BaseException as error:
         refused = isinstance(error, CommandError) or hasattr(error, "status")
         if done or not refused:  # if not, it may be in
@@ -7726,9 +7695,7 @@ def submit_parts(client, name, jobs):
                     "1 job is" if done == 1 else "%d jobs are" % done, name))
         raise
     finally:
-        if bar:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
+        draw("")
     return ranges
 
 
@@ -8863,10 +8830,6 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     sys.stdout, sys.stderr = tolerate(sys.stdout), tolerate(sys.stderr)
-    heeds = signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    if heeds:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    status = main()
-    if heeds:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.exit(status)
+    sys.exit(main())

@@ -14094,12 +14094,13 @@ class RunTest(TemporaryFolder):
 
     def test_plain_lines_where_there_is_no_terminal(self):
         stream = io.StringIO()
-        progress = jobman.Progress(stream)
-        progress.show(9, 0, 0, 0)
-        self.assertEqual("", stream.getvalue())
-        progress.said -= progress.PERIOD
-        progress.show(9, 2, 1, 3)
-        progress.end()
+        with contextlib.redirect_stderr(stream):
+            progress = jobman.Progress()
+            progress.show(9, 0, 0, 0)
+            self.assertEqual("", stream.getvalue())
+            progress.said -= progress.period
+            progress.show(9, 2, 1, 3)
+            progress.end()
         self.assertRegex(
             stream.getvalue(), r"\A2 of 9 done, 1 failed, .* left\n\Z"
         )
