@@ -6312,13 +6312,6 @@ SIGNS = {
 }
 
 
-def stage_label(stage):
-    """Return the name of a stage of /status, or its number; `align, paused`.
-    """
-    label = stage["name"] or str(stage["stage"])
-    return label + ", paused" * stage["paused"]
-
-
 def stage_bar(stage, width=20):
     """Return a bar that shows which part of a stage's jobs is in each state.
     """
@@ -6333,12 +6326,6 @@ def names_of_stages(client):
     """Return {stage: its name} of the stages that have one."""
     return {stage: values["name"] for stage, values
             in client.stages().items() if "name" in values}
-
-
-def median_time(stage):
-    """Return how long the jobs of a stage of /status take."""
-    ran = stage.get("runtime")
-    return ran and took(ran["median"])
 
 
 def workers_line(heard):
@@ -6392,7 +6379,10 @@ def why_nothing_moves(figures, heard):
 def status_lines(figures, heard, *, bars=False):
     """Yield the lines of a table of the stages, and how far all is."""
     totals = dict(figures["totals"], stage="all", name=None, paused=False)
-    columns = [("stage", stage_label), ("jobs", "jobs")]
+    columns = [
+        ("stage", lambda stage: (stage["name"] or str(stage["stage"]))
+            + ", paused" * stage["paused"]),
+        ("jobs", "jobs")]
     if bars:
         columns.append(("", stage_bar))
     columns += [
@@ -6400,7 +6390,8 @@ def status_lines(figures, heard, *, bars=False):
         for state in STATES if totals["states"][state]]
     if totals["expired"]:
         columns.append(("expired", lambda stage: stage["expired"] or None))
-    columns.append(("median", median_time))
+    columns.append(("median", lambda stage: stage.get("runtime") and took(
+        stage["runtime"]["median"])))
     yield from table(columns, [*figures["stages"], totals])
     yield progress_line(figures)
     yield workers_line(heard)
@@ -6487,11 +6478,6 @@ def table_of_jobs(pages, columns=JOB_TABLE):
     widths = []
     for page in pages:
         yield "".join(line + "\n" for line in table(columns, page, widths))
-
-
-def table_of_failed(pages):
-    """Yield a table of failed jobs, with the ends of their last attempts."""
-    return table_of_jobs(pages, FAILED_TABLE)
 
 
 def json_array(pages):
@@ -6599,7 +6585,7 @@ def print_jobs(options):
     """List jobs, a page at a time, each with its last attempt."""
     form, output = FORMATS[options.output], sys.stdout.buffer
     if options.output == "table" and options.state == "failed":
-        form = table_of_failed
+        form = functools.partial(table_of_jobs, columns=FAILED_TABLE)
     with speaking(options) as client:
         found = pages(
             client, most=options.limit, order=options.order,
@@ -6679,13 +6665,6 @@ def details(job, names):
             yield from ("  " + printable(line) for line in said)
 
 
-def stages_of(worker):
-    """Return the names of the stages that a worker serves, or their numbers.
-    """
-    return ",".join(name or str(stage) for stage, name in zip(
-        worker["stages"] or (), worker["stage_names"] or ()))
-
-
 def worker_lines(heard):
     """Return the lines of a table of the workers."""
     now = heard["time"]
@@ -6693,7 +6672,10 @@ def worker_lines(heard):
         return ["No worker is there; those that have ended, or send no"
                 " heartbeats, aren't shown."]
     return table((
-        ("worker", "name"), ("host", "host"), ("stages", stages_of),
+        ("worker", "name"), ("host", "host"),
+        ("stages", lambda worker: ",".join(
+            name or str(stage) for stage, name in zip(
+                worker["stages"] or (), worker["stage_names"] or ()))),
         ("slots", "slots"), ("busy", lambda worker: len(worker["holds"])),
         ("done", "done"), ("failed", "failed"),
         ("heard", lambda worker: span(max(0, now - worker["heard"])) + " ago"),
@@ -7019,12 +7001,6 @@ def shell_script(command, number):
     return "".join(script)
 
 
-def with_item(command):
-    """Return a command in which the item stands, at the end if not before."""
-    named = "{}" in command or "{#}" in command
-    return command if named else command + " {}"
-
-
 # First words that mean something to a shell: those are run by one.
 SHELL_WORDS = frozenset((
     "alias", "bg", "break", "builtin", "case", "cd", "command", "continue",
@@ -7096,10 +7072,13 @@ def has_items(options):
 def steps_in(options):
     """Return the commands of a command line, one for each stage.
 
-    With items each has the item in it.
+    With items each has the item in it, at the end if not before.
     """
     steps = [from_utf8(os.fsencode(step)) for step in options.steps]
-    return list(map(with_item, steps)) if has_items(options) else steps
+    if not has_items(options):
+        return steps
+    return [step if "{}" in step or "{#}" in step else step + " {}"
+            for step in steps]
 
 
 def open_items(options):
@@ -7575,13 +7554,6 @@ def submit_carries(options, stage=None, laststage=None):
     return {name: value for name, value in entry.items() if value is not None}
 
 
-def commands_of(lines, common):
-    """Yield a job for each line that is a command."""
-    for line in lines:
-        if line.strip() and not line.startswith("#"):
-            yield dict(common, jobcmd=line)
-
-
 def jobs_to_submit(options, stage, laststage):
     """Return the jobs of commands and items, or of lines that are commands."""
     stage, steps = stage or 0, steps_in(options)
@@ -7596,7 +7568,8 @@ def jobs_to_submit(options, stage, laststage):
         lists = read_items(options, open_items(options))
         items = itertools.chain.from_iterable(lists)
         if options.commands:
-            return commands_of(items, common)
+            return (dict(common, jobcmd=line) for line in items
+                    if line.strip() and not line.startswith("#"))
         return jobs_of(steps, items, common)
     if len(steps) == 1:
         return [dict(common, jobcmd=steps[0])]
@@ -8045,10 +8018,6 @@ def pbs(options):
 
 # ---------------------------------------------------------------- doctor ---
 
-OLDEST_PYTHON = 3, 6
-OLDEST_SQLITE = 3, 7, 17
-
-
 def ask(client, path, name):
     """Return a value of the object that the server answers."""
     try:
@@ -8061,13 +8030,6 @@ def ask(client, path, name):
 
 def check_program(found):
     """Return the versions of Python, SQLite and jobman."""
-    if (sys.version_info < OLDEST_PYTHON
-            or sqlite3.sqlite_version_info < OLDEST_SQLITE):
-        raise CommandError(
-            "This is Python %s with SQLite %s; run it by Python %d.%d or later"
-            " with SQLite %d.%d.%d or later" % (
-                sys.version.split()[0], sqlite3.sqlite_version,
-                *OLDEST_PYTHON, *OLDEST_SQLITE))
     if found.worker.__version__ != __version__:
         raise CommandError(
             "worker.py is %s and jobman.py %s; copy both of one version here"
@@ -8274,23 +8236,21 @@ def option(*names, **settings):
     return names, settings
 
 
-def stage_names(text):
-    """Return the names of stages that --names gives; ArgumentTypeError."""
-    names = text.split(",")
-    if not all(map(is_stage_name, names)) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(
-            "%.80r aren't different names, each a letter and up to 63 of A-Z"
-            " a-z 0-9 _ . -, and neither all nor last" % text)
-    return names
-
-
 def read_name(text):
-    """Return the name of a submission; ArgumentTypeError for none."""
+    """Return a name, of jobs or a stage; ArgumentTypeError for none."""
     if not is_stage_name(text):
         raise argparse.ArgumentTypeError(
-            "a name is a letter and up to 63 of A-Z a-z 0-9 _ . -, and neither"
-            " all nor last")
+            "%.80r is no name: a name is a letter and up to 63 of A-Z a-z 0-9"
+            " _ . -, and neither all nor last" % text)
     return text
+
+
+def read_names(text):
+    """Return the names of stages in A,B,C; ArgumentTypeError for others."""
+    names = list(map(read_name, text.split(",")))
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError("%.80r has a name twice" % text)
+    return names
 
 
 read_state = one_of_words(*STATES)
@@ -8409,7 +8369,7 @@ STEPS = (
     option("--then", action="append", default=[], metavar="COMMAND",
            help="a command for the next stage, when the one before has"
            " succeeded; as often as there are stages, also after the command"),
-    option("--names", type=stage_names, metavar="NAME,...",
+    option("--names", type=read_names, metavar="NAME,...",
            help="names of the stages, one for each command"),
     option("-a", "--each-line", "--arg-file", dest="arg_file", metavar="FILE",
            help="a job for each line of FILE, as an item; -: standard input"),
@@ -8537,13 +8497,21 @@ def check_steps(parser, options):
             parser.error(str(error))
 
 
+def check_sources(parser, options):
+    """Return by which options jobs come; end with status 2 if by several."""
+    found = ["items after :::"] if options.items is not None else []
+    found += [name for name, value in (
+        ("--each-line", options.arg_file), ("--array", options.array),
+        ("--commands", vars(options).get("commands")),
+        ("--from-json", vars(options).get("from_json"))) if value]
+    if len(found) > 1:
+        parser.error("give %s, not both" % " or ".join(found[:2]))
+    return found
+
+
 def check_run(parser, options):
     """End with exit status 2 when a run isn't described well."""
-    sources = [options.items is not None, options.arg_file, options.array]
-    if sum(map(bool, sources)) > 1:
-        parser.error("give items after :::, in a file, or by --array, not"
-                     " twice")
-    if not any(sources):
+    if not check_sources(parser, options):
         if sys.stdin is None or sys.stdin.isatty():
             parser.error("give items after :::, in a file, or on stdin")
         options.arg_file = "-"
@@ -8555,13 +8523,7 @@ def check_run(parser, options):
 def check_submit(parser, options):
     """End with exit status 2 when jobs aren't described well."""
     check_steps(parser, options)
-    sources = [name for name, given in (
-        ("items after :::", options.items is not None),
-        ("--each-line", options.arg_file), ("--array", options.array),
-        ("--commands", options.commands), ("--from-json", options.from_json),
-    ) if given]
-    if len(sources) > 1:
-        parser.error("give %s, not both" % " or ".join(sources[:2]))
+    sources = check_sources(parser, options)
     has_command = bool("".join(options.steps).strip())
     whole = options.commands or options.from_json
     if has_command == bool(whole):  # an empty variable is none
@@ -8718,8 +8680,7 @@ What follows -- becomes #SBATCH lines."""),
   python3 jobman.py pbs --time 8h -- -l select=4:ncpus=64 | qsub
 What follows -- becomes #PBS lines."""),
 )
-# What parts the arguments of some; see split_off.
-MARKS = {"run": ":::", "submit": ":::", "sbatch": "--", "pbs": "--"}
+# What follows the names of those whose arguments end in items or options.
 USAGES = {
     "run": "[options] 'COMMAND {}' [--then COMMAND] [::: ITEM ...]",
     "submit": "[options] ['COMMAND {}' [--then COMMAND] [::: ITEM ...]]",
@@ -8741,7 +8702,8 @@ def split_off(arguments):
     With sbatch and pbs the latter are those after `--`. What follows
     --worker is its value, even if it looks like an option.
     """
-    mark, rest = MARKS.get("".join(arguments[:1]), ":::"), None
+    mark = "--" if arguments[:1] in (["sbatch"], ["pbs"]) else ":::"
+    rest = None
     if mark in arguments:
         at = arguments.index(mark)
         arguments, rest = arguments[:at], arguments[at + 1 :]
@@ -8786,7 +8748,7 @@ def parse(arguments):
         there = re.findall("--[a-z-]+", command.format_help())
         command.error("unrecognized arguments: %s%s" % (
             " ".join(unknown), did_you_mean(unknown[0], there)))
-    if rest is not None and options.command not in MARKS:
+    if rest is not None and options.command not in USAGES:
         command.error("::: belongs to run and submit")
     options.items = rest
     if options.command in CHECKS:

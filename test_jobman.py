@@ -17083,16 +17083,10 @@ class DoctorTest(Certified, CommandCase):
 
     # This host
 
-    def test_python_and_sqlite_are_new_enough(self):
+    def test_the_versions_of_python_and_sqlite_are_shown(self):
         version = "%d.%d.%d" % sys.version_info[:3]
         self.assertOk("program", "Python %s, SQLite %s" % (
             re.escape(version), sqlite3.sqlite_version), self.examine())
-        for change, said in (
-            ("OLDEST_PYTHON = 9, 1", "run it by Python 9.1 or later"),
-            ("OLDEST_SQLITE = 9, 2, 3", "SQLite 9.2.3 or later"),
-        ):
-            found = self.examine(start=changed("jobman", "jobman." + change))
-            self.assertWrong("program", said, found)
 
     def test_worker_py_is_there_and_of_the_same_version(self):
         start = [shutil.copy(JOBMAN, self.folder)]
