@@ -7118,10 +7118,8 @@ def read_items(options, source):
 
 def run_carries(options):
     """Return what each job of a run carries, but its commands."""
-    common = {"jobstage": 0, "laststage": 2 * len(options.steps)}
-    if options.timeout:
-        common["timeout"] = options.timeout
-    return common
+    return {"jobstage": 0, "laststage": 2 * len(options.steps),
+            "timeout": options.timeout or None}
 
 
 # What `run` has of the options of `serve`, beside its own.
@@ -7546,11 +7544,9 @@ def submit_carries(options, stage=None, laststage=None):
     entry = {
         "jobstage": stage, "laststage": laststage,
         "priority": options.priority, "max_attempts": options.max_attempts,
-        "timeout": options.timeout, "cwd": options.cwd,
-        "after": options.after or None}
-    if options.cwd:
-        folder = os.path.abspath(options.cwd)
-        entry["cwd"] = from_utf8(os.fsencode(folder))
+        "timeout": options.timeout, "after": options.after or None,
+        "cwd": options.cwd and from_utf8(
+            os.fsencode(os.path.abspath(options.cwd)))}
     return {name: value for name, value in entry.items() if value is not None}
 
 
@@ -7959,14 +7955,6 @@ SHARED_NODES = re.compile("-[cs]|--(cpus-per-task|exclusive|oversubscribe)")
 UNQUOTABLE = re.compile(r"""[\0-\x1f\x7f'"\\]""")
 
 
-def shell_words(text):
-    """Read --worker: return the words that a shell would make of it."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def option_lines(prefix, words):
     """Return a script's lines for a batch system: each option on its own.
 
@@ -8017,16 +8005,6 @@ def pbs(options):
 
 
 # ---------------------------------------------------------------- doctor ---
-
-def ask(client, path, name):
-    """Return a value of the object that the server answers."""
-    try:
-        return client.call("GET", path, timeout=4)[name]
-    except (LookupError, TypeError, ValueError):
-        raise CommandError(
-            "What answers at %s:%d is no jobman server; look at the address in"
-            " the access file" % client.address) from None
-
 
 def check_program(found):
     """Return the versions of Python, SQLite and jobman."""
@@ -8087,10 +8065,15 @@ def check_connection(found):
 
 def check_server(found):
     """Return that the server and its database are well."""
+    client = found.client
     try:
-        version = ask(found.client, "/health", "version")
+        version = client.call("GET", "/health", timeout=4)["version"]
     except found.worker.Unreachable as error:
         raise CommandError("%s Look at its standard error" % error) from None
+    except (LookupError, TypeError, ValueError):
+        raise CommandError(
+            "What answers at %s:%d is no jobman server; look at the address in"
+            " the access file" % client.address) from None
     if version != __version__:
         raise CommandError(
             "The server is jobman %s, this is %s; run the same files on both"
@@ -8101,13 +8084,13 @@ def check_server(found):
 def check_jobix(found):
     """Return whether the server takes our jobix."""
     try:
-        readonly = ask(found.client, "/status", "readonly")
+        figures = found.client.call("GET", "/status", timeout=4)
     except found.worker.Refused as refused:
         if refused.status != 403:
             raise
         raise CommandError("The server takes another jobix than ours; use the"
                            " access file that it wrote") from None
-    return "it is taken, but only to look" if readonly else "it is taken"
+    return "it is taken" + ", but only to look" * figures["readonly"]
 
 
 def check_database(found):
@@ -8253,7 +8236,11 @@ def read_names(text):
     return names
 
 
-read_state = one_of_words(*STATES)
+def state_option(*states):
+    """Return the option that narrows a selection to one of some states."""
+    return option("--state", type=one_of_words(*states), metavar="STATE",
+                  help="only jobs in this state: " + ", ".join(states))
+
 
 ACCESS = option(
     "--access", metavar="FILE",
@@ -8262,9 +8249,7 @@ OUTPUT = option(
     "--output", choices=("table", "json", "quiet"), default="table",
     help="how the answer is printed (default table)")
 CLIENT = ACCESS, OUTPUT
-STATE_OPTION = option(
-    "--state", type=read_state, metavar="STATE",
-    help="only jobs in this state: " + ", ".join(STATES))
+STATE_OPTION = state_option(*STATES)
 STAGE_OPTION = option(
     "--stage", type=read_stage, metavar="STAGE",
     help="only jobs in this stage: its number or name")
@@ -8280,9 +8265,6 @@ ANY_DATABASE = option(
 A_STAGE = option("stage", type=read_stage, metavar="STAGE")
 A_JOB = option("jobid", type=argument(JOBID), metavar="JOBID")
 A_WORKER = option("worker", metavar="WORKER", help="its name, or all")
-EXPIRED_TOO = option(
-    "--state", type=one_of_words(*STATES, "expired"), metavar="STATE",
-    help="only jobs in this state: " + ", ".join((*STATES, "expired")))
 SELECTION = (
     option("ids", nargs="?", type=read_selection, metavar="IDS",
            help="jobids, as 1,3,5-8, the name of a submission, last, or"
@@ -8292,7 +8274,7 @@ IDS = option(
     "ids", nargs="?", type=read_ids, metavar="IDS",
     help="only these jobs: 1,3,5-8, the name of a submission, or last")
 JOBS = (
-    IDS, EXPIRED_TOO, STAGE_OPTION, ACCESS,
+    IDS, state_option(*STATES, "expired"), STAGE_OPTION, ACCESS,
     option("--order", choices=("id", "time"), default="id",
            help="by their ids (default), or longest in their stage first"),
     option("--limit", type=argument(integer(1, MAX_JOBID)), default=math.inf,
@@ -8437,7 +8419,7 @@ BATCH = (
            metavar="N", help="how many nodes, so workers (default 1)"),
     option("--time", required=True, metavar="TIME",
            help="how long at most: 1:00:00, 1-12:00:00, 90m, 2h30m"),
-    option("--worker", type=shell_words, default=[], metavar="'OPTIONS'",
+    option("--worker", type=shlex.split, default=[], metavar="'OPTIONS'",
            help="options for worker.py, in one word"),
     ACCESS)
 
