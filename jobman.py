@@ -6912,16 +6912,15 @@ def freed_text(size):
 def follow_logs(client, options, folder, space, wanted):
     """Print what the jobs print as it comes, until they have ended."""
     named = selector_of(client, options.ids)
-    places, shown, left, looked = {}, None, True, -math.inf
-    stalled = Stalled(patience=5)
-    while left:
-        if time.monotonic() > looked + 2:
-            looked, figures = time.monotonic(), client.status(**named)
-            states = figures["totals"]["states"]
-            left = any(states[state] for state in UNENDED)
-            stalled.tell(client, figures)
+    places, shown, stalled = {}, None, Stalled(patience=5)
+    while True:
+        figures = client.status(**named)
         shown = print_pieces(new_pieces(folder, space, wanted, places), shown)
-        time.sleep(0.3 if left else 0)
+        states = figures["totals"]["states"]
+        if not any(states[state] for state in UNENDED):
+            return
+        stalled.tell(client, figures)
+        time.sleep(1)
 
 
 def logs(options):
@@ -8415,7 +8414,7 @@ LOGS = (
     option("--logs", metavar="DIR", help="where workers keep output (default:"
            " next to the access file)"))
 BATCH = (
-    option("--nodes", type=argument(integer(1, MAX_STAGE)), default=1,
+    option("--nodes", type=argument(integer(1, 100000)), default=1,
            metavar="N", help="how many nodes, so workers (default 1)"),
     option("--time", required=True, metavar="TIME",
            help="how long at most: 1:00:00, 1-12:00:00, 90m, 2h30m"),
