@@ -6598,27 +6598,29 @@ def print_jobs(options):
     return 0
 
 
-class Stalled:
-    """Tell once when jobs wait for a while and nothing moves them."""
+def poll_status(client, selector, patience=30):
+    """Yield what /status says of jobs until they have ended, and once then.
 
-    def __init__(self, patience=30):
-        self.patience = patience  # seconds
-        self.since, self.reasons, self.told = time.monotonic(), [], []
-
-    def tell(self, client, figures):
-        """Tell what keeps the jobs in `figures`, if that is so for a while.
-
-        Tell it again only when a reason has changed, not a number of jobs.
-        """
+    Tells the user what keeps them when that is so for `patience` seconds, and
+    again when a reason has changed, not a number of jobs.
+    """
+    since, reasons, told, pause = time.monotonic(), [], [], 0.05
+    while True:
+        figures = client.status(**selector)
+        yield figures
+        states = figures["totals"]["states"]
+        if not any(states[state] for state in UNENDED):
+            return
         lines = why_nothing_moves(figures, client.workers())
-        reasons = [line.partition(" in ")[2] for line in lines]
-        if reasons != self.reasons:
-            self.since, self.reasons = time.monotonic(), reasons
-        elif reasons != self.told and (
-                time.monotonic() - self.since >= self.patience):
-            self.told = reasons
+        found = [line.partition(" in ")[2] for line in lines]
+        if found != reasons:
+            since, reasons = time.monotonic(), found
+        elif reasons != told and time.monotonic() - since >= patience:
+            told = reasons
             for line in lines:
                 client.tell(line)
+        time.sleep(pause)
+        pause = min(1, 1.3 * pause)
 
 
 ATTEMPT_TABLE = (
@@ -6771,29 +6773,22 @@ def verify(options):
 def wait_for_end(client, selector, end, progress):
     """Return how many jobs are in each state when all have ended.
 
-    Says why nothing moves. Returns None at `end`, a moment of the monotonic
-    clock.
+    Returns None at `end`, a moment of the monotonic clock.
     """
-    pause, ended_before, stalled = 0.05, None, Stalled()
-    while True:
-        began = time.monotonic()
-        figures = client.status(**selector)
-        client.patience = None if end == math.inf else max(0, end - began)
-        states = figures["totals"]["states"]
-        left = sum(states[state] for state in UNENDED)
-        ended = figures["totals"]["jobs"] - left
-        if not left:
+    ended_before = None
+    for figures in poll_status(client, selector):
+        jobs, states = figures["totals"]["jobs"], figures["totals"]["states"]
+        ended = jobs - sum(states[state] for state in UNENDED)
+        if ended == jobs:
             return states
+        left = end - time.monotonic()
+        if left <= 0:
+            return None
+        client.patience = None if left == math.inf else left
         if ended_before is None:
             ended_before = ended
-        progress.show(left + ended, states["done"], ended - states["done"],
+        progress.show(jobs, states["done"], ended - states["done"],
                       ended - ended_before)
-        stalled.tell(client, figures)
-        now = time.monotonic()
-        if now >= end:
-            return None
-        pause = max(min(2, 1.3 * pause), 10 * (now - began))
-        time.sleep(max(0, min(pause, end - time.monotonic())))
 
 
 TIME_IS_OVER = 124  # exit status, as of timeout(1)
@@ -6911,16 +6906,9 @@ def freed_text(size):
 
 def follow_logs(client, options, folder, space, wanted):
     """Print what the jobs print as it comes, until they have ended."""
-    named = selector_of(client, options.ids)
-    places, shown, stalled = {}, None, Stalled(patience=5)
-    while True:
-        figures = client.status(**named)
+    places, shown = {}, None
+    for _ in poll_status(client, selector_of(client, options.ids), patience=5):
         shown = print_pieces(new_pieces(folder, space, wanted, places), shown)
-        states = figures["totals"]["states"]
-        if not any(states[state] for state in UNENDED):
-            return
-        stalled.tell(client, figures)
-        time.sleep(1)
 
 
 def logs(options):

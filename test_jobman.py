@@ -13586,7 +13586,7 @@ class AwaitTest(LookCase):
         self.set_jobs([1, 2], laststage=2)
         self.ok("/stages", {"0": {"name": "align"}})
         process = self.spawn(*changed(
-            "jobman", "jobman.Stalled.__init__.__defaults__ = 0.3,"), "wait")
+            "jobman", "jobman.poll_status.__defaults__ = 0.3,"), "wait")
         say = process.stderr.readline
         self.assertEqual("jobman.py: 2 jobs wait in align: no worker serves"
                          " it.\n", say().decode())
