@@ -8406,7 +8406,7 @@ BATCH = (
            metavar="N", help="how many nodes, so workers (default 1)"),
     option("--time", required=True, metavar="TIME",
            help="how long at most: 1:00:00, 1-12:00:00, 90m, 2h30m"),
-    option("--worker", type=shlex.split, default=[], metavar="'OPTIONS'",
+    option("--worker", default="", metavar="'OPTIONS'",
            help="options for worker.py, in one word"),
     ACCESS)
 
@@ -8521,10 +8521,12 @@ def check_batch(parser, options):
             parser.error("%r can't be a batch system's option: it has a quote,"
                          " a backslash or a control character" % word)
     with using_worker() as worker:
-        try:
-            options.time = worker.read_span(options.time)
-        except ValueError as error:
-            parser.error("--time: %s" % error)
+        for name, read in (("time", worker.read_span),
+                           ("worker", shlex.split)):
+            try:
+                setattr(options, name, read(vars(options)[name]))
+            except ValueError as error:
+                parser.error("--%s: %s" % (name, error))
         worker.parse(options.worker)  # ends with exit status 2 if it's bad
 
 
