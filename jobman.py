@@ -8763,6 +8763,10 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     sys.stdout, sys.stderr = tolerate(sys.stdout), tolerate(sys.stderr)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+    heeds = signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    if heeds:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
+    status = main()
+    if heeds:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)
