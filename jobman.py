@@ -6504,10 +6504,6 @@ JOB_COLUMNS = (
 ATTEMPT_COLUMNS = (
     "host", "started", "ended", "seconds", "outcome", "exit_code", "error",
     "stderr")
-JOBLOG_COLUMNS = (
-    "Seq", "Host", "Starttime", "JobRuntime", "Send", "Receive", "Exitval",
-    "Signal", "Command",
-)
 
 
 def csv_line(cells):
@@ -6559,7 +6555,8 @@ def joblog_line(job):
 
 def joblog_lines(pages):
     """Yield a line for each job of which an attempt has ended."""
-    yield "\t".join(JOBLOG_COLUMNS) + "\n"
+    yield "Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval" \
+        "\tSignal\tCommand\n"
     for job in itertools.chain.from_iterable(pages):
         if job["attempts"]:
             yield joblog_line(job)
@@ -6791,9 +6788,6 @@ def wait_for_end(client, selector, end, progress):
                       ended - ended_before)
 
 
-TIME_IS_OVER = 124  # exit status, as of timeout(1)
-
-
 def wait(options):
     """Return when jobs have ended; exit status 1 if some ended badly."""
     end = time.monotonic() + (
@@ -6811,7 +6805,7 @@ def wait(options):
         progress.end()
     if states is None:
         say("jobman.py: The time is over, and not all jobs have ended.")
-        return TIME_IS_OVER
+        return 124  # as timeout(1) does
     states = {state: states[state] for state in STATES if states[state]}
     ended = sum(states.values())
     line = ", ".join("%d %s" % (n, state) for state, n in states.items())
