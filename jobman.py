@@ -6056,6 +6056,13 @@ def using_worker():
         raise CommandError(printable(str(trouble))) from None
 
 
+def draw(text):
+    """Write a line to a terminal that the next line replaces."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\r%s\033[K" % text)
+        sys.stderr.flush()
+
+
 PATIENCE = 60  # seconds to try to reach a server, to change something
 LOOKING_PATIENCE = 5  # and to look
 
@@ -6067,8 +6074,8 @@ def speaking(options, patience=LOOKING_PATIENCE):
     It gives up on the server after `patience` seconds.
     """
     def tell(line):
-        clear = "\r\033[K" if sys.stderr.isatty() else ""  # a bar's line
-        say("%sjobman.py: %s" % (clear, printable(line)))
+        draw("")  # over a bar
+        say("jobman.py: %s" % printable(line))
 
     with using_worker() as worker:
         client = worker.Client(options.access, patience=patience)
@@ -6165,15 +6172,6 @@ def selector_of(client, named):
     return {"ids": ids_text(named)}
 
 
-def add_ids(ranges, ids):
-    """Add jobids to a list of ranges."""
-    for jobid in ids:
-        if ranges and ranges[-1].stop == jobid:
-            ranges[-1] = range(ranges[-1].start, jobid + 1)
-        else:
-            ranges.append(range(jobid, jobid + 1))
-
-
 def screen_size(stream):
     """Return the columns and lines of the terminal that a stream goes to."""
     try:
@@ -6254,24 +6252,14 @@ def bar(part, width=20):
     return "[%s%s] %3d%%" % ("#" * full, "." * (width - full), part * 100)
 
 
-def draw(text):
-    """Write a line to a terminal that the next line replaces."""
-    if sys.stderr.isatty():
-        sys.stderr.write("\r%s\033[K\r" % text)
-        sys.stderr.flush()
-
-
 class Progress:
-    """Show how far a run is: a bar on a terminal, else a line at times."""
+    """Show how far jobs are: a bar on a terminal, else a line at times."""
 
-    PERIOD = 10  # seconds between two lines
-
-    def __init__(self, stream):
-        self.stream = stream
-        self.bar = stream.isatty()
+    def __init__(self, period=10):
+        self.period = period  # seconds between two lines
+        self.bar = sys.stderr.isatty()
         self.mutex = threading.Lock()  # one writes to the terminal at a time
-        self.began = time.monotonic()
-        self.said = self.began
+        self.began = self.said = time.monotonic()
         self.line = ""
         self.midway = False  # whether the output stands in mid-line
 
@@ -6284,43 +6272,37 @@ class Progress:
             done, items, failed, rate, span(left / rate) if rate else "?"
         )
         if self.bar:
-            width = screen_size(self.stream)[0] - 1
-            line = "%s %s" % (bar(over / max(items, 1)), text)
-            with self.mutex:
-                self.line = line[:width]
-                self.draw()
-        elif now - self.said >= self.PERIOD:
+            width = screen_size(sys.stderr)[0] - 1
+            self.draw(("%s %s" % (bar(over / max(items, 1)), text))[:width])
+        elif now - self.said >= self.period:
             self.said = now
-            print(text, file=self.stream, flush=True)
+            say(text)
 
-    def draw(self):
-        """Write the bar on a line of its own; the mutex is held."""
-        if self.midway:
-            self.stream.write("\n")
-            self.midway = False
-        self.stream.write("\r%s\033[K" % self.line)
-        self.stream.flush()
+    def draw(self, line):
+        """Write the bar, on a line of its own."""
+        with self.mutex:
+            self.line = line
+            if self.midway:
+                say("")
+                self.midway = False
+            draw(line)
 
     def relay(self, source):
         """Copy output to the terminal, the bar kept below it."""
-        target = self.stream.buffer
         for block in iter(lambda: source.read1(65536), b""):
             with self.mutex:
                 if not self.midway:
-                    self.stream.write("\r\033[K")
-                    self.stream.flush()
-                target.write(block)
-                target.flush()
+                    draw("")
+                sys.stderr.buffer.write(block)
+                sys.stderr.flush()
                 self.midway = not block.endswith(b"\n")
                 if not self.midway:
-                    self.draw()
+                    draw(self.line)
 
     def end(self):
         """Take the bar away."""
         if self.bar:
-            with self.mutex:
-                self.line = ""
-                self.draw()
+            self.draw("")
 
 
 # --------------------------------------------------------------- looking ---
@@ -6331,13 +6313,6 @@ SIGNS = {
     "done": "#", "working": "=", "waiting": ".", "delayed": "-",
     "blocked": ":", "failed": "!", "aborted": "!", "cancelled": "x",
 }
-
-
-def stage_label(stage):
-    """Return the name of a stage of /status, or its number; `align, paused`.
-    """
-    label = stage["name"] or str(stage["stage"])
-    return label + ", paused" * stage["paused"]
 
 
 def stage_bar(stage, width=20):
@@ -6354,12 +6329,6 @@ def names_of_stages(client):
     """Return {stage: its name} of the stages that have one."""
     return {stage: values["name"] for stage, values
             in client.stages().items() if "name" in values}
-
-
-def median_time(stage):
-    """Return how long the jobs of a stage of /status take."""
-    ran = stage.get("runtime")
-    return ran and took(ran["median"])
 
 
 def workers_line(heard):
@@ -6413,7 +6382,10 @@ def why_nothing_moves(figures, heard):
 def status_lines(figures, heard, *, bars=False):
     """Yield the lines of a table of the stages, and how far all is."""
     totals = dict(figures["totals"], stage="all", name=None, paused=False)
-    columns = [("stage", stage_label), ("jobs", "jobs")]
+    columns = [
+        ("stage", lambda stage: (stage["name"] or str(stage["stage"]))
+            + ", paused" * stage["paused"]),
+        ("jobs", "jobs")]
     if bars:
         columns.append(("", stage_bar))
     columns += [
@@ -6421,7 +6393,8 @@ def status_lines(figures, heard, *, bars=False):
         for state in STATES if totals["states"][state]]
     if totals["expired"]:
         columns.append(("expired", lambda stage: stage["expired"] or None))
-    columns.append(("median", median_time))
+    columns.append(("median", lambda stage: stage.get("runtime") and took(
+        stage["runtime"]["median"])))
     yield from table(columns, [*figures["stages"], totals])
     yield progress_line(figures)
     yield workers_line(heard)
@@ -6510,11 +6483,6 @@ def table_of_jobs(pages, columns=JOB_TABLE):
         yield "".join(line + "\n" for line in table(columns, page, widths))
 
 
-def table_of_failed(pages):
-    """Yield a table of failed jobs, with the ends of their last attempts."""
-    return table_of_jobs(pages, FAILED_TABLE)
-
-
 def json_array(pages):
     """Yield the parts of a JSON array of what is in `pages`, one a line."""
     before = "[\n"
@@ -6539,10 +6507,6 @@ JOB_COLUMNS = (
 ATTEMPT_COLUMNS = (
     "host", "started", "ended", "seconds", "outcome", "exit_code", "error",
     "stderr")
-JOBLOG_COLUMNS = (
-    "Seq", "Host", "Starttime", "JobRuntime", "Send", "Receive", "Exitval",
-    "Signal", "Command",
-)
 
 
 def csv_line(cells):
@@ -6594,7 +6558,8 @@ def joblog_line(job):
 
 def joblog_lines(pages):
     """Yield a line for each job of which an attempt has ended."""
-    yield "\t".join(JOBLOG_COLUMNS) + "\n"
+    yield "Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval" \
+        "\tSignal\tCommand\n"
     for job in itertools.chain.from_iterable(pages):
         if job["attempts"]:
             yield joblog_line(job)
@@ -6620,7 +6585,7 @@ def print_jobs(options):
     """List jobs, a page at a time, each with its last attempt."""
     form, output = FORMATS[options.output], sys.stdout.buffer
     if options.output == "table" and options.state == "failed":
-        form = table_of_failed
+        form = functools.partial(table_of_jobs, columns=FAILED_TABLE)
     with speaking(options) as client:
         found = pages(
             client, most=options.limit, order=options.order,
@@ -6633,27 +6598,29 @@ def print_jobs(options):
     return 0
 
 
-class Stalled:
-    """Tell once when jobs wait for a while and nothing moves them."""
+def poll_status(client, selector, patience=30):
+    """Yield what /status says of jobs until they have ended, and once then.
 
-    def __init__(self, patience=30):
-        self.patience = patience  # seconds
-        self.since, self.reasons, self.told = time.monotonic(), [], []
-
-    def tell(self, client, figures):
-        """Tell what keeps the jobs in `figures`, if that is so for a while.
-
-        Tell it again only when a reason has changed, not a number of jobs.
-        """
+    Tells the user what keeps them when that is so for `patience` seconds, and
+    again when a reason has changed, not a number of jobs.
+    """
+    since, reasons, told, pause = time.monotonic(), [], [], 0.05
+    while True:
+        figures = client.status(**selector)
+        yield figures
+        states = figures["totals"]["states"]
+        if not any(states[state] for state in UNENDED):
+            return
         lines = why_nothing_moves(figures, client.workers())
-        reasons = [line.partition(" in ")[2] for line in lines]
-        if reasons != self.reasons:
-            self.since, self.reasons = time.monotonic(), reasons
-        elif reasons != self.told and (
-                time.monotonic() - self.since >= self.patience):
-            self.told = reasons
+        found = [line.partition(" in ")[2] for line in lines]
+        if found != reasons:
+            since, reasons = time.monotonic(), found
+        elif reasons != told and time.monotonic() - since >= patience:
+            told = reasons
             for line in lines:
                 client.tell(line)
+        time.sleep(pause)
+        pause = min(1, 1.3 * pause)
 
 
 ATTEMPT_TABLE = (
@@ -6700,13 +6667,6 @@ def details(job, names):
             yield from ("  " + printable(line) for line in said)
 
 
-def stages_of(worker):
-    """Return the names of the stages that a worker serves, or their numbers.
-    """
-    return ",".join(name or str(stage) for stage, name in zip(
-        worker["stages"] or (), worker["stage_names"] or ()))
-
-
 def worker_lines(heard):
     """Return the lines of a table of the workers."""
     now = heard["time"]
@@ -6714,7 +6674,10 @@ def worker_lines(heard):
         return ["No worker is there; those that have ended, or send no"
                 " heartbeats, aren't shown."]
     return table((
-        ("worker", "name"), ("host", "host"), ("stages", stages_of),
+        ("worker", "name"), ("host", "host"),
+        ("stages", lambda worker: ",".join(
+            name or str(stage) for stage, name in zip(
+                worker["stages"] or (), worker["stage_names"] or ()))),
         ("slots", "slots"), ("busy", lambda worker: len(worker["holds"])),
         ("done", "done"), ("failed", "failed"),
         ("heard", lambda worker: span(max(0, now - worker["heard"])) + " ago"),
@@ -6734,9 +6697,8 @@ def failure_lines(found, names):
             number_of(group["jobs"], "job"),
             names.get(group["stage"], group["stage"]), how, where,
             group["message"] or "nothing was said"))
-        ranges = []
-        add_ids(ranges, sorted(group["ids"]))
-        yield "    python3 jobman.py retry " + ids_text(ranges)
+        yield "    python3 jobman.py retry " + ids_text(joined(
+            range(jobid, jobid + 1) for jobid in group["ids"]))
     left = found["failed"] - found["looked_at"]
     if left:
         yield "%s failed before these." % number_of(left, "job")
@@ -6811,40 +6773,29 @@ def verify(options):
 def wait_for_end(client, selector, end, progress):
     """Return how many jobs are in each state when all have ended.
 
-    Says why nothing moves. Returns None at `end`, a moment of the monotonic
-    clock.
+    Returns None at `end`, a moment of the monotonic clock.
     """
-    pause, ended_before, stalled = 0.05, None, Stalled()
-    while True:
-        began = time.monotonic()
-        figures = client.status(**selector)
-        client.patience = None if end == math.inf else max(0, end - began)
-        states = figures["totals"]["states"]
-        left = sum(states[state] for state in UNENDED)
-        ended = figures["totals"]["jobs"] - left
-        if not left:
+    ended_before = None
+    for figures in poll_status(client, selector):
+        jobs, states = figures["totals"]["jobs"], figures["totals"]["states"]
+        ended = jobs - sum(states[state] for state in UNENDED)
+        if ended == jobs:
             return states
+        left = end - time.monotonic()
+        if left <= 0:
+            return None
+        client.patience = None if left == math.inf else left
         if ended_before is None:
             ended_before = ended
-        if progress:
-            progress.show(left + ended, states["done"],
-                          ended - states["done"], ended - ended_before)
-        stalled.tell(client, figures)
-        now = time.monotonic()
-        if now >= end:
-            return None
-        pause = max(min(2, 1.3 * pause), 10 * (now - began))
-        time.sleep(max(0, min(pause, end - time.monotonic())))
-
-
-TIME_IS_OVER = 124  # exit status, as of timeout(1)
+        progress.show(jobs, states["done"], ended - states["done"],
+                      ended - ended_before)
 
 
 def wait(options):
     """Return when jobs have ended; exit status 1 if some ended badly."""
     end = time.monotonic() + (
         math.inf if options.timeout is None else options.timeout)
-    progress = Progress(sys.stderr) if sys.stderr.isatty() else None
+    progress = Progress(math.inf)
     try:
         with speaking(options) as client:
             states = wait_for_end(
@@ -6854,11 +6805,10 @@ def wait(options):
             raise
         states = None  # the server is away
     finally:
-        if progress:
-            progress.end()
+        progress.end()
     if states is None:
         say("jobman.py: The time is over, and not all jobs have ended.")
-        return TIME_IS_OVER
+        return 124  # as timeout(1) does
     states = {state: states[state] for state in STATES if states[state]}
     ended = sum(states.values())
     line = ", ".join("%d %s" % (n, state) for state, n in states.items())
@@ -6957,17 +6907,9 @@ def freed_text(size):
 
 def follow_logs(client, options, folder, space, wanted):
     """Print what the jobs print as it comes, until they have ended."""
-    named = selector_of(client, options.ids)
-    places, shown, left, looked = {}, None, True, -math.inf
-    stalled = Stalled(patience=5)
-    while left:
-        if time.monotonic() > looked + 2:
-            looked, figures = time.monotonic(), client.status(**named)
-            states = figures["totals"]["states"]
-            left = any(states[state] for state in UNENDED)
-            stalled.tell(client, figures)
+    places, shown = {}, None
+    for _ in poll_status(client, selector_of(client, options.ids), patience=5):
         shown = print_pieces(new_pieces(folder, space, wanted, places), shown)
-        time.sleep(0.3 if left else 0)
 
 
 def logs(options):
@@ -7052,12 +6994,6 @@ def shell_script(command, number):
     return "".join(script)
 
 
-def with_item(command):
-    """Return a command in which the item stands, at the end if not before."""
-    named = any(name in command for name in ("{}", "{#}", "JOBMAN_ITEM"))
-    return command if named else command + " {}"
-
-
 # First words that mean something to a shell: those are run by one.
 SHELL_WORDS = frozenset((
     "alias", "bg", "break", "builtin", "case", "cd", "command", "continue",
@@ -7126,13 +7062,20 @@ def has_items(options):
     return bool(options.items is not None or options.arg_file or options.array)
 
 
+# A command without any of these gets the item at its end.
+ITEM_NAMES = "{}", "{#}", "JOBMAN_ITEM"
+
+
 def steps_in(options):
     """Return the commands of a command line, one for each stage.
 
-    With items each has the item in it.
+    With items each has the item in it, at the end if not before.
     """
     steps = [from_utf8(os.fsencode(step)) for step in options.steps]
-    return list(map(with_item, steps)) if has_items(options) else steps
+    if not has_items(options):
+        return steps
+    return [step if any(name in step for name in ITEM_NAMES) else step + " {}"
+            for step in steps]
 
 
 def open_items(options):
@@ -7172,10 +7115,17 @@ def read_items(options, source):
 
 def run_carries(options):
     """Return what each job of a run carries, but its commands."""
-    common = {"jobstage": 0, "laststage": 2 * len(options.steps)}
-    if options.timeout:
-        common["timeout"] = options.timeout
-    return common
+    return {"jobstage": 0, "laststage": 2 * len(options.steps),
+            "timeout": options.timeout or None}
+
+
+# What `run` has of the options of `serve`, beside its own.
+SERVED = {
+    "host": "127.0.0.1", "port": 0, "url": None, "shared": False,
+    "lapses": MAX_LAPSES, "keep_days": None, "open": False, "tls": False,
+    "plain": False, "certfile": None, "keyfile": None, "new_jobix": False,
+    "share_output": False,
+}
 
 
 class Run:
@@ -7254,45 +7204,41 @@ class Run:
             yield printable(line + " " + said if said else line)
 
 
-class WorkerProcess:
-    """The worker of a run: worker.py in a process of its own.
+@contextlib.contextmanager
+def worker_of_run(access_file, options, progress):
+    """Run worker.py in a process of its own while the body runs; yield it.
 
     It ends when our end of the pipe to it closes, so also when we are
     killed. What it prints on a terminal comes through us, above the bar.
     """
-
-    PATIENCE = 20  # seconds for its commands to end
-
-    def __init__(self, access_file, options, progress):
-        stages = (str(2 * i) for i in range(len(options.steps)))
-        command = [sys.executable, worker_script(), "--access", access_file]
-        command += ["--print", "--spool", access_file + ".spool"]
-        command += ["--until-eof", "--idle-timeout", "1000000000"]
-        command += ["--stage", ",".join(stages)]
-        command += ["--slots", str(options.slots)] if options.slots else []
-        out = err = None
-        if progress.bar and sys.stdout.isatty():
-            out, err = subprocess.PIPE, subprocess.STDOUT
-        elif progress.bar:
-            err = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=out, stderr=err)
-        source = self.process.stdout or self.process.stderr
-        self.relay = source and threading.Thread(
-            target=progress.relay, args=(source,), daemon=True)
-        if self.relay:
-            self.relay.start()
-
-    def end(self):
-        """Let it give back what it has, and wait for it."""
-        self.process.stdin.close()
+    stages = (str(2 * i) for i in range(len(options.steps)))
+    command = [sys.executable, worker_script(), "--access", access_file]
+    command += ["--print", "--spool", access_file + ".spool"]
+    command += ["--until-eof", "--idle-timeout", "1000000000"]
+    command += ["--stage", ",".join(stages)]
+    command += ["--slots", str(options.slots)] if options.slots else []
+    out = err = None
+    if progress.bar and sys.stdout.isatty():
+        out, err = subprocess.PIPE, subprocess.STDOUT
+    elif progress.bar:
+        err = subprocess.PIPE
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=out, stderr=err)
+    with contextlib.ExitStack() as stack:
+        stack.callback(progress.end)
+        if err:
+            source = process.stdout or process.stderr
+            relay = threading.Thread(target=progress.relay, args=(source,))
+            relay.start()
+            stack.callback(relay.join)
+        stack.callback(process.wait)
         try:
-            self.process.wait(self.PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        if self.relay:
-            self.relay.join()
+            yield process
+        finally:
+            process.stdin.close()  # it gives back what it has
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            process.kill()
 
 
 def follow(batch, worker, progress, ending):
@@ -7308,7 +7254,7 @@ def follow(batch, worker, progress, ending):
         batch.store.lock.require()
         if batch.error:
             raise CommandError("The jobs can't be added: %s" % batch.error)
-        status = worker.process.poll()
+        status = worker.poll()
         unread = status == 128 + signal.SIGPIPE
         if ending.number or unread:
             progress.end()
@@ -7363,22 +7309,21 @@ def run(options):
     ending = until_signal()
     access_file = options.db + ".access"
     make_folder(options.db, warn=True)
-    progress = Progress(sys.stderr)
-    with serving(options, access_file, ending) as (server, access):
+    progress = Progress()
+    served = argparse.Namespace(**dict(vars(options), **SERVED))
+    with serving(served, access_file, ending) as (server, access):
         say("Watch it at " + page_address(access, sys.stderr))
         send_results(access_file)
         batch = Run(server.store, options)
         if options.names:
             server.store.set_stages(batch.namespace, {
                 2 * i: {"name": name} for i, name in enumerate(options.names)})
-        worker = WorkerProcess(access_file, options, progress)
         threading.Thread(target=batch.load, args=(items,), daemon=True).start()
-        try:
-            figures, number = follow(batch, worker, progress, ending)
-        finally:
-            server.store.wait_queue.close()  # ends its long poll
-            worker.end()
-            progress.end()
+        with worker_of_run(access_file, options, progress) as worker:
+            try:
+                figures, number = follow(batch, worker, progress, ending)
+            finally:
+                server.store.wait_queue.close()  # ends its long poll
         if number:
             return 128 + number
         return sum_up(batch, figures, progress, options.db)
@@ -7415,12 +7360,10 @@ def count_selected(client, options, states):
     """Return how many jobs a selection may change."""
     if type(options.ids) is list:
         return sum(map(len, options.ids))
-    named = {}
-    if options.ids not in (None, "all"):
-        named["submission"] = options.ids
+    named = None if options.ids == "all" else options.ids
     return sum(
         stage["states"][state]
-        for stage in client.status(**named)["stages"]
+        for stage in client.status(**selector_of(client, named))["stages"]
         if options.stage in (None, stage["stage"], stage["name"])
         for state in states if options.state in (None, state)
     )
@@ -7598,19 +7541,10 @@ def submit_carries(options, stage=None, laststage=None):
     entry = {
         "jobstage": stage, "laststage": laststage,
         "priority": options.priority, "max_attempts": options.max_attempts,
-        "timeout": options.timeout, "cwd": options.cwd,
-        "after": options.after or None}
-    if options.cwd:
-        folder = os.path.abspath(options.cwd)
-        entry["cwd"] = from_utf8(os.fsencode(folder))
+        "timeout": options.timeout, "after": options.after or None,
+        "cwd": options.cwd and from_utf8(
+            os.fsencode(os.path.abspath(options.cwd)))}
     return {name: value for name, value in entry.items() if value is not None}
-
-
-def commands_of(lines, common):
-    """Yield a job for each line that is a command."""
-    for line in lines:
-        if line.strip() and not line.startswith("#"):
-            yield dict(common, jobcmd=line)
 
 
 def jobs_to_submit(options, stage, laststage):
@@ -7627,7 +7561,8 @@ def jobs_to_submit(options, stage, laststage):
         lists = read_items(options, open_items(options))
         items = itertools.chain.from_iterable(lists)
         if options.commands:
-            return commands_of(items, common)
+            return (dict(common, jobcmd=line) for line in items
+                    if line.strip() and not line.startswith("#"))
         return jobs_of(steps, items, common)
     if len(steps) == 1:
         return [dict(common, jobcmd=steps[0])]
@@ -7706,7 +7641,7 @@ def submit_parts(client, name, jobs):
     The parts of one name are added once. Where input had broken off in a part
     the first of its jobs are there.
     """
-    ranges, done, bar = [], 0, sys.stderr.isatty()
+    ranges, done = [], 0
     try:
         for part in in_parts(jobs):
             while part:
@@ -7717,9 +7652,7 @@ def submit_parts(client, name, jobs):
                 ranges = joined([*ranges, range(ids[0], ids[-1] + 1)])
                 done += len(ids)
                 part = part[len(ids) :]
-            if bar:
-                sys.stderr.write("\r%s\033[K" % number_of(done, "job"))
-                sys.stderr.flush()
+            draw(number_of(done, "job"))
     except BaseException as error:
         refused = isinstance(error, CommandError) or hasattr(error, "status")
         if done or not refused:  # if not, it may be in
@@ -7728,9 +7661,7 @@ def submit_parts(client, name, jobs):
                     "1 job is" if done == 1 else "%d jobs are" % done, name))
         raise
     finally:
-        if bar:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
+        draw("")
     return ranges
 
 
@@ -8021,14 +7952,6 @@ SHARED_NODES = re.compile("-[cs]|--(cpus-per-task|exclusive|oversubscribe)")
 UNQUOTABLE = re.compile(r"""[\0-\x1f\x7f'"\\]""")
 
 
-def shell_words(text):
-    """Read --worker: return the words that a shell would make of it."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def option_lines(prefix, words):
     """Return a script's lines for a batch system: each option on its own.
 
@@ -8080,29 +8003,8 @@ def pbs(options):
 
 # ---------------------------------------------------------------- doctor ---
 
-OLDEST_PYTHON = 3, 6
-OLDEST_SQLITE = 3, 7, 17
-
-
-def ask(client, path, name):
-    """Return a value of the object that the server answers."""
-    try:
-        return client.call("GET", path, timeout=4)[name]
-    except (LookupError, TypeError, ValueError):
-        raise CommandError(
-            "What answers at %s:%d is no jobman server; look at the address in"
-            " the access file" % client.address) from None
-
-
 def check_program(found):
     """Return the versions of Python, SQLite and jobman."""
-    if (sys.version_info < OLDEST_PYTHON
-            or sqlite3.sqlite_version_info < OLDEST_SQLITE):
-        raise CommandError(
-            "This is Python %s with SQLite %s; run it by Python %d.%d or later"
-            " with SQLite %d.%d.%d or later" % (
-                sys.version.split()[0], sqlite3.sqlite_version,
-                *OLDEST_PYTHON, *OLDEST_SQLITE))
     if found.worker.__version__ != __version__:
         raise CommandError(
             "worker.py is %s and jobman.py %s; copy both of one version here"
@@ -8160,10 +8062,15 @@ def check_connection(found):
 
 def check_server(found):
     """Return that the server and its database are well."""
+    client = found.client
     try:
-        version = ask(found.client, "/health", "version")
+        version = client.call("GET", "/health", timeout=4)["version"]
     except found.worker.Unreachable as error:
         raise CommandError("%s Look at its standard error" % error) from None
+    except (LookupError, TypeError, ValueError):
+        raise CommandError(
+            "What answers at %s:%d is no jobman server; look at the address in"
+            " the access file" % client.address) from None
     if version != __version__:
         raise CommandError(
             "The server is jobman %s, this is %s; run the same files on both"
@@ -8174,13 +8081,13 @@ def check_server(found):
 def check_jobix(found):
     """Return whether the server takes our jobix."""
     try:
-        readonly = ask(found.client, "/status", "readonly")
+        figures = found.client.call("GET", "/status", timeout=4)
     except found.worker.Refused as refused:
         if refused.status != 403:
             raise
         raise CommandError("The server takes another jobix than ours; use the"
                            " access file that it wrote") from None
-    return "it is taken, but only to look" if readonly else "it is taken"
+    return "it is taken" + ", but only to look" * figures["readonly"]
 
 
 def check_database(found):
@@ -8309,8 +8216,28 @@ def option(*names, **settings):
     return names, settings
 
 
-stage_number = argument(STAGE)
-read_state = one_of_words(*STATES)
+def read_name(text):
+    """Return a name, of jobs or a stage; ArgumentTypeError for none."""
+    if not is_stage_name(text):
+        raise argparse.ArgumentTypeError(
+            "%.80r is no name: a name is a letter and up to 63 of A-Z a-z 0-9"
+            " _ . -, and neither all nor last" % text)
+    return text
+
+
+def read_names(text):
+    """Return the names of stages in A,B,C; ArgumentTypeError for others."""
+    names = list(map(read_name, text.split(",")))
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError("%.80r has a name twice" % text)
+    return names
+
+
+def state_option(*states):
+    """Return the option that narrows a selection to one of some states."""
+    return option("--state", type=one_of_words(*states), metavar="STATE",
+                  help="only jobs in this state: " + ", ".join(states))
+
 
 ACCESS = option(
     "--access", metavar="FILE",
@@ -8319,9 +8246,7 @@ OUTPUT = option(
     "--output", choices=("table", "json", "quiet"), default="table",
     help="how the answer is printed (default table)")
 CLIENT = ACCESS, OUTPUT
-STATE_OPTION = option(
-    "--state", type=read_state, metavar="STATE",
-    help="only jobs in this state: " + ", ".join(STATES))
+STATE_OPTION = state_option(*STATES)
 STAGE_OPTION = option(
     "--stage", type=read_stage, metavar="STAGE",
     help="only jobs in this stage: its number or name")
@@ -8337,9 +8262,6 @@ ANY_DATABASE = option(
 A_STAGE = option("stage", type=read_stage, metavar="STAGE")
 A_JOB = option("jobid", type=argument(JOBID), metavar="JOBID")
 A_WORKER = option("worker", metavar="WORKER", help="its name, or all")
-EXPIRED_TOO = option(
-    "--state", type=one_of_words(*STATES, "expired"), metavar="STATE",
-    help="only jobs in this state: " + ", ".join((*STATES, "expired")))
 SELECTION = (
     option("ids", nargs="?", type=read_selection, metavar="IDS",
            help="jobids, as 1,3,5-8, the name of a submission, last, or"
@@ -8349,7 +8271,7 @@ IDS = option(
     "ids", nargs="?", type=read_ids, metavar="IDS",
     help="only these jobs: 1,3,5-8, the name of a submission, or last")
 JOBS = (
-    IDS, EXPIRED_TOO, STAGE_OPTION, ACCESS,
+    IDS, state_option(*STATES, "expired"), STAGE_OPTION, ACCESS,
     option("--order", choices=("id", "time"), default="id",
            help="by their ids (default), or longest in their stage first"),
     option("--limit", type=argument(integer(1, MAX_JOBID)), default=math.inf,
@@ -8375,6 +8297,7 @@ VERIFY = (
     option("--dry-run", action="store_true", help="only say what is damaged"))
 
 
+RETRIES = argument(integer(0, 999999))
 SERVE = (
     DATABASE,
     option("--host", default="127.0.0.1",
@@ -8396,12 +8319,18 @@ SERVE = (
            help="show the reading jobix what jobs have printed, too"),
     option("--shared", action="store_true",
            help="other servers of this host may serve the same database"),
+    option("--tls", action="store_true",
+           help="speak HTTPS on loopback too, with the same certificate,"
+           " which openssl makes once"),
+    option("--plain", action="store_true",
+           help="speak plain HTTP beyond loopback too"),
+    option("--certfile", metavar="FILE",
+           help="speak HTTPS, with the certificate in FILE (PEM)"),
     option("--keyfile", metavar="FILE",
            help="the certificate's key, if it isn't in the same file"),
     option("--snapshot", metavar="DIR",
            help="write DIR/status.html, a page for colleagues, every minute"),
-    option("--retries", type=argument(integer(0, 999999)),
-           default=MAX_ATTEMPTS - 1, metavar="N",
+    option("--retries", type=RETRIES, default=MAX_ATTEMPTS - 1, metavar="N",
            help="how often a job that fails is tried again in a stage, if it"
            " doesn't say itself (default %d)" % (MAX_ATTEMPTS - 1)),
     option("--lapses", type=argument(integer(1, 1000000)), default=MAX_LAPSES,
@@ -8413,6 +8342,85 @@ SERVE = (
 )
 
 
+STEPS = (
+    option("words", nargs=argparse.REMAINDER, metavar="COMMAND",
+           help="the command; {} is the item, at its end if not said"),
+    option("--then", action="append", default=[], metavar="COMMAND",
+           help="a command for the next stage, when the one before has"
+           " succeeded; as often as there are stages, also after the command"),
+    option("--names", type=read_names, metavar="NAME,...",
+           help="names of the stages, one for each command"),
+    option("-a", "--each-line", "--arg-file", dest="arg_file", metavar="FILE",
+           help="a job for each line of FILE, as an item; -: standard input"),
+    option("-0", "--null", action="store_true",
+           help="items end in a zero byte, as those of find -print0"),
+    option("--array", type=read_array, metavar="NUMBERS",
+           help="a job for each number, as an item: 1-1000, 1-9:2,12"),
+    option("--timeout", type=duration, metavar="TIME",
+           help="how long a command may take: 90, 90s, 2h30m (default: no"
+           " limit)"),
+    option("--dry-run", action="store_true",
+           help="print the commands, and run or add none"))
+RUN = (
+    *STEPS,
+    option("--db", default="jobman-run.db", metavar="FILE",
+           help="where the run is kept (default jobman-run.db)"),
+    option("--slots", type=argument(integer(1, 100000)), metavar="N",
+           help="commands side by side (default: the cores we may use)"),
+    option("--retries", type=RETRIES, default=0, metavar="N",
+           help="how often a command that fails is tried again (default 0)"))
+SUBMIT = (
+    *STEPS,
+    option("--commands", metavar="FILE",
+           help="a job for each line, as a command; -: standard input"),
+    option("--from-json", metavar="FILE",
+           help="jobs as /set or /submit take them, options being what they"
+           " have if they don't say; -: standard input"),
+    option("--stage", type=read_stage, metavar="STAGE",
+           help="where they wait, a number or a name (default 0)"),
+    option("--laststage", type=read_stage, metavar="STAGE",
+           help="where they are done (default: two above their last"
+           " command)"),
+    option("--priority", type=argument(CARRIES["priority"]), metavar="N",
+           help="higher goes first (default 0)"),
+    option("--retries", type=RETRIES, metavar="N",
+           help="how often a command that fails is tried again (default: the"
+           " server's, 2 if it says no other)"),
+    option("--max-attempts", type=argument(CARRIES["max_attempts"]),
+           help=argparse.SUPPRESS),  # one more
+    option("--cwd", metavar="DIR", help="where they run (default: here)"),
+    option("--after", type=read_ids, action="append", default=[],
+           metavar="IDS", help="jobs that they wait for: 1,3,5-8, or the name"
+           " of a submission"),
+    option("--name", "--key", type=read_name, metavar="NAME",
+           help="what to call these jobs in other commands; under one name"
+           " jobs are added once"),
+    *CLIENT)
+WAIT = (
+    IDS,
+    option("--exit-code", action="store_true",
+           help="exit status 1 if one failed, was aborted or cancelled"),
+    option("--timeout", type=duration, metavar="TIME",
+           help="give up after 90, 90s, 2h30m or so, with exit status 124"),
+    *CLIENT)
+LOGS = (
+    IDS, STATE_OPTION, STAGE_OPTION, ACCESS,
+    option("-f", "--follow", action="store_true",
+           help="go on as the jobs print, until they have ended"),
+    option("--prune", action="store_true",
+           help="remove the output of jobs that were forgotten"),
+    option("--logs", metavar="DIR", help="where workers keep output (default:"
+           " next to the access file)"))
+BATCH = (
+    option("--nodes", type=argument(integer(1, 100000)), default=1,
+           metavar="N", help="how many nodes, so workers (default 1)"),
+    option("--time", required=True, metavar="TIME",
+           help="how long at most: 1:00:00, 1-12:00:00, 90m, 2h30m"),
+    option("--worker", default="", metavar="'OPTIONS'",
+           help="options for worker.py, in one word"),
+    ACCESS)
+
+
 def jobs_output(default):
     """Return the option by which jobs are printed."""
     return option(
@@ -8421,44 +8429,16 @@ def jobs_output(default):
             ", ".join(FORMATS), default), metavar="FORM")
 
 
-def add_options(command, options):
-    """Give a command options, each as option() has it."""
-    for names, settings in options:
-        command.add_argument(*names, **settings)
-
-
-def add_access(command):
-    """Add the option by which a client finds the server."""
-    add_options(command, [ACCESS])
-
-
-def add_client(command):
-    """Add the options of a command that asks the server."""
-    add_options(command, CLIENT)
-
-
 def check_serve(parser, options):
     """End with exit status 2 when a server isn't described well."""
+    if options.tls + options.plain + bool(options.certfile) > 1:
+        parser.error("choose one of --tls, --plain and --certfile")
     if options.keyfile and not options.certfile:
         parser.error("--keyfile goes with --certfile")
     given = options.jobix_file or "JOBMAN_JOBIX" in os.environ
     if options.new_jobix and (given or options.shared or options.open):
         parser.error("--new-jobix makes the number itself, for one server:"
                      " give no --jobix-file, JOBMAN_JOBIX, --shared or --open")
-
-
-def add_serve(command):
-    """Describe serve."""
-    command.set_defaults(check=check_serve)
-    add_options(command, SERVE)
-    choose = command.add_mutually_exclusive_group().add_argument
-    choose("--tls", action="store_true",
-        help="speak HTTPS on loopback too, with the same certificate, which"
-        " openssl makes once")
-    choose("--plain", action="store_true",
-        help="speak plain HTTP beyond loopback too")
-    choose("--certfile", metavar="FILE",
-        help="speak HTTPS, with the certificate in FILE (PEM)")
 
 
 def check_steps(parser, options):
@@ -8496,13 +8476,21 @@ def check_steps(parser, options):
             parser.error(str(error))
 
 
+def check_sources(parser, options):
+    """Return by which options jobs come; end with status 2 if by several."""
+    found = ["items after :::"] if options.items is not None else []
+    found += [name for name, value in (
+        ("--each-line", options.arg_file), ("--array", options.array),
+        ("--commands", vars(options).get("commands")),
+        ("--from-json", vars(options).get("from_json"))) if value]
+    if len(found) > 1:
+        parser.error("give %s, not both" % " or ".join(found[:2]))
+    return found
+
+
 def check_run(parser, options):
     """End with exit status 2 when a run isn't described well."""
-    sources = [options.items is not None, options.arg_file, options.array]
-    if sum(map(bool, sources)) > 1:
-        parser.error("give items after :::, in a file, or by --array, not"
-                     " twice")
-    if not any(sources):
+    if not check_sources(parser, options):
         if sys.stdin is None or sys.stdin.isatty():
             parser.error("give items after :::, in a file, or on stdin")
         options.arg_file = "-"
@@ -8511,70 +8499,10 @@ def check_run(parser, options):
         parser.error("run needs a command")
 
 
-def stage_names(text):
-    """Return the names of stages that --names gives; ArgumentTypeError."""
-    names = text.split(",")
-    if not all(map(is_stage_name, names)) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(
-            "%.80r aren't different names, each a letter and up to 63 of A-Z"
-            " a-z 0-9 _ . -, and neither all nor last" % text)
-    return names
-
-
-def add_steps(command):
-    """Add what describes commands and their items, for run and submit."""
-    add = command.add_argument
-    add("words", nargs=argparse.REMAINDER, metavar="COMMAND",
-        help="the command; {} is the item, at its end if not said")
-    add("--then", action="append", default=[], metavar="COMMAND",
-        help="a command for the next stage, when the one before has succeeded;"
-        " as often as there are stages, also after the command")
-    add("--names", type=stage_names, metavar="NAME,...",
-        help="names of the stages, one for each command")
-    add("-a", "--each-line", "--arg-file", dest="arg_file", metavar="FILE",
-        help="a job for each line of FILE, as an item; -: standard input")
-    add("-0", "--null", action="store_true",
-        help="items end in a zero byte, as those of find -print0")
-    del command._has_negative_number_optionals[:]  # -5 is no option
-    add("--array", type=read_array, metavar="NUMBERS",
-        help="a job for each number, as an item: 1-1000, 1-9:2,12")
-    add("--timeout", type=duration, metavar="TIME",
-        help="how long a command may take: 90, 90s, 2h30m (default: no limit)")
-    add("--dry-run", action="store_true",
-        help="print the commands, and run or add none")
-
-
-def add_run(command):
-    """Describe run."""
-    command.usage = "%(prog)s [options] 'COMMAND {}' [--then COMMAND] " \
-        "[::: ITEM ...]"
-    command.set_defaults(
-        check=check_run, host="127.0.0.1", port=0, url=None, shared=False,
-        lapses=MAX_LAPSES, keep_days=None, open=False, tls=False,
-        plain=False, certfile=None, keyfile=None, new_jobix=False,
-        share_output=False,
-    )
-    add_steps(command)
-    add = command.add_argument
-    add("--db", default="jobman-run.db", metavar="FILE",
-        help="where the run is kept (default jobman-run.db)")
-    add("--slots", type=argument(integer(1, 100000)), metavar="N",
-        help="commands side by side (default: the cores we may use)")
-    add("--retries", type=argument(integer(0, 1000000)), default=0,
-        metavar="N", help="how often a command that fails is tried again"
-        " (default 0)")
-
-
 def check_submit(parser, options):
     """End with exit status 2 when jobs aren't described well."""
     check_steps(parser, options)
-    sources = [name for name, given in (
-        ("items after :::", options.items is not None),
-        ("--each-line", options.arg_file), ("--array", options.array),
-        ("--commands", options.commands), ("--from-json", options.from_json),
-    ) if given]
-    if len(sources) > 1:
-        parser.error("give %s, not both" % " or ".join(sources[:2]))
+    sources = check_sources(parser, options)
     has_command = bool("".join(options.steps).strip())
     whole = options.commands or options.from_json
     if has_command == bool(whole):  # an empty variable is none
@@ -8585,58 +8513,6 @@ def check_submit(parser, options):
     options.arg_file = options.arg_file or options.commands
 
 
-def read_name(text):
-    """Return the name of a submission; ArgumentTypeError for none."""
-    if not is_stage_name(text):
-        raise argparse.ArgumentTypeError(
-            "a name is a letter and up to 63 of A-Z a-z 0-9 _ . -, and neither"
-            " all nor last")
-    return text
-
-
-def add_submit(command):
-    """Describe submit."""
-    command.usage = "%(prog)s [options] ['COMMAND {}' [--then COMMAND] " \
-        "[::: ITEM ...]]"
-    command.set_defaults(check=check_submit)
-    add_steps(command)
-    add = command.add_argument
-    add("--commands", metavar="FILE",
-        help="a job for each line, as a command; -: standard input")
-    add("--from-json", metavar="FILE",
-        help="jobs as /set or /submit take them, options being what they have"
-        " if they don't say; -: standard input")
-    add("--stage", type=read_stage, metavar="STAGE",
-        help="where they wait, a number or a name (default 0)")
-    add("--laststage", type=read_stage, metavar="STAGE",
-        help="where they are done (default: two above their last command)")
-    add("--priority", type=argument(CARRIES["priority"]), metavar="N",
-        help="higher goes first (default 0)")
-    add("--retries", type=argument(integer(0, 999999)), metavar="N",
-        help="how often a command that fails is tried again (default: the"
-        " server's, 2 if it says no other)")
-    add("--max-attempts", type=argument(CARRIES["max_attempts"]),
-        help=argparse.SUPPRESS)  # one more
-    add("--cwd", metavar="DIR", help="where they run (default: here)")
-    add("--after", type=read_ids, action="append", default=[], metavar="IDS",
-        help="jobs that they wait for: 1,3,5-8, or the name of a submission")
-    add("--name", "--key", type=read_name, metavar="NAME",
-        help="what to call these jobs in other commands; under one name jobs"
-        " are added once")
-    add_client(command)
-
-
-def add_wait(command):
-    """Describe wait."""
-    add_options(command, (IDS,))
-    add = command.add_argument
-    add("--exit-code", action="store_true",
-        help="exit status 1 if one failed, was aborted or cancelled")
-    add("--timeout", type=duration, metavar="TIME",
-        help="give up after 90, 90s, 2h30m or so, with exit status 124")
-    add_client(command)
-
-
 def check_logs(parser, options):
     """End with exit status 2 when no jobs are named."""
     named = not (options.ids is options.stage is options.state is None)
@@ -8645,27 +8521,9 @@ def check_logs(parser, options):
                      " or --stage; --prune goes without")
 
 
-def add_logs(command):
-    """Describe logs."""
-    command.set_defaults(check=check_logs)
-    add = command.add_argument
-    add("ids", nargs="?", type=read_ids, metavar="IDS",
-        help="jobids, as 1,3,5-8, the name of a submission, or last")
-    add_options(command, (STATE_OPTION, STAGE_OPTION))
-    add("-f", "--follow", action="store_true",
-        help="go on as the jobs print, until they have ended")
-    add("--prune", action="store_true",
-        help="remove the output of jobs that were forgotten")
-    add_access(command)
-    add("--logs", metavar="DIR",
-        help="where workers keep output (default: next to the access file)")
-
-
 def check_batch(parser, options):
     """End with exit status 2 when a script's options aren't good."""
     options.more = options.items or []
-    if options.nodes < 1:
-        parser.error("--nodes must be at least 1")
     if options.more and not options.more[0].startswith("-"):
         parser.error("-- is followed by options, not by %r" % options.more[0])
     for word in options.more:
@@ -8673,41 +8531,29 @@ def check_batch(parser, options):
             parser.error("%r can't be a batch system's option: it has a quote,"
                          " a backslash or a control character" % word)
     with using_worker() as worker:
-        try:
-            options.time = worker.read_span(options.time)
-        except ValueError as error:
-            parser.error("--time: %s" % error)
+        for name, read in (("time", worker.read_span),
+                           ("worker", shlex.split)):
+            try:
+                setattr(options, name, read(vars(options)[name]))
+            except ValueError as error:
+                parser.error("--%s: %s" % (name, error))
         worker.parse(options.worker)  # ends with exit status 2 if it's bad
 
 
-def add_batch(command):
-    """Describe sbatch or pbs."""
-    command.usage = "%(prog)s [options] [-- OPTION ...]"
-    command.set_defaults(check=check_batch)
-    add = command.add_argument
-    add("--nodes", type=int, default=1, metavar="N",
-        help="how many nodes, so workers (default 1)")
-    add("--time", required=True, metavar="TIME",
-        help="how long at most: 1:00:00, 1-12:00:00, 90m, 2h30m")
-    add("--worker", type=shell_words, default=[], metavar="'OPTIONS'",
-        help="options for worker.py, in one word")
-    add_access(command)
-
-
-# Each command: its name, what it does, what describes its options, and a text:
-# a line that says what it is for, and examples.
+# Each command: its name, what it does, its options, and a text: a line that
+# says what it is for, and examples.
 COMMANDS = (
-    ("serve", serve, add_serve, """serve a database until a signal ends it
+    ("serve", serve, SERVE, """serve a database until a signal ends it
   python3 jobman.py serve
   python3 jobman.py serve --db jobs.db --host 0.0.0.0"""),
-    ("run", run, add_run, """run a command for each item, and end
+    ("run", run, RUN, """run a command for each item, and end
   python3 jobman.py run 'gzip -k {}' ::: *.txt
   find . -name '*.png' -print0 | python3 jobman.py run -0 'optipng {}'
   python3 jobman.py run 'gzip -k {}' --then 'gzip -t {}.gz' ::: *.txt
 {} is the item as one shell word, {#} its number. Items come after :::, from a
 file, or from standard input, one a line. Options stand before the
 command."""),
-    ("submit", submit_jobs, add_submit, """add jobs
+    ("submit", submit_jobs, SUBMIT, """add jobs
   python3 jobman.py submit 'gzip -k {}' ::: *.txt
   find . -name '*.png' | python3 jobman.py submit --each-line - 'optipng {}'
   python3 jobman.py submit --array 1-1000 ./simulate.sh --seed {}
@@ -8736,12 +8582,12 @@ before the command."""),
   python3 jobman.py watch run3
 Ctrl-C ends it. If its output isn't a terminal, it prints a line when there is
 news, at most every 10 seconds."""),
-    ("wait", wait, add_wait, """return when jobs have ended
+    ("wait", wait, WAIT, """return when jobs have ended
   python3 jobman.py wait --exit-code && echo all is well
   python3 jobman.py wait 1,3,5-8 --timeout 2h30m
   python3 jobman.py wait run3
 Exit status 124: the time was over."""),
-    ("logs", logs, add_logs, """print what the commands of jobs have printed
+    ("logs", logs, LOGS, """print what the commands of jobs have printed
   python3 jobman.py logs 17
   python3 jobman.py logs 17 2>/dev/null > 17.txt
   python3 jobman.py logs last --state failed
@@ -8808,15 +8654,24 @@ Below each group is the command that retries its jobs."""),
   python3 jobman.py doctor
   python3 jobman.py doctor --db /scratch/me/jobs.db
 Without a server it checks the rest. It changes nothing."""),
-    ("sbatch", sbatch, add_batch, """print a script for Slurm
+    ("sbatch", sbatch, BATCH, """print a script for Slurm
   python3 jobman.py sbatch --nodes 4 --time 8h -- --partition=long | sbatch
 What follows -- becomes #SBATCH lines."""),
-    ("pbs", pbs, add_batch, """print a script for PBS
+    ("pbs", pbs, BATCH, """print a script for PBS
   python3 jobman.py pbs --time 8h -- -l select=4:ncpus=64 | qsub
 What follows -- becomes #PBS lines."""),
 )
-# What parts the arguments of some; see split_off.
-MARKS = {"run": ":::", "submit": ":::", "sbatch": "--", "pbs": "--"}
+# What follows the names of those whose arguments end in items or options.
+USAGES = {
+    "run": "[options] 'COMMAND {}' [--then COMMAND] [::: ITEM ...]",
+    "submit": "[options] ['COMMAND {}' [--then COMMAND] [::: ITEM ...]]",
+    "sbatch": "[options] [-- OPTION ...]", "pbs": "[options] [-- OPTION ...]",
+}
+# How the options of some are checked, beyond what argparse does.
+CHECKS = {
+    "serve": check_serve, "run": check_run, "submit": check_submit,
+    "logs": check_logs, "sbatch": check_batch, "pbs": check_batch,
+}
 EPILOG = """\
 python3 jobman.py COMMAND --help has the options and examples of each.
 """
@@ -8828,7 +8683,8 @@ def split_off(arguments):
     With sbatch and pbs the latter are those after `--`. What follows
     --worker is its value, even if it looks like an option.
     """
-    mark, rest = MARKS.get("".join(arguments[:1]), ":::"), None
+    mark = "--" if arguments[:1] in (["sbatch"], ["pbs"]) else ":::"
+    rest = None
     if mark in arguments:
         at = arguments.index(mark)
         arguments, rest = arguments[:at], arguments[at + 1 :]
@@ -8855,11 +8711,12 @@ def parse(arguments):
             name, help=line, description=line,
             epilog="examples:\n" + examples,
             formatter_class=argparse.RawDescriptionHelpFormatter)
-        command.set_defaults(act=act, check=None, error=command.error)
-        if callable(added):
-            added(command)
-        else:
-            add_options(command, added)
+        command.set_defaults(act=act, error=command.error)
+        for names, settings in added:
+            command.add_argument(*names, **settings)
+        if name in USAGES:
+            command.usage = "%(prog)s " + USAGES[name]
+        del command._has_negative_number_optionals[:]  # -5 is no option
     words, rest = split_off(arguments)
     if words and words[0][:1] != "-" and words[0] not in commands.choices:
         parser.error("there is no command %.80r%s" % (
@@ -8872,11 +8729,11 @@ def parse(arguments):
         there = re.findall("--[a-z-]+", command.format_help())
         command.error("unrecognized arguments: %s%s" % (
             " ".join(unknown), did_you_mean(unknown[0], there)))
-    if rest is not None and options.command not in MARKS:
+    if rest is not None and options.command not in USAGES:
         command.error("::: belongs to run and submit")
     options.items = rest
-    if options.check:
-        options.check(command, options)
+    if options.command in CHECKS:
+        CHECKS[options.command](command, options)
     return options
 
 
