@@ -12413,7 +12413,7 @@ class SubmitTest(CommandCase):
             "/submissions?submission=" + answer.pop("name"))[0]["ids"])
         self.assertEqual({"jobs": 2, "ids": "21-22"}, answer)
         for bad in (b"5", b"{", b"\xff", b'{"a": {"jobstage": 0}}',
-                    b'{"1": {}}', b'[{"jobstage": 0, "x": 1}]', b"[1]",
+                    b'{"1": {"jobstage": -1}}', b'[{"x": 1}]', b"[1]",
                     b'{"1": {"jobstage": 0}, "1": {"jobstage": 0}}'):
             self.does("submit", "--from-json", "-", given=bad, status=1,
                       err="jobman.py: .*\n")
