@@ -4585,7 +4585,7 @@ METRICS = (
     ("info", "gauge", "This server's version."),
     ("jobs", "gauge", "Jobs by stage and state."),
     ("expired_jobs", "gauge", "Jobs over their lifetime."),
-    ("workers", "gauge", "Workers heard of in the last five minutes."),
+    ("workers", "gauge", "Workers heard from in the last five minutes."),
     ("slots", "gauge", "Slots of those workers."),
     ("busy", "gauge", "Slots of theirs that have a job."),
     ("claims_total", "counter", "Jobs that were claimed."),
@@ -6671,7 +6671,7 @@ def worker_lines(heard):
     """Return the lines of a table of the workers."""
     now = heard["time"]
     if not heard["workers"]:
-        return ["No worker is there; those that have ended, or send no"
+        return ["There are no workers; those that have ended, or send no"
                 " heartbeats, aren't shown."]
     return table((
         ("worker", "name"), ("host", "host"),
@@ -6807,7 +6807,7 @@ def wait(options):
     finally:
         progress.end()
     if states is None:
-        say("jobman.py: The time is over, and not all jobs have ended.")
+        say("jobman.py: Timed out: some jobs haven't ended.")
         return 124  # as timeout(1) does
     states = {state: states[state] for state in STATES if states[state]}
     ended = sum(states.values())
@@ -7729,7 +7729,7 @@ def submit_jobs(options):
             name_stages(client, known, stage or 0, options.names)
         if options.name and name in (
                 found["key"] for found in client.submissions()):
-            say("jobman.py: There are jobs of the name %s already: only what"
+            say("jobman.py: There are jobs named %s already: only what"
                 " is missing is added." % name)
         if type(jobs) is dict:
             name, ranges = None, set_from_json(client, jobs)
@@ -8385,7 +8385,7 @@ SUBMIT = (
            help="higher goes first (default 0)"),
     option("--retries", type=RETRIES, metavar="N",
            help="how often a command that fails is tried again (default: the"
-           " server's, 2 if it says no other)"),
+           " server's, normally 2)"),
     option("--max-attempts", type=argument(CARRIES["max_attempts"]),
            help=argparse.SUPPRESS),  # one more
     option("--cwd", metavar="DIR", help="where they run (default: here)"),
@@ -8518,7 +8518,7 @@ def check_logs(parser, options):
     named = not (options.ids is options.stage is options.state is None)
     if named == options.prune:
         parser.error("name jobs: by ids, as 1,3,5-8, by a submission, --state"
-                     " or --stage; --prune goes without")
+                     " or --stage; --prune takes none")
 
 
 def check_batch(parser, options):

@@ -9409,7 +9409,7 @@ class WorkerTest(WorkerCase):
             for call in client.status, client.workers, client.jobs:
                 with self.assertRaisesRegex(worker.Unreachable, "timed out"):
                     call()
-            self.assertRegex(told[0], "doesn't answer. It is waited for.")
+            self.assertRegex(told[0], "doesn't answer. Waiting for it.")
             self.assertEqual(3, len(told))
 
     def test_stale_words_in_a_clients_call_are_refused_by_the_server(self):
@@ -9892,7 +9892,7 @@ class OutageTest(WorkerCase):
         self.assertRegex(
             process.stderr.readline(),
             br"worker\.py: The server at .* can't be reached \(.*\)\."
-            br" It is waited for\.\n\Z")
+            br" Waiting for it\.\n\Z")
         self.find_server()
         self.assertEqual(b"worker.py: The server is back.\n",
                          process.stderr.readline())
@@ -12275,7 +12275,7 @@ class ActingTest(CommandCase):
         self.addCleanup(server.send_signal, signal.SIGCONT)
         began = time.monotonic()
         self.does("status", status=1, err=(
-            "jobman.py: The server at .* doesn't answer. It is waited for.\n"
+            "jobman.py: The server at .* doesn't answer. Waiting for it.\n"
             "jobman.py: The server at .* can't be reached.*\n"))
         self.assertLess(time.monotonic() - began, 14)
 
@@ -12289,7 +12289,7 @@ class ActingTest(CommandCase):
         status, out, err = self.command(*hasty, "cancel", "all")
         self.assertEqual((1, ""), (status, out))
         self.assertRegex(err, r"\A(jobman.py: The server .*can't be reached.*)"
-                         r" It is waited for\.\n\1\n\Z")
+                         r" Waiting for it\.\n\1\n\Z")
         del self.environment["JOBMAN_URL"]
         self.does("cancel", "all", status=1,
                   err="jobman.py: There is no access file .*\n")
@@ -12497,7 +12497,7 @@ class SubmitTest(CommandCase):
     def test_a_name_is_for_the_same_jobs(self):
         named = "submit", "--name", "run3"
         self.does(*named, "--array", "1-3", "true")
-        known = "jobman.py: There are jobs of the name run3 already: .*\n"
+        known = "jobman.py: There are jobs named run3 already: .*\n"
         self.does("submit", "--key", "run3", "--array", "1-3", "true",
                   err=known)
         self.does(*named, "--array", "1-2", "true", status=1, err=(
@@ -12658,7 +12658,7 @@ class SubmitTest(CommandCase):
         self.assertTrue(found, err)
         self.assertEqual("5000 jobs: 1-5000\n", self.does(
             *submit, "--name", found.group(1), given=b"".join(lines),
-            err="jobman.py: There are jobs of the name .*\n"))
+            err="jobman.py: There are jobs named .*\n"))
         self.assertEqual({(0, "waiting"): 5000}, self.states())
 
     def test_memory_is_bounded_and_a_line_shows_how_far_it_is(self):
@@ -13252,7 +13252,7 @@ The end of what the last one said:
     # workers
 
     def test_workers_are_shown_with_what_is_wrong(self):
-        nobody = ("No worker is there; those that have ended, or send no"
+        nobody = ("There are no workers; those that have ended, or send no"
                   " heartbeats, aren't shown.\n")
         self.assertEqual(nobody, self.look("workers"))
         self.beat("a", ended=True)
@@ -13648,7 +13648,7 @@ class AwaitTest(LookCase):
         self.set_jobs([1])
         for ids in ([], ["1"]):
             began = time.monotonic()
-            self.assertIn("The time is over", self.refused(
+            self.assertIn("Timed out", self.refused(
                 "wait", *ids, "--timeout", "0.3", status=124))
             self.assertLess(0.3, time.monotonic() - began)
         self.set_jobs([2], laststage=0)
@@ -13676,7 +13676,7 @@ class AwaitTest(LookCase):
             self.drawn_until(screen, "0 of 1 done")
             self.drawn_until(other, "0 of 1 done")
             self.reap(server)
-            self.assertIn("The time is over", self.drawn(other))
+            self.assertIn("Timed out", self.drawn(other))
             self.assertEqual(124, hurried.wait(PATIENCE))
             self.assertIsNone(process.poll())
             self.serve()  # on another port

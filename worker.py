@@ -649,7 +649,7 @@ class Client:
         """Tell what holds up this call, unless that has been told."""
         if not self.told:
             self.told = True
-            self.tell("%s It is waited for." % error)
+            self.tell("%s Waiting for it." % error)
 
     def sweep(self, path, selector):
         """Make a call that may be about millions of jobs."""
@@ -1311,7 +1311,7 @@ class Claims:
                 self.drop(deliver(self.client, self.waiting)[0])
         except Exception as error:  # also another program's answer
             if not self.away:
-                say("%s It is waited for." % (str(error) or repr(error)))
+                say("%s Waiting for it." % (str(error) or repr(error)))
             self.away = True
             self.next_try = time.monotonic() + next(self.pauses)
             return
