@@ -6440,7 +6440,9 @@ def watch(options):
                 sys.stdout.write("\033[H%s\033[J" % "".join(
                     shorten(line, width - 1) + "\033[K\n" for line in shown))
             else:
-                line = trouble or progress_line(figures)
+                line = trouble or " ".join([
+                    progress_line(figures),
+                    *why_nothing_moves(figures, heard)])
                 if line != news and time.monotonic() > said + 10:
                     news, said = line, time.monotonic()
                     print(clock_time(time.time()), line)

@@ -9333,6 +9333,14 @@ class WorkerTest(WorkerCase):
         self.assertEqual(["done"], self.states())
         self.assertEqual(["lapsed", "done"], self.outcomes())
 
+    def test_it_waits_for_a_job_whose_claim_it_was_never_told_of(self):
+        self.add("true")
+        self.client.get(0, worker="w", lease=3)  # as if the answer was lost
+        status, _, err = self.finish(
+            self.start("--name", "w", "--lease", "3", "--idle-timeout", "1"))
+        self.assertEqual((0, ""), (status, err))
+        self.assertEqual(["lapsed", "done"], self.outcomes())
+
     # What it tells commands
 
     def test_commands_are_told_no_secret(self):
@@ -13760,7 +13768,8 @@ class WatchTest(LookCase):
         self.set_jobs([1, 2], laststage=2)
         process = self.spawn(JOBMAN, "watch")
         first = process.stdout.readline().decode()
-        self.assertRegex(first, r"^20.* 0 %: 0 of 2 jobs")
+        self.assertRegex(first, r"^20.* 0 %: 0 of 2 jobs done\. 2 jobs wait"
+                                " in stage 0: no worker serves it")
         self.end(1)
         self.assertIn(b"1 of 2 jobs", process.stdout.readline())
         process.send_signal(signal.SIGINT)

@@ -2012,7 +2012,8 @@ class Claimer:
         silent = told["time"] - 0.4 * self.options.lease  # > a third: see beat
         serving = {
             other["name"]: set(other["stages"] or ())
-            for other in told["workers"] if other["heard"] > silent}
+            for other in told["workers"] if other["heard"] > silent
+            and other["name"] != self.name}  # we run none: a claim was lost
         jobs = self.client.jobs(state="working", limit=1000)["jobs"]
         for job in jobs:
             served = serving.get(job["worker"])
