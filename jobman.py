@@ -8445,9 +8445,8 @@ def check_serve(parser, options):
 
 def check_steps(parser, options):
     """Split commands into stages; end with exit status 2 when it can't be."""
-    words, meant = options.words, False
-    if words[:1] == ["--"]:
-        words, meant = words[1:], True
+    meant = options.words[:1] == ["--"]
+    words = options.words[meant:]
     steps = [[]]
     for word in words:
         if word == "--then":
@@ -8674,9 +8673,6 @@ CHECKS = {
     "serve": check_serve, "run": check_run, "submit": check_submit,
     "logs": check_logs, "sbatch": check_batch, "pbs": check_batch,
 }
-EPILOG = """\
-python3 jobman.py COMMAND --help has the options and examples of each.
-"""
 
 
 def split_off(arguments):
@@ -8700,8 +8696,10 @@ def split_off(arguments):
 def parse(arguments):
     """Return the command line's options; end with exit status 2 or 0."""
     parser = argparse.ArgumentParser(
-        prog="jobman.py", epilog=EPILOG,
+        prog="jobman.py",
         description="Hand out jobs to any number of workers.",
+        epilog="python3 jobman.py COMMAND --help has the options and examples"
+        " of each.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = "jobman %s" % __version__
