@@ -377,18 +377,16 @@ class Client:
         `changes` is of the same kind; None takes a value away. The name of a
         stage may stand for its number, as in all other calls.
         """
-        if changes is None:
-            found = self.call("GET", "/stages")
-        else:
-            found = self.call("POST", "/stages", changes)
+        method = "GET" if changes is None else "POST"
+        found = self.call(method, "/stages", changes)
         return {int(stage): values for stage, values in found.items()}
 
     def set(self, jobs):
         """Add `jobs`: {jobid: {"jobstage": int, "jobcmd": any JSON, …}}.
 
-        Or an iterable of such pairs. Many go in several calls, one after
-        another, so that others' calls come between. After an error some may
-        be in: the whole again adds none twice.
+        Or an iterable of such pairs. Many go in several calls, so that
+        others' calls come between. After an error some may be in: the whole
+        again adds none twice.
         """
         pairs = jobs.items() if hasattr(jobs, "items") else jobs
         for text in chunks(pairs, self.PART, self.PART_SIZE):
@@ -444,27 +442,18 @@ class Client:
 
     def fail_job(self, jobid, claim=None, **report):
         """Report that an attempt failed: `error`, `exit_code`, `stderr`."""
-        return self.call(
-            "POST", path_of("fail_job", jobid), report,
-            options={"claim": claim}, repeat=claim is not None,
-        )
+        return self.end_claim("fail_job", jobid, claim, report)
 
     def reject_job(self, jobid, claim=None, **report):
         """Report that a job's files are missing or have changed.
 
         `report`: `error`, `stderr`, and `files` that the job must have still.
         """
-        return self.call(
-            "POST", path_of("reject_job", jobid), report,
-            options={"claim": claim}, repeat=claim is not None,
-        )
+        return self.end_claim("reject_job", jobid, claim, report)
 
     def release_job(self, jobid, claim=None):
         """Give a claim back unharmed."""
-        return self.call(
-            "POST", path_of("release_job", jobid), {},
-            options={"claim": claim}, repeat=claim is not None,
-        )
+        return self.end_claim("release_job", jobid, claim, {})
 
     def heartbeat(self, worker, lease, claims, **about):
         """Renew `claims`, [[jobid, token], …], for `lease` seconds.
@@ -478,10 +467,7 @@ class Client:
 
     def check_stages(self, old=None, new=None):
         """Flag the expired jobs; move those of stage `old` to `new`."""
-        if old is None:
-            path = "/check_stages"
-        else:
-            path = path_of("check_stages", old, new)
+        path = path_of("check_stages", old, None if old is None else new)
         return self.call("GET", path, repeat=old is None,
                          timeout=self.SWEEP_TIMEOUT)
 
@@ -554,9 +540,7 @@ class Client:
         return self.call("GET", "/jobs", options=options)
 
     def failures(self, **options):
-        """Return the latest failed jobs, in groups of one reason each.
-
-        Options are those of status().
+        """Return the latest failed jobs, in groups; options as status().
 
         {"failed": jobs, "looked_at": jobs, "groups": [{"stage", "exit_code",
         "message", "host", "jobs", "ids"}, …]}
@@ -650,6 +634,11 @@ class Client:
         if not self.told:
             self.told = True
             self.tell("%s It is waited for." % error)
+
+    def end_claim(self, verb, jobid, claim, report):
+        """End a claim; with a token that is safe to repeat."""
+        return self.call("POST", path_of(verb, jobid), report,
+                         options={"claim": claim}, repeat=claim is not None)
 
     def sweep(self, path, selector):
         """Make a call that may be about millions of jobs."""
@@ -915,36 +904,29 @@ class OutputLog:
 
     PATH.index says where each piece is: `jobid stage attempt began stream
     offset length` a line, `began` in milliseconds since 1970, stream 1 or 2,
-    offset and length in bytes.
+    offset and length in bytes. A piece that can't be written is dropped, and
+    `failed(reason)` is called.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, failed):
         check_folder(os.path.dirname(path))
         self.path = path
-        self.fds = None
-        self.pieces = []  # not written yet: [key, stream, data]
+        self.failed = failed
+        self.fds = ()
 
     def add(self, key, stream, data):
-        """Add a piece of output; `key` has the index line's first four."""
-        if self.pieces and self.pieces[-1][:2] == [key, stream]:
-            self.pieces[-1][2] += data
-        else:
-            self.pieces.append([key, stream, data])
-
-    def flush(self):
-        """Write the pieces added; if that fails drop them, raise OSError."""
-        if not self.pieces:
-            return
-        pieces, self.pieces = self.pieces, []
-        if self.fds is None:
-            output = append_to(self.path + ".out")
-            self.fds = output, append_to(self.path + ".index")
-        lines, at = [], os.fstat(self.fds[0]).st_size
-        for key, stream, data in pieces:
-            lines.append(b"%s %d %d %d\n" % (key, stream, at, len(data)))
-            at += len(data)
-        for fd, parts in zip(self.fds, ([p[2] for p in pieces], lines)):
-            write(fd, b"".join(parts))
+        """Write a piece of output; `key` has the index line's first four."""
+        try:
+            if not self.fds:
+                output = append_to(self.path + ".out")
+                self.fds = output, append_to(self.path + ".index")
+            output, index = self.fds
+            at = os.fstat(output).st_size
+            write(output, data)
+            write(index, b"%s %d %d %d\n" % (key, stream, at, len(data)))
+        except OSError as error:
+            self.failed("%s.out can't be written: %s" % (
+                self.path, error.strerror or error))
 
 
 class LoggedOutput:
@@ -1560,24 +1542,19 @@ def start_process(argv, environment, cwd, files):
     return process.pid
 
 
-def files_needed(slots):
-    """Return how many files a worker with so many slots may have open."""
-    return slots * 10 + 100  # pipes, input, output and files that are read
-
-
 def allow_open_files(slots):
     """Raise the soft limit on open files to what `slots` need.
 
     Raises Trouble where the hard limit is far too low.
     """
+    needed = slots * 10 + 100  # pipes, input, output and files that are read
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = files_needed(slots)
+    if hard != resource.RLIM_INFINITY:
+        if hard < needed - 64:
+            raise Trouble("%d files may be open, too few: %s." % (
+                hard, REMEDIES[errno.EMFILE]))
+        needed = min(needed, hard)
     if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY:
-            if hard < needed - 64:
-                raise Trouble("%d files may be open, too few: %s." % (
-                    hard, REMEDIES[errno.EMFILE]))
-            needed = min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
@@ -1781,26 +1758,21 @@ class NodeCheck:
     def record(self, job, failed, seconds):
         """Record how an attempt ended here, and how long it took."""
         if not failed:
-            self.reset()
+            self.trust()
         elif seconds < self.FAST:
             self.fresh.add(job["jobid"])
             self.failed[job["jobid"]] = job["jobstage"]
             if len(self.failed) > self.KEPT:
-                self.forget(next(iter(self.failed)))
+                del self.failed[next(iter(self.failed))]
 
     def suspect(self):
         """Return whether the node is suspect."""
-        return len(self.fresh) >= self.ENOUGH
+        return len(self.fresh & set(self.failed)) >= self.ENOUGH
 
-    def reset(self):
+    def trust(self):
         """Trust the node again: the jobs are bad."""
         self.failed.clear()
         self.fresh.clear()
-
-    def forget(self, jobid):
-        """Forget a failed job."""
-        self.failed.pop(jobid, None)
-        self.fresh.discard(jobid)
 
     def await_verdict(self, ending):
         """Wait while the node is suspect; return why it is bad, or None.
@@ -1822,42 +1794,29 @@ class NodeCheck:
     def count_done_elsewhere(self):
         """Return how many of the failed jobs others have got done.
 
-        Those at which others fail, too, are forgotten.
+        Those at which others fail, too, are forgotten. A job done before it
+        failed here says nothing of the node: its command, or what it reads,
+        may have changed.
         """
-        if not self.has_peer():
-            self.reset()
+        told = self.client.workers()
+        if not any(other["name"] != self.name and not other["quarantine"]
+                   and told["time"] - other["heard"] < self.HEARD
+                   and set(other["stages"] or ()) & set(self.stages)
+                   for other in told["workers"]):
+            self.trust()  # nobody else can tell
         done = 0
         for jobid, stage in list(self.failed.items()):
-            outcomes = self.outcomes_elsewhere(jobid, stage)
+            outcomes = set()
+            for attempt in self.client.job(jobid)["attempts"]:
+                if attempt["worker"] == self.name:
+                    outcomes.discard("done")
+                elif attempt["stage"] == stage:
+                    outcomes.add(attempt["outcome"])
             if "done" in outcomes:
                 done += 1
             elif "failed" in outcomes:
-                self.forget(jobid)
+                self.failed.pop(jobid, None)
         return done
-
-    def has_peer(self):
-        """Return whether another good worker claims from our stages."""
-        told = self.client.workers()
-        return any(
-            other["name"] != self.name and not other["quarantine"]
-            and told["time"] - other["heard"] < self.HEARD
-            and set(other["stages"] or ()) & set(self.stages)
-            for other in told["workers"]
-        )
-
-    def outcomes_elsewhere(self, jobid, stage):
-        """Return how other workers' attempts at a job have ended.
-
-        A job done before it failed here says nothing of the node: its
-        command, or what it reads, may have changed.
-        """
-        outcomes = set()
-        for attempt in self.client.job(jobid)["attempts"]:
-            if attempt["worker"] == self.name:
-                outcomes.discard("done")
-            elif attempt["stage"] == stage:
-                outcomes.add(attempt["outcome"])
-        return outcomes
 
 
 def stage_names(client, stages):
@@ -1878,28 +1837,16 @@ def stage_names(client, stages):
 
 
 class Claimer:
-    """Claim jobs for a worker, in a thread of its own.
-
-    Each call of want() is answered by a `receive(jobs)`: at once, or when
-    there are jobs; None means that there will be none. `busy()` returns
-    whether the worker has work; `quarantine(reason)` is called for a bad
-    node, `fault()` when the server refuses us.
-    """
+    """Claim jobs for a worker. `busy()` returns whether it has work."""
 
     LONGEST_WAIT = 30  # seconds of a long poll
     FRESH = 15  # seconds for which known run times are good
 
-    def __init__(
-        self, options, client, name, *,
-        busy, receive=None, quarantine=None, fault=None
-    ):
+    def __init__(self, options, client, name, busy):
         self.options = options
         self.client = client
         self.name = name
-        self.receive = receive
         self.busy = busy
-        self.quarantine = quarantine
-        self.fault = fault
         self.names = stage_names(client, options.stage)
         self.stages = sorted(self.names, reverse=True)
         self.check = NodeCheck(client, name, self.stages)
@@ -1907,21 +1854,9 @@ class Claimer:
         self.looked = None  # when these were fresh
         self.drained = False  # claim nothing for now
         self.idle = False  # whether it ended because it was idle
+        self.bad = None  # why the node is bad
         self.told = None  # why it isn't idle
         self.ending = threading.Event()
-        self.wanted = queue.Queue()
-        self.thread = threading.Thread(target=self.work, daemon=True)
-
-    def want(self, n, *, wait):
-        """Ask for up to `n` jobs; with `wait` the answer is never empty."""
-        self.wanted.put((n, wait))
-
-    def end(self):
-        """Claim no more."""
-        if not self.ending.is_set():
-            self.ending.set()
-            self.wanted.put((0, False))
-            self.client.abort()
 
     def set_drained(self, drained):
         """Claim nothing while the server says so; return if that is new."""
@@ -1936,30 +1871,12 @@ class Claimer:
         """Return a stage's name, else its number, as text."""
         return self.names.get(stage) or str(stage)
 
-    def work(self):
-        """Claim what is wanted until the end."""
-        jobs = ()
-        while jobs is not None:
-            n, wait = self.wanted.get()
-            try:
-                jobs = self.claim(n, wait)
-            except Unreachable:  # only after end()
-                jobs = None
-            except Exception as error:
-                say(str(error) or repr(error))
-                self.fault()
-                jobs = None
-            self.receive(jobs)
-
     def claim(self, n, wait):
         """Return up to `n` jobs; [] if there are none, None to end."""
         since, least = time.monotonic(), 0  # a poll's least wait, in seconds
         while not self.ending.is_set():
-            bad = self.check.await_verdict(self.ending)
-            if bad:
-                self.ending.set()
-                self.quarantine(bad)
-            stages = self.stages_in_time()
+            self.bad = self.check.await_verdict(self.ending)
+            stages = not self.bad and self.stages_in_time()
             if not stages or self.ending.is_set():
                 return None
             left = since + self.options.idle_timeout - time.monotonic()
@@ -2078,9 +1995,6 @@ def file_name(name, jobix):
     return "%s.%s.%s" % (plain, namespace(jobix), secrets.token_hex(4))
 
 
-SECRETS = "jobix", "claim"  # of a job, which its command isn't told
-
-
 class Interrupted(Exception):
     """End the printing of output by a signal."""
 
@@ -2102,17 +2016,14 @@ class Worker:
         self.options = options
         self.name = options.name or own_name()
         client = Client(options.access, patience=None)
-        self.claimer = Claimer(
-            options, client, self.name, busy=self.busy,
-            receive=lambda jobs: self.call(self.receive, jobs),
-            quarantine=lambda why: self.call(self.put_in_quarantine, why),
-            fault=lambda: self.call(self.drain, signal.SIGTERM, 1, None),
-        )
+        self.claimer = Claimer(options, client, self.name, self.busy)
+        self.wanted = queue.Queue()  # arguments of Claimer.claim
         self.files = file_name(self.name, client.jobix)
         self.log = None
         if not options.print:
             logs = options.logs or beside(client.access, "logs")
-            self.log = OutputLog(os.path.join(logs, self.files))
+            self.log = OutputLog(
+                os.path.join(logs, self.files), self.put_in_quarantine)
         self.environment = dict(os.environb)
         self.environment.pop(b"JOBMAN_JOBIX", None)  # the secret
         self.null = open(os.devnull, "rb")
@@ -2201,7 +2112,7 @@ class Worker:
             lost=lambda *claim: self.call(self.lost, *claim),
             drained=lambda whether: self.call(self.set_drained, whether),
         )
-        self.claimer.thread.start()
+        threading.Thread(target=self.claim, daemon=True).start()
         if self.options.until_eof:
             threading.Thread(target=self.end_at_eof, daemon=True).start()
         if self.options.until is not None:
@@ -2259,7 +2170,6 @@ class Worker:
         self.reap()
         self.fill_slots()
         self.ask()
-        self.flush_log()
         self.delay = self.schedule.run(blocking=False)
         return self.claiming or bool(self.attempts)
 
@@ -2317,14 +2227,30 @@ class Worker:
             n = idle + self.ahead - len(self.ready)
             if n > 0:
                 self.asking = True
-                self.claimer.want(n, wait=bool(idle))
+                self.wanted.put((n, bool(idle)))
+
+    def claim(self):
+        """Claim, in a thread of its own, what is wanted until the end."""
+        jobs = ()
+        while jobs is not None:
+            try:
+                jobs = self.claimer.claim(*self.wanted.get())
+            except Unreachable:  # only after the end
+                jobs = None
+            except Exception as error:
+                say(str(error) or repr(error))
+                self.call(self.drain, signal.SIGTERM, 1, None)
+                jobs = None
+            self.call(self.receive, jobs)
 
     def receive(self, jobs):
-        """Take what the claimer brings; None: it will bring no more."""
+        """Take claimed jobs; None: there will be no more."""
         self.asking = False
         self.received = time.monotonic()
         if jobs is None:
             self.claiming = False
+            if self.claimer.bad:
+                self.put_in_quarantine(self.claimer.bad)
         if not jobs:
             self.ahead = 0
         for job in jobs or ():
@@ -2367,7 +2293,10 @@ class Worker:
 
     def stop_claiming(self):
         """Claim no more, and give back what hasn't begun."""
-        self.claimer.end()
+        if not self.claimer.ending.is_set():
+            self.claimer.ending.set()
+            self.wanted.put((0, False))
+            self.claimer.client.abort()
         self.schedule.enter(1, 0, self.claimer.client.abort,
                             (socket.SHUT_RDWR,))
         self.give_back()
@@ -2483,7 +2412,8 @@ class Worker:
         Raises ValueError when it has none.
         """
         if self.options.command is not None:
-            shown = {k: v for k, v in job.items() if k not in SECRETS}
+            secret = "jobix", "claim"
+            shown = {k: v for k, v in job.items() if k not in secret}
             given = json.dumps(shown).encode("ascii")
             return ["/bin/sh", "-c", self.options.command], given
         jobcmd = job["jobcmd"]
@@ -2708,7 +2638,6 @@ class Worker:
     def tell(self, attempt, verb, **values):
         """Tell the attempt's outcome, and free its slot."""
         job = attempt.job
-        self.flush_log()
         if verb is None:
             self.claims.forget(job["jobid"], job["claim"])
         else:
@@ -2728,15 +2657,6 @@ class Worker:
                 say("Job %d failed in stage %s: %s" % (
                     job["jobid"], self.claimer.label(job["jobstage"]),
                     ": ".join(filter(None, [values.get("error"), last]))))
-
-    def flush_log(self):
-        """Write to the log what commands have printed."""
-        if self.log is not None:
-            try:
-                self.log.flush()
-            except OSError as error:
-                self.put_in_quarantine("%s.out can't be written: %s" % (
-                    self.log.path, error.strerror or error))
 
     # The worker ends
 
@@ -2937,7 +2857,7 @@ def claim_jobs(
         stage=[stage], lease=lease, idle_timeout=idle_timeout, until=None,
         quiet=True)
     client, name = Client(access, patience=None), name or own_name()
-    claimer = Claimer(options, client, name, busy=lambda: False)
+    claimer = Claimer(options, client, name, lambda: False)
     about = {
         "host": socket.gethostname(), "slots": 1, "stages": claimer.stages}
     claims = Claims(
@@ -3087,11 +3007,10 @@ def set_end(options):
 
 def open_standard_files():
     """Open those of standard input to error that are closed."""
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number
+    fd = os.open(os.devnull, os.O_RDWR)  # takes the lowest number
+    while fd <= 2:
+        fd = os.dup(fd)
+    os.close(fd)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
