@@ -20328,7 +20328,7 @@ class HouseTest(TemporaryFolder):
             if callable(method) and not name.startswith("_")
         }
         machinery = {"locate", "call", "sweep", "persist", "exchange",
-                     "connect", "secure", "close", "abort", "has_input",
+                     "connect", "identify", "close", "abort", "has_input",
                      "tell_once", "end_claim"}
         self.assertEqual(verbs - {""}, methods - machinery)
 

@@ -22,7 +22,6 @@ import collections
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import http.client
 import itertools
@@ -189,33 +188,24 @@ def tls_context(fingerprint):
     return context
 
 
-def shake_hands(sock, fingerprint):
-    """Do the TLS handshake of an SSLSocket; raise Impostor or OSError.
-
-    Nothing may be sent before.
-    """
+def connect(connection):
+    """Connect an HTTPConnection; raise Impostor for a bad certificate."""
     try:
-        sock.do_handshake()
+        connection.connect()
     except (OSError, ValueError) as error:  # ValueError: Python 3.6
         reason = getattr(error, "reason", None)
         if reason == "WRONG_VERSION_NUMBER":
             raise OSError("it doesn't speak TLS; is it at http://?") from None
-        vouched = reason != "CERTIFICATE_VERIFY_FAILED"
-        if vouched and not isinstance(error, ValueError):
+        if reason != "CERTIFICATE_VERIFY_FAILED" and isinstance(
+                error, OSError):
             raise
         reason = "its certificate can't be trusted (%s)" % error
         raise Impostor(reason) from None
-    if fingerprint:
-        shown = hashlib.sha256(sock.getpeercert(binary_form=True)).hexdigest()
-        if shown != fingerprint:
-            raise Impostor("its fingerprint is %s" % shown)
 
 
 def hex_words(address):
     """Return the bytes of an IP address as /proc/net/tcp writes them."""
-    return "".join(
-        "%08X" % int.from_bytes(address[i : i + 4], sys.byteorder)
-        for i in range(0, len(address), 4))
+    return "".join("%08X" % word for word in memoryview(address).cast("I"))
 
 
 def check_listener(sock):
@@ -601,7 +591,7 @@ class Client:
         began = time.monotonic()
         self.told = self.tell is None
         for pause in backoff():
-            final = fatal = False
+            final = False
             try:
                 answer = self.exchange(method, path, body, timeout)
                 if answer[0] < 500:
@@ -615,13 +605,12 @@ class Client:
                 error = "At %s:%d is another server than ours: %s." % (
                     *self.address, lost)
                 settled = time.monotonic() >= began + self.SETTLE
-                fatal = settled and not self.met  # ours was never there
+                if settled and not self.met:  # ours was never there
+                    raise Trouble(error) from None
             except (OSError, http.client.HTTPException) as lost:
                 final = self.close() and not repeat
                 error = "The server at %s:%d can't be reached (%s)." % (
                     *self.address, lost or type(lost).__name__)
-            if fatal:
-                raise Trouble(error)
             took = time.monotonic() - began
             late = self.patience is not None and took >= self.patience
             if took >= self.LATE and not (late or final):
@@ -685,28 +674,28 @@ class Client:
         self.sent = False
         if self.connection is None:
             self.locate()
-            self.connection = http.client.HTTPConnection(
-                *self.address, timeout=self.CONNECT_TIMEOUT
-            )
-            self.connection.auto_open = 0  # it would do without TLS
+            kind, more = http.client.HTTPConnection, {}
+            if self.tls is not None:
+                kind, more = http.client.HTTPSConnection, {"context": self.tls}
+            self.connection = kind(
+                *self.address, timeout=self.CONNECT_TIMEOUT, **more)
+            self.connection.auto_open = 0  # it would do without our checks
             try:
-                self.connection.connect()
-                self.secure(self.connection)
+                connect(self.connection)
+                self.identify(self.connection.sock)
             except BaseException:  # nothing may go out on it
                 self.close()
                 raise
         self.connection.sock.settimeout(timeout)
 
-    def secure(self, connection):
-        """Find out, on a new connection, whether our server is there."""
-        if self.tls is not None:
-            connection.sock = self.tls.wrap_socket(
-                connection.sock, do_handshake_on_connect=False,
-                server_hostname=None if self.fingerprint else self.address[0],
-            )
-            shake_hands(connection.sock, self.fingerprint)
-        elif not self.fixed:
-            check_listener(connection.sock)
+    def identify(self, sock):
+        """Raise Impostor if another server than ours is at the other end."""
+        if self.fingerprint:
+            shown = hashlib.sha256(sock.getpeercert(binary_form=True))
+            if shown.hexdigest() != self.fingerprint:
+                raise Impostor("its fingerprint is %s" % shown.hexdigest())
+        elif self.tls is None and not self.fixed:
+            check_listener(sock)
         self.met = True
 
     def close(self):
@@ -851,7 +840,6 @@ def disk_full(*folders):
 # -------------------------------------------------------------- log, spool ---
 
 
-@functools.lru_cache()
 def namespace(jobix):
     """Return a jobix's name in file names, which doesn't reveal it."""
     return hashlib.sha256(b"jobman %d" % int(jobix)).hexdigest()[:12]
@@ -1014,12 +1002,10 @@ class Spool:
     workers may deliver the same outcome: the server takes it once.
     """
 
-    SUFFIX = ".spool"
-
     def __init__(self, folder, name):
         check_folder(folder)
         self.folder = folder
-        self.path = os.path.join(folder, name + self.SUFFIX)
+        self.path = os.path.join(folder, name + ".spool")
         self.fd = None
         self.adopted = []  # (path, descriptor, bytes of outcomes for us)
 
@@ -1059,7 +1045,7 @@ class Spool:
             names = sorted(os.listdir(self.folder))
         for name in names:
             path = os.path.join(self.folder, name)
-            if name.endswith(self.SUFFIX) and path != self.path:
+            if name.endswith(".spool") and path != self.path:
                 with contextlib.suppress(OSError):  # gone, or not ours
                     found += self.take_over(path, space)
         return found
@@ -1096,6 +1082,9 @@ class Spool:
 # ---------------------------------------------------------------- claims ---
 
 
+JUDGED = 400, 404, 409, 413  # statuses that refuse an outcome for ever
+
+
 def deliver_one(client, outcome):
     """Deliver one outcome; return 1, or 0 if the server refuses it."""
     path = path_of(outcome.verb + "_job", outcome.jobid)
@@ -1104,35 +1093,10 @@ def deliver_one(client, outcome):
                     options={"claim": outcome.claim})
         return 1
     except Refused as refused:
-        if refused.status not in (400, 404, 409, 413):
-            raise  # it wasn't judged
+        if refused.status not in JUDGED:
+            raise
         say("Job %d: %s Dropped." % (outcome.jobid, refused))
         return 0
-
-
-def deliver_updates(client, updates):
-    """Deliver updates in one call, or one by one if that is refused.
-
-    Returns how many the server took.
-    """
-    try:
-        answers = client.update_jobs(
-            [dict(u.values, jobid=u.jobid, claim=u.claim) for u in updates]
-        )
-    except (Refused, RecursionError) as refused:
-        status = getattr(refused, "status", 400)
-        if status not in (400, 404, 409, 413):
-            raise
-        if len(updates) > 1:
-            return sum(deliver_updates(client, [each]) for each in updates)
-        values = {"error": "Its result: %s" % refused}
-        return deliver_one(
-            client, updates[0]._replace(verb="fail", values=values))
-    for answer in answers:
-        if answer["status"] != 200:
-            say("Job %(jobid)d: its result came too late and is dropped"
-                " (%(status)d)." % answer)
-    return sum(answer["status"] == 200 for answer in answers)
 
 
 def deliver(client, outcomes):
@@ -1143,9 +1107,25 @@ def deliver(client, outcomes):
     """
     updates = list(itertools.takewhile(
         lambda outcome: outcome.verb == "update", outcomes[:100]))
-    if updates:
-        return len(updates), deliver_updates(client, updates)
-    return 1, deliver_one(client, outcomes[0])
+    if not updates:
+        return 1, deliver_one(client, outcomes[0])
+    try:
+        answers = client.update_jobs(
+            [dict(u.values, jobid=u.jobid, claim=u.claim) for u in updates]
+        )
+    except (Refused, RecursionError) as refused:
+        if getattr(refused, "status", 400) not in JUDGED:
+            raise
+        if len(updates) > 1:  # which one is to blame?
+            return deliver(client, outcomes[:1])
+        values = {"error": "Its result: %s" % refused}
+        return 1, deliver_one(
+            client, updates[0]._replace(verb="fail", values=values))
+    for answer in answers:
+        if answer["status"] != 200:
+            say("Job %(jobid)d: its result came too late and is dropped"
+                " (%(status)d)." % answer)
+    return len(updates), sum(answer["status"] == 200 for answer in answers)
 
 
 class Claims:
@@ -1221,7 +1201,7 @@ class Claims:
             self.next_beat = 0
             self.news.notify_all()
 
-    def close(self, **about):
+    def close(self):
         """Deliver what there is, or leave it on disk; beat a last time."""
         with self.news:
             self.closing = time.monotonic() + self.LAST
@@ -1236,7 +1216,7 @@ class Claims:
                 number_of(self.unsafe(), "result"), self.spool.path))
         if not self.away:
             with contextlib.suppress(Trouble):
-                self.beat(**about)
+                self.beat(ended=True)
         self.client.close()
 
     def work(self):
@@ -2039,6 +2019,7 @@ class Worker:
         self.status = 0  # exit status
         self.why = None  # why it ends
         self.printing = self.eof = self.draining = self.scarce = False
+        self.hasty = False  # kill what runs, and end
         self.quarantine = None  # why the node is bad
         self.done = self.failed = 0  # attempts
         self.failures = {}  # jobid: True, of jobs whose last attempt failed
@@ -2109,7 +2090,8 @@ class Worker:
         self.claims = Claims(
             client, Spool(spool, self.files),
             self.name, self.options.lease, about=self.about,
-            lost=lambda *claim: self.call(self.lost, *claim),
+            lost=lambda *claim: self.call(  # the job may be coming back
+                self.schedule.enter, 1, 0, self.give_up, claim),
             drained=lambda whether: self.call(self.set_drained, whether),
         )
         threading.Thread(target=self.claim, daemon=True).start()
@@ -2171,7 +2153,7 @@ class Worker:
         self.fill_slots()
         self.ask()
         self.delay = self.schedule.run(blocking=False)
-        return self.claiming or bool(self.attempts)
+        return not self.hasty and (self.claiming or bool(self.attempts))
 
     def wait(self):
         """Wait for an event, or a time; read what commands print."""
@@ -2199,11 +2181,13 @@ class Worker:
 
     def finish(self):
         """Tell the last outcomes, and end the rest."""
-        for attempt in self.running.values():  # only after a fault
+        if self.hasty:
+            self.claims.LAST = 1
+        for attempt in self.running.values():  # after a fault, or in haste
             kill_session(attempt.pid)
         for attempt in list(self.attempts.values()):
             self.tell(attempt, "release")
-        self.claims.close(ended=True)
+        self.claims.close()
         self.guard.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -2264,7 +2248,7 @@ class Worker:
         if self.claimer.ending.is_set() or self.claimer.drained:
             self.give_back()
         elif self.ready:
-            self.schedule.enter(self.HELD, 0, self.give_back_late)
+            self.schedule.enter(self.HELD, 0, self.give_back, (self.HELD,))
 
     def take_up(self, attempt, job):
         """Go on with an attempt under a new claim of its job.
@@ -2279,16 +2263,11 @@ class Worker:
             attempt.reason = "end"
         attempt.job = job
 
-    def give_back_late(self):
-        """Release claims that have waited too long for a slot."""
-        if self.ready and (
-                self.ready[0].claimed <= time.monotonic() - self.HELD):
+    def give_back(self, held=0):
+        """Release the claims that have waited so many seconds for a slot."""
+        latest = time.monotonic() - held
+        while self.ready and self.ready[0].claimed <= latest:
             self.ahead = 0
-            self.give_back()
-
-    def give_back(self):
-        """Release all claims that wait for a slot."""
-        while self.ready:
             self.tell(self.ready.popleft(), "release")
 
     def stop_claiming(self):
@@ -2321,11 +2300,15 @@ class Worker:
         """Do `work(*args)` in a thread, then call `then(attempt, result)`.
 
         The result is an exception if there was one. It is dropped if the
-        attempt has ended meanwhile.
+        attempt has ended meanwhile, or is cut off.
         """
 
         def go_on(found):
-            if self.attempts.get(attempt.job["jobid"]) is attempt:
+            if self.attempts.get(attempt.job["jobid"]) is not attempt:
+                return
+            if attempt.reason:
+                self.conclude(attempt)
+            else:
                 then(attempt, found)
 
         def do():
@@ -2345,9 +2328,7 @@ class Worker:
 
         When the worker ends they had less than their time to come.
         """
-        if attempt.reason:
-            self.conclude(attempt)
-        elif self.claimer.ending.is_set():
+        if self.claimer.ending.is_set():
             self.end(attempt, "release")
         elif isinstance(bad, Exception):
             self.end(attempt, "fail", error="worker.py has a fault: %r" % bad)
@@ -2533,9 +2514,7 @@ class Worker:
 
     def collected(self, attempt, brought):
         """End an attempt that has done its work."""
-        if attempt.reason:
-            self.conclude(attempt)
-        elif isinstance(brought, Exception):
+        if isinstance(brought, Exception):
             self.end(attempt, "fail", error="An output is missing: %s"
                      % brought)
         else:
@@ -2660,15 +2639,8 @@ class Worker:
 
     # The worker ends
 
-    def lost(self, jobid, claim):
-        """Give up a lost claim in a second, if the job doesn't come back.
-
-        We may be about to receive it.
-        """
-        self.schedule.enter(1, 0, self.give_up, (jobid, claim))
-
     def give_up(self, jobid, claim):
-        """Kill the command of a claim that is lost."""
+        """Kill the command of a lost claim, unless a newer one is held."""
         attempt = self.attempts.get(jobid)
         if attempt is None or not self.claims.holds(jobid, claim):
             return
@@ -2693,8 +2665,7 @@ class Worker:
         A second SIGINT kills it at once.
         """
         if self.draining:
-            if number == signal.SIGINT:
-                self.end_now()
+            self.hasty |= number == signal.SIGINT
             return
         self.draining = True
         self.status = self.status or status
@@ -2710,15 +2681,6 @@ class Worker:
         for attempt in list(self.attempts.values()):
             if attempt.pid not in self.running:
                 self.end(attempt, "release")
-
-    def end_now(self):
-        """Kill what runs, give it back if the server answers, and end."""
-        self.claims.LAST = 1
-        self.claiming = False  # don't wait for the claimer
-        for attempt in self.running.values():
-            attempt.kill_at = 0
-            kill_session(attempt.pid)
-        self.release_idle()
 
     def put_in_quarantine(self, reason):
         """Claim no more: this node does harm. What runs may end."""
@@ -2838,7 +2800,7 @@ def each_job(claimer, claims, lag):
             finally:
                 job.fail("The program went on without job.done().")
     finally:
-        claims.close(ended=True)
+        claims.close()
         claimer.client.close()
 
 
