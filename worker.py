@@ -203,11 +203,6 @@ def connect(connection):
         raise Impostor(reason) from None
 
 
-def hex_words(address):
-    """Return the bytes of an IP address as /proc/net/tcp writes them."""
-    return "".join("%08X" % word for word in memoryview(address).cast("I"))
-
-
 def check_listener(sock):
     """Raise Impostor if another user listens at the other end on this host.
 
@@ -225,8 +220,10 @@ def check_listener(sock):
         mapped = packed
     else:
         return
-    there = {"%s:%04X" % (hex_words(each), port)
-             for each in (packed, mapped, b"\0" * 4, b"\0" * 16)}
+    addresses = [memoryview(each).cast("I")
+                 for each in (packed, mapped, b"\0" * 4, b"\0" * 16)]
+    there = {"%s:%04X" % ("".join("%08X" % word for word in words), port)
+             for words in addresses}
     owners = set()
     for name in "tcp", "tcp6":
         with contextlib.suppress(FileNotFoundError):  # no IPv6 here
@@ -268,16 +265,15 @@ class Client:
     `access` names the access file (default: $JOBMAN_ACCESS, else
     ~/.jobman/access.json); `url` and `jobix` (or $JOBMAN_URL and
     $JOBMAN_JOBIX) do without one; a `jobix` alone replaces the file's. An
-    https server is known by the SHA-256 of
-    its certificate, which the access file has, or `fingerprint` (or
-    $JOBMAN_FINGERPRINT); without one, certificate authorities and its host's
-    name vouch for it. One connection is kept open; threads take turns on it.
-    Each new connection goes where the access file says, for the server may
-    have moved; without the file there is no server. A call that is safe to
-    repeat is repeated for up to `patience` seconds (None: for ever) while the
-    server can't be reached, with growing, random pauses. Every method raises
-    Refused when the server says no, and Unreachable when it can't be
-    reached.
+    https server is known by the SHA-256 of its certificate, which the access
+    file has, or `fingerprint` (or $JOBMAN_FINGERPRINT); without one,
+    certificate authorities and its host's name vouch for it.
+
+    One connection is kept open; threads take turns on it. Each new one goes
+    where the access file says, for the server may have moved. A call that is
+    safe to repeat is repeated for up to `patience` seconds (None: for ever)
+    while the server can't be reached. Every method raises Refused when the
+    server says no, and Unreachable when it can't be reached.
     """
 
     CONNECT_TIMEOUT = 10  # seconds
@@ -731,17 +727,6 @@ def to_bytes(text):
     return text.encode("utf-8", "surrogateescape")
 
 
-def is_file(path):
-    """Return whether a path is a regular file.
-
-    Raises ValueError for a name that no file can have.
-    """
-    try:
-        return stat.S_ISREG(os.stat(to_bytes(path)).st_mode)
-    except OSError:
-        return False
-
-
 def describe(path):
     """Return a file as it is now: {"path", "size" (bytes), "sha256" (hex)}.
 
@@ -805,8 +790,9 @@ def output_paths(job, brought):
     folder = os.path.join(here, job.get("cwd") or "")
     paths = [os.path.join(folder, name) for name in names]
     handed_on = os.path.join(folder, filename or "")
-    if filename and is_file(handed_on):
-        paths.append(handed_on)
+    with contextlib.suppress(OSError):
+        if filename and stat.S_ISREG(os.stat(to_bytes(handed_on)).st_mode):
+            paths.append(handed_on)
     return list(dict.fromkeys(paths))
 
 
@@ -1087,10 +1073,9 @@ JUDGED = 400, 404, 409, 413  # statuses that refuse an outcome for ever
 
 def deliver_one(client, outcome):
     """Deliver one outcome; return 1, or 0 if the server refuses it."""
-    path = path_of(outcome.verb + "_job", outcome.jobid)
     try:
-        client.call("POST", path, outcome.values,
-                    options={"claim": outcome.claim})
+        client.end_claim(outcome.verb + "_job", outcome.jobid, outcome.claim,
+                         outcome.values)
         return 1
     except Refused as refused:
         if refused.status not in JUDGED:
@@ -1155,8 +1140,7 @@ class Claims:
         self.spooled = 0  # how many of these are on disk
         self.closing = None  # when to give up, in monotonic seconds
         self.next_beat = 0  # when, in monotonic seconds
-        self.away = False  # the server
-        self.next_try = 0  # when to try again a server that is away
+        self.away = False  # the server: then a heartbeat tries it again
         self.pauses = backoff()
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
@@ -1205,7 +1189,8 @@ class Claims:
         """Deliver what there is, or leave it on disk; beat a last time."""
         with self.news:
             self.closing = time.monotonic() + self.LAST
-            self.next_try = 0
+            if self.away:
+                self.next_beat = 0
             self.news.notify_all()
         self.thread.join(self.LAST + 1)
         if self.thread.is_alive():  # the server doesn't answer
@@ -1222,33 +1207,27 @@ class Claims:
     def work(self):
         """Deliver outcomes and send heartbeats until close()."""
         self.adopt()
-        while not self.finished():
-            self.gather()
-            if time.monotonic() >= self.next_try:
+        while self.gather():
+            if not self.away or time.monotonic() >= self.next_beat:
                 self.try_server()
             if self.away and len(self.waiting) > self.spooled:
                 self.keep()
 
-    def finished(self):
-        """Return whether all is delivered, or there is no more time for it."""
-        with self.news:
-            if self.closing is None or self.fresh:
-                return False
-        return not self.waiting or time.monotonic() >= self.closing
-
     def gather(self):
-        """Wait for outcomes, a heartbeat, the next try, or close()."""
+        """Wait for outcomes, the time of a heartbeat, or close().
+
+        Returns False when all is delivered, or there is no time left for it.
+        """
         with self.news:
-            if self.away:
-                end = min(self.next_try, self.closing or self.next_try)
+            if self.closing is not None and not self.fresh and (
+                    not self.waiting or time.monotonic() >= self.closing):
+                return False
+            if self.away or not self.waiting:
+                end = min(self.next_beat, self.closing or self.next_beat)
                 self.news.wait_for(
-                    lambda: self.fresh or not self.next_try,
+                    lambda: self.fresh or not self.next_beat
+                    or (self.closing and not self.away),
                     max(0, end - time.monotonic()),
-                )
-            elif not self.waiting:
-                self.news.wait_for(
-                    lambda: self.fresh or self.closing or not self.next_beat,
-                    max(0, self.next_beat - time.monotonic()),
                 )
             linger = self.fresh and not self.waiting and not self.closing
         if linger:
@@ -1256,6 +1235,7 @@ class Claims:
         with self.news:
             self.waiting += self.fresh
             self.fresh = []
+        return True
 
     def adopt(self):
         """Take over the spool of workers that have ended."""
@@ -1267,7 +1247,7 @@ class Claims:
     def try_server(self):
         """Beat and deliver; say when the server goes and when it is back."""
         try:
-            if self.away or time.monotonic() >= self.next_beat:
+            if time.monotonic() >= self.next_beat:
                 self.beat()
             while self.waiting and time.monotonic() < self.next_beat:
                 self.drop(deliver(self.client, self.waiting)[0])
@@ -1275,13 +1255,13 @@ class Claims:
             if not self.away:
                 say("%s It is waited for." % (str(error) or repr(error)))
             self.away = True
-            self.next_try = time.monotonic() + next(self.pauses)
+            self.next_beat = time.monotonic() + next(self.pauses)
             return
         if not self.waiting:
             self.spool.clear()
         if self.away:
             say("The server is back.")
-            self.away, self.next_try, self.pauses = False, 0, backoff()
+            self.away, self.pauses = False, backoff()
             self.adopt()
 
     def drop(self, n):
@@ -1337,20 +1317,24 @@ def kill_group(group, number=signal.SIGKILL):
         os.killpg(group, number)  # a process may have changed its user
 
 
+def read_processes(name):
+    """Yield (pid, text) of the file /proc/PID/NAME of each process."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            with open("/proc/%s/%s" % (pid, name), "rb") as file:
+                yield int(pid), file.read()
+
+
 def running_groups():
     """Return {session: process groups} of all processes but zombies.
 
     A zombie stays where nobody waits for it, as in a container without init.
     """
     sessions = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError):
-                with open("/proc/%s/stat" % name, "rb") as file:
-                    words = file.read().rpartition(b")")[2].split()
-                if words[0] not in b"ZX":
-                    groups = sessions.setdefault(int(words[3]), set())
-                    groups.add(int(words[2]))
+    for _, text in read_processes("stat"):
+        words = text.rpartition(b")")[2].split()
+        if words[0] not in b"ZX":
+            sessions.setdefault(int(words[3]), set()).add(int(words[2]))
     return sessions
 
 
@@ -1368,13 +1352,11 @@ def kill_session(session, number=signal.SIGKILL, running=None):
 def kill_marked(mark):
     """Kill processes with `mark` in their environment; return how many."""
     killed = 0
-    for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) != os.getpid():
+    for pid, text in read_processes("environ"):
+        if mark in text and pid != os.getpid():
             with contextlib.suppress(OSError):
-                with open("/proc/%s/environ" % name, "rb") as file:
-                    if mark in file.read():
-                        os.kill(int(name), signal.SIGKILL)
-                        killed += 1
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
     return killed
 
 
@@ -1555,7 +1537,6 @@ class Attempt:
         self.began = self.seconds = None
         self.reason = None  # why it is cut off: timeout, output, lost or end
         self.kill_at = None  # when what is left of it is killed
-        self.over = False
         self.inputs = {}  # path: touched(path), of files that were checked
         self.events = []  # of the scheduler
 
@@ -1839,13 +1820,11 @@ class Claimer:
         self.ending = threading.Event()
 
     def set_drained(self, drained):
-        """Claim nothing while the server says so; return if that is new."""
-        new = drained != self.drained and not self.ending.is_set()
-        if new:
+        """Claim nothing while the server says so."""
+        if drained != self.drained and not self.ending.is_set():
             self.drained = drained
             say("Drained: it claims no more for now." if drained
                 else "It claims jobs again.")
-        return new
 
     def label(self, stage):
         """Return a stage's name, else its number, as text."""
@@ -1892,6 +1871,11 @@ class Claimer:
             self.ending.wait(random.uniform(0.1, 1))
         return jobs
 
+    def reached_from(self, stage):
+        """Return our stages that a job comes to, by and by, from `stage`."""
+        return [ours for ours in self.stages
+                if ours >= stage and (ours - stage) % 2 == 0]
+
     def coming(self):
         """Return why jobs may still come to our stages, None if they won't.
 
@@ -1900,9 +1884,7 @@ class Claimer:
         job may come back.
         """
         for row in self.client.status()["stages"]:
-            if row["states"]["delayed"] and any(
-                    stage >= row["stage"] and (stage - row["stage"]) % 2 == 0
-                    for stage in self.stages):
+            if row["states"]["delayed"] and self.reached_from(row["stage"]):
                 return "jobs in stage %s are delayed" % (
                     row["name"] or row["stage"])
         told = self.client.workers()
@@ -1913,24 +1895,16 @@ class Claimer:
         jobs = self.client.jobs(state="working", limit=1000)["jobs"]
         for job in jobs:
             served = serving.get(job["worker"])
-            if job["due"] is not None and self.may_come(job, served):
+            claimed, last = job["stage"] - 1, job["laststage"]
+            if job["due"] is not None and any(
+                    (last is None or last > stage) and (
+                        served is None
+                        or (stage > claimed and stage not in served))
+                    for stage in self.reached_from(claimed)):
                 return "job %d runs on %s%s" % (
                     job["jobid"], job["worker"] or "an unnamed worker",
                     ", which is silent" if served is None else "")
         return None
-
-    def may_come(self, job, served):
-        """Return whether a job that runs elsewhere may come to our stages.
-
-        `served` are the stages of its worker, None if that is silent.
-        """
-        for stage in self.stages:
-            way = stage + 1 - job["stage"]  # 0: it was claimed from `stage`
-            last = job["laststage"]
-            if way >= 0 and way % 2 == 0 and (last is None or last > stage):
-                if served is None or (way and stage not in served):
-                    return True
-        return False
 
     def stages_in_time(self):
         """Return the stages whose commands mostly end before our time does."""
@@ -2028,10 +2002,7 @@ class Worker:
         self.received = 0  # when claims came last
 
     def busy(self):
-        """Return whether there is work, or an outcome to be told.
-
-        That may set a job free for us.
-        """
+        """Return whether there is work, or an outcome that may free a job."""
         return bool(self.attempts or self.claims.unsafe())
 
     def run(self):
@@ -2084,7 +2055,11 @@ class Worker:
         self.poll = select.poll()
         self.poll.register(self.wake, select.POLLIN)
         allow_open_files(self.options.slots)
-        self.handle_signals()
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self.waker)
+        for number in ENDING_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self.signalled)
         client = Client(self.options.access, patience=0)
         spool = self.options.spool or beside(client.access, "spool")
         self.claims = Claims(
@@ -2101,14 +2076,6 @@ class Worker:
             left = max(0, self.options.until - time.monotonic())
             self.schedule.enter(
                 left, 0, self.drain, (signal.SIGTERM, 0, "its time is over"))
-
-    def handle_signals(self):
-        """Wake the loop by signals; drain it by those in ENDING_SIGNALS."""
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(self.waker)
-        for number in ENDING_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                signal.signal(number, self.signalled)
 
     def signalled(self, number, _):
         """Drain, in the loop. SIGUSR1 only asks us to end; it is no failure.
@@ -2460,13 +2427,10 @@ class Worker:
             attempt = self.running.get(found.si_pid)
             if attempt and attempt.reason is None:
                 kill_group(attempt.pid)
-            _, status = os.waitpid(found.si_pid, 0)
+            os.waitpid(found.si_pid, 0)
             if attempt:
-                killed = os.WIFSIGNALED(status)
-                attempt.status = (
-                    128 + os.WTERMSIG(status) if killed
-                    else os.WEXITSTATUS(status)
-                )
+                killed = found.si_code != os.CLD_EXITED
+                attempt.status = found.si_status + 128 * killed
                 self.exited(attempt)
 
     def exited(self, attempt):
@@ -2548,9 +2512,6 @@ class Worker:
 
     def end(self, attempt, verb, **values):
         """End an attempt: print its output, then tell its outcome."""
-        if attempt.over:
-            return
-        attempt.over = True
         for event in attempt.events:
             with contextlib.suppress(ValueError):
                 self.schedule.cancel(event)
@@ -2656,7 +2617,8 @@ class Worker:
 
     def set_drained(self, drained):
         """Claim nothing while the server says so; what runs may end."""
-        if self.claimer.set_drained(drained) and drained:
+        self.claimer.set_drained(drained)
+        if drained:
             self.give_back()
 
     def drain(self, number, status, why):
@@ -2957,16 +2919,6 @@ def parse(arguments):
     return options
 
 
-def set_end(options):
-    """Find out when the worker must drain: `options.until`, or None."""
-    left = options.time_limit
-    if left is None:
-        left = allocation_left(os.environ)
-    options.until = None
-    if left is not None:
-        options.until = time.monotonic() + left - options.grace - MARGIN
-
-
 def open_standard_files():
     """Open those of standard input to error that are closed."""
     fd = os.open(os.devnull, os.O_RDWR)  # takes the lowest number
@@ -2984,7 +2936,10 @@ def main(arguments=None):
     try:
         if options.send_spool:
             return send_spool(options)
-        set_end(options)
+        left = options.time_limit or allocation_left(os.environ)
+        options.until = None
+        if left is not None:  # then it drains
+            options.until = time.monotonic() + left - options.grace - MARGIN
         return Worker(options).run()
     except (Trouble, OSError) as trouble:
         remedy = REMEDIES.get(getattr(trouble, "errno", None))
