@@ -10234,8 +10234,11 @@ class OutageTest(WorkerCase):
                     r" other users: .*mkdir -m 700[^\n]*\n\Z" % folder)
 
     def test_a_folder_that_others_make_meanwhile_is_not_used(self):
+        def fail(reason):
+            raise OSError(reason)
+
         for made in (worker.Spool(self.path("new"), "a"),
-                     worker.OutputLog(self.path("new", "a"))):
+                     worker.OutputLog(self.path("new", "a"), fail)):
             os.mkdir(self.path("new"))
             os.chmod(self.path("new"), 0o777)
             with self.assertRaisesRegex(OSError, "mkdir -m 700"):
@@ -10243,7 +10246,6 @@ class OutageTest(WorkerCase):
                     made.add([worker.Outcome("x", 1, "c", "release", {})])
                 else:
                     made.add(b"1 0 1 1", 1, b"text")
-                    made.flush()
             os.rmdir(self.path("new"))
 
     def test_spool_file_that_grew_meanwhile_is_kept(self):
@@ -11143,7 +11145,7 @@ class LogTest(WorkerCase):
         self.assertEqual(2, len(self.kept()))  # job 3 is there
         status, out, err = self.command(JOBMAN, "forget", "all")
         self.assertEqual((0, "1 job forgotten\n"), (status, out))
-        self.assertRegex(err, r"^Freed 0\.2[12]\d MB: .*\n$")
+        self.assertRegex(err, r"^Freed 0\.2[12]\d* MB: .*\n$")
         self.assertEqual([], self.kept())
 
     def test_jobs_of_another_jobix_are_not_shown(self):
@@ -11211,14 +11213,14 @@ class LogTest(WorkerCase):
 
     def test_offsets_are_right_after_a_write_that_was_cut_short(self):
         disk = self.small_disk()
-        log = worker.OutputLog(os.path.join(disk, "logs", "x"))
+        failures = []
+        log = worker.OutputLog(
+            os.path.join(disk, "logs", "x"), failures.append)
         self.addCleanup(lambda: [os.close(fd) for fd in log.fds])
         log.add(b"1 0 1 1", 1, b"a" * 300000)
-        with self.assertRaises(OSError):
-            log.flush()
+        self.assertEqual(1, len(failures))
         os.truncate(log.path + ".out", 100)
         log.add(b"1 0 1 1", 1, b"second")
-        log.flush()
         self.assertEqual(b"1 0 1 1 1 100 6\n", read(log.path + ".index"))
 
 
@@ -20358,8 +20360,8 @@ class HouseTest(TemporaryFolder):
             if callable(method) and not name.startswith("_")
         }
         machinery = {"locate", "call", "sweep", "persist", "exchange",
-                     "connect", "secure", "close", "abort", "has_input",
-                     "tell_once"}
+                     "connect", "identify", "close", "abort", "has_input",
+                     "tell_once", "end_claim"}
         self.assertEqual(verbs - {""}, methods - machinery)
 
     def test_importing_does_nothing_and_needs_no_packages(self):

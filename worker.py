@@ -22,7 +22,6 @@ import collections
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import http.client
 import itertools
@@ -189,33 +188,19 @@ def tls_context(fingerprint):
     return context
 
 
-def shake_hands(sock, fingerprint):
-    """Do the TLS handshake of an SSLSocket; raise Impostor or OSError.
-
-    Nothing may be sent before.
-    """
+def connect(connection):
+    """Connect an HTTPConnection; raise Impostor for a bad certificate."""
     try:
-        sock.do_handshake()
+        connection.connect()
     except (OSError, ValueError) as error:  # ValueError: Python 3.6
         reason = getattr(error, "reason", None)
         if reason == "WRONG_VERSION_NUMBER":
             raise OSError("it doesn't speak TLS; is it at http://?") from None
-        vouched = reason != "CERTIFICATE_VERIFY_FAILED"
-        if vouched and not isinstance(error, ValueError):
+        if reason != "CERTIFICATE_VERIFY_FAILED" and isinstance(
+                error, OSError):
             raise
         reason = "its certificate can't be trusted (%s)" % error
         raise Impostor(reason) from None
-    if fingerprint:
-        shown = hashlib.sha256(sock.getpeercert(binary_form=True)).hexdigest()
-        if shown != fingerprint:
-            raise Impostor("its fingerprint is %s" % shown)
-
-
-def hex_words(address):
-    """Return the bytes of an IP address as /proc/net/tcp writes them."""
-    return "".join(
-        "%08X" % int.from_bytes(address[i : i + 4], sys.byteorder)
-        for i in range(0, len(address), 4))
 
 
 def check_listener(sock):
@@ -235,8 +220,10 @@ def check_listener(sock):
         mapped = packed
     else:
         return
-    there = {"%s:%04X" % (hex_words(each), port)
-             for each in (packed, mapped, b"\0" * 4, b"\0" * 16)}
+    addresses = [memoryview(each).cast("I")
+                 for each in (packed, mapped, b"\0" * 4, b"\0" * 16)]
+    there = {"%s:%04X" % ("".join("%08X" % word for word in words), port)
+             for words in addresses}
     owners = set()
     for name in "tcp", "tcp6":
         with contextlib.suppress(FileNotFoundError):  # no IPv6 here
@@ -278,16 +265,15 @@ class Client:
     `access` names the access file (default: $JOBMAN_ACCESS, else
     ~/.jobman/access.json); `url` and `jobix` (or $JOBMAN_URL and
     $JOBMAN_JOBIX) do without one; a `jobix` alone replaces the file's. An
-    https server is known by the SHA-256 of
-    its certificate, which the access file has, or `fingerprint` (or
-    $JOBMAN_FINGERPRINT); without one, certificate authorities and its host's
-    name vouch for it. One connection is kept open; threads take turns on it.
-    Each new connection goes where the access file says, for the server may
-    have moved; without the file there is no server. A call that is safe to
-    repeat is repeated for up to `patience` seconds (None: for ever) while the
-    server can't be reached, with growing, random pauses. Every method raises
-    Refused when the server says no, and Unreachable when it can't be
-    reached.
+    https server is known by the SHA-256 of its certificate, which the access
+    file has, or `fingerprint` (or $JOBMAN_FINGERPRINT); without one,
+    certificate authorities and its host's name vouch for it.
+
+    One connection is kept open; threads take turns on it. Each new one goes
+    where the access file says, for the server may have moved. A call that is
+    safe to repeat is repeated for up to `patience` seconds (None: for ever)
+    while the server can't be reached. Every method raises Refused when the
+    server says no, and Unreachable when it can't be reached.
     """
 
     CONNECT_TIMEOUT = 10  # seconds
@@ -377,18 +363,16 @@ class Client:
         `changes` is of the same kind; None takes a value away. The name of a
         stage may stand for its number, as in all other calls.
         """
-        if changes is None:
-            found = self.call("GET", "/stages")
-        else:
-            found = self.call("POST", "/stages", changes)
+        method = "GET" if changes is None else "POST"
+        found = self.call(method, "/stages", changes)
         return {int(stage): values for stage, values in found.items()}
 
     def set(self, jobs):
         """Add `jobs`: {jobid: {"jobstage": int, "jobcmd": any JSON, …}}.
 
-        Or an iterable of such pairs. Many go in several calls, one after
-        another, so that others' calls come between. After an error some may
-        be in: the whole again adds none twice.
+        Or an iterable of such pairs. Many go in several calls, so that
+        others' calls come between. After an error some may be in: the whole
+        again adds none twice.
         """
         pairs = jobs.items() if hasattr(jobs, "items") else jobs
         for text in chunks(pairs, self.PART, self.PART_SIZE):
@@ -444,27 +428,18 @@ class Client:
 
     def fail_job(self, jobid, claim=None, **report):
         """Report that an attempt failed: `error`, `exit_code`, `stderr`."""
-        return self.call(
-            "POST", path_of("fail_job", jobid), report,
-            options={"claim": claim}, repeat=claim is not None,
-        )
+        return self.end_claim("fail_job", jobid, claim, report)
 
     def reject_job(self, jobid, claim=None, **report):
         """Report that a job's files are missing or have changed.
 
         `report`: `error`, `stderr`, and `files` that the job must have still.
         """
-        return self.call(
-            "POST", path_of("reject_job", jobid), report,
-            options={"claim": claim}, repeat=claim is not None,
-        )
+        return self.end_claim("reject_job", jobid, claim, report)
 
     def release_job(self, jobid, claim=None):
         """Give a claim back unharmed."""
-        return self.call(
-            "POST", path_of("release_job", jobid), {},
-            options={"claim": claim}, repeat=claim is not None,
-        )
+        return self.end_claim("release_job", jobid, claim, {})
 
     def heartbeat(self, worker, lease, claims, **about):
         """Renew `claims`, [[jobid, token], …], for `lease` seconds.
@@ -478,10 +453,7 @@ class Client:
 
     def check_stages(self, old=None, new=None):
         """Flag the expired jobs; move those of stage `old` to `new`."""
-        if old is None:
-            path = "/check_stages"
-        else:
-            path = path_of("check_stages", old, new)
+        path = path_of("check_stages", old, None if old is None else new)
         return self.call("GET", path, repeat=old is None,
                          timeout=self.SWEEP_TIMEOUT)
 
@@ -554,9 +526,7 @@ class Client:
         return self.call("GET", "/jobs", options=options)
 
     def failures(self, **options):
-        """Return the latest failed jobs, in groups of one reason each.
-
-        Options are those of status().
+        """Return the latest failed jobs, in groups; options as status().
 
         {"failed": jobs, "looked_at": jobs, "groups": [{"stage", "exit_code",
         "message", "host", "jobs", "ids"}, …]}
@@ -617,7 +587,7 @@ class Client:
         began = time.monotonic()
         self.told = self.tell is None
         for pause in backoff():
-            final = fatal = False
+            final = False
             try:
                 answer = self.exchange(method, path, body, timeout)
                 if answer[0] < 500:
@@ -631,13 +601,12 @@ class Client:
                 error = "At %s:%d is another server than ours: %s." % (
                     *self.address, lost)
                 settled = time.monotonic() >= began + self.SETTLE
-                fatal = settled and not self.met  # ours was never there
+                if settled and not self.met:  # ours was never there
+                    raise Trouble(error) from None
             except (OSError, http.client.HTTPException) as lost:
                 final = self.close() and not repeat
                 error = "The server at %s:%d can't be reached (%s)." % (
                     *self.address, lost or type(lost).__name__)
-            if fatal:
-                raise Trouble(error)
             took = time.monotonic() - began
             late = self.patience is not None and took >= self.patience
             if took >= self.LATE and not (late or final):
@@ -650,6 +619,11 @@ class Client:
         if not self.told:
             self.told = True
             self.tell("%s Waiting for it." % error)
+
+    def end_claim(self, verb, jobid, claim, report):
+        """End a claim; with a token that is safe to repeat."""
+        return self.call("POST", path_of(verb, jobid), report,
+                         options={"claim": claim}, repeat=claim is not None)
 
     def sweep(self, path, selector):
         """Make a call that may be about millions of jobs."""
@@ -696,28 +670,28 @@ class Client:
         self.sent = False
         if self.connection is None:
             self.locate()
-            self.connection = http.client.HTTPConnection(
-                *self.address, timeout=self.CONNECT_TIMEOUT
-            )
-            self.connection.auto_open = 0  # it would do without TLS
+            kind, more = http.client.HTTPConnection, {}
+            if self.tls is not None:
+                kind, more = http.client.HTTPSConnection, {"context": self.tls}
+            self.connection = kind(
+                *self.address, timeout=self.CONNECT_TIMEOUT, **more)
+            self.connection.auto_open = 0  # it would do without our checks
             try:
-                self.connection.connect()
-                self.secure(self.connection)
+                connect(self.connection)
+                self.identify(self.connection.sock)
             except BaseException:  # nothing may go out on it
                 self.close()
                 raise
         self.connection.sock.settimeout(timeout)
 
-    def secure(self, connection):
-        """Find out, on a new connection, whether our server is there."""
-        if self.tls is not None:
-            connection.sock = self.tls.wrap_socket(
-                connection.sock, do_handshake_on_connect=False,
-                server_hostname=None if self.fingerprint else self.address[0],
-            )
-            shake_hands(connection.sock, self.fingerprint)
-        elif not self.fixed:
-            check_listener(connection.sock)
+    def identify(self, sock):
+        """Raise Impostor if another server than ours is at the other end."""
+        if self.fingerprint:
+            shown = hashlib.sha256(sock.getpeercert(binary_form=True))
+            if shown.hexdigest() != self.fingerprint:
+                raise Impostor("its fingerprint is %s" % shown.hexdigest())
+        elif self.tls is None and not self.fixed:
+            check_listener(sock)
         self.met = True
 
     def close(self):
@@ -751,17 +725,6 @@ def to_bytes(text):
     Bytes that aren't UTF-8 travel as lone surrogates (PEP 383).
     """
     return text.encode("utf-8", "surrogateescape")
-
-
-def is_file(path):
-    """Return whether a path is a regular file.
-
-    Raises ValueError for a name that no file can have.
-    """
-    try:
-        return stat.S_ISREG(os.stat(to_bytes(path)).st_mode)
-    except OSError:
-        return False
 
 
 def describe(path):
@@ -827,8 +790,9 @@ def output_paths(job, brought):
     folder = os.path.join(here, job.get("cwd") or "")
     paths = [os.path.join(folder, name) for name in names]
     handed_on = os.path.join(folder, filename or "")
-    if filename and is_file(handed_on):
-        paths.append(handed_on)
+    with contextlib.suppress(OSError):
+        if filename and stat.S_ISREG(os.stat(to_bytes(handed_on)).st_mode):
+            paths.append(handed_on)
     return list(dict.fromkeys(paths))
 
 
@@ -862,7 +826,6 @@ def disk_full(*folders):
 # -------------------------------------------------------------- log, spool ---
 
 
-@functools.lru_cache()
 def namespace(jobix):
     """Return a jobix's name in file names, which doesn't reveal it."""
     return hashlib.sha256(b"jobman %d" % int(jobix)).hexdigest()[:12]
@@ -915,36 +878,29 @@ class OutputLog:
 
     PATH.index says where each piece is: `jobid stage attempt began stream
     offset length` a line, `began` in milliseconds since 1970, stream 1 or 2,
-    offset and length in bytes.
+    offset and length in bytes. A piece that can't be written is dropped, and
+    `failed(reason)` is called.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, failed):
         check_folder(os.path.dirname(path))
         self.path = path
-        self.fds = None
-        self.pieces = []  # not written yet: [key, stream, data]
+        self.failed = failed
+        self.fds = ()
 
     def add(self, key, stream, data):
-        """Add a piece of output; `key` has the index line's first four."""
-        if self.pieces and self.pieces[-1][:2] == [key, stream]:
-            self.pieces[-1][2] += data
-        else:
-            self.pieces.append([key, stream, data])
-
-    def flush(self):
-        """Write the pieces added; if that fails drop them, raise OSError."""
-        if not self.pieces:
-            return
-        pieces, self.pieces = self.pieces, []
-        if self.fds is None:
-            output = append_to(self.path + ".out")
-            self.fds = output, append_to(self.path + ".index")
-        lines, at = [], os.fstat(self.fds[0]).st_size
-        for key, stream, data in pieces:
-            lines.append(b"%s %d %d %d\n" % (key, stream, at, len(data)))
-            at += len(data)
-        for fd, parts in zip(self.fds, ([p[2] for p in pieces], lines)):
-            write(fd, b"".join(parts))
+        """Write a piece of output; `key` has the index line's first four."""
+        try:
+            if not self.fds:
+                output = append_to(self.path + ".out")
+                self.fds = output, append_to(self.path + ".index")
+            output, index = self.fds
+            at = os.fstat(output).st_size
+            write(output, data)
+            write(index, b"%s %d %d %d\n" % (key, stream, at, len(data)))
+        except OSError as error:
+            self.failed("%s.out can't be written: %s" % (
+                self.path, error.strerror or error))
 
 
 class LoggedOutput:
@@ -1032,12 +988,10 @@ class Spool:
     workers may deliver the same outcome: the server takes it once.
     """
 
-    SUFFIX = ".spool"
-
     def __init__(self, folder, name):
         check_folder(folder)
         self.folder = folder
-        self.path = os.path.join(folder, name + self.SUFFIX)
+        self.path = os.path.join(folder, name + ".spool")
         self.fd = None
         self.adopted = []  # (path, descriptor, bytes of outcomes for us)
 
@@ -1077,7 +1031,7 @@ class Spool:
             names = sorted(os.listdir(self.folder))
         for name in names:
             path = os.path.join(self.folder, name)
-            if name.endswith(self.SUFFIX) and path != self.path:
+            if name.endswith(".spool") and path != self.path:
                 with contextlib.suppress(OSError):  # gone, or not ours
                     found += self.take_over(path, space)
         return found
@@ -1114,43 +1068,20 @@ class Spool:
 # ---------------------------------------------------------------- claims ---
 
 
+JUDGED = 400, 404, 409, 413  # statuses that refuse an outcome for ever
+
+
 def deliver_one(client, outcome):
     """Deliver one outcome; return 1, or 0 if the server refuses it."""
-    path = path_of(outcome.verb + "_job", outcome.jobid)
     try:
-        client.call("POST", path, outcome.values,
-                    options={"claim": outcome.claim})
+        client.end_claim(outcome.verb + "_job", outcome.jobid, outcome.claim,
+                         outcome.values)
         return 1
     except Refused as refused:
-        if refused.status not in (400, 404, 409, 413):
-            raise  # it wasn't judged
+        if refused.status not in JUDGED:
+            raise
         say("Job %d: %s Dropped." % (outcome.jobid, refused))
         return 0
-
-
-def deliver_updates(client, updates):
-    """Deliver updates in one call, or one by one if that is refused.
-
-    Returns how many the server took.
-    """
-    try:
-        answers = client.update_jobs(
-            [dict(u.values, jobid=u.jobid, claim=u.claim) for u in updates]
-        )
-    except (Refused, RecursionError) as refused:
-        status = getattr(refused, "status", 400)
-        if status not in (400, 404, 409, 413):
-            raise
-        if len(updates) > 1:
-            return sum(deliver_updates(client, [each]) for each in updates)
-        values = {"error": "Its result: %s" % refused}
-        return deliver_one(
-            client, updates[0]._replace(verb="fail", values=values))
-    for answer in answers:
-        if answer["status"] != 200:
-            say("Job %(jobid)d: its result came too late and is dropped"
-                " (%(status)d)." % answer)
-    return sum(answer["status"] == 200 for answer in answers)
 
 
 def deliver(client, outcomes):
@@ -1161,9 +1092,25 @@ def deliver(client, outcomes):
     """
     updates = list(itertools.takewhile(
         lambda outcome: outcome.verb == "update", outcomes[:100]))
-    if updates:
-        return len(updates), deliver_updates(client, updates)
-    return 1, deliver_one(client, outcomes[0])
+    if not updates:
+        return 1, deliver_one(client, outcomes[0])
+    try:
+        answers = client.update_jobs(
+            [dict(u.values, jobid=u.jobid, claim=u.claim) for u in updates]
+        )
+    except (Refused, RecursionError) as refused:
+        if getattr(refused, "status", 400) not in JUDGED:
+            raise
+        if len(updates) > 1:  # which one is to blame?
+            return deliver(client, outcomes[:1])
+        values = {"error": "Its result: %s" % refused}
+        return 1, deliver_one(
+            client, updates[0]._replace(verb="fail", values=values))
+    for answer in answers:
+        if answer["status"] != 200:
+            say("Job %(jobid)d: its result came too late and is dropped"
+                " (%(status)d)." % answer)
+    return len(updates), sum(answer["status"] == 200 for answer in answers)
 
 
 class Claims:
@@ -1193,8 +1140,7 @@ class Claims:
         self.spooled = 0  # how many of these are on disk
         self.closing = None  # when to give up, in monotonic seconds
         self.next_beat = 0  # when, in monotonic seconds
-        self.away = False  # the server
-        self.next_try = 0  # when to try again a server that is away
+        self.away = False  # the server: then a heartbeat tries it again
         self.pauses = backoff()
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
@@ -1239,11 +1185,12 @@ class Claims:
             self.next_beat = 0
             self.news.notify_all()
 
-    def close(self, **about):
+    def close(self):
         """Deliver what there is, or leave it on disk; beat a last time."""
         with self.news:
             self.closing = time.monotonic() + self.LAST
-            self.next_try = 0
+            if self.away:
+                self.next_beat = 0
             self.news.notify_all()
         self.thread.join(self.LAST + 1)
         if self.thread.is_alive():  # the server doesn't answer
@@ -1254,39 +1201,33 @@ class Claims:
                 number_of(self.unsafe(), "result"), self.spool.path))
         if not self.away:
             with contextlib.suppress(Trouble):
-                self.beat(**about)
+                self.beat(ended=True)
         self.client.close()
 
     def work(self):
         """Deliver outcomes and send heartbeats until close()."""
         self.adopt()
-        while not self.finished():
-            self.gather()
-            if time.monotonic() >= self.next_try:
+        while self.gather():
+            if not self.away or time.monotonic() >= self.next_beat:
                 self.try_server()
             if self.away and len(self.waiting) > self.spooled:
                 self.keep()
 
-    def finished(self):
-        """Return whether all is delivered, or there is no more time for it."""
-        with self.news:
-            if self.closing is None or self.fresh:
-                return False
-        return not self.waiting or time.monotonic() >= self.closing
-
     def gather(self):
-        """Wait for outcomes, a heartbeat, the next try, or close()."""
+        """Wait for outcomes, the time of a heartbeat, or close().
+
+        Returns False when all is delivered, or there is no time left for it.
+        """
         with self.news:
-            if self.away:
-                end = min(self.next_try, self.closing or self.next_try)
+            if self.closing is not None and not self.fresh and (
+                    not self.waiting or time.monotonic() >= self.closing):
+                return False
+            if self.away or not self.waiting:
+                end = min(self.next_beat, self.closing or self.next_beat)
                 self.news.wait_for(
-                    lambda: self.fresh or not self.next_try,
+                    lambda: self.fresh or not self.next_beat
+                    or (self.closing and not self.away),
                     max(0, end - time.monotonic()),
-                )
-            elif not self.waiting:
-                self.news.wait_for(
-                    lambda: self.fresh or self.closing or not self.next_beat,
-                    max(0, self.next_beat - time.monotonic()),
                 )
             linger = self.fresh and not self.waiting and not self.closing
         if linger:
@@ -1294,6 +1235,7 @@ class Claims:
         with self.news:
             self.waiting += self.fresh
             self.fresh = []
+        return True
 
     def adopt(self):
         """Take over the spool of workers that have ended."""
@@ -1305,7 +1247,7 @@ class Claims:
     def try_server(self):
         """Beat and deliver; say when the server goes and when it is back."""
         try:
-            if self.away or time.monotonic() >= self.next_beat:
+            if time.monotonic() >= self.next_beat:
                 self.beat()
             while self.waiting and time.monotonic() < self.next_beat:
                 self.drop(deliver(self.client, self.waiting)[0])
@@ -1313,13 +1255,13 @@ class Claims:
             if not self.away:
                 say("%s Waiting for it." % (str(error) or repr(error)))
             self.away = True
-            self.next_try = time.monotonic() + next(self.pauses)
+            self.next_beat = time.monotonic() + next(self.pauses)
             return
         if not self.waiting:
             self.spool.clear()
         if self.away:
             say("The server is back.")
-            self.away, self.next_try, self.pauses = False, 0, backoff()
+            self.away, self.pauses = False, backoff()
             self.adopt()
 
     def drop(self, n):
@@ -1375,20 +1317,24 @@ def kill_group(group, number=signal.SIGKILL):
         os.killpg(group, number)  # a process may have changed its user
 
 
+def read_processes(name):
+    """Yield (pid, text) of the file /proc/PID/NAME of each process."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            with open("/proc/%s/%s" % (pid, name), "rb") as file:
+                yield int(pid), file.read()
+
+
 def running_groups():
     """Return {session: process groups} of all processes but zombies.
 
     A zombie stays where nobody waits for it, as in a container without init.
     """
     sessions = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError):
-                with open("/proc/%s/stat" % name, "rb") as file:
-                    words = file.read().rpartition(b")")[2].split()
-                if words[0] not in b"ZX":
-                    groups = sessions.setdefault(int(words[3]), set())
-                    groups.add(int(words[2]))
+    for _, text in read_processes("stat"):
+        words = text.rpartition(b")")[2].split()
+        if words[0] not in b"ZX":
+            sessions.setdefault(int(words[3]), set()).add(int(words[2]))
     return sessions
 
 
@@ -1406,13 +1352,11 @@ def kill_session(session, number=signal.SIGKILL, running=None):
 def kill_marked(mark):
     """Kill processes with `mark` in their environment; return how many."""
     killed = 0
-    for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) != os.getpid():
+    for pid, text in read_processes("environ"):
+        if mark in text and pid != os.getpid():
             with contextlib.suppress(OSError):
-                with open("/proc/%s/environ" % name, "rb") as file:
-                    if mark in file.read():
-                        os.kill(int(name), signal.SIGKILL)
-                        killed += 1
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
     return killed
 
 
@@ -1560,24 +1504,19 @@ def start_process(argv, environment, cwd, files):
     return process.pid
 
 
-def files_needed(slots):
-    """Return how many files a worker with so many slots may have open."""
-    return slots * 10 + 100  # pipes, input, output and files that are read
-
-
 def allow_open_files(slots):
     """Raise the soft limit on open files to what `slots` need.
 
     Raises Trouble where the hard limit is far too low.
     """
+    needed = slots * 10 + 100  # pipes, input, output and files that are read
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = files_needed(slots)
+    if hard != resource.RLIM_INFINITY:
+        if hard < needed - 64:
+            raise Trouble("%d files may be open, too few: %s." % (
+                hard, REMEDIES[errno.EMFILE]))
+        needed = min(needed, hard)
     if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY:
-            if hard < needed - 64:
-                raise Trouble("%d files may be open, too few: %s." % (
-                    hard, REMEDIES[errno.EMFILE]))
-            needed = min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
@@ -1598,7 +1537,6 @@ class Attempt:
         self.began = self.seconds = None
         self.reason = None  # why it is cut off: timeout, output, lost or end
         self.kill_at = None  # when what is left of it is killed
-        self.over = False
         self.inputs = {}  # path: touched(path), of files that were checked
         self.events = []  # of the scheduler
 
@@ -1781,26 +1719,21 @@ class NodeCheck:
     def record(self, job, failed, seconds):
         """Record how an attempt ended here, and how long it took."""
         if not failed:
-            self.reset()
+            self.trust()
         elif seconds < self.FAST:
             self.fresh.add(job["jobid"])
             self.failed[job["jobid"]] = job["jobstage"]
             if len(self.failed) > self.KEPT:
-                self.forget(next(iter(self.failed)))
+                del self.failed[next(iter(self.failed))]
 
     def suspect(self):
         """Return whether the node is suspect."""
-        return len(self.fresh) >= self.ENOUGH
+        return len(self.fresh & set(self.failed)) >= self.ENOUGH
 
-    def reset(self):
+    def trust(self):
         """Trust the node again: the jobs are bad."""
         self.failed.clear()
         self.fresh.clear()
-
-    def forget(self, jobid):
-        """Forget a failed job."""
-        self.failed.pop(jobid, None)
-        self.fresh.discard(jobid)
 
     def await_verdict(self, ending):
         """Wait while the node is suspect; return why it is bad, or None.
@@ -1822,42 +1755,29 @@ class NodeCheck:
     def count_done_elsewhere(self):
         """Return how many of the failed jobs others have got done.
 
-        Those at which others fail, too, are forgotten.
+        Those at which others fail, too, are forgotten. A job done before it
+        failed here says nothing of the node: its command, or what it reads,
+        may have changed.
         """
-        if not self.has_peer():
-            self.reset()
+        told = self.client.workers()
+        if not any(other["name"] != self.name and not other["quarantine"]
+                   and told["time"] - other["heard"] < self.HEARD
+                   and set(other["stages"] or ()) & set(self.stages)
+                   for other in told["workers"]):
+            self.trust()  # nobody else can tell
         done = 0
         for jobid, stage in list(self.failed.items()):
-            outcomes = self.outcomes_elsewhere(jobid, stage)
+            outcomes = set()
+            for attempt in self.client.job(jobid)["attempts"]:
+                if attempt["worker"] == self.name:
+                    outcomes.discard("done")
+                elif attempt["stage"] == stage:
+                    outcomes.add(attempt["outcome"])
             if "done" in outcomes:
                 done += 1
             elif "failed" in outcomes:
-                self.forget(jobid)
+                self.failed.pop(jobid, None)
         return done
-
-    def has_peer(self):
-        """Return whether another good worker claims from our stages."""
-        told = self.client.workers()
-        return any(
-            other["name"] != self.name and not other["quarantine"]
-            and told["time"] - other["heard"] < self.HEARD
-            and set(other["stages"] or ()) & set(self.stages)
-            for other in told["workers"]
-        )
-
-    def outcomes_elsewhere(self, jobid, stage):
-        """Return how other workers' attempts at a job have ended.
-
-        A job done before it failed here says nothing of the node: its
-        command, or what it reads, may have changed.
-        """
-        outcomes = set()
-        for attempt in self.client.job(jobid)["attempts"]:
-            if attempt["worker"] == self.name:
-                outcomes.discard("done")
-            elif attempt["stage"] == stage:
-                outcomes.add(attempt["outcome"])
-        return outcomes
 
 
 def stage_names(client, stages):
@@ -1878,28 +1798,16 @@ def stage_names(client, stages):
 
 
 class Claimer:
-    """Claim jobs for a worker, in a thread of its own.
-
-    Each call of want() is answered by a `receive(jobs)`: at once, or when
-    there are jobs; None means that there will be none. `busy()` returns
-    whether the worker has work; `quarantine(reason)` is called for a bad
-    node, `fault()` when the server refuses us.
-    """
+    """Claim jobs for a worker. `busy()` returns whether it has work."""
 
     LONGEST_WAIT = 30  # seconds of a long poll
     FRESH = 15  # seconds for which known run times are good
 
-    def __init__(
-        self, options, client, name, *,
-        busy, receive=None, quarantine=None, fault=None
-    ):
+    def __init__(self, options, client, name, busy):
         self.options = options
         self.client = client
         self.name = name
-        self.receive = receive
         self.busy = busy
-        self.quarantine = quarantine
-        self.fault = fault
         self.names = stage_names(client, options.stage)
         self.stages = sorted(self.names, reverse=True)
         self.check = NodeCheck(client, name, self.stages)
@@ -1907,59 +1815,27 @@ class Claimer:
         self.looked = None  # when these were fresh
         self.drained = False  # claim nothing for now
         self.idle = False  # whether it ended because it was idle
+        self.bad = None  # why the node is bad
         self.told = None  # why it isn't idle
         self.ending = threading.Event()
-        self.wanted = queue.Queue()
-        self.thread = threading.Thread(target=self.work, daemon=True)
-
-    def want(self, n, *, wait):
-        """Ask for up to `n` jobs; with `wait` the answer is never empty."""
-        self.wanted.put((n, wait))
-
-    def end(self):
-        """Claim no more."""
-        if not self.ending.is_set():
-            self.ending.set()
-            self.wanted.put((0, False))
-            self.client.abort()
 
     def set_drained(self, drained):
-        """Claim nothing while the server says so; return if that is new."""
-        new = drained != self.drained and not self.ending.is_set()
-        if new:
+        """Claim nothing while the server says so."""
+        if drained != self.drained and not self.ending.is_set():
             self.drained = drained
             say("Drained: it claims no more for now." if drained
                 else "It claims jobs again.")
-        return new
 
     def label(self, stage):
         """Return a stage's name, else its number, as text."""
         return self.names.get(stage) or str(stage)
 
-    def work(self):
-        """Claim what is wanted until the end."""
-        jobs = ()
-        while jobs is not None:
-            n, wait = self.wanted.get()
-            try:
-                jobs = self.claim(n, wait)
-            except Unreachable:  # only after end()
-                jobs = None
-            except Exception as error:
-                say(str(error) or repr(error))
-                self.fault()
-                jobs = None
-            self.receive(jobs)
-
     def claim(self, n, wait):
         """Return up to `n` jobs; [] if there are none, None to end."""
         since, least = time.monotonic(), 0  # a poll's least wait, in seconds
         while not self.ending.is_set():
-            bad = self.check.await_verdict(self.ending)
-            if bad:
-                self.ending.set()
-                self.quarantine(bad)
-            stages = self.stages_in_time()
+            self.bad = self.check.await_verdict(self.ending)
+            stages = not self.bad and self.stages_in_time()
             if not stages or self.ending.is_set():
                 return None
             left = since + self.options.idle_timeout - time.monotonic()
@@ -1995,6 +1871,11 @@ class Claimer:
             self.ending.wait(random.uniform(0.1, 1))
         return jobs
 
+    def reached_from(self, stage):
+        """Return our stages that a job comes to, by and by, from `stage`."""
+        return [ours for ours in self.stages
+                if ours >= stage and (ours - stage) % 2 == 0]
+
     def coming(self):
         """Return why jobs may still come to our stages, None if they won't.
 
@@ -2003,9 +1884,7 @@ class Claimer:
         job may come back.
         """
         for row in self.client.status()["stages"]:
-            if row["states"]["delayed"] and any(
-                    stage >= row["stage"] and (stage - row["stage"]) % 2 == 0
-                    for stage in self.stages):
+            if row["states"]["delayed"] and self.reached_from(row["stage"]):
                 return "jobs in stage %s are delayed" % (
                     row["name"] or row["stage"])
         told = self.client.workers()
@@ -2017,24 +1896,16 @@ class Claimer:
         jobs = self.client.jobs(state="working", limit=1000)["jobs"]
         for job in jobs:
             served = serving.get(job["worker"])
-            if job["due"] is not None and self.may_come(job, served):
+            claimed, last = job["stage"] - 1, job["laststage"]
+            if job["due"] is not None and any(
+                    (last is None or last > stage) and (
+                        served is None
+                        or (stage > claimed and stage not in served))
+                    for stage in self.reached_from(claimed)):
                 return "job %d runs on %s%s" % (
                     job["jobid"], job["worker"] or "an unnamed worker",
                     ", which is silent" if served is None else "")
         return None
-
-    def may_come(self, job, served):
-        """Return whether a job that runs elsewhere may come to our stages.
-
-        `served` are the stages of its worker, None if that is silent.
-        """
-        for stage in self.stages:
-            way = stage + 1 - job["stage"]  # 0: it was claimed from `stage`
-            last = job["laststage"]
-            if way >= 0 and way % 2 == 0 and (last is None or last > stage):
-                if served is None or (way and stage not in served):
-                    return True
-        return False
 
     def stages_in_time(self):
         """Return the stages whose commands mostly end before our time does."""
@@ -2079,9 +1950,6 @@ def file_name(name, jobix):
     return "%s.%s.%s" % (plain, namespace(jobix), secrets.token_hex(4))
 
 
-SECRETS = "jobix", "claim"  # of a job, which its command isn't told
-
-
 class Interrupted(Exception):
     """End the printing of output by a signal."""
 
@@ -2103,17 +1971,14 @@ class Worker:
         self.options = options
         self.name = options.name or own_name()
         client = Client(options.access, patience=None)
-        self.claimer = Claimer(
-            options, client, self.name, busy=self.busy,
-            receive=lambda jobs: self.call(self.receive, jobs),
-            quarantine=lambda why: self.call(self.put_in_quarantine, why),
-            fault=lambda: self.call(self.drain, signal.SIGTERM, 1, None),
-        )
+        self.claimer = Claimer(options, client, self.name, self.busy)
+        self.wanted = queue.Queue()  # arguments of Claimer.claim
         self.files = file_name(self.name, client.jobix)
         self.log = None
         if not options.print:
             logs = options.logs or beside(client.access, "logs")
-            self.log = OutputLog(os.path.join(logs, self.files))
+            self.log = OutputLog(
+                os.path.join(logs, self.files), self.put_in_quarantine)
         self.environment = dict(os.environb)
         self.environment.pop(b"JOBMAN_JOBIX", None)  # the secret
         self.null = open(os.devnull, "rb")
@@ -2129,6 +1994,7 @@ class Worker:
         self.status = 0  # exit status
         self.why = None  # why it ends
         self.printing = self.eof = self.draining = self.scarce = False
+        self.hasty = False  # kill what runs, and end
         self.quarantine = None  # why the node is bad
         self.done = self.failed = 0  # attempts
         self.failures = {}  # jobid: True, of jobs whose last attempt failed
@@ -2137,10 +2003,7 @@ class Worker:
         self.received = 0  # when claims came last
 
     def busy(self):
-        """Return whether there is work, or an outcome to be told.
-
-        That may set a job free for us.
-        """
+        """Return whether there is work, or an outcome that may free a job."""
         return bool(self.attempts or self.claims.unsafe())
 
     def run(self):
@@ -2193,30 +2056,27 @@ class Worker:
         self.poll = select.poll()
         self.poll.register(self.wake, select.POLLIN)
         allow_open_files(self.options.slots)
-        self.handle_signals()
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self.waker)
+        for number in ENDING_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self.signalled)
         client = Client(self.options.access, patience=0)
         spool = self.options.spool or beside(client.access, "spool")
         self.claims = Claims(
             client, Spool(spool, self.files),
             self.name, self.options.lease, about=self.about,
-            lost=lambda *claim: self.call(self.lost, *claim),
+            lost=lambda *claim: self.call(  # the job may be coming back
+                self.schedule.enter, 1, 0, self.give_up, claim),
             drained=lambda whether: self.call(self.set_drained, whether),
         )
-        self.claimer.thread.start()
+        threading.Thread(target=self.claim, daemon=True).start()
         if self.options.until_eof:
             threading.Thread(target=self.end_at_eof, daemon=True).start()
         if self.options.until is not None:
             left = max(0, self.options.until - time.monotonic())
             self.schedule.enter(
                 left, 0, self.drain, (signal.SIGTERM, 0, "its time is over"))
-
-    def handle_signals(self):
-        """Wake the loop by signals; drain it by those in ENDING_SIGNALS."""
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(self.waker)
-        for number in ENDING_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                signal.signal(number, self.signalled)
 
     def signalled(self, number, _):
         """Drain, in the loop. SIGUSR1 only asks us to end; it is no failure.
@@ -2260,9 +2120,8 @@ class Worker:
         self.reap()
         self.fill_slots()
         self.ask()
-        self.flush_log()
         self.delay = self.schedule.run(blocking=False)
-        return self.claiming or bool(self.attempts)
+        return not self.hasty and (self.claiming or bool(self.attempts))
 
     def wait(self):
         """Wait for an event, or a time; read what commands print."""
@@ -2290,11 +2149,13 @@ class Worker:
 
     def finish(self):
         """Tell the last outcomes, and end the rest."""
-        for attempt in self.running.values():  # only after a fault
+        if self.hasty:
+            self.claims.LAST = 1
+        for attempt in self.running.values():  # after a fault, or in haste
             kill_session(attempt.pid)
         for attempt in list(self.attempts.values()):
             self.tell(attempt, "release")
-        self.claims.close(ended=True)
+        self.claims.close()
         self.guard.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -2318,14 +2179,30 @@ class Worker:
             n = idle + self.ahead - len(self.ready)
             if n > 0:
                 self.asking = True
-                self.claimer.want(n, wait=bool(idle))
+                self.wanted.put((n, bool(idle)))
+
+    def claim(self):
+        """Claim, in a thread of its own, what is wanted until the end."""
+        jobs = ()
+        while jobs is not None:
+            try:
+                jobs = self.claimer.claim(*self.wanted.get())
+            except Unreachable:  # only after the end
+                jobs = None
+            except Exception as error:
+                say(str(error) or repr(error))
+                self.call(self.drain, signal.SIGTERM, 1, None)
+                jobs = None
+            self.call(self.receive, jobs)
 
     def receive(self, jobs):
-        """Take what the claimer brings; None: it will bring no more."""
+        """Take claimed jobs; None: there will be no more."""
         self.asking = False
         self.received = time.monotonic()
         if jobs is None:
             self.claiming = False
+            if self.claimer.bad:
+                self.put_in_quarantine(self.claimer.bad)
         if not jobs:
             self.ahead = 0
         for job in jobs or ():
@@ -2339,7 +2216,7 @@ class Worker:
         if self.claimer.ending.is_set() or self.claimer.drained:
             self.give_back()
         elif self.ready:
-            self.schedule.enter(self.HELD, 0, self.give_back_late)
+            self.schedule.enter(self.HELD, 0, self.give_back, (self.HELD,))
 
     def take_up(self, attempt, job):
         """Go on with an attempt under a new claim of its job.
@@ -2354,21 +2231,19 @@ class Worker:
             attempt.reason = "end"
         attempt.job = job
 
-    def give_back_late(self):
-        """Release claims that have waited too long for a slot."""
-        if self.ready and (
-                self.ready[0].claimed <= time.monotonic() - self.HELD):
+    def give_back(self, held=0):
+        """Release the claims that have waited so many seconds for a slot."""
+        latest = time.monotonic() - held
+        while self.ready and self.ready[0].claimed <= latest:
             self.ahead = 0
-            self.give_back()
-
-    def give_back(self):
-        """Release all claims that wait for a slot."""
-        while self.ready:
             self.tell(self.ready.popleft(), "release")
 
     def stop_claiming(self):
         """Claim no more, and give back what hasn't begun."""
-        self.claimer.end()
+        if not self.claimer.ending.is_set():
+            self.claimer.ending.set()
+            self.wanted.put((0, False))
+            self.claimer.client.abort()
         self.schedule.enter(1, 0, self.claimer.client.abort,
                             (socket.SHUT_RDWR,))
         self.give_back()
@@ -2393,11 +2268,15 @@ class Worker:
         """Do `work(*args)` in a thread, then call `then(attempt, result)`.
 
         The result is an exception if there was one. It is dropped if the
-        attempt has ended meanwhile.
+        attempt has ended meanwhile, or is cut off.
         """
 
         def go_on(found):
-            if self.attempts.get(attempt.job["jobid"]) is attempt:
+            if self.attempts.get(attempt.job["jobid"]) is not attempt:
+                return
+            if attempt.reason:
+                self.conclude(attempt)
+            else:
                 then(attempt, found)
 
         def do():
@@ -2417,9 +2296,7 @@ class Worker:
 
         When the worker ends they had less than their time to come.
         """
-        if attempt.reason:
-            self.conclude(attempt)
-        elif self.claimer.ending.is_set():
+        if self.claimer.ending.is_set():
             self.end(attempt, "release")
         elif isinstance(bad, Exception):
             self.end(attempt, "fail", error="worker.py has a fault: %r" % bad)
@@ -2484,7 +2361,8 @@ class Worker:
         Raises ValueError when it has none.
         """
         if self.options.command is not None:
-            shown = {k: v for k, v in job.items() if k not in SECRETS}
+            secret = "jobix", "claim"
+            shown = {k: v for k, v in job.items() if k not in secret}
             given = json.dumps(shown).encode("ascii")
             return ["/bin/sh", "-c", self.options.command], given
         jobcmd = job["jobcmd"]
@@ -2550,13 +2428,10 @@ class Worker:
             attempt = self.running.get(found.si_pid)
             if attempt and attempt.reason is None:
                 kill_group(attempt.pid)
-            _, status = os.waitpid(found.si_pid, 0)
+            os.waitpid(found.si_pid, 0)
             if attempt:
-                killed = os.WIFSIGNALED(status)
-                attempt.status = (
-                    128 + os.WTERMSIG(status) if killed
-                    else os.WEXITSTATUS(status)
-                )
+                killed = found.si_code != os.CLD_EXITED
+                attempt.status = found.si_status + 128 * killed
                 self.exited(attempt)
 
     def exited(self, attempt):
@@ -2604,9 +2479,7 @@ class Worker:
 
     def collected(self, attempt, brought):
         """End an attempt that has done its work."""
-        if attempt.reason:
-            self.conclude(attempt)
-        elif isinstance(brought, Exception):
+        if isinstance(brought, Exception):
             self.end(attempt, "fail", error="An output is missing: %s"
                      % brought)
         else:
@@ -2640,9 +2513,6 @@ class Worker:
 
     def end(self, attempt, verb, **values):
         """End an attempt: print its output, then tell its outcome."""
-        if attempt.over:
-            return
-        attempt.over = True
         for event in attempt.events:
             with contextlib.suppress(ValueError):
                 self.schedule.cancel(event)
@@ -2709,7 +2579,6 @@ class Worker:
     def tell(self, attempt, verb, **values):
         """Tell the attempt's outcome, and free its slot."""
         job = attempt.job
-        self.flush_log()
         if verb is None:
             self.claims.forget(job["jobid"], job["claim"])
         else:
@@ -2730,26 +2599,10 @@ class Worker:
                     job["jobid"], self.claimer.label(job["jobstage"]),
                     ": ".join(filter(None, [values.get("error"), last]))))
 
-    def flush_log(self):
-        """Write to the log what commands have printed."""
-        if self.log is not None:
-            try:
-                self.log.flush()
-            except OSError as error:
-                self.put_in_quarantine("%s.out can't be written: %s" % (
-                    self.log.path, error.strerror or error))
-
     # The worker ends
 
-    def lost(self, jobid, claim):
-        """Give up a lost claim in a second, if the job doesn't come back.
-
-        We may be about to receive it.
-        """
-        self.schedule.enter(1, 0, self.give_up, (jobid, claim))
-
     def give_up(self, jobid, claim):
-        """Kill the command of a claim that is lost."""
+        """Kill the command of a lost claim, unless a newer one is held."""
         attempt = self.attempts.get(jobid)
         if attempt is None or not self.claims.holds(jobid, claim):
             return
@@ -2765,7 +2618,8 @@ class Worker:
 
     def set_drained(self, drained):
         """Claim nothing while the server says so; what runs may end."""
-        if self.claimer.set_drained(drained) and drained:
+        self.claimer.set_drained(drained)
+        if drained:
             self.give_back()
 
     def drain(self, number, status, why):
@@ -2774,8 +2628,7 @@ class Worker:
         A second SIGINT kills it at once.
         """
         if self.draining:
-            if number == signal.SIGINT:
-                self.end_now()
+            self.hasty |= number == signal.SIGINT
             return
         self.draining = True
         self.status = self.status or status
@@ -2791,15 +2644,6 @@ class Worker:
         for attempt in list(self.attempts.values()):
             if attempt.pid not in self.running:
                 self.end(attempt, "release")
-
-    def end_now(self):
-        """Kill what runs, give it back if the server answers, and end."""
-        self.claims.LAST = 1
-        self.claiming = False  # don't wait for the claimer
-        for attempt in self.running.values():
-            attempt.kill_at = 0
-            kill_session(attempt.pid)
-        self.release_idle()
 
     def put_in_quarantine(self, reason):
         """Claim no more: this node does harm. What runs may end."""
@@ -2919,7 +2763,7 @@ def each_job(claimer, claims, lag):
             finally:
                 job.fail("The program went on without job.done().")
     finally:
-        claims.close(ended=True)
+        claims.close()
         claimer.client.close()
 
 
@@ -2938,7 +2782,7 @@ def claim_jobs(
         stage=[stage], lease=lease, idle_timeout=idle_timeout, until=None,
         quiet=True)
     client, name = Client(access, patience=None), name or own_name()
-    claimer = Claimer(options, client, name, busy=lambda: False)
+    claimer = Claimer(options, client, name, lambda: False)
     about = {
         "host": socket.gethostname(), "slots": 1, "stages": claimer.stages}
     claims = Claims(
@@ -3076,23 +2920,12 @@ def parse(arguments):
     return options
 
 
-def set_end(options):
-    """Find out when the worker must drain: `options.until`, or None."""
-    left = options.time_limit
-    if left is None:
-        left = allocation_left(os.environ)
-    options.until = None
-    if left is not None:
-        options.until = time.monotonic() + left - options.grace - MARGIN
-
-
 def open_standard_files():
     """Open those of standard input to error that are closed."""
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number
+    fd = os.open(os.devnull, os.O_RDWR)  # takes the lowest number
+    while fd <= 2:
+        fd = os.dup(fd)
+    os.close(fd)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
@@ -3104,7 +2937,10 @@ def main(arguments=None):
     try:
         if options.send_spool:
             return send_spool(options)
-        set_end(options)
+        left = options.time_limit or allocation_left(os.environ)
+        options.until = None
+        if left is not None:  # then it drains
+            options.until = time.monotonic() + left - options.grace - MARGIN
         return Worker(options).run()
     except (Trouble, OSError) as trouble:
         remedy = REMEDIES.get(getattr(trouble, "errno", None))
