@@ -15208,7 +15208,7 @@ class CareTest(TemporaryFolder):
         self.assertEqual(0, process.wait(PATIENCE))
         self.assertRegex(  # nothing of a bar is left before the last line
             os.read(main, 10**5),
-            rb"\r\x1b\[K\rcopy: 100 jobs, \d+ bytes\r\n\Z")
+            rb"\r\x1b\[Kcopy: 100 jobs, \d+ bytes\r\n\Z")
 
     def test_only_a_database_of_ours_is_looked_at(self):
         self.change(self.path("other.db"), "create table job (a)")
