@@ -10482,12 +10482,14 @@ class EndTest(WorkerCase):
         self.check_released(1)
 
     def test_command_that_is_terminated_alone_has_failed(self):
-        self.add("echo $$ >> pids; exec sleep 60", max_attempts=1)
+        self.add("echo $$ >> pids; exec sleep 60", "true", max_attempts=1)
         worker = self.start()
         pid, = self.pids(1)
         os.killpg(pid, signal.SIGTERM)
         self.assertEqual(0, self.finish(worker)[0])
-        self.assertEqual(["failed"], self.states())
+        self.assertEqual(["failed", "done"], self.states())
+        first, second = self.attempts(1)[-1], self.attempts(2)[-1]
+        self.assertLess(second["started"] - first["ended"], 3)  # its slot
         self.assertEqual(128 + signal.SIGTERM,
                          self.attempts()[0]["exit_code"])
 

@@ -2118,6 +2118,7 @@ class Worker:
             function, args = self.inbox.popleft()
             function(*args)
         self.reap()
+        self.schedule.run(blocking=False)  # it may free slots
         self.fill_slots()
         self.ask()
         self.delay = self.schedule.run(blocking=False)
@@ -2877,7 +2878,7 @@ def parse(arguments):
     add("--stage", default=[0], type=stage_list, metavar="S[,S...]",
         help="stages to claim from, the highest first, by number or name"
         " (default 0)")
-    add("--slots", type=int, metavar="N",
+    add("--slots", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
         help="commands side by side (default: the cores we may use)")
     add("--command", metavar="CMD",
         help="run CMD for each job, the job as JSON on its standard input")
@@ -2911,8 +2912,6 @@ def parse(arguments):
         help="end when standard input ends; includes --quiet")
     options = parser.parse_args(arguments)
     options.quiet |= options.until_eof
-    if options.slots is None:
-        options.slots = len(os.sched_getaffinity(0))
     if options.slots < 1 or options.lease == 0:
         parser.error("--slots and --lease must be more than 0")
     if options.log_limit < 0:
