@@ -7372,7 +7372,7 @@ def count_selected(client, options, states):
 
 
 def selections(options):
-    """Yield the selectors of a selection's calls; ids go in parts."""
+    """Yield what each call of a selection names; ids go in parts."""
     narrowed = {"stage": options.stage, "state": options.state}
     if type(options.ids) is str and options.ids != "all":
         yield dict(narrowed, submission=options.ids)
