@@ -6859,10 +6859,11 @@ def print_pieces(pieces, shown):
         try:
             with open_own(path) as file:
                 file.seek(offset)
-                target.buffer.write(file.read(min(length, MAX_LOG)))
+                text = file.read(min(length, MAX_LOG))
         except OSError as error:
-            say("The output in %s can't be read: %s." % (
-                path, error.strerror))
+            raise CommandError("The output in %s can't be read: %s." % (
+                path, error.strerror)) from None
+        target.buffer.write(text)
         target.flush()
     return shown
 

@@ -11023,7 +11023,10 @@ class LogTest(WorkerCase):
         self.assertEqual("here\nhere\n", self.logs()[0])
         os.unlink(out)
         os.mkfifo(out)
-        self.assertRegex(self.logs()[1], "(?m)^The output in .* can't be read")
+        status, _, err = self.command(JOBMAN, "logs", "1")
+        self.assertEqual(1, status)
+        self.assertRegex(
+            err, r"\njobman.py: The output in .* can't be read: .*\.\n\Z")
 
     def test_a_server_known_by_its_url_has_logs_too(self):
         self.add("echo here")
