@@ -13023,13 +13023,13 @@ class LookTest(LookCase):
             self.assertEqual(0, status, err)
             return int(re.search(r"VmHWM:\s+(\d+)", err)[1])
 
-        self.set_jobs(dict.fromkeys(range(1000), "x" * 1000))
+        self.set_jobs(dict.fromkeys(range(3000), "x" * 1000))  # three pages
         commands = (["jobs"], ["jobs", "--output", "json"], ["export"],
                     ["export", "--format", "json"])
         some = [most(*argv) for argv in commands]
-        self.set_jobs(dict.fromkeys(range(1000, 15000), "x" * 1000))
+        self.set_jobs(dict.fromkeys(range(3000, 20000), "x" * 1000))
         for argv, before in zip(commands, some):
-            self.assertLess(most(*argv), before + 12000)  # KiB
+            self.assertLess(most(*argv), before + 4000)  # KiB
 
     def test_columns_grow_with_the_pages_and_stay_under_one_another(self):
         self.set_jobs({**dict.fromkeys(range(1001), "a"), 10**6: "b"})
