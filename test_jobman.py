@@ -13023,11 +13023,11 @@ class LookTest(LookCase):
             self.assertEqual(0, status, err)
             return int(re.search(r"VmHWM:\s+(\d+)", err)[1])
 
-        self.set_jobs(dict.fromkeys(range(3000), "x" * 1000))  # three pages
+        self.set_jobs(dict.fromkeys(range(8000), "x" * 1000))  # eight pages
         commands = (["jobs"], ["jobs", "--output", "json"], ["export"],
                     ["export", "--format", "json"])
         some = [most(*argv) for argv in commands]
-        self.set_jobs(dict.fromkeys(range(3000, 20000), "x" * 1000))
+        self.set_jobs(dict.fromkeys(range(8000, 20000), "x" * 1000))
         for argv, before in zip(commands, some):
             self.assertLess(most(*argv), before + 4000)  # KiB
 
