@@ -17796,10 +17796,11 @@ class ChaosTest(SeededCase):
             "--grace", "1", "--idle-timeout", "1000", *argv,
         )
         with open(self.path("%s.err" % name), "wb") as err:
+            # its commands are told their tokens, by which to find them here
+            start = changed("worker", "worker.Worker.SECRETS = ()")
             self.workers[name] = self.spawn(
-                WORKER, "--command", self.COMMAND, *argv, stderr=err,
-                stdout=err,
-            )
+                *start, "--command", self.COMMAND, *argv, stderr=err,
+                stdout=err)
 
     def lose_worker(self, number):
         """End a worker by a signal, and start another."""

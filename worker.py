@@ -1962,6 +1962,7 @@ class Worker:
     the loop by call(). `options` are those of the command line, see parse().
     """
 
+    SECRETS = "jobix", "claim"  # of a job, which its command isn't told
     MOST_AHEAD = 200  # jobs claimed for slots that aren't idle yet
     HELD = 1  # seconds after which these are given back
     GRACE = 5  # seconds between TERM and KILL for a command that is cut off
@@ -2362,8 +2363,8 @@ class Worker:
         Raises ValueError when it has none.
         """
         if self.options.command is not None:
-            secret = "jobix", "claim"
-            shown = {k: v for k, v in job.items() if k not in secret}
+            shown = {name: value for name, value in job.items()
+                     if name not in self.SECRETS}
             given = json.dumps(shown).encode("ascii")
             return ["/bin/sh", "-c", self.options.command], given
         jobcmd = job["jobcmd"]
