@@ -1186,7 +1186,7 @@ class Claims:
             self.news.notify_all()
 
     def close(self):
-        """Deliver what there is, or leave it on disk; beat a last time."""
+        """Deliver the outcomes, or leave them on disk; beat a last time."""
         with self.news:
             self.closing = time.monotonic() + self.LAST
             if self.away:
