@@ -9908,6 +9908,22 @@ class OutageTest(WorkerCase):
         status, _, err = self.finish(process)
         self.assertEqual((128 + signal.SIGTERM, ""), (status, err))
 
+    def test_a_worker_with_a_short_lease_tries_a_lost_server_often(self):
+        process = self.start("--lease", "0.3", "--idle-timeout", "1000")
+        wait_for(lambda: self.client.workers()["workers"], "a worker")
+        self.lose_server()
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(self.client.address)
+            listener.listen(5)
+            listener.settimeout(PATIENCE)
+            end = time.monotonic() + PATIENCE
+            for _ in range(60):  # at up to 10 seconds each some 24 come
+                listener.accept()[0].close()
+                self.assertLess(time.monotonic(), end)
+        process.terminate()
+        self.finish(process)
+
     def test_commands_run_on_and_their_results_wait_on_disk(self):
         worker = self.lose_server_while_running(2)
         wait_for(lambda: len(self.spooled()) == 2, "the results")

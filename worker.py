@@ -1255,7 +1255,8 @@ class Claims:
             if not self.away:
                 say("%s Waiting for it." % (str(error) or repr(error)))
             self.away = True
-            self.next_beat = time.monotonic() + next(self.pauses)
+            pause = min(next(self.pauses), self.lease / 3)  # be back in time
+            self.next_beat = time.monotonic() + pause
             return
         if not self.waiting:
             self.spool.clear()
