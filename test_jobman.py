@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Test jobman: real servers, real sockets, real workers, real databases.
 
-    python3 test_jobman.py                 all tests
+    python3 test_jobman.py                 all but what takes minutes
+    python3 test_jobman.py --quick         what needs few processes
+    python3 test_jobman.py --long          all
     python3 test_jobman.py ContractTest    one class
-    JOBMAN_LONG=1 python3 test_jobman.py   also those that take minutes
 
-Only the clock is passed in, so that leases and lifetimes need no sleep.
+Several classes run at a time, each in a process of its own (--jobs N). Only
+the clock is passed in, so that leases and lifetimes need no sleep.
 """
 
 import argparse
@@ -243,9 +245,15 @@ def most_memory(process):
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", file.read())[1])
 
 
+def slow(case):
+    """Mark a class of tests as one that starts many processes."""
+    case.speed = "slow"
+    return case
+
+
 def long(case):
     """Mark a class of tests as one that takes minutes."""
-    case.long = True
+    case.speed = "long"
     return case
 
 
@@ -3759,6 +3767,7 @@ class GapTest(BrokenOffCase):
             self.ok("/job/%d" % jobid)["state"] for jobid in (1, 2)])
 
 
+@slow
 class DependencyTest(StoreCase):
     """Jobs wait for other jobs."""
 
@@ -5454,6 +5463,7 @@ class AtOnceTest(StoreCase):
         waiting.close()
 
 
+@slow
 class ManyJobsTest(StoreCase):
     """Many jobs come in at once."""
 
@@ -5611,12 +5621,14 @@ class WsgiWrongJobixTest(WrongJobixTest):
     front = WsgiFront
 
 
+@slow
 class WsgiClaimTest(ClaimTest):
     """The same through the WSGI door."""
 
     front = WsgiFront
 
 
+@slow
 class WsgiSweepTest(SweepTest):
     """The same through the WSGI door."""
 
@@ -6364,6 +6376,7 @@ class Fuzzer(threading.Thread):
             self.fuzz.held = job["jobid"], job["claim"]
 
 
+@slow
 class FuzzTest(SeededCase):
     """Odd requests by the thousand, while jobs go through the server."""
 
@@ -6476,6 +6489,7 @@ class FuzzTest(SeededCase):
         self.wrong = False
 
 
+@slow
 class RandomJsonTest(SeededCase):
     """What endpoints make of random JSON, without a socket between."""
 
@@ -6631,6 +6645,7 @@ def empty(*addresses, clients=16, fresh=False):
     return emptiers
 
 
+@slow
 class LoadTest(StoreCase):
     """Many clients at once, over real sockets."""
 
@@ -8091,6 +8106,7 @@ for name in ("open", "replace", "fsync"):
 """
 
 
+@slow
 class KillTest(CrashCase):
     """A server that is killed at any moment has kept what it answered."""
 
@@ -8213,6 +8229,7 @@ class KillTest(CrashCase):
         return {row["state"] for row in found}
 
 
+@slow
 class FullDiskTest(CrashCase):
     """A full disk costs requests, which are told so, and nothing else."""
 
@@ -8330,6 +8347,7 @@ def wal_end(wal):
     return salts, end
 
 
+@slow
 class TornTest(CrashCase):
     """A WAL that isn't whole has what was committed before its damage."""
 
@@ -8498,6 +8516,7 @@ jobman.Writer.CHECKPOINT_AFTER = 5
 """
 
 
+@slow
 class CheckpointTest(TemporaryFolder):
     """No checkpoint is ever made beside a commit (see jobman.connect)."""
 
@@ -8742,6 +8761,7 @@ class WorkerCase(TemporaryFolder):
         return [int(pid) for pid in read(path).split()]
 
 
+@slow
 class WorkerTest(WorkerCase):
     """worker.py as people run it, against a real server."""
 
@@ -9430,6 +9450,7 @@ class WorkerTest(WorkerCase):
                 self.client.fail_job(jobid)
 
 
+@slow
 class SlotsTest(WorkerCase):
     """How many commands run, of which claims, and what they print."""
 
@@ -9762,6 +9783,7 @@ class SlotsTest(WorkerCase):
         worker.terminate()
 
 
+@slow
 class BudgetTest(WorkerCase):
     """What attempts cost a job."""
 
@@ -9837,6 +9859,7 @@ class BudgetTest(WorkerCase):
         self.assertEqual(["lapsed"], self.outcomes())
 
 
+@slow
 class OutageTest(WorkerCase):
     """A worker and a server that comes and goes."""
 
@@ -10292,6 +10315,7 @@ class OutageTest(WorkerCase):
         self.assertLess(min(pauses[-1] for pauses in runs), 1)
 
 
+@slow
 class EndTest(WorkerCase):
     """How a worker ends: by signals, in time, or killed."""
 
@@ -10702,6 +10726,7 @@ def leaving(command, **result):
         command, json.dumps(result))
 
 
+@slow
 class FilesTest(WorkerCase):
     """What a stage has made is there, unchanged, for the next."""
 
@@ -10973,6 +10998,7 @@ class FilesTest(WorkerCase):
         self.assertEqual(400 * 2**20, self.files()[0]["size"])
 
 
+@slow
 class LogTest(WorkerCase):
     """What commands print is kept, and found again."""
 
@@ -11245,6 +11271,7 @@ class LogTest(WorkerCase):
         self.assertEqual(b"1 0 1 1 1 100 6\n", read(log.path + ".index"))
 
 
+@slow
 class VerifyTest(WorkerCase):
     """jobman.py verify looks at the files of what is done."""
 
@@ -11353,6 +11380,7 @@ class VerifyTest(WorkerCase):
             self.assertRegex(err, r"\Ajobman\.py: [^\n]*%s[^\n]*\n\Z" % word)
 
 
+@slow
 class QuarantineTest(WorkerCase):
     """A node on which all commands fail does no harm to the jobs."""
 
@@ -11598,6 +11626,7 @@ class QuarantineTest(WorkerCase):
                         jobcmd="yes | head -c 100000")
 
 
+@slow
 class LibraryTest(WorkerCase):
     """worker.py as a library, in programs as people write them."""
 
@@ -12046,6 +12075,7 @@ if os.environ["MOMENT"] == "end":
 """
 
 
+@slow
 class ActingTest(CommandCase):
     """Commands that change jobs, stages and workers."""
 
@@ -12326,6 +12356,7 @@ class ActingTest(CommandCase):
                   err="jobman.py: There is no access file .*\n")
 
 
+@slow
 class SubmitTest(CommandCase):
     """`submit`: jobs of many kinds, each once."""
 
@@ -12936,6 +12967,7 @@ class LookCase(StoreCase):
         return shown.replace("\r\n", "\n")
 
 
+@slow
 class LookTest(LookCase):
     """What jobs, job, workers and stats show."""
 
@@ -13456,6 +13488,7 @@ a       node1  0           4     0     9       1  3:21 ago  silent
                         (0, b""), (process.returncode, process.stderr))
 
 
+@slow
 class ExportTest(LookCase):
     """jobman.py export gives all jobs to other programs."""
 
@@ -13573,6 +13606,7 @@ class ExportTest(LookCase):
                          [line.split(b",")[0] for line in lines[1:]])
 
 
+@slow
 class AwaitTest(LookCase):
     """jobman.py wait returns when jobs have ended."""
 
@@ -13723,6 +13757,7 @@ class AwaitTest(LookCase):
         self.assertEqual((130, "", ""), self.finish(process))
 
 
+@slow
 class WatchTest(LookCase):
     """jobman.py watch shows the status again and again."""
 
@@ -13799,6 +13834,7 @@ class WatchTest(LookCase):
         self.assertEqual((130, "", ""), self.finish(process))
 
 
+@slow
 class RunTest(TemporaryFolder):
     """jobman.py run as people run it."""
 
@@ -14194,6 +14230,7 @@ class RunTest(TemporaryFolder):
         self.assertRegex(err, r"jobman\.py: [^\n]*worker\.py[^\n]*\.\n\Z")
 
 
+@slow
 class StartTest(TemporaryFolder):
     """How a server starts, how it ends, and when it won't start."""
 
@@ -14920,6 +14957,7 @@ class StartTest(TemporaryFolder):
 # ------------------------------------------------------------- data care ---
 
 
+@slow
 class BenchTest(TemporaryFolder):
     """`bench/place.py` measures a place, and leaves it as it was."""
 
@@ -14935,6 +14973,7 @@ class BenchTest(TemporaryFolder):
                          r"\ACan't make a folder in [^\n]+\n\Z")
 
 
+@slow
 class CareTest(TemporaryFolder):
     """Databases are copied, checked and pruned, also while they are served."""
 
@@ -15790,6 +15829,7 @@ class AloneCase(TemporaryFolder):
         self.assertEqual([{"n": jobs}], counted)
 
 
+@slow
 class NetworkTest(AloneCase):
     """On a network file system, though its locks seem to work."""
 
@@ -15987,14 +16027,17 @@ class AloneStore:
         self.assertTrue(self.store.location.exclusive)
 
 
+@slow
 class AloneContractTest(AloneStore, ContractTest):
     """The contract, where all goes through one connection."""
 
 
+@slow
 class AloneShowTest(AloneStore, ShowTest):
     """What is shown by the connection that writes."""
 
 
+@slow
 class FailingLocksTest(NetworkTest):
     """On a file system where locks fail."""
 
@@ -16003,6 +16046,7 @@ class FailingLocksTest(NetworkTest):
     start = (JOBMAN,)
 
 
+@slow
 class LyingLocksTest(FailingLocksTest):
     """On a file system where locks are given to everybody."""
 
@@ -16062,6 +16106,7 @@ class PatientLock(FastLock):
     STALE = PATIENCE
 
 
+@slow
 class LockTest(TemporaryFolder):
     """Only one server has a database, and one that lost it stops."""
 
@@ -16512,6 +16557,7 @@ class LockTest(TemporaryFolder):
         self.assertIn("has lost the database", err)
 
 
+@slow
 class PausedTest(AloneCase):
     """A server that was paused while another one took over."""
 
@@ -16610,6 +16656,7 @@ class Certified:
         super().tearDownClass()
 
 
+@slow
 class TlsSocketTest(Certified, SocketTest):
     """Requests as bytes, as in SocketTest, over TLS; and long polls."""
 
@@ -16751,6 +16798,7 @@ class TlsSocketTest(Certified, SocketTest):
             client.connection.request("GET", "/health")
 
 
+@slow
 class TlsTest(Certified, TemporaryFolder):
     """A server that speaks TLS, and who trusts it."""
 
@@ -17038,6 +17086,7 @@ class TlsTest(Certified, TemporaryFolder):
         self.assertIn("<script>", reply.text)
 
 
+@slow
 class DoctorTest(Certified, CommandCase):
     """What doctor finds, on a healthy host and on others."""
 
@@ -17431,6 +17480,7 @@ class DoctorTest(Certified, CommandCase):
                 self.examine("--db", "new.db")
 
 
+@slow
 class BatchTest(TemporaryFolder):
     """The scripts for batch systems, as jobman.py prints them."""
 
@@ -18856,6 +18906,7 @@ HOSTILE = (
 )
 
 
+@long
 @unittest.skipIf(MISSING, "needs Debian's " + " and ".join(MISSING))
 class BrowserTest(StoreCase):
     """dashboard.html as people see it, on a clock moved by hand."""
@@ -20114,6 +20165,7 @@ class BrowserTest(StoreCase):
 # ----------------------------------------------------------- comparisons ---
 
 
+@slow
 class CompareTest(TemporaryFolder):
     """bench/run.py measures what is there, and leaves nothing behind."""
 
@@ -20186,6 +20238,7 @@ class CompareTest(TemporaryFolder):
 # ----------------------------------------------------------------- house ---
 
 
+@slow
 class ReadmeTest(TemporaryFolder):
     """What README says to type is typed."""
 
@@ -20353,6 +20406,7 @@ class ReadmeTest(TemporaryFolder):
                 self.parsed(line)
 
 
+@slow
 class HouseTest(TemporaryFolder):
     """The files keep to what the project promises of them."""
 
@@ -20471,26 +20525,107 @@ class HouseTest(TemporaryFolder):
         self.assertNotRegex(sql, r"create index[^;]* where ")
 
 
-def load_tests(loader, suites, pattern):
-    """Leave out what takes minutes, unless it is asked for or named."""
-    unwanted = os.environ.get("JOBMAN_WITHOUT", "").split(",")
-    wanted, left = unittest.TestSuite(), []
-    for suite in suites:
-        case = type(next(iter(suite), None))
-        name = case.__name__
-        is_long = hasattr(case, "long") and "JOBMAN_LONG" not in os.environ
-        if is_long or name in unwanted:
-            left.append(name)
-        else:
-            wanted.addTest(suite)
-    if left:
-        atexit.register(
-            print, "Left out: %s. JOBMAN_LONG=1 %s, or the names as arguments,"
-            " runs them." % (", ".join(left), "python3 test_jobman.py"),
-            file=sys.stderr,
-        )
-    return wanted
+# -------------------------------------------------------------- running ---
+
+
+def test_classes(speeds):
+    """Return the names of the classes that are so fast, the slow ones first.
+    """
+    names = {speed: [] for speed in speeds}
+    for name, case in globals().items():
+        if isinstance(case, type) and issubclass(case, unittest.TestCase) \
+                and unittest.defaultTestLoader.getTestCaseNames(case):
+            names.get(getattr(case, "speed", "quick"), []).append(name)
+    return [name for speed in speeds for name in names[speed]]
+
+
+class ClassRun:
+    """The tests of a class, run in a process of their own."""
+
+    def __init__(self, name):
+        self.name = name
+        self.began = time.monotonic()
+        self.log, self.report = [tempfile.TemporaryFile("w+") for _ in "12"]
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            self.run()
+
+    def run(self):
+        """Run the tests; report how many were run, failed and skipped."""
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for fd in 1, 2:
+            os.dup2(self.log.fileno(), fd)
+        argv = [sys.argv[0], self.name]
+        result = unittest.main(argv=argv, exit=False, verbosity=2).result
+        bad = len(result.failures + result.errors + result.unexpectedSuccesses)
+        json.dump([result.testsRun, bad, len(result.skipped)], self.report)
+        self.report.flush()
+        sys.exit()
+
+    def counts(self):
+        """Return what was reported; a process that was killed failed."""
+        self.report.seek(0)
+        return json.loads(self.report.read() or "[0, 1, 0]")
+
+    def line(self):
+        """Return how it went, with all that was printed unless all is well.
+        """
+        ran, bad, skipped = self.counts()
+        line = "%s: %d tests in %.1f s" % (
+            self.name, ran, time.monotonic() - self.began)
+        if not (bad or skipped):
+            return line
+        self.log.seek(0)
+        return "%s, %d failed, %d skipped\n%s" % (
+            line, bad, skipped, self.log.read())
+
+    def close(self):
+        self.log.close()
+        self.report.close()
+
+
+def run_side_by_side(names, jobs):
+    """Run classes, `jobs` at a time, a line for each; return the status."""
+    began, totals, waiting, running = time.monotonic(), [], names[:], {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            case = ClassRun(waiting.pop(0))
+            running[case.pid] = case
+        with contextlib.closing(running.pop(os.wait()[0])) as case:
+            totals.append(case.counts())
+            print("%d of %d: %s" % (len(totals), len(names), case.line()))
+    ran, bad, skipped = map(sum, zip(*totals))
+    print("\nRan %d tests in %.1fs\n\n%s (failures=%d, skipped=%d)" % (
+        ran, time.monotonic() - began, "FAILED" if bad else "OK", bad,
+        skipped))
+    return int(bad > 0)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Run the tests of jobman.py and worker.py.")
+    parser.add_argument("--quick", action="store_true",
+                        help="only what needs few processes")
+    parser.add_argument("--long", action="store_true",
+                        help="also what takes minutes")
+    parser.add_argument("--jobs", type=int, metavar="N",
+                        default=2 * (os.cpu_count() or 1),
+                        help="classes at a time (default: 2 for each core)")
+    parser.add_argument("names", nargs="*", metavar="CLASS[.TEST]",
+                        help="run these")
+    options, others = parser.parse_known_args()
+    if len(options.names) == 1 or others:
+        unittest.main(argv=[sys.argv[0], *others, *options.names],
+                      verbosity=2 if "CI" in os.environ else 1)
+    speeds = ["slow", "quick"]
+    if options.quick:
+        speeds.remove("slow")
+    if options.long:
+        speeds.insert(0, "long")
+    names = options.names or test_classes(speeds)
+    sys.exit(run_side_by_side(names, options.jobs))
 
 
 if __name__ == "__main__":
-    unittest.main(verbosity=2 if "CI" in os.environ else 1)
+    main()
