@@ -426,8 +426,8 @@ class SQL:
 
     # an existing job is left as it is; ADD_JOBS ends in rows of values
     ADD_JOBS = """
-        insert or ignore into job (namespace, jobid, stage, state, free,
-            priority, entered_at, jobcmd, filename, laststage, max_attempts,
+        insert or ignore into job (namespace, stage, laststage, state, free,
+            entered_at, jobid, priority, jobcmd, filename, max_attempts,
             timeout, cwd, outputs) values """
     NEW_JOB = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
     # the one way in which a job moves: as it was read, or not at all
@@ -1886,6 +1886,23 @@ class Spent:
         return stages
 
 
+def group_jobs(ids, jobs):
+    """Return new jobs in groups, and the parents of each that has some.
+
+    A group is (jobstage, laststage, whether its jobs have parents); its rows
+    are the last columns of ADD_JOBS.
+    """
+    groups, parents = defaultdict(list), {}
+    for jobid, job in zip(ids, jobs):
+        if job["after"]:
+            parents[jobid] = job["after"]
+        group = job["jobstage"], job["laststage"], jobid in parents
+        groups[group].append((
+            jobid, job["priority"], job["jobcmd"], job["filename"],
+            job["max_attempts"], job["timeout"], job["cwd"], job["outputs"]))
+    return groups, parents
+
+
 class Store:
     """The jobs, and all operations on them.
 
@@ -2214,50 +2231,41 @@ class Store:
 
     # Adding jobs
 
-    def insert_jobs(self, tx, namespace, ids, jobs):
-        """Add jobs with these ids; leave existing ones as they are.
+    def insert_jobs(self, tx, namespace, groups, parents):
+        """Add jobs as group_jobs() returns them; leave existing ones.
 
-        `jobs` are dicts as read_job() returns them. Raises Error 400 when
-        one waits for a job that isn't there.
+        Raises Error 400 when one waits for a job that isn't there.
         """
         final = tx.execute(
             SQL.NAMESPACE, {"id": namespace}).fetchone()["laststage"]
-        groups, children = defaultdict(list), []
-        for jobid, job in zip(ids, jobs):
-            last = final if job["laststage"] is None else job["laststage"]
-            state = stage_state(job["jobstage"], last)
-            if job["after"]:
-                key = {"namespace": namespace, "jobid": jobid}
-                if tx.execute(SQL.JOB, key).fetchone():
-                    continue
-                children.append((jobid, job["after"]))
-                if state == "waiting":
-                    state = "blocked"
-            groups[job["jobstage"], state].append((
-                namespace, jobid, job["jobstage"], state,
-                int(is_free(state, None)), job["priority"], tx.now,
-                job["jobcmd"], job["filename"], job["laststage"],
-                job["max_attempts"], job["timeout"], job["cwd"],
-                job["outputs"],
-            ))
-        self.add_stages(tx, namespace, {stage for stage, _ in groups})
-        for (stage, state), rows in groups.items():
-            new = self.insert_rows(tx, rows)
+        children = [
+            jobid for jobid in parents if not tx.execute(
+                SQL.JOB, {"namespace": namespace, "jobid": jobid}).fetchone()]
+        self.add_stages(tx, namespace, {stage for stage, _, _ in groups})
+        for (stage, last, depends), rows in groups.items():
+            state = stage_state(stage, final if last is None else last)
+            if depends and state == "waiting":
+                state = "blocked"
+            free = is_free(state, None)
+            new = self.insert_rows(
+                tx, (namespace, stage, last, state, int(free), tx.now), rows)
             tx.count(new, 0, namespace, stage, state)
-            if is_free(state, None):
+            if free:
                 tx.freed[namespace, stage] += new
-        for jobid, parents in children:
-            self.follow(tx, namespace, jobid, parents)
+        for jobid in children:
+            self.follow(tx, namespace, jobid, parents[jobid])
 
     add_jobs = change(insert_jobs)
 
-    def insert_rows(self, tx, rows):
+    def insert_rows(self, tx, shared, rows):
         """Insert jobs, many by each statement; return how many are new."""
         new = 0
         for i in range(0, len(rows), ROWS_AT_ONCE):
-            some = rows[i : i + ROWS_AT_ONCE]
+            some, values = rows[i : i + ROWS_AT_ONCE], []
+            for row in some:
+                values += shared
+                values += row
             sql = SQL.ADD_JOBS + ", ".join([SQL.NEW_JOB] * len(some))
-            values = list(itertools.chain.from_iterable(some))
             new += tx.execute(sql, values).rowcount
         return new
 
@@ -2291,7 +2299,8 @@ class Store:
             given.append(ids)
         if first - 1 > MAX_JOBID:
             raise Error(409, "The numbers of jobs are used up.")
-        self.insert_jobs(tx, namespace, range(last + 1, first), new)
+        groups = group_jobs(range(last + 1, first), new)
+        self.insert_jobs(tx, namespace, *groups)
         return given
 
     @query
@@ -4058,7 +4067,7 @@ def post_set(store, request):
     if len(set(ids)) != len(ids):
         raise Error(400, "A jobid is given twice.")
     require_order(ids, jobs)
-    store.add_jobs(request.namespace, ids, jobs)
+    store.add_jobs(request.namespace, *group_jobs(ids, jobs))
     return Response.text("Accepted to %d!" % request.jobix)
 
 

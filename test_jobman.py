@@ -418,7 +418,7 @@ def to_text(value):
 
 def to_add(jobs):
     """Return jobs, {id: entry}, as a Store takes them."""
-    return list(jobs), jobman.read_jobs(jobs.values())
+    return jobman.group_jobs(list(jobs), jobman.read_jobs(jobs.values()))
 
 
 def together(store, *acts):
