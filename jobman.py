@@ -4071,16 +4071,23 @@ def post_set(store, request):
     return Response.text("Accepted to %d!" % request.jobix)
 
 
+def new_key():
+    """Return a name for a submission that was given none."""
+    return "s" + secrets.token_hex(6)
+
+
 def post_submit(store, request):
-    """Add jobs under ids that the server gives."""
-    given = read_object(request, "key", "jobs")
+    """Add jobs under ids that the server gives, and tell a name it made."""
+    given = read_object(request, "jobs")
     if type(given["jobs"]) is not list:
         raise Error(400, "jobs must be a list.")
     jobs = read_jobs(bounded(given["jobs"]), request.stage)
-    key = to_json(word(given["key"], "key"))
+    key = read_optional(given, "key", word)
+    named = {"key": key or new_key()}
     part = read_optional(given, "part", JOBID) or 0
-    ids, = store.submit(request.namespace, [(key, part, len(jobs))], jobs)
-    return Response.json({"ids": list(ids)})
+    ids, = store.submit(
+        request.namespace, [(to_json(named["key"]), part, len(jobs))], jobs)
+    return Response.json(dict({} if key else named, ids=list(ids)))
 
 
 def get_submissions(store, request):
@@ -6277,9 +6284,9 @@ class Progress:
         now = time.monotonic()
         over, left = done + failed, items - done - failed
         rate = fresh / max(now - self.began, 0.001)
-        text = "%d of %d done, %d failed, %.1f/s, %s left" % (
-            done, items, failed, rate, span(left / rate) if rate else "?"
-        )
+        text = "%d of %d done, %d failed" % (done, items, failed)
+        if rate:
+            text += ", %.1f/s, %s left" % (rate, span(left / rate))
         if self.bar:
             width = screen_size(sys.stderr)[0] - 1
             self.draw(("%s %s" % (bar(over / max(items, 1)), text))[:width])
@@ -7725,7 +7732,7 @@ def submit_jobs(options):
     """Add jobs: of commands and items, of lines, or described in JSON."""
     if options.dry_run:
         return dry_run(options)
-    name = options.name or "s" + secrets.token_hex(6)
+    name = options.name or new_key()
     with speaking(options, PATIENCE) as client:
         known = client.stages()
         stage = number_of_stage(known, options.stage)

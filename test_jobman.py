@@ -2292,7 +2292,7 @@ class ClaimTest(StoreCase):
         other = self.ok("/submit", {"key": "l", "jobs": jobs[:1]})
         self.assertEqual({"ids": [10]}, other)
         self.assertEqual({(0, "waiting"): 4}, self.states())
-        for bad in ({"key": "k"}, {"jobs": []}, {"key": "", "jobs": []},
+        for bad in ({"key": "k"}, {"key": "", "jobs": []},
                     {"key": "m", "jobs": {}}, {"key": "m", "jobs": [{}]}):
             self.assertReply(400, self.post("/submit", bad))
 
@@ -2946,6 +2946,12 @@ class SubmissionTest(StoreCase):
     def listed(self, path):
         """Return the ids of a page of jobs."""
         return [job["jobid"] for job in self.ok(path)["jobs"]]
+
+    def test_a_submission_without_a_key_gets_one(self):
+        told = self.ok("/submit", {"jobs": [{"jobstage": 0}] * 2})
+        self.assertEqual([1, 2], told["ids"])
+        shown, = self.ok("/submissions?submission=" + told["key"])
+        self.assertEqual("1-2", shown["ids"])
 
     def test_parts_are_one_submission(self):
         self.submit("a", 2)
