@@ -20402,6 +20402,14 @@ class HouseTest(TemporaryFolder):
             for variable in re.findall(r"JOBMAN_[A-Z]+", self.source(name)):
                 self.assertIn("`%s`" % variable, readme)
 
+    def test_the_readme_names_no_option_that_is_missing(self):
+        _, _, text = self.source("README.md").partition("\n## Words\n")
+        named = re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)
+        known = ["--help", "--system"]  # argparse's, and useradd's
+        for name in ("jobman.py", "worker.py"):
+            known += re.findall(r'"(--[a-z-]+)"', self.source(name))
+        self.assertEqual(set(), set(named).difference(known))
+
     def test_no_sql_uses_what_sqlite_3_7_17_lacks(self):
         sql = jobman.SCHEMA + " ".join(
             text for name, text in vars(jobman.SQL).items()
