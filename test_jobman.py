@@ -20206,8 +20206,8 @@ class ReadmeTest(TemporaryFolder):
             shutil.copy(os.path.join(HERE, name), self.folder)
         bin_folder = self.make_folder()
         os.symlink(sys.executable, os.path.join(bin_folder, "python3"))
-        self.environment["PATH"] = "%s:%s" % (
-            bin_folder, self.environment["PATH"])
+        self.environment.update(
+            LC_ALL="C", PATH="%s:%s" % (bin_folder, os.environ["PATH"]))
         self.readme = read(os.path.join(HERE, "README.md")).decode("utf-8")
 
     def blocks(self):
