@@ -20246,108 +20246,37 @@ class CompareTest(TemporaryFolder):
 
 @slow
 class ReadmeTest(TemporaryFolder):
-    """What README says to type is typed."""
+    """What README says to type is typed, and what it shows is printed."""
+
+    BY_OTHERS = "A server in a batch job", "Apache"  # SlurmTest, ApacheTest
+
+    # What differs from one host or run to the next.
+    VARIES = (
+        (r"127\.0\.0\.1:\d+", "127.0.0.1:PORT"),
+        (r"laptop-4711|%s-\d+" % re.escape(socket.gethostname()), "NAME"),
+        (r"on (laptop|%s)\b" % re.escape(socket.gethostname()), "on HOST"),
+        (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+", "DATE"),
+        (r"\b\d+:\d\d\b", "TIME"), (r"\d+ slots?", "N slots"), (r" +", " "),
+    )
 
     def setUp(self):
         super().setUp()
-        for name in ("jobman.py", "worker.py"):
+        for name in ("jobman.py", "worker.py", "dashboard.html"):
             shutil.copy(os.path.join(HERE, name), self.folder)
         bin_folder = self.make_folder()
         os.symlink(sys.executable, os.path.join(bin_folder, "python3"))
-        self.environment["PATH"] = "%s:%s" % (
-            bin_folder, self.environment["PATH"])
+        self.environment.update(
+            LC_ALL="C", PATH="%s:%s" % (bin_folder, os.environ["PATH"]))
         self.readme = read(os.path.join(HERE, "README.md")).decode("utf-8")
 
-    def all_blocks(self):
-        """Yield (section, block) for each block of the manual."""
+    def blocks(self):
+        """Yield (section, language, block) for each block of the manual."""
         section = "top"
         parts = re.split(r"^```", self.readme, flags=re.M)
         for text, block in zip(parts[::2], parts[1::2]):
             section = ([section] + re.findall("^##+ (.*)$", text, re.M))[-1]
-            yield section, block.partition("\n")[2]
-
-    def blocks(self, section):
-        """Return the blocks of a section, but those that start a server."""
-        return [block for name, block in self.all_blocks()
-                if name == section and not re.search(
-                    r"^(nohup )?python3 jobman\.py serve", block)]
-
-    # How many blocks each section has, all of which are tested: here, but
-    # those of the last four by StartTest and CI, SlurmTest and Apache's.
-    BLOCKS = {
-        "Quick start on a laptop": 4, "A pipeline": 4,
-        "Quick start on Slurm": 2, "Quick start on PBS": 1, "Life cycle": 1,
-        "Claiming": 1, "Figures": 2, "submit": 2,
-        "Python client": 3, "top": 2, "serve in a batch job": 1, "WSGI": 2,
-    }
-
-    def test_every_block_is_tested(self):
-        self.assertEqual(
-            self.BLOCKS,
-            dict(Counter(section for section, _ in self.all_blocks())))
-
-    def test_the_first_command(self):
-        block = self.blocks("top")[0]
-        self.assertIn(" /usr/bin ", block)
-        texts = "/usr/share/common-licenses"
-        self.typed(block.replace("/usr/bin", texts))
-        with open(self.path("sums.txt")) as file:
-            sums = dict(reversed(line.split()) for line in file)
-        for path, digest in sums.items():
-            self.assertEqual(
-                hashlib.sha256(read(path)).hexdigest(), digest)
-        self.assertGreater(len(sums), 5)
-
-    def test_ids_go_from_one_submission_to_the_next(self):
-        self.serve()
-        steps, ids = self.blocks("submit")
-        self.assertRegex(self.typed(steps), r"\A3 jobs: 1-3\n[^$]* sort.gz\n")
-        self.assertEqual("1 job: 24\n", self.typed(ids))
-
-    def test_the_programs_in_python(self):
-        _, (_, port) = self.serve("--open")
-        for number, program in enumerate(self.blocks("Python client")):
-            name = "%d.py" % number
-            with open(self.path(name), "w") as file:
-                file.write(program.replace(":8642", ":%d" % port))
-            said = self.typed("python3 " + name)
-            self.assertTrue(said, name)
-            self.assertNotIn("Traceback", said)
-        self.assertIn("Success, job 1 was updated to stage 2!", said)
-
-    def keys(self, value):
-        """Return the keys of an object, and of objects in it."""
-        if isinstance(value, list):
-            value = value[0] if value else None
-        if not isinstance(value, dict):
-            return set()
-        return set(value).union(*map(self.keys, value.values()))
-
-    def test_answers_have_the_keys_that_are_shown(self):
-        self.serve()
-        client = worker.Client(self.path(".jobman", "access.json"))
-        self.addCleanup(client.close)
-        client.set({i: {"jobstage": 0, "jobcmd": "x"} for i in range(2)})
-        job = client.get(0, lease=60)
-        for block, answer in (
-            (self.blocks("Claiming")[0], job),
-            (self.blocks("Figures")[0], client.status()),
-            (self.blocks("Figures")[1], client.stats()),
-        ):
-            client.update_job(job["jobid"], 2, job["claim"])
-            if "claims" in block:
-                answer = client.stats()
-            elif "lifetime" in block:
-                answer = client.status()
-            shown = json.loads(re.sub(", \u2026", "", block))
-            self.assertLessEqual(
-                self.keys(shown) - {"failed"}, self.keys(answer))
-            self.assertEqual(set(shown), set(answer))
-
-    def test_drawings(self):
-        drawn = self.blocks("Life cycle")[0]
-        for state in jobman.STATES:
-            self.assertIn("[%s]" % state, drawn)
+            language, _, block = block.partition("\n")
+            yield section, language, block
 
     def typed(self, block):
         """Type a block of commands; return what is printed."""
@@ -20359,25 +20288,51 @@ class ReadmeTest(TemporaryFolder):
         self.assertEqual(0, done.returncode, said)
         return said
 
-    def test_the_quick_start_on_a_laptop_and_the_pipeline(self):
-        self.serve()
-        said = [self.typed(block)
-                for block in self.blocks("Quick start on a laptop")]
-        self.assertIn("3 jobs: 1-3\n1 job: 4\n", said[0])
-        self.assertRegex(said[-1], r"100 %: 4 of 4 jobs done[^$]*\nhello\n")
-        with open(self.path("list.txt")) as file:
-            self.assertEqual(3, len(file.read().splitlines()))
-        said = [self.typed(block) for block in self.blocks("A pipeline")]
-        self.assertRegex(said[-1], r"\n20 ")
-        self.typed("python3 worker.py --stage 22 --idle-timeout 1"
-                   " --command 'python3 check.py'")
-        self.assertIn("100 %: ", self.typed("python3 jobman.py status"))
+    def served(self):
+        """Start a server as README does, at any port; return what it says."""
+        server = self.spawn("jobman.py", "serve", "--port", "0")
+        lines = jobman.ANNOUNCEMENT.splitlines()
+        said = "".join(server.stdout.readline().decode() for _ in lines)
+        return said.replace(self.folder, "/home/me")
 
-    def test_scripts_for_batch_systems(self):
-        for section, system in (("Slurm", "sbatch"), ("PBS", "qsub")):
-            block, = self.blocks("Quick start on " + section)
-            said = self.typed(block.replace("| " + system, ""))
-            self.assertTrue(said.startswith("#!/bin/bash\n"), said)
+    def general(self, text):
+        """Return `text` with general words for what differs between runs."""
+        for pattern, word in self.VARIES:
+            text = re.sub(pattern, word, text)
+        return text
+
+    def test_all_that_is_typed_works_and_prints_what_is_shown(self):
+        said = None
+        for section, language, block in self.blocks():
+            if section in self.BY_OTHERS or "test_jobman.py" in block:
+                continue
+            if language == "text":
+                shown, more, _ = self.general(block).partition("\u2026\n")
+                said = self.general(said)
+                self.assertEqual(shown, said[: len(shown)] if more else said)
+            elif language == "python":
+                with open(self.path("program.py"), "w") as file:
+                    file.write(block)
+                said = self.typed("python3 program.py")
+                self.assertTrue(said)
+            elif block.startswith("nohup "):
+                self.parsed(block[len("nohup "):].rstrip("&\n"))
+            elif block.startswith("python3 jobman.py serve"):
+                said = self.served()
+            else:
+                said = self.typed(re.sub(r"\| (sbatch|qsub)\n", "\n", block))
+                if section in ("Slurm", "PBS"):
+                    self.assertTrue(said.startswith("#!/bin/bash\n"), said)
+
+    def test_every_link_leads_to_a_section_or_a_file(self):
+        sections = {
+            re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall("^##+ (.*)$", self.readme, re.M)}
+        for target in re.findall(r"\]\(([^)]*)\)", self.readme):
+            if target.startswith("#"):
+                self.assertIn(target[1:], sections)
+            else:
+                self.assertTrue(os.path.exists(os.path.join(HERE, target)))
 
     def parsed(self, line):
         """Assert that jobman takes a command line as it stands."""
@@ -20492,33 +20447,28 @@ class HouseTest(TemporaryFolder):
         for name in ("jobman.py", "worker.py", "test_jobman.py"):
             ast.parse(self.source(name), **as_3_6)
 
-    def test_the_readme_names_every_route_and_option(self):
+    def test_the_readme_names_every_call_command_variable_and_state(self):
         readme = self.source("README.md")
         for method, path, _ in jobman.ROUTES:
             shown = path.replace("<stages>", "<stage>")
             shown = shown.replace("<minutes…>", "<m0>/<m1>/…/<mn>")
             shown = shown.replace("<worker…>", "<worker>")
             self.assertIn("`%s %s`" % (method, shown), readme)
-        for name in jobman.CARRIES:
-            self.assertIn("| `%s` |" % name, readme)
-        for name in jobman.ABOUT_WORKER:
-            self.assertIn("| `%s` |" % name, readme)
+        for name, *_ in jobman.COMMANDS:
+            self.assertRegex(readme, r"(?m)^\| .*`%s[ `]" % name)
+        for state in jobman.STATES:
+            self.assertIn("| `%s` |" % state, readme)
         for name in ("jobman.py", "worker.py"):
-            for option in re.findall(r'"(--[a-z-]+)"', self.source(name)):
-                self.assertIn(option, readme)
             for variable in re.findall(r"JOBMAN_[A-Z]+", self.source(name)):
-                self.assertIn(variable, readme)
-        for status in re.findall(r"Error\(\s*(\d+),", self.source(JOBMAN)):
-            self.assertRegex(readme, r"\| (\d+, )*%s" % status)
-        exported = jobman.JOB_COLUMNS + jobman.ATTEMPT_COLUMNS
-        for name in (*jobman.STATES, *exported, *jobman.FORMATS):
-            self.assertIn("`%s`" % name, readme)
-        for state, sign in jobman.SIGNS.items():
-            self.assertRegex(readme, r"`%s` (failed or\s)?%s" % (
-                re.escape(sign), state))
-        verbs = {path.split("/")[1] for _, path, _ in jobman.ROUTES}
-        for verb in verbs.intersection(vars(worker.Client)):
-            self.assertIn("`%s`" % verb, readme)
+                self.assertIn("`%s`" % variable, readme)
+
+    def test_the_readme_names_no_option_that_is_missing(self):
+        _, _, text = self.source("README.md").partition("\n## Words\n")
+        named = re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)
+        known = ["--help", "--system"]  # argparse's, and useradd's
+        for name in ("jobman.py", "worker.py"):
+            known += re.findall(r'"(--[a-z-]+)"', self.source(name))
+        self.assertEqual(set(), set(named).difference(known))
 
     def test_no_sql_uses_what_sqlite_3_7_17_lacks(self):
         sql = jobman.SCHEMA + " ".join(
