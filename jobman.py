@@ -4102,8 +4102,8 @@ def post_submit(store, request):
     Body: {"key": "run3", "jobs": [{"jobstage": 0, "jobcmd": "gzip a.txt"},
     …]}. The key is the name of the submission. More jobs can be added under
     the same key with part, the number of jobs that it has already.
-    Answer: {"ids": [1, …]}, in the order of jobs. The same key and part give
-    the same ids again, and add nothing.
+    Answer: {"ids": [1, …]}, in the order of jobs, above all ids that this
+    jobix ever had. The same key and part give the same ids and add nothing.
     400: as /set; a job can only wait for jobs that exist already. 409: there
     are no ids left.
     """
@@ -4240,7 +4240,7 @@ def get_job_claim(store, request, stages, nextstage=None):
     Answer: {"jobid": 1, "jobcmd": "gzip a.txt", "jobstage": 0, "jobix": 7,
     "claim": "gKyHzpdDUDr1", "attempt": 1, "filename": null}, or "nada" if
     there is no job. jobstage is the stage before the claim, and claim is the
-    token. Other keys of help job are there if the job carries them.
+    token. The other keys in help job are there if the job has them.
     """
     given = request.options(**CLAIM_OPTIONS)
     stages = [request.stage(number(stage), "stage") for stage in stages]
@@ -4272,13 +4272,14 @@ def get_update_job(store, request, jobid, stage):
                                   that were made, as help job has them
       exit_code, error, stderr    kept with the attempt; of the texts the last
                                   4096 characters
-      seconds                     how long the command ran
+      seconds                     how long the command ran; if not given,
+                                  the time since the claim
 
     Other keys are ignored, and wrong types in the last four.
     Answer, text: Success, job <jobid> was updated to stage <stage>!
     An update that is repeated with its token changes nothing.
-    404: there is no such job. 409: the token is no longer the job's, which
-    was claimed again, updated, released, failed, rejected, cancelled or moved
+    404: there is no such job. 409: the token is no longer the job's: it was
+    claimed again, updated, released, failed, rejected, cancelled or moved
     since. A lapse alone is no reason.
     """
     update = request.options(claim=token)
@@ -4491,10 +4492,11 @@ def post_sweep(store, request):
     """Retry, cancel, release or forget jobs, as the path says.
 
       /retry    runs done, failed, cancelled and aborted jobs again, from the
-                stage that they were claimed from
+                stage that they were claimed from, with what it was given
       /cancel   cancels all jobs that are not done
       /release  takes working jobs from their workers, nothing counted
-      /forget   deletes done jobs and their attempts
+      /forget   deletes done jobs and their attempts; /submit gives their
+                ids to no other job
 
     Body: ids (a list) or submission (a name), stage and state, of which all
     that are given must fit; or {"all": true} alone.
@@ -4797,8 +4799,9 @@ def get_stats(store, request):
     retries are claims that were not the first in the stage. run is how long
     attempts ran that became done, wait how long jobs waited for a claim, in
     seconds, up to a fifth too high. useful are the seconds of attempts that
-    became done, lost those of attempts that were cut off. advised is a
-    lifetime in minutes for the stage one up: twice the p95 of run.
+    became done, lost those of attempts that were cut off. An attempt that
+    lapsed and ended after all counts as both. advised is a lifetime in
+    minutes for the stage one up: twice the p95 of run.
     """
     now, stages = store.stats(request.namespace)
     stages = [stage_stats(*pair) for pair in sorted(stages.items())]
@@ -5185,7 +5188,9 @@ if it has any; otherwise it ignores the query. Slashes at the start of a path
 count as one. HEAD works where GET changes nothing.""", """\
 Times are seconds since 1970, by the server's clock. Answers that show jobs,
 workers or figures have an ETag: with it in the header If-None-Match the
-answer is 304 if nothing has changed but the time.""", {
+answer is 304 if nothing has changed but the time.""", """\
+A connection is closed after 20 seconds without a first request, after 300
+without another one, and after a 401 or 403. TLS is version 1.2 or later.""", {
             "jobix": "0 to 2^63-1",
             "jobid": "0 to 2^53-1",
             "stage": "0 to 1000000, or the name of a stage: a letter and up to"
@@ -5227,8 +5232,11 @@ show the following; null means that there is none.""",
         }, """\
 A job that failed, lapsed or was released goes back to the stage that it
 was claimed from, a rejected one to the stage that made its files. Done,
-failed, cancelled and aborted jobs stay as they are until /retry. A job over
-its stage's lifetime is marked as expired, whatever its state is.""", """\
+failed, cancelled and aborted jobs stay as they are until /retry. Attempts,
+failures and lapses are counted anew when an update, a rejection, /retry or
+/check_stages puts a job into a stage. A job that has been done once blocks
+no others, even if it runs again. A job over its stage's lifetime is marked
+as expired, whatever its state is, until it moves.""", """\
 A claim without a lease reserves nothing: the job can be claimed again in the
 stage that the claim moved it to. A done job can be claimed from the stage
 that it is in.""", "The outcome of an attempt says what ended it:", {
@@ -5280,7 +5288,8 @@ The checks come in this order: the head of the request, path and method (404,
     "export": (
         "the columns of jobs --output csv, and joblog", """\
 The CSV is that of RFC 4180, in UTF-8, with a line of heads. Times are
-seconds since 1970. Null is empty. A jobcmd that is not a string is JSON.""",
+seconds since 1970. Null is empty. A jobcmd that is not a string is JSON.
+Names of files that are not UTF-8 are written byte by byte as they are.""",
         only(JOB_COLUMNS, JOB_FIELDS),
         "These are of the last attempt that has ended:",
         only(ATTEMPT_COLUMNS, ATTEMPT_FIELDS), """\
