@@ -5104,8 +5104,8 @@ JOB_FIELDS = {
     "filename": "the name of a file, for the command of the next stage",
     "laststage": "it is done in this stage and beyond (default: the last stage"
     " of /init; without that it is never done)",
-    "priority": "jobs with a higher one are claimed first, -2^31 to 2^31-1"
-    " (default 0)",
+    "priority": "a number from -2^31 to 2^31-1; jobs with a higher one are"
+    " claimed first (default 0)",
     "max_attempts": "it is failed after so many failures in a stage (default"
     " 3; see serve --retries)",
     "timeout": "seconds that its command may take (default: no limit)",
@@ -5183,9 +5183,9 @@ A body is JSON, plain or as zlib or gzip data: its first bytes say which, not
 its headers. It may have 64 MiB, and as much when inflated. NaN and Infinity
 are not JSON. An optional key may be null. Where all keys are optional the
 body may be empty.""", """\
-Options are in the query: /get/0?wait=20&n=5. A call refuses unknown options,
-if it has any; otherwise it ignores the query. Slashes at the start of a path
-count as one. HEAD works where GET changes nothing.""", """\
+Options are in the query: /get/0?wait=20&n=5. A call with options refuses
+unknown ones; a call without options ignores the query. Slashes at the start
+of a path count as one. HEAD works where GET changes nothing.""", """\
 Times are seconds since 1970, by the server's clock. Answers that show jobs,
 workers or figures have an ETag: with it in the header If-None-Match the
 answer is 304 if nothing has changed but the time.""", """\
@@ -5348,12 +5348,12 @@ worker.py, its Client, and the commands that ask a server.""", {
     "network": (
         "databases on network file systems", """\
 A server that starts looks up the file system of its database, and tries
-locks there. It works alone on the following kinds, on any by FUSE, and
-wherever locks do not work, and says so on standard error:""",
+locks there. It works alone, and says so on standard error, wherever locks do
+not work, on any kind of FUSE, and on these kinds:""",
         textwrap.fill(
             ", ".join(sorted(NETWORK_FILE_SYSTEMS)), 79,
             initial_indent="  ", subsequent_indent="  "), """\
-Then no other server can have the database: --shared and WSGI are refused,
+There no other server can have the database: --shared and WSGI are refused,
 and backup and check need the server to be ended. Reads wait for writes, and
 there is a rollback journal instead of a WAL. Changes are on disk before they
 are answered, as on any file system.""", """\
@@ -5529,7 +5529,8 @@ def find_route(request):
                 return endpoint, list(zip(names, texts))
             allowed.append(method)
     if not allowed:
-        raise Error(404, "There is nothing at this address.")
+        raise Error(
+            404, "There is nothing at this address; see /help/http.")
     allowed = ", ".join(allowed)
     raise Error(405, "Use %s for this address." % allowed, Allow=allowed)
 

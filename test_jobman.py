@@ -20180,6 +20180,8 @@ class HelpTest(StoreCase):
         reply = self.assertReply(
             404, exchange(self.address, "GET", "/help/htp"))
         self.assertIn("only http, job, states", reply.json()["error"])
+        reply = self.assertReply(404, self.call("/nothing"))
+        self.assertIn("see /help/http.", reply.json()["error"])
 
     def test_every_call_is_explained_with_its_options(self):
         calls, optional = self.calls(), set()
