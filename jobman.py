@@ -59,6 +59,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -2968,7 +2969,7 @@ class Store:
     def status(self, execute, namespace, ranges=None):
         """Return the figures of a namespace, or of `ranges` of its jobs.
 
-        See GET /status in README.
+        See get_status().
         """
         key = {"namespace": namespace}
         stages = defaultdict(lambda: dict(
@@ -3353,7 +3354,8 @@ class Request:
         for option in filter(None, self.query.split("&")):
             name, _, text = map(unquote_plus, option.partition("="))
             if name not in readers:
-                raise Error(400, "There is no option %.80r here." % name)
+                raise Error(400, "There is no option %.80r here, only %s." % (
+                    name, ", ".join(readers)))
             if values[name] is not None:
                 raise Error(400, "The option %s is given twice." % name)
             values[name] = readers[name](text, name)
@@ -3986,30 +3988,49 @@ def read_output(folder, jobix, worker, attempt, size):
 
 
 def get_lifetimes(store, request):
-    """Show the lifetimes in force."""
+    """Show the lifetimes in force, in minutes.
+
+    Answer: {"<stage>": <minutes>, …}, or {} if there are none.
+    """
     return Response.json(store.lifetimes(request.namespace))
 
 
 def get_init(store, request, *minutes):
-    """Set the lifetimes of stages 0 … n where there are none yet."""
+    """Set the lifetimes of stages 0 … n, in minutes, where none are set yet.
+
+    Stage n becomes the last stage of all jobs that have no laststage of their
+    own: jobs that wait there or beyond are done. If this jobix has a lifetime
+    already, nothing changes. Answer: the lifetimes in force, as GET /init.
+    """
     store.init(request.namespace, minutes)
     return get_lifetimes(store, request)
 
 
 def get_lifetime(store, request, stage):
-    """Show the lifetime of a stage in minutes, 0 when it has none."""
+    """Show the lifetime of a stage in minutes, 0 when it has none.
+
+    Answer: <minutes>, a number.
+    """
     return Response.json(store.lifetimes(request.namespace).get(stage, 0))
 
 
 def get_set_lifetime(store, request, stage, minutes):
-    """Set the lifetime of a stage."""
+    """Set the lifetime of a stage; 0 is no limit.
+
+    Expired jobs that are within the new lifetime lose their mark.
+    Answer: <minutes>, a number.
+    """
     store.set_stages(
         request.namespace, {stage: {"minutes": minutes}}, request.gone)
     return Response.json(minutes)
 
 
 def get_stages(store, request):
-    """Show the names and lifetimes of stages."""
+    """Show the names and lifetimes of stages.
+
+    Answer: {"0": {"name": "align", "minutes": 60}, …}, with the stages that
+    have a name or a lifetime.
+    """
     return Response.json(store.stages(request.namespace))
 
 
@@ -4029,7 +4050,12 @@ def read_stage_values(given):
 
 
 def post_stages(store, request):
-    """Give stages names and lifetimes, all or none."""
+    """Give stages names and lifetimes, all or none.
+
+    Body: {"0": {"name": "align", "minutes": 60}, …}. A stage or key that is
+    missing stays as it is; null takes a value away. Answer: as GET /stages.
+    400: a stage is given twice. 409: two stages would have one name.
+    """
     given = read_entries(request)
     stages = [request.stage(number(stage), "stage") for stage in given]
     if len(set(stages)) != len(stages):
@@ -4060,7 +4086,15 @@ def require_order(ids, jobs):
 
 
 def post_set(store, request):
-    """Add jobs, all or none."""
+    """Add jobs, all or none.
+
+    Body: {"<jobid>": {"jobstage": 0, "jobcmd": "gzip a.txt"}, …}; help job
+    lists all that a job may carry. A jobid that exists already is left as it
+    is, so the call can be repeated.
+    Answer, text: Accepted to <jobix>!
+    400: an unknown key, a jobid that is given twice, or a job that waits for
+    itself or for a job that does not exist.
+    """
     given = read_entries(request)
     jobs = read_jobs(bounded(given).values(), request.stage)
     ids = [JOBID(number(jobid), "jobid") for jobid in given]
@@ -4077,7 +4111,17 @@ def new_key():
 
 
 def post_submit(store, request):
-    """Add jobs under ids that the server gives, and tell a name it made."""
+    """Add jobs under ids that the server gives.
+
+    Body: {"key": "run3", "jobs": [{"jobstage": 0, "jobcmd": "gzip a.txt"},
+    …]}. The key is the name of the submission; without one the server makes
+    one, and answers with it too. More jobs can be added under the same key
+    with part, the number of jobs that it has already.
+    Answer: {"ids": [1, …]}, in the order of jobs, above all ids that this
+    jobix ever had. The same key and part give the same ids and add nothing.
+    400: as /set; a job can only wait for jobs that exist already. 409: there
+    are no ids left.
+    """
     given = read_object(request, "jobs")
     if type(given["jobs"]) is not list:
         raise Error(400, "jobs must be a list.")
@@ -4091,7 +4135,12 @@ def post_submit(store, request):
 
 
 def get_submissions(store, request):
-    """Show the latest submissions, or the one of a name."""
+    """Show the latest 100 submissions, the latest first.
+
+    Option: submission, the name of the only one to show; last is the latest.
+    Answer: [{"key": "run3", "ids": "1-1000", "jobs": 1000, "time": …}, …];
+    time is when its first jobs were added. 404: no submission has that name.
+    """
     name = request.options(submission=word)["submission"]
     return Response.json([
         dict(found, ids=ids_text(found["ids"]))
@@ -4192,7 +4241,24 @@ CLAIM_OPTIONS = {
 
 
 def get_job_claim(store, request, stages, nextstage=None):
-    """Claim a job, or several; wait for one if asked to."""
+    """Claim a job, or several; wait for one if asked to.
+
+    The job moves to <nextstage>, or else one stage up, and is working there.
+    Of several stages, as in /get/2,0, the first that has a job is used. Jobs
+    of a higher priority go first, then those of a lower jobid. Options:
+
+      worker  the name of the caller
+      lease   seconds until the claim lapses, unless it is renewed
+      wait    seconds to wait for a job, at most 60; less if too many wait
+      n       how many jobs to claim, at most 10000; then a list is answered
+
+    Without a lease the job is not reserved: the next claim of the stage that
+    it moved to gets it.
+    Answer: {"jobid": 1, "jobcmd": "gzip a.txt", "jobstage": 0, "jobix": 7,
+    "claim": "gKyHzpdDUDr1", "attempt": 1, "filename": null}, or "nada" if
+    there is no job. jobstage is the stage before the claim, and claim is the
+    token. The other keys in help job are there if the job has them.
+    """
     given = request.options(**CLAIM_OPTIONS)
     stages = [request.stage(number(stage), "stage") for stage in stages]
     if nextstage is None:
@@ -4214,7 +4280,25 @@ def get_job_claim(store, request, stages, nextstage=None):
 
 
 def get_update_job(store, request, jobid, stage):
-    """Put a job into a stage; a POST may bring more."""
+    """Put a job into a stage, where it waits or is done; its attempt is done.
+
+    Option: claim, the token. Without it a job in any state is moved.
+    Body of a POST, all optional:
+
+      filename, jobcmd, files     replace those of the job; files lists files
+                                  that were made, as help job has them
+      exit_code, error, stderr    kept with the attempt; of the texts the last
+                                  4096 characters
+      seconds                     how long the command ran; if not given,
+                                  the time since the claim
+
+    Other keys are ignored, and wrong types in the last four.
+    Answer, text: Success, job <jobid> was updated to stage <stage>!
+    An update that is repeated with its token changes nothing.
+    404: there is no such job. 409: the token is no longer the job's: it was
+    claimed again, updated, released, failed, rejected, cancelled or moved
+    since. A lapse alone is no reason.
+    """
     update = request.options(claim=token)
     update.update(jobid=jobid, stage=stage)
     if request.method == "POST":
@@ -4239,7 +4323,14 @@ def read_update(entry, stage):
 
 
 def post_update_jobs(store, request):
-    """Put many jobs into stages."""
+    """Put many jobs into stages, in one transaction.
+
+    Body: [{"jobid": 1, "jobstage": 2, "claim": "gKyHzpdDUDr1"}, …]; claim is
+    optional, and so is all that a POST to /update_job takes.
+    Answer: [{"jobid": 1, "status": 200}, …], in the same order. A refused
+    update has the status 400, 404 or 409, and does not affect the others.
+    400: an entry is malformed. 404: no stage has the name. No job was updated.
+    """
     given = request.json()
     if type(given) is not list:
         raise Error(400, "The body must be a JSON list.")
@@ -4253,14 +4344,35 @@ def post_update_jobs(store, request):
 
 
 def post_fail_job(store, request, jobid):
-    """Record a failed attempt."""
+    """Record a failed attempt: the job is delayed, or failed after too many.
+
+    It goes back to the stage that it was claimed from. Option: claim, the
+    token; without it the current claim is meant. Body, all optional:
+    exit_code, error, stderr and seconds, as in /update_job. An exit_code of
+    75 defers the job: it is tried again, and no failure is counted.
+    Answer: {"jobid": 1, "state": "delayed", "failures": 1, "delay": 2}: it
+    waits again in delay seconds. After max_attempts failures in a stage the
+    state is failed, and delay is 0. A repetition with the token changes
+    nothing. 404, 409: as /update_job; 409 too if nobody has claimed the job.
+    """
     given = request.options(claim=token)
     given["report"] = read_fields(read_object(request), REPORTS)
     return Response.json(store.fail_job(request.namespace, jobid, **given))
 
 
 def post_reject_job(store, request, jobid):
-    """Send a job back because its files are missing or have changed."""
+    """Send a job back because its files are missing or have changed.
+
+    It goes to the stage that made them, and gets back what that stage was
+    given. Option: claim, the token; without it only a job that is waiting,
+    delayed, done or failed is taken. Body, all optional: files, the list that
+    was looked for, as the claim has it; exit_code, error, stderr and seconds,
+    as in /update_job.
+    Answer: {"jobid": 1, "state": "delayed", "stage": 0, "rejects": 1,
+    "delay": 2}, as /fail_job; the state is failed after max_attempts
+    rejections. 404, 409: as /update_job; 409 too if the job has no files, or
+    other files than those in the body.
+    """
     given = request.options(claim=token)
     body = read_object(request)
     given["files"] = read_optional(body, "files", read_files)
@@ -4269,7 +4381,11 @@ def post_reject_job(store, request, jobid):
 
 
 def post_release_job(store, request, jobid):
-    """Take a claim back unharmed."""
+    """Give a claim back: the job waits where it was claimed, nothing counted.
+
+    Option: claim, the token; without it the current claim is meant.
+    Answer: {"jobid": 1, "state": "waiting"}. 404, 409: as /fail_job.
+    """
     given = request.options(claim=token)
     return Response.json(store.release_job(request.namespace, jobid, **given))
 
@@ -4289,7 +4405,24 @@ def read_worker(given, stage=STAGE):
 
 
 def post_heartbeat(store, request):
-    """Renew the leases of a worker."""
+    """Renew the claims of a worker, and say that it is there.
+
+    Body: {"worker": "node7-4711", "lease": 120, "claims":
+    [[1, "gKyHzpdDUDr1"], …]}; claims may be empty. Each claim holds for
+    lease seconds from now, also a lapsed one if nobody else has claimed the
+    job. These keys are optional, and shown by GET /workers:
+
+      host                 the name of the host
+      stages               list of the stages that it claims from
+      slots, busy          how many jobs it can run, and runs
+      done, failed         how many jobs are done, and attempts failed
+      quarantine           why it takes no more work
+      ended                true: the worker has ended and is forgotten
+
+    Answer: {"lost": [<jobid>, …], "drain": false, "beat": 5}. lost are jobs
+    that are no longer this worker's: end what runs for them. With drain it
+    should claim no more. beat is the seconds until its next heartbeat.
+    """
     given = read_object(request, "worker", "lease", "claims")
     claims = given["claims"]
     pairs = type(claims) is list and all(
@@ -4309,7 +4442,9 @@ def post_heartbeat(store, request):
 def post_drain(store, request, *name):
     """Tell a worker to claim no more, or, as /undrain, to go on.
 
-    A name with slashes in it comes as several parts.
+    The worker learns of it by its next heartbeat. A name with slashes in it
+    comes as several parts. Answer: {"worker": "node7-4711", "drain": true}.
+    404: no worker of that name was heard of.
     """
     name, drained = "/".join(name), request.path.startswith("/drain/")
     store.drain(request.namespace, name, drain=drained)
@@ -4317,14 +4452,24 @@ def post_drain(store, request, *name):
 
 
 def post_pause(store, request, stage):
-    """Hand out no more jobs of a stage, or, as /resume, go on."""
+    """Hand out no more jobs of a stage, or, as /resume, go on.
+
+    Running jobs go on. Answer: {"stage": 0, "paused": true}.
+    """
     paused = request.path.startswith("/pause/")
     store.pause(request.namespace, stage, paused=paused)
     return Response.json({"stage": stage, "paused": paused})
 
 
 def get_check_stages(store, request, old=None, new=None):
-    """Mark the expired jobs; move those of one stage to another."""
+    """Mark the expired jobs; move those of one stage to another.
+
+    Answer: {"Are all simulations within time frame?": 1}, or 0 if a job of
+    stage <old>, or of any stage, was marked; with stages also
+    "n_bad_jobs were degraded:", the number of jobs that were moved. Claims of
+    these are lost; failed and cancelled jobs stay. The server marks expired
+    jobs by itself every second.
+    """
     name = "Are all simulations within time frame?"
     if old is None:
         fine = store.check_stages(request.namespace, request.gone)
@@ -4361,7 +4506,22 @@ def read_selector(store, request):
 
 
 def post_sweep(store, request):
-    """Retry, cancel, release or forget jobs, as the path says."""
+    """Retry, cancel, release or forget jobs, as the path says.
+
+      /retry    runs done, failed, cancelled and aborted jobs again, from the
+                stage that they were claimed from, with what it was given
+      /cancel   cancels all jobs that are not done
+      /release  takes working jobs from their workers, nothing counted
+      /forget   deletes done jobs and their attempts; /submit gives their
+                ids to no other job
+
+    Body: ids (a list) or submission (a name), stage and state, of which all
+    that are given must fit; or {"all": true} alone.
+    Answer: {"retried": 5}, or cancelled, released, forgotten; jobs in other
+    states are not counted. It goes in steps, ends when the caller hangs up,
+    and can be repeated. 400: no jobs are named. 404: one of ids does not
+    exist; nothing was changed.
+    """
     action = request.path[1:]
     n = store.sweep(request.namespace, action, gone=request.gone,
                     **read_selector(store, request))
@@ -4430,7 +4590,11 @@ class Describer:
 
 
 def get_job(store, request, jobid):
-    """Show a job and its attempts."""
+    """Show a job and its attempts.
+
+    Answer: an object with the keys that help job lists. 404: there is no
+    such job.
+    """
     found = store.job(request.namespace, jobid)
     if found is None:
         raise Error(404, "There is no job %d." % jobid)
@@ -4441,7 +4605,14 @@ def get_job(store, request, jobid):
 
 
 def get_output(store, request, jobid):
-    """Show the end of what the last attempt at a job has printed."""
+    """Show the end of what the last attempt at a job has printed.
+
+    Option: bytes, how many of each stream, 65536 if not given, at most
+    1048576. Answer: {"stdout": "…", "stderr": "…", "truncated": false,
+    "running": true}. 403: the reading jobix needs serve --share-output.
+    404: there is no such job, or its worker's logs are not in the folder logs
+    beside the access file.
+    """
     size = request.options(bytes=from_query(integer(1, MAX_LOG)))["bytes"]
     if request.readonly and not store.shares_output:
         raise Error(403, "This jobix doesn't see output: start the server with"
@@ -4479,7 +4650,21 @@ def read_place(text, order):
 
 
 def get_jobs(store, request):
-    """Show a page of jobs."""
+    """Show a page of jobs. Options:
+
+      ids, submission  only these jobs: 1,3,5-8, or the name of a submission
+      stage, state     only jobs in this stage or state, or expired ones
+      match            only jobs with this text in jobcmd or filename
+      worker           only jobs that this worker has claimed
+      order            id, time (the longest in their stage first), -id, -time
+      limit            how many; 100 if not given, at most 1000
+      after            where to go on: after in the answer before
+      attempts         how many attempts of each job to show, at most 100
+
+    Answer: {"jobs": [{…}, …], "after": …}; the jobs are as in GET /job,
+    without waits_for. after is null on the last page. A page may be short
+    and not the last.
+    """
     given = read_selected(
         store, request,
         stage=from_query(request.stage),
@@ -4510,7 +4695,15 @@ def get_jobs(store, request):
 
 
 def get_workers(store, request):
-    """Show the workers that were heard of in the last day."""
+    """Show the workers that were heard of in the last day.
+
+    Answer: {"time": …, "workers": [{"name": "node7-4711", "host": "node7",
+    "stages": [0], "stage_names": ["align"], "slots": 16, "busy": 2, "holds":
+    [[35, 12.5]], "done": 90, "failed": 1, "heard": …, "quarantine": null,
+    "drain": false}, …]}, the latest first. holds lists the jobs that it has,
+    each with its seconds since the claim. heard is when its last heartbeat
+    came, from which the rest is; null is what it did not say.
+    """
     now, heard = store.workers(request.namespace, within=86400)
     return tagged(request, to_json({"workers": heard}), now)
 
@@ -4522,8 +4715,13 @@ DIFFERS = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|[0-9]+""")
 def get_failures(store, request):
     """Show the latest failed jobs in groups of one reason each.
 
-    A group has the message and the host of its latest job; `hosts` is how
-    many there are.
+    Options: ids, as 1,3,5-8, or submission, a name: only these jobs.
+    Answer: {"failed": 300, "looked_at": 300, "groups": [{"stage": 0,
+    "exit_code": 1, "message": "no such file", "host": "node7", "hosts": 12,
+    "jobs": 290, "ids": [4, …]}, …]}, the largest group first. Messages of
+    a group may differ in numbers, quoted parts and paths. message and host
+    are those of the latest job; hosts counts the hosts. The latest 1000
+    failed jobs are looked at.
     """
     failed, rows = store.failures(
         request.namespace, **read_selected(store, request))
@@ -4546,7 +4744,14 @@ def get_failures(store, request):
 
 
 def get_pace(store, request):
-    """Show how fast jobs became done, as time went."""
+    """Show how fast jobs became done, over time.
+
+    Option: minutes, how far to look back; all the time if not given.
+    Answer: {"time": …, "start": …, "step": 60, "updates": [12, 3], "done":
+    [10, 3], "failed": [0, 1]}: in each step of so many seconds from start,
+    the attempts that became done, the jobs that became done, and the attempts
+    that failed. The last step is not over.
+    """
     given = request.options(minutes=from_query(integer(1, 10**7)))
     pace = store.throughput(request.namespace, given["minutes"])
     now = pace.pop("time")
@@ -4554,7 +4759,19 @@ def get_pace(store, request):
 
 
 def get_status(store, request):
-    """Show the figures."""
+    """Show how many jobs are in each stage and state.
+
+    Options: ids, as 1,3,5-8, or submission, a name: only these jobs.
+    Answer: {"version": "0.1.0", "time": …, "stages": [{"stage": 0, "name":
+    "align", "lifetime": 10, "paused": false, "jobs": 3, "expired": 0,
+    "states": {"waiting": 2, …}, "runtime": {"attempts": 9, "median": 1.2,
+    "p90": 4.8}}, …], "totals": {"jobs": 3, "expired": 0, "states": {…}},
+    "rate": 0.5, "seconds_left": 6.0, "readonly": false}.
+    runtime is how long attempts ran that became done, in seconds, up to a
+    fifth too high, or null. rate is how many jobs became done a second, in
+    the last two minutes, null with options. seconds_left is the number of
+    unfinished jobs divided by rate, or null. readonly: by the reading jobix.
+    """
     figures = store.status(
         request.namespace, **read_selected(store, request))
     figures["readonly"], now = request.readonly, figures.pop("time")
@@ -4588,7 +4805,21 @@ def stage_stats(stage, spent):
 
 
 def get_stats(store, request):
-    """Show what time the attempts have taken, and what was lost."""
+    """Show what time the attempts have taken, and what was lost.
+
+    Answer: {"time": …, "stages": [{"stage": 0, "claims": 100, "retries": 3,
+    "run": {"attempts": 97, "median": 1.2, "p90": …, "p95": …, "p99": …},
+    "wait": {"claims": 100, "median": 0.5, …}, "outcomes": {"done":
+    {"attempts": 97, "seconds": 150.2}, …}, "useful": 150.2, "lost": 0,
+    "advised": 1}, …], "totals": {"claims": 100, "retries": 3,
+    "useful": 150.2, "lost": 0}}, by the stage that jobs were claimed from.
+    retries are claims that were not the first in the stage. run is how long
+    attempts ran that became done, wait how long jobs waited for a claim, in
+    seconds, up to a fifth too high. useful are the seconds of attempts that
+    became done, lost those of attempts that were cut off. An attempt that
+    lapsed and ended after all counts as both. advised is a lifetime in
+    minutes for the stage one up: twice the p95 of run.
+    """
     now, stages = store.stats(request.namespace)
     stages = [stage_stats(*pair) for pair in sorted(stages.items())]
     names = "claims", "retries", "useful", "lost"
@@ -4600,16 +4831,20 @@ def get_stats(store, request):
 METRICS = (
     ("info", "gauge", "This server's version."),
     ("jobs", "gauge", "Jobs by stage and state."),
-    ("expired_jobs", "gauge", "Jobs over their lifetime."),
+    ("expired_jobs", "gauge", "Jobs over their lifetime, by stage and state."),
     ("workers", "gauge", "Workers heard from in the last five minutes."),
     ("slots", "gauge", "Slots of those workers."),
-    ("busy", "gauge", "Slots of theirs that have a job."),
-    ("claims_total", "counter", "Jobs that were claimed."),
-    ("retries_total", "counter", "Claims that were not a job's first."),
-    ("attempts_total", "counter", "Attempts that ended."),
-    ("spent_seconds_total", "counter", "Time of attempts that ended."),
-    ("attempt_seconds", "histogram", "Attempts, when done."),
-    ("wait_seconds", "histogram", "From free to claimed."),
+    ("busy", "gauge", "Slots of those workers that have a job."),
+    ("claims_total", "counter", "Claims of jobs, by stage."),
+    ("retries_total", "counter",
+     "Claims that were not the first in the stage, by stage."),
+    ("attempts_total", "counter",
+     "Attempts that ended, by stage and outcome."),
+    ("spent_seconds_total", "counter",
+     "Time of attempts that ended, by stage and outcome."),
+    ("attempt_seconds", "histogram",
+     "Time of attempts that became done, by stage."),
+    ("wait_seconds", "histogram", "Time from free to claimed, by stage."),
 )
 HISTOGRAMS = {"attempt_seconds": "done", "wait_seconds": "claimed"}
 
@@ -4644,9 +4879,9 @@ def samples(groups, workers, stages):
 
 
 def get_metrics(store, request):
-    """Show the figures of all namespaces together, for Prometheus.
+    """Show figures of all jobix together, as text for Prometheus.
 
-    Its text format, version 0.0.4, is described at
+    help metrics lists them. The format is version 0.0.4 of
     https://prometheus.io/docs/instrumenting/exposition_formats/
     """
     lines = {name: ["# HELP jobman_%s %s\n# TYPE jobman_%s %s\n" % (
@@ -4659,7 +4894,10 @@ def get_metrics(store, request):
 
 
 def get_health(store, request):
-    """Say that the database answers."""
+    """Say whether the database can be read.
+
+    Answer: {"status": "ok", "version": "0.1.0"}. 503: it can't be read.
+    """
     store.health()
     return Response.json({"status": "ok", "version": __version__})
 
@@ -4842,9 +5080,11 @@ def dashboard_file():
 
 
 def get_dashboard(store, request):
-    """Show the page; it asks for its content by itself, with a jobix.
+    """Show the page; it asks for a jobix by itself.
 
-    A plain page is shown where there is no script, or no dashboard.html.
+    A plain page is shown where dashboard.html is missing, and without a script
+    at /get?plain=1, which takes the jobix as the password of HTTP Basic.
+    401: there is no jobix, or a wrong one.
     """
     page = None if request.query == "plain=1" else dashboard_file()
     if page is not None:
@@ -4855,18 +5095,354 @@ def get_dashboard(store, request):
 
 
 def get_greeting(store, request):
-    """Return a greeting; a browser gets the dashboard."""
+    """Say which program this is: a line of text, or the page for a browser."""
     if "text/html" in request.headers.get("accept", ""):
         return get_dashboard(store, request)
     return Response.text("This is jobman %s, a job manager." % __version__)
 
 
 def get_lifetime_page(store, request):
-    """Show the lifetimes of the caller's stages in minutes."""
+    """Show a page with the lifetimes of the caller's stages, in minutes.
+
+    A browser logs in at /lifetime?plain=1, as at /get?plain=1.
+    """
     return login_page(store, request, "lifetime") or page_response(
         PLAIN % html_table("Lifetimes", ("stage", "minutes"), [
             {"stage": stage, "minutes": minutes} for stage, minutes
             in store.lifetimes(request.namespace).items()]))
+
+
+# ------------------------------------------------------------------ help ---
+
+# What the keys of a job mean, in calls and in CSV, and those of an attempt.
+JOB_FIELDS = {
+    "jobstage": "the stage where it waits, a number or a name; required",
+    "jobcmd": "its command, or any other JSON, at most 200 levels deep",
+    "filename": "the name of a file, for the command of the next stage",
+    "laststage": "it is done in this stage and beyond (default: the last stage"
+    " of /init; without that it is never done)",
+    "priority": "a number from -2^31 to 2^31-1; jobs with a higher one are"
+    " claimed first (default 0)",
+    "max_attempts": "it is failed after so many failures in a stage (default"
+    " 3; see serve --retries)",
+    "timeout": "seconds that its command may take (default: no limit)",
+    "cwd": "the folder that its command runs in (default: the worker's)",
+    "outputs": "paths of files that its commands make, a list; a worker checks"
+    " them before the next stage",
+    "after": "ids of jobs that must be done before it can be claimed",
+    "jobid": "its number",
+    "stage": "the stage that it is in",
+    "stage_name": "the name of that stage",
+    "state": "see help states",
+    "expired": "whether it has been in its stage for longer than the lifetime"
+    " of the stage",
+    "since": "when it came into its stage",
+    "due": "when its lease or its delay ends",
+    "worker": "the worker that claimed it last",
+    "attempt": "the number of its latest attempt in the stage that it is"
+    " claimed from",
+    "failures": "how many attempts failed in that stage",
+    "lapses": "how many leases lapsed in that stage",
+    "rejects": "how often its files were rejected, since it was added or"
+    " retried",
+    "files": "the files that were made for it, a list of"
+    ' {"path": "a.gz", "size": 9, "sha256": "<64 hex digits>"}',
+    "made": "the stage that made them",
+    "waits": "how many jobs it waits for",
+    "waits_for": "the ids of the first 100 of them",
+    "aborted_by": "the job whose end aborted it",
+    "command": "the command of its stage, as a person would write it",
+    "item": "the item of that command, in CSV only",
+    "why": "a sentence: why it is not running, or how it ended",
+    "attempts": "the last 100 of its attempts that have ended, the oldest"
+    " first",
+}
+ATTEMPT_FIELDS = {
+    "attempt": "its number in the stage, from 1",
+    "stage": "the stage that the job was claimed from",
+    "target": "the stage that its update named",
+    "worker": "the worker that claimed the job",
+    "host": "the host of the worker, unless the attempt was done",
+    "started": "when the job was claimed",
+    "ended": "when the attempt ended",
+    "seconds": "the time between them, in CSV only",
+    "outcome": "see help states",
+    "exit_code": "the exit status of the command",
+    "error": "what went wrong, in a sentence",
+    "stderr": "the end of standard error, at most 4096 characters",
+}
+# The columns of CSV: of a job, and of its last attempt that has ended.
+JOB_COLUMNS = (
+    "jobid", "stage", "state", "expired", "since", "priority", "laststage",
+    "worker", "attempt", "failures", "lapses", "waits", "aborted_by",
+    "filename", "jobcmd", "command", "item",
+)
+ATTEMPT_COLUMNS = (
+    "host", "started", "ended", "seconds", "outcome", "exit_code", "error",
+    "stderr")
+
+
+def only(names, meanings):
+    """Return the meanings of some names, a dict."""
+    return {name: meanings[name] for name in names}
+
+
+# What help has on each topic: its line in the list, then paragraphs, and
+# dicts of names and what they mean.
+TOPICS = {
+    "http": (
+        "the HTTP calls: options, bodies, answers and errors", """\
+A call is HTTP/1.1 or 1.0 and has the header jobix: <number>. Calls marked
+(no jobix) need none; calls marked (reading) take the reading jobix too.
+Answers are JSON, unless a call says text or page. An error is answered with
+{"error": "<one sentence>"}, and has changed nothing: see help errors.""", """\
+A body is JSON, plain or as zlib or gzip data: its first bytes say which, not
+its headers. It may have 64 MiB, and as much when inflated. NaN and Infinity
+are not JSON. An optional key may be null. Where all keys are optional the
+body may be empty.""", """\
+Options are in the query: /get/0?wait=20&n=5. A call with options refuses
+unknown ones; a call without options ignores the query. Slashes at the start
+of a path count as one. HEAD works where GET changes nothing.""", """\
+Times are seconds since 1970, by the server's clock. Answers that show jobs,
+workers or figures have an ETag: with it in the header If-None-Match the
+answer is 304 if nothing has changed but the time.""", """\
+A connection is closed after 20 seconds without a first request, after 300
+without another one, and after a 401 or 403. TLS is version 1.2 or later.""", {
+            "jobix": "0 to 2^63-1",
+            "jobid": "0 to 2^53-1",
+            "stage": "0 to 1000000, or the name of a stage: a letter and up to"
+            " 63 of A-Z a-z 0-9 _ . -, but not all or last; a jobix may have"
+            " 1000 different stages",
+            "minutes": "0 to 10^9; 0 is no limit",
+            "seconds": "0 to 10^9, with or without a fraction",
+            "claim": "a token, 1 to 64 of A-Z a-z 0-9 _ -; each claim of a job"
+            " has a new one",
+            "worker, key": "1 to 255 characters",
+        }),
+    "job": (
+        "what a job carries, and what is shown of it", """\
+A job in /set, in /submit and in the file of submit --from-json may have:""",
+        only(CARRIES, JOB_FIELDS), """\
+worker.py runs a jobcmd that is a string by /bin/sh, and a list of strings
+as argv. Of {"steps": {"0": "fetch", "2": ["align", "-v"]}, "item": "a"} it
+runs the command for the job's stage, with a in $JOBMAN_ITEM.""", """\
+GET /job and GET /jobs show all of these but jobstage and after. They also
+show the following; null means that there is none.""",
+        only([name for name in JOB_FIELDS if name not in CARRIES], JOB_FIELDS),
+        "An attempt has:", ATTEMPT_FIELDS),
+    "states": (
+        "the states of a job, and the outcomes of its attempts", {
+            "waiting": "the next claim of its stage may take it",
+            "delayed": "an attempt failed or was deferred, or its files were"
+            " rejected: it waits again after 2, 8, 32, 128, 512, and then"
+            " always 600 seconds",
+            "blocked": "it waits for other jobs (after) that are not done",
+            "working": "it was claimed, and is in the stage that the claim"
+            " moved it to",
+            "done": "it has reached its laststage",
+            "failed": "in one stage max_attempts attempts failed or 5 leases"
+            " lapsed (see serve --lapses), or its files were rejected"
+            " max_attempts times",
+            "cancelled": "/cancel was called",
+            "aborted": "a job that it waits for is failed, cancelled or"
+            " aborted; when that one is retried, it is blocked again",
+        }, """\
+A job that failed, lapsed or was released goes back to the stage that it
+was claimed from, a rejected one to the stage that made its files. Done,
+failed, cancelled and aborted jobs stay as they are until /retry. Attempts,
+failures and lapses are counted anew when an update, a rejection, /retry or
+/check_stages puts a job into a stage. A job that has been done once blocks
+no others, even if it runs again. A job over its stage's lifetime is marked
+as expired, whatever its state is, until it moves.""", """\
+A claim without a lease reserves nothing: the job can be claimed again in the
+stage that the claim moved it to. A done job can be claimed from the stage
+that it is in.""", "The outcome of an attempt says what ended it:", {
+            "done": "an update",
+            "failed": "/fail_job",
+            "deferred": "/fail_job with exit_code 75; not counted",
+            "rejected": "/reject_job",
+            "released": "/release_job or /release; not counted",
+            "lapsed": "its lease was not renewed, and no result came later",
+            "cancelled": "/cancel",
+            "expired": "/check_stages/<old>/<new>",
+            "superseded": "it had no lease, and the job was claimed again",
+        }),
+    "errors": (
+        "the HTTP statuses of errors, and what to do", {
+            400: "something is malformed, unknown, missing, given twice or out"
+            " of range in the path, query or body, or in the HTTP itself",
+            401: "a page needs the jobix as the password",
+            403: "the header jobix is missing or malformed; or this server"
+            " doesn't take that jobix: the right one is in its access file; or"
+            " it is the reading jobix, and the call is not for reading",
+            404: "there is no such call, or this jobix has no such job, stage,"
+            " worker or submission",
+            405: "use the method that the header Allow names",
+            408: "the head of the request took over 20 seconds, or the body"
+            " over a minute and came at under 64 KiB a second",
+            409: "the claim is no longer the job's, so drop the result; or"
+            " what the call itself says",
+            411: "send a Content-Length, and no Transfer-Encoding",
+            413: "the body has over 64 MiB, as it is or inflated, over 250000"
+            " jobs or over 4000000 values: send it in parts",
+            414: "the request line has over 64 KiB",
+            421: "with serve --open: the name in the header Host is not this"
+            " server's; give it as --url, or use its address",
+            431: "the headers have over 64 KiB, or are over 100",
+            500: "jobman has a fault: see the server's standard error",
+            503: "the server can't do that now: its disk is full, it is"
+            " ending, or it has too many connections; repeat the call after"
+            " the seconds in the header Retry-After",
+            505: "use HTTP/1.1 or HTTP/1.0",
+        }, """\
+The checks come in this order: the head of the request, path and method (404,
+405), the jobix (403), values in the path, the query and the body, the job."""
+    ),
+    "metrics": (
+        "what GET /metrics shows", "The figures are of all jobix together:",
+        {"jobman_" + name: "%s: %s" % (kind, meaning)
+         for name, kind, meaning in METRICS}),
+    "export": (
+        "the columns of jobs --output csv, and joblog", """\
+The CSV is that of RFC 4180, in UTF-8, with a line of heads. Times are
+seconds since 1970. Null is empty. A jobcmd that is not a string is JSON.
+Names of files that are not UTF-8 are written byte by byte as they are.""",
+        only(JOB_COLUMNS, JOB_FIELDS),
+        "These are of the last attempt that has ended:",
+        only(ATTEMPT_COLUMNS, ATTEMPT_FIELDS), """\
+joblog is the format of GNU parallel's --joblog, with a line for each job of
+which an attempt has ended. Seq is the jobid, Host the host or the worker,
+JobRuntime the time from the claim to the end. Exitval is 0 for a done
+attempt and -1 for one without an exit status; for 128+n it is 0, and Signal
+is n. A newline in a command is a NUL, as parallel --retry-failed wants."""),
+    "files": (
+        "the files beside a database, and in ~/.jobman", """\
+These are beside a database FILE while a server has it open. Copy it with
+python3 jobman.py backup, not with cp.""", {
+            "FILE-wal, FILE-shm": "SQLite's log, a part of the database",
+            "FILE-journal": "SQLite's log on a network file system",
+            "FILE.lock": "names the server that has the database; do not"
+            " remove it",
+            "FILE.gate, FILE.turn": "with serve --shared: locks by which"
+            " servers take turns",
+            "FILE.crt, FILE.key": "the certificate for HTTPS and its key;"
+            " remove both, and the next start makes others",
+        }, "In ~/.jobman, unless an option names another place:", {
+            "jobman.db": "the database of serve",
+            "access.json": "the url, fingerprint, jobix, reading_jobix, host"
+            " and pid of the server, by which clients find it",
+            "logs/": "what commands have printed, a file for each worker, with"
+            " at most 1 MiB of each attempt; python3 jobman.py logs reads it",
+            "spool/": "results that a worker could not deliver; the next"
+            " worker delivers them, or worker.py --send-spool",
+        }, """\
+Use folders that only you can write to, as mkdir -m 700 makes them; others
+are refused. An access file that others can read is refused, too."""),
+    "environment": (
+        "the variables JOBMAN_...", """\
+These are read, where no option or argument says otherwise. Clients are
+worker.py, its Client, and the commands that ask a server.""", {
+            "JOBMAN_ACCESS": "the access file",
+            "JOBMAN_URL": "clients: the server's address, so that no access"
+            " file is needed; WSGI: its own address, for the access file",
+            "JOBMAN_JOBIX": "clients: the jobix, with JOBMAN_URL or instead of"
+            " the access file's; serve, WSGI: the jobix that is admitted",
+            "JOBMAN_FINGERPRINT": "clients, with JOBMAN_URL: the SHA-256 of"
+            " the server's certificate, in hex",
+            "JOBMAN_OPEN": "serve, WSGI: 1 admits any jobix",
+            "JOBMAN_DB": "WSGI: the database",
+            "JOBMAN_WAITERS": "WSGI: how many calls of a process may wait for"
+            " jobs at a time (default 2)",
+        }, "These are set by worker.py for each command:", {
+            "JOBMAN_JOBID": "the job's number",
+            "JOBMAN_STAGE": "the stage that it was claimed from",
+            "JOBMAN_ATTEMPT": "the number of this attempt, from 1",
+            "JOBMAN_FILENAME": "the job's filename, or empty",
+            "JOBMAN_ITEM": "the job's item, if it has one",
+            "JOBMAN_RESULT": "a file into which the command may write a JSON"
+            " object with filename, jobcmd or outputs, for the next stage",
+        }),
+    "network": (
+        "databases on network file systems", """\
+A server that starts looks up the file system of its database, and tries
+locks there. It works alone, and says so on standard error, wherever locks do
+not work, on any kind of FUSE, and on these kinds:""",
+        textwrap.fill(
+            ", ".join(sorted(NETWORK_FILE_SYSTEMS)), 79,
+            initial_indent="  ", subsequent_indent="  "), """\
+There no other server can have the database: --shared and WSGI are refused,
+and backup and check need the server to be ended. Reads wait for writes, and
+there is a rollback journal instead of a WAL. Changes are on disk before they
+are answered, as on any file system.""", """\
+The FILE.lock beside the database has a heartbeat, written every %d seconds.
+A server that finds the FILE.lock of another host watches it for %d seconds:
+it ends if there is a heartbeat, otherwise it takes over. So end a server
+before you start one on another host. A server that could not write its
+heartbeat for %d seconds, or was paused for so long, answers 503 until it
+has written one. A server that has lost its database ends with status 1.""" % (
+            ServerLock.BEAT, ServerLock.STALE, ServerLock.LIMIT), """\
+A host that crashes may leave locks on its NFS server: for about 90 seconds
+with NFSv4, until it is up again with NFSv3. Meanwhile no other host can use
+the database. A local file system is faster, as in a folder of your own in
+/tmp, or in /dev/shm, which is empty after a reboot."""),
+}
+
+
+def definitions(meanings):
+    """Return the text of names and what they mean, in two columns."""
+    width = max(len(str(name)) for name in meanings) + 4
+    return "\n".join(
+        textwrap.fill(
+            meaning, 79, initial_indent=("  %s" % name).ljust(width),
+            subsequent_indent=" " * width)
+        for name, meaning in meanings.items())
+
+
+def describe_calls():
+    """Yield the text of each endpoint: its calls, and its docstring."""
+    for endpoint, routes in itertools.groupby(ROUTES, lambda route: route[2]):
+        mark = " (no jobix)" if endpoint in PUBLIC else \
+            " (reading)" if endpoint in READING else ""
+        lines = ["%s %s%s" % (method, path.replace("…>", ">/…"), mark)
+                 for method, path, _ in routes]
+        first, _, more = endpoint.__doc__.partition("\n")
+        text = first + "\n" + textwrap.dedent(more)
+        yield "\n".join([*lines, textwrap.indent(text.strip(), "    ")])
+
+
+def help_text(topic=None):
+    """Return the text of a topic, or the list of topics, in ASCII."""
+    if topic is None:
+        parts = [
+            "python3 jobman.py help TOPIC explains one of these:",
+            {name: line for name, (line, *_) in TOPICS.items()},
+            "python3 jobman.py COMMAND --help has the options of a command.\n"
+            "python3 -m pydoc worker explains the library for Python.",
+        ]
+    else:
+        _, *parts = TOPICS[topic]
+    if topic == "http":
+        parts += describe_calls()
+    return "\n\n".join(
+        part if type(part) is str else definitions(part)
+        for part in parts).replace("…", "...")
+
+
+def get_help(store, request, topic=None):
+    """Show a topic of jobman.py help, or the list of topics, as text.
+
+    404: there is no such topic.
+    """
+    if topic not in (None, *TOPICS):
+        raise Error(404, "There is no topic %.80r, only %s." % (
+            topic, ", ".join(TOPICS)))
+    return Response.text(help_text(topic) + "\n")
+
+
+def show_help(options):
+    """Print a topic, or the list of topics."""
+    print(help_text(options.topic))
+    return 0
 
 
 # ---------------------------------------------------------------- routes ---
@@ -4888,6 +5464,8 @@ ROUTES = (
     ("GET", "/metrics", get_metrics),
     ("GET", "/get", get_dashboard),
     ("GET", "/lifetime", get_lifetime_page),
+    ("GET", "/help", get_help),
+    ("GET", "/help/<topic>", get_help),
     ("GET", "/init", get_lifetimes),
     ("GET", "/init/<minutes…>", get_init),
     ("GET", "/lifetime/<stage>", get_lifetime),
@@ -4927,6 +5505,7 @@ ROUTES = (
 )
 PUBLIC = frozenset((
     get_greeting, get_health, get_metrics, get_dashboard, get_lifetime_page,
+    get_help,
 ))
 READING = frozenset((
     get_lifetimes, get_lifetime, get_stages, get_submissions, get_status,
@@ -4967,7 +5546,8 @@ def find_route(request):
                 return endpoint, list(zip(names, texts))
             allowed.append(method)
     if not allowed:
-        raise Error(404, "There is nothing at this address.")
+        raise Error(
+            404, "There is nothing at this address; see /help/http.")
     allowed = ", ".join(allowed)
     raise Error(405, "Use %s for this address." % allowed, Allow=allowed)
 
@@ -5023,7 +5603,7 @@ def respond(store, request):
     try:
         endpoint, given = find_route(request)
         if endpoint in PUBLIC:
-            return endpoint(store, request)
+            return endpoint(store, request, *(text for _, text in given))
         authorize(store, request, endpoint)
         arguments = [read_parameter(request, *each) for each in given]
         receive_body(store, request)
@@ -6515,16 +7095,6 @@ def id_lines(pages):
     """Yield the ids of jobs, one a line."""
     for page in pages:
         yield "".join("%d\n" % job["jobid"] for job in page)
-
-
-JOB_COLUMNS = (
-    "jobid", "stage", "state", "expired", "since", "priority", "laststage",
-    "worker", "attempt", "failures", "lapses", "waits", "aborted_by",
-    "filename", "jobcmd", "command", "item",
-)
-ATTEMPT_COLUMNS = (
-    "host", "started", "ended", "seconds", "outcome", "exit_code", "error",
-    "stderr")
 
 
 def csv_line(cells):
@@ -8430,6 +9000,7 @@ LOGS = (
            help="remove the output of jobs that were forgotten"),
     option("--logs", metavar="DIR", help="where workers keep output (default:"
            " next to the access file)"))
+TOPIC = option("topic", nargs="?", metavar="TOPIC")
 BATCH = (
     option("--nodes", type=argument(integer(1, 100000)), default=1,
            metavar="N", help="how many nodes, so workers (default 1)"),
@@ -8667,6 +9238,9 @@ Below each group is the command that retries its jobs."""),
     ("check", check, (DATABASE, OUTPUT),
      """check that a database is intact
   python3 jobman.py check --db jobs.db"""),
+    ("help", show_help, (TOPIC,), """explain a topic, or list the topics
+  python3 jobman.py help
+  python3 jobman.py help http"""),
     ("doctor", doctor, (ANY_DATABASE, *CLIENT),
      """check that all that is needed is there
   python3 jobman.py doctor
@@ -8710,13 +9284,27 @@ def split_off(arguments):
     return arguments, rest
 
 
+def ask_command(words, commands):
+    """Return `help COMMAND` as `COMMAND --help`, other words as they are.
+
+    End with exit status 2 if neither a topic nor a command is named.
+    """
+    name = words[1] if words[:1] == ["help"] and words[1:] else "-"
+    if name.startswith("-") or name in TOPICS:
+        return words
+    if name not in commands:
+        commands["help"].error("there is no topic or command %.80r%s" % (
+            name, did_you_mean(name, [*TOPICS, *commands])))
+    return [name, "-h"]
+
+
 def parse(arguments):
     """Return the command line's options; end with exit status 2 or 0."""
     parser = argparse.ArgumentParser(
         prog="jobman.py",
         description="Hand out jobs to any number of workers.",
-        epilog="python3 jobman.py COMMAND --help has the options and examples"
-        " of each.",
+        epilog="python3 jobman.py COMMAND --help shows options and examples."
+        "\npython3 jobman.py help explains all else, such as the HTTP calls.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = "jobman %s" % __version__
@@ -8738,6 +9326,7 @@ def parse(arguments):
     if words and words[0][:1] != "-" and words[0] not in commands.choices:
         parser.error("there is no command %.80r%s" % (
             words[0], did_you_mean(words[0], commands.choices)))
+    words = ask_command(words, commands.choices)
     options, unknown = parser.parse_known_args(words)
     if options.command is None:
         parser.error("name a command: %s" % ", ".join(commands.choices))

@@ -49,6 +49,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import traceback
@@ -662,7 +663,8 @@ class ContractTest(StoreCase):
                     "/status", "/pace", "/workers", "/failures", "/stats",
                     "/jobs", "/job/<jobid>"}
         for method, pattern, endpoint in jobman.ROUTES:
-            path = re.sub("<[^>]*>", "1", pattern)
+            path = re.sub(
+                "<[^>]*>", "1", pattern.replace("<topic>", "http"))
             body = b"{}" if method == "POST" else None
             reply = self.call(path, body, method=method, **reading)
             may = endpoint in jobman.PUBLIC or (
@@ -677,7 +679,8 @@ class ContractTest(StoreCase):
 
     def test_every_call_but_the_public_ones_needs_a_jobix(self):
         for method, pattern, endpoint in jobman.ROUTES:
-            path = re.sub("<[^>]*>", "1", pattern)
+            path = re.sub(
+                "<[^>]*>", "1", pattern.replace("<topic>", "http"))
             body = b"{}" if method == "POST" else None
             status = 200 if endpoint in jobman.PUBLIC else 403
             for headers in ({}, {"jobix": "x"}, {"jobix": ""}):
@@ -1222,7 +1225,8 @@ class ContractTest(StoreCase):
                 ).fetchone()[0]
 
         for _, pattern, endpoint in jobman.ROUTES:
-            path = re.sub("<[^>]*>", "1", pattern)
+            path = re.sub(
+                "<[^>]*>", "1", pattern.replace("<topic>", "http"))
             if endpoint in jobman.READING:
                 status = 404 if "<jobid>" in pattern else 200
                 self.assertEqual(status, self.call(path).status, path)
@@ -20171,6 +20175,172 @@ class BrowserTest(StoreCase):
 # ----------------------------------------------------------- comparisons ---
 
 
+class HelpTest(StoreCase):
+    """The program explains its calls, tables and files by itself."""
+
+    def text(self, *words, status=0):
+        """Return what `jobman.py help` prints."""
+        with contextlib.redirect_stdout(io.StringIO()) as out, \
+                contextlib.redirect_stderr(out):
+            try:
+                found = jobman.main(["help", *words])
+            except SystemExit as exit:
+                found = exit.code
+        self.assertEqual(status, found, out.getvalue())
+        return out.getvalue()
+
+    def calls(self):
+        """Return {"GET /status": its text} for all calls."""
+        found = {}
+        for part in re.split(r"\n\n(?=[A-Z]+ /)", self.text("http"))[1:]:
+            for line in part.splitlines():
+                if line and line[0] != " ":
+                    found[line.partition(" (")[0]] = part
+        return found
+
+    def assertNames(self, names, text):
+        """Assert that a text has names as words."""
+        words = set(re.findall(r"-?[\w-]+", text))
+        self.assertLessEqual(set(names), words)
+
+    def assertDefined(self, names, text):
+        """Assert that a list in a text says what each of some names means."""
+        for name in names:
+            self.assertRegex(text, r"(?m)^  %s  +\S" % name)
+
+    def test_the_server_gives_the_text_of_the_command(self):
+        for topic in ([], *([name] for name in jobman.TOPICS)):
+            path = "/".join(["/help", *topic])
+            reply = exchange(self.address, "GET", path)
+            self.assertEqual(200, reply.status)
+            self.assertEqual(
+                "text/plain; charset=utf-8", reply.headers["content-type"])
+            self.assertEqual(self.text(*topic), reply.body.decode("ascii"))
+            self.assertLess(max(map(len, reply.text.splitlines())), 80)
+            self.assertLessEqual(
+                set(re.findall(r"(?<!-)\bhelp ([a-z]+)", reply.text)),
+                set(jobman.TOPICS))
+            head = exchange(self.address, "HEAD", path)
+            self.assertEqual(b"", head.body)
+            self.assertEqual(
+                str(len(reply.body)), head.headers["content-length"])
+        self.assertDefined(jobman.TOPICS, self.text())
+
+    def test_what_is_no_topic(self):
+        for word, status, said in (
+            ("run", 0, "usage: jobman.py run "),
+            ("help", 0, "usage: jobman.py help "),
+            ("htp", 2, "no topic or command 'htp'; did you mean http?\n"),
+            ("sumbit", 2, "did you mean submit?\n"),
+        ):
+            self.assertIn(said, self.text(word, status=status))
+        reply = self.assertReply(
+            404, exchange(self.address, "GET", "/help/htp"))
+        self.assertIn("only http, job, states", reply.json()["error"])
+        reply = self.assertReply(404, self.call("/nothing"))
+        self.assertIn("see /help/http.", reply.json()["error"])
+
+    def test_every_call_is_explained_with_its_options(self):
+        calls, optional = self.calls(), set()
+        self.assertEqual(len(jobman.ROUTES), len(calls))
+        for method, path, _ in jobman.ROUTES:
+            call = "%s %s" % (method, path.replace("…>", ">/..."))
+            self.assertIn(call, calls)
+            reply = self.call(
+                re.sub("<.*?>", "1", path) + "?nonsense=1",
+                b"{}" if method == "POST" else None, method=method)
+            if "option 'nonsense'" in reply.text:
+                optional.add(path.split("/")[1])
+                names = re.search(r"only (.*)\.", reply.json()["error"])[1]
+                self.assertNames(names.split(", "), calls[call])
+        self.assertEqual({
+            "failures", "fail_job", "get", "jobs", "output", "pace",
+            "reject_job", "release_job", "status", "submissions",
+            "update_job"}, optional)
+
+    def test_every_key_of_a_body_is_explained(self):
+        calls = self.calls()
+        for call, keys in (
+            ("POST /stages", jobman.STAGE_VALUES),
+            ("POST /submit", ("key", "jobs", "part")),
+            ("POST /update_job/<jobid>/<stage>",
+             {**jobman.RESULTS, **jobman.REPORTS}),
+            ("POST /update_jobs", ("jobid", "jobstage", "claim")),
+            ("POST /fail_job/<jobid>", jobman.REPORTS),
+            ("POST /reject_job/<jobid>", {"files": 0, **jobman.REPORTS}),
+            ("POST /heartbeat", {
+                "worker": 0, "lease": 0, "claims": 0, **jobman.ABOUT_WORKER}),
+            ("POST /retry", ("ids", "submission", "stage", "state", "all")),
+        ):
+            self.assertNames(keys, calls[call])
+        self.assertDefined(jobman.CARRIES, self.text("job"))
+
+    def keys(self, value):
+        """Return the keys of an object, and of objects in it."""
+        if isinstance(value, list):
+            value = value[0] if value else None
+        if not isinstance(value, dict):
+            return set()
+        return set(value).union(*map(self.keys, value.values()))
+
+    def test_every_key_of_an_answer_is_explained(self):
+        self.ok("/submit", {"key": "x", "jobs": [
+            {"jobstage": 0, "max_attempts": 1}] * 2})
+        self.ok("/heartbeat", {"worker": "w", "lease": 9, "claims": []})
+        job = self.get(0, worker="w", lease=9)
+        calls, states = self.calls(), set(jobman.STATES)
+        self.assertNames(
+            set(job) - set(jobman.ALSO_CLAIMED), calls["GET /get/<stages>"])
+        self.assertReply(200, self.fail(job, exit_code=1))
+        self.assertReply(200, self.update(self.get(0, lease=9), 2))
+        for path in ("/status", "/pace", "/workers", "/failures", "/stats",
+                     "/submissions", "/jobs"):
+            keys = self.keys(self.ok(path)) - states
+            if path == "/jobs":
+                self.assertNames(("jobs", "after"), calls["GET /jobs"])
+                self.assertDefined(keys - {"jobs"}, self.text("job"))
+            else:
+                self.assertNames(keys, calls["GET " + path])
+        self.assertDefined(self.keys(self.ok("/job/1")), self.text("job"))
+
+    def test_every_name_in_a_table_is_explained(self):
+        sources = [read(path).decode() for path in (JOBMAN, WORKER)]
+        metrics = exchange(self.address, "GET", "/metrics").text
+        for topic, names in (
+            ("states", jobman.STATES),
+            ("states", (*jobman.CUT_OFF, "done", "failed", "deferred",
+                        "rejected")),
+            ("errors", re.findall(r"Error\(\s*(\d+)", sources[0])),
+            ("metrics", re.findall(r"# TYPE (\w+)", metrics)),
+            ("export", jobman.JOB_COLUMNS),
+            ("export", jobman.ATTEMPT_COLUMNS),
+            ("environment", re.findall(r"JOBMAN_[A-Z]+", "".join(sources))),
+        ):
+            self.assertGreater(len(names), 5)
+            self.assertDefined(names, self.text(topic))
+        self.assertNames(jobman.NETWORK_FILE_SYSTEMS, self.text("network"))
+
+
+class WsgiHelpTest(HelpTest):
+    """The same through WSGI."""
+
+    front = WsgiFront
+
+
+class PydocTest(TemporaryFolder):
+    """`pydoc3 worker` begins with a program that works."""
+
+    def test_the_first_example(self):
+        example = re.search(
+            r"\n    import worker\n.*?\n(?=\S)", worker.__doc__, re.S)[0]
+        with open(self.path("squares.py"), "w") as file:
+            file.write(textwrap.dedent(example))
+        self.environment["PYTHONPATH"] = HERE
+        self.serve()
+        self.assertEqual((0, "0\n1\n4\n9\n16\n", ""),
+                         self.command("squares.py"))
+
+
 @slow
 class CompareTest(TemporaryFolder):
     """bench/run.py measures what is there, and leaves nothing behind."""
@@ -20399,7 +20569,7 @@ class HouseTest(TemporaryFolder):
         machinery = {"locate", "call", "sweep", "persist", "exchange",
                      "connect", "identify", "close", "abort", "has_input",
                      "tell_once", "end_claim"}
-        self.assertEqual(verbs - {""}, methods - machinery)
+        self.assertEqual(verbs - {"", "help"}, methods - machinery)
 
     def test_importing_does_nothing_and_needs_no_packages(self):
         code = ("import sys; sys.path.insert(0, %r); import jobman, worker;"

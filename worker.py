@@ -4,10 +4,28 @@
     python3 worker.py --stage 0      run the jobs that wait in stage 0
 
 claims jobs, runs each one's command and tells the server what came of it.
-As a library this file gives `claim_jobs` and `run`, for programs that do the
-work themselves, and `Client`, with a method for every call that the server
-answers. It needs Python 3.6 or later and nothing else, and works when copied
-alone. The manual is jobman's README.md.
+As a library it is for programs that do the work themselves:
+
+    import worker
+
+    def square(job):
+        return {"jobcmd": {"n": job.jobcmd, "square": job.jobcmd ** 2}}
+
+    client = worker.Client()  # finds the server by its access file
+    client.submit("squares", [
+        {"jobstage": 10, "laststage": 12, "jobcmd": n} for n in range(5)])
+    worker.run(square, stage=10, idle_timeout=1)
+    for job in client.jobs(stage=12)["jobs"]:
+        print(job["jobcmd"]["square"])
+
+Start it as often as you like: the jobs are added once and shared by all.
+
+`run` calls a function for each job; `claim_jobs` yields the jobs, for a loop.
+`Job` is such a job. `Client` has a method for every call that the server
+answers, which `python3 jobman.py help http` explains. Errors are `Refused`,
+by the server, and `Unreachable`; both are `Trouble`.
+
+It needs Python 3.6 or later and nothing else, and works when copied alone.
 """
 
 import signal
@@ -534,7 +552,7 @@ class Client:
         return self.call("GET", "/failures", options=options)
 
     def stats(self):
-        """Return what time attempts have taken: see GET /stats in README."""
+        """Return what time attempts have taken: a dict, as GET /stats."""
         return self.call("GET", "/stats")
 
     def metrics(self):
