@@ -2581,9 +2581,9 @@ class Store:
 
     @change
     def heartbeat(self, tx, namespace, *, claims, lease, worker):
-        """Renew `claims`, a list of (jobid, token, news), for `lease` seconds.
+        """Renew `claims`, a list of (jobid, token), for `lease` seconds.
 
-        The news are the `progress` of an attempt and its `note`, or None.
+        A third item is news of the attempt: `progress` and `note`, or None.
         `worker` is what it says of itself: the columns of its table, and
         whether it has `ended`. One in quarantine stays listed, for a person
         to look at. Returns a list of the jobids whose claim is lost, whether
@@ -2596,12 +2596,12 @@ class Store:
             tx.execute(SQL.HEARD, worker)
         drained = tx.execute(SQL.DRAINED, worker).fetchone()
         lost = []
-        for jobid, claim, news in claims:
+        for jobid, claim, *news in claims:
             if not self.renew(tx, namespace, jobid, claim, lease):
                 lost.append(jobid)
             elif news:
                 tx.execute(SQL.TELL, dict(
-                    news, namespace=namespace, jobid=jobid))
+                    *news, namespace=namespace, jobid=jobid))
         return lost, drained is not None, min(
             lease / 3, max(BEAT, self.count_alive(tx) / BEATS))
 
@@ -4359,7 +4359,7 @@ def post_heartbeat(store, request):
         request.namespace,
         claims=[
             (JOBID(jobid, "jobid"), token(text, "claim"),
-             read_news(news[0]) if news else None)
+             *map(read_news, news))
             for jobid, text, *news in claims],
         lease=period(given["lease"], "lease"),
         worker=read_worker(given, request.stage),

@@ -2698,6 +2698,7 @@ class ShowTest(StoreCase):
             due=now + 60, worker="w3", attempt=1, failures=0, lapses=0,
             rejects=0, jobcmd=["cmd", 2],
             files=made("a"), made=0, waits=0, waits_for=[], aborted_by=None,
+            progress=None, note=None,
         ), shown)
         self.assertNotIn(job["claim"], json.dumps(shown))
         self.assertEqual([
@@ -7553,7 +7554,7 @@ class CostTest(StoreCase):
             "GROUP by id", "GROUP by -id", "GROUP by time",
             "GROUP by -time"),
         "sqlite_autoindex_job_1": (
-            "JOB", "SHOWN_JOB", "RENEW", "LIMIT_ATTEMPTS",
+            "JOB", "SHOWN_JOB", "RENEW", "TELL", "LIMIT_ATTEMPTS",
             "WHOLE by id", "WHOLE by -id",
             "ADD_DEPENDENCY", "LAST_JOBID", "COUNT_JOBS"),
         "INTEGER PRIMARY KEY": (
