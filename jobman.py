@@ -98,6 +98,8 @@ MAX_NAME = 255  # characters of a worker's name or a submission's key
 BEAT = 5  # seconds between a worker's heartbeats, while workers are few
 BEATS = 60  # heartbeats a second, at most, of many workers
 ALIVE = 120  # seconds since its last heartbeat in which a worker counts
+MAX_WORD = 100  # characters kept of how far an attempt is
+MAX_NOTE = 4096  # characters of an attempt's note for the next one
 MAX_REPORT = 4096  # characters kept of an attempt's error and stderr
 MAX_LOG = 2**20  # bytes of a job's output in one answer
 MAX_ATTEMPTS = 3  # failures in a stage before a job is failed
@@ -291,6 +293,8 @@ create table job (
     timeout real,
     cwd text,
     outputs text,
+    progress text,                     -- of its attempt, as its worker told it
+    note text,                         -- of an attempt for the next one
     unmet integer not null default 0,  -- dependencies not yet met
     unique (namespace, jobid));
 create index job_queue on job (namespace, stage, free, priority desc, jobid);
@@ -391,7 +395,7 @@ class SQL:
     STATE = """
         select id, namespace, jobid, stage, state, expired, entered_at,
             expires_at, lease, claimed_from, claimed_to, claim, worker,
-            attempt, failures, lapses, rejects, unmet, max_attempts,
+            attempt, failures, lapses, rejects, unmet, max_attempts, note,
             coalesce(laststage, (select namespace.laststage from namespace
                 where namespace.id = job.namespace)) as final"""
     ANY_JOB = STATE + " from job "
@@ -399,7 +403,7 @@ class SQL:
     JOB_BY_ID = ANY_JOB + "where id = :id"
     # … and the rest of it
     WHOLE_JOB = STATE + """, free, priority, laststage, timeout, jobcmd,
-        filename, files, files_stage, cwd, outputs from job """
+        filename, files, files_stage, cwd, outputs, progress from job """
     SHOWN_JOB = """
         select *, (select name from stage where namespace = :namespace
             and stage.stage = shown.stage) as stage_name from (""" + \
@@ -438,7 +442,7 @@ class SQL:
             lease = :lease, claimed_from = :claimed_from,
             claimed_to = :claimed_to, claim = :claim, worker = :worker,
             attempt = :attempt, failures = :failures, lapses = :lapses,
-            rejects = :rejects
+            rejects = :rejects, note = :note, progress = null
         where id = :id and stage = :old_stage and state = :old_state
             and claim is :old_claim"""
     REPLACE = """
@@ -449,6 +453,10 @@ class SQL:
         update job set expires_at = :expires_at, lease = :lease, free = 0
         where namespace = :namespace and jobid = :jobid and claim = :claim
         and state = 'working'"""
+    TELL = """
+        update job set progress = coalesce(:progress, progress),
+            note = coalesce(:note, note)
+        where namespace = :namespace and jobid = :jobid"""
     # at a server's start and after a pause: an outage costs no lease
     RENEW_ALL = """
         update job set expires_at = :now + lease
@@ -1730,7 +1738,8 @@ FAILURES_READ = 1000  # failed jobs that /failures groups, the latest
 PAGE_TEXT = 8 * 2**20  # characters of text after which a page ends
 ATTEMPTS_SHOWN = 100  # of one job, the last
 SUBMISSIONS_SHOWN = 100  # the latest
-JSON_COLUMNS = "jobcmd", "filename", "files", "cwd", "outputs"
+JSON_COLUMNS = (
+    "jobcmd", "filename", "files", "cwd", "outputs", "progress", "note")
 ROWS_AT_ONCE = 70  # 999 variables: SQLite's limit before 3.32
 CHUNK = 250  # jobs in a step: about 15 ms, and another claim waits for two
 PRUNED = 1000  # attempts that one transaction looks at
@@ -2420,7 +2429,7 @@ class Store:
             tx, job, "done", target=stage, report=report, given=given)
         state = self.settled_state(tx, job, stage)
         self.move(tx, job, stage=stage, state=state, attempt=0, failures=0,
-                  lapses=0)
+                  lapses=0, note=None)
         if state == "done" != job["state"]:
             tx.count_ends(namespace, jobs=1)
 
@@ -2448,10 +2457,13 @@ class Store:
         raise Error(409, "Job %d is no longer yours." % job["jobid"])
 
     @change
-    def fail_job(self, tx, namespace, jobid, *, claim=None, report=None):
+    def fail_job(
+        self, tx, namespace, jobid, *, claim=None, report=None, note=None
+    ):
         """Put a job back where it was claimed: delayed, at last failed.
 
         Exit status 75 asks to try later: that isn't counted as a failure.
+        `note` is for the next attempt.
         Returns the job's state, failures and delay in seconds. Raises the
         errors of update_jobs(); 409 too when nobody has claimed the job.
         """
@@ -2465,7 +2477,7 @@ class Store:
             self.delay_or_fail(
                 tx, job, job["attempt"] if later else failures,
                 counted=not later, stage=job["claimed_from"],
-                failures=failures)
+                failures=failures, note=note or job["note"])
         return self.outcome(tx, job, "state", "failures", "delay")
 
     def outcome(self, tx, job, *names):
@@ -2509,7 +2521,7 @@ class Store:
             stage, rejects = content["files_stage"], job["rejects"] + 1
             self.restore(tx, job, stage)
             self.delay_or_fail(tx, job, rejects, rejects=rejects, stage=stage,
-                               attempt=0, failures=0, lapses=0)
+                               attempt=0, failures=0, lapses=0, note=None)
         return self.outcome(tx, job, "state", "stage", "rejects", "delay")
 
     def require_files(self, job, content, claim, files):
@@ -2541,21 +2553,24 @@ class Store:
         tx.execute(SQL.REPLACE, dict(before, id=job["id"]))
 
     @change
-    def release_job(self, tx, namespace, jobid, *, claim=None):
-        """Give a claim back unharmed; raise the errors of fail_job()."""
+    def release_job(self, tx, namespace, jobid, *, claim=None, note=None):
+        """Give a claim back unharmed, with a note for the next attempt.
+
+        Raises the errors of fail_job().
+        """
         job = self.find(tx, namespace, jobid)
         if not self.already_ended(tx, job, claim, "released"):
             self.require_claim(job)
-            self.release_one(tx, job)
+            self.release_one(tx, job, note)
         return self.outcome(tx, job, "state")
 
-    def release_one(self, tx, job):
+    def release_one(self, tx, job, note=None):
         """Take a claim back, uncounted; return 1."""
         self.end_attempt(tx, job, "released")
         stage = job["claimed_from"]
         state = self.settled_state(tx, job, stage)
         self.move(tx, job, stage=stage, state=state,
-                  attempt=job["attempt"] - 1)
+                  attempt=job["attempt"] - 1, note=note or job["note"])
         return 1
 
     def require_claim(self, job):
@@ -2569,6 +2584,7 @@ class Store:
     def heartbeat(self, tx, namespace, *, claims, lease, worker):
         """Renew `claims`, a list of (jobid, token), for `lease` seconds.
 
+        A third item is news of the attempt: `progress` and `note`, or None.
         `worker` is what it says of itself: the columns of its table, and
         whether it has `ended`. One in quarantine stays listed, for a person
         to look at. Returns a list of the jobids whose claim is lost, whether
@@ -2580,10 +2596,13 @@ class Store:
         else:
             tx.execute(SQL.HEARD, worker)
         drained = tx.execute(SQL.DRAINED, worker).fetchone()
-        lost = [
-            jobid for jobid, claim in claims
-            if not self.renew(tx, namespace, jobid, claim, lease)
-        ]
+        lost = []
+        for jobid, claim, *news in claims:
+            if not self.renew(tx, namespace, jobid, claim, lease):
+                lost.append(jobid)
+            elif news:
+                tx.execute(SQL.TELL, dict(
+                    *news, namespace=namespace, jobid=jobid))
         return lost, drained is not None, min(
             lease / 3, max(BEAT, self.count_alive(tx) / BEATS))
 
@@ -3569,6 +3588,32 @@ def read_ranges(text, name):
     return joined(ranges)
 
 
+def progress(value, name):
+    """Read how far an attempt is: [a part of 1, a word]; return JSON text."""
+    known = type(value) is list and len(value) == 2
+    if not (known and type(value[0]) in (int, float)
+            and 0 <= value[0] <= 1 and is_text(value[1])):
+        raise Error(400, "%s must be a list of a number from 0 to 1 and a"
+                    " string." % name)
+    return to_json({"part": value[0], "word": value[1][:MAX_WORD]})
+
+
+def note_text(value, name):
+    """Read an attempt's note for the next one; return JSON text."""
+    if not is_text(value) or len(value) > MAX_NOTE:
+        raise Error(400, "%s must be a string of up to %d characters."
+                    % (name, MAX_NOTE))
+    return to_json(value)
+
+
+def read_news(value):
+    """Return what a claim in a heartbeat tells of its attempt."""
+    if type(value) is not dict or set(value) - set(NEWS):
+        raise Error(400, "A claim can tell only %s." % ", ".join(NEWS))
+    return {name: read_optional(value, name, reader)
+            for name, reader in NEWS.items()}
+
+
 def jobid_list(value, name):
     """Read a list of jobids; return it with each one once."""
     if type(value) is not list:
@@ -3590,6 +3635,9 @@ CARRIES = {
     "after": jobid_list,
 }
 BLANK = dict(dict.fromkeys(CARRIES), priority=0)
+
+# What a heartbeat tells of an attempt, each with its reader.
+NEWS = {"progress": progress, "note": note_text}
 
 # Fields of a heartbeat, each with its reader.
 ABOUT_WORKER = {
@@ -3875,12 +3923,17 @@ def why_blocked(job):
 
 
 def why_working(job, now):
-    """Return which worker has a job, since when and until when."""
+    """Return which worker has a job, since when, how far, and until when."""
     end = "has no lease"
     if job["due"] is not None:
         end = "has a lease until " + moment(job["due"], now)
-    return "%s has worked on it since %s and %s" % (
-        job["worker"] or "somebody", moment(job["since"], now), end)
+    far = ""
+    if job["progress"]:
+        far = ", has done %d%% of it" % (100 * job["progress"]["part"])
+        if job["progress"]["word"]:
+            far += " (%s)" % job["progress"]["word"]
+    return "%s has worked on it since %s%s and %s" % (
+        job["worker"] or "somebody", moment(job["since"], now), far, end)
 
 
 def why(job, now, around):
@@ -4209,7 +4262,7 @@ def splice(values, texts):
 ALSO_CLAIMED = {
     "laststage": "laststage", "max_attempts": "max_attempts",
     "timeout": "timeout", "made": "files_stage", "cwd": "cwd",
-    "outputs": "outputs", "files": "files",
+    "outputs": "outputs", "files": "files", "note": "note",
 }
 
 
@@ -4356,7 +4409,9 @@ def post_fail_job(store, request, jobid):
     nothing. 404, 409: as /update_job; 409 too if nobody has claimed the job.
     """
     given = request.options(claim=token)
-    given["report"] = read_fields(read_object(request), REPORTS)
+    body = read_object(request)
+    given["report"] = read_fields(body, REPORTS)
+    given["note"] = read_optional(body, "note", note_text)
     return Response.json(store.fail_job(request.namespace, jobid, **given))
 
 
@@ -4387,6 +4442,7 @@ def post_release_job(store, request, jobid):
     Answer: {"jobid": 1, "state": "waiting"}. 404, 409: as /fail_job.
     """
     given = request.options(claim=token)
+    given["note"] = read_optional(read_object(request), "note", note_text)
     return Response.json(store.release_job(request.namespace, jobid, **given))
 
 
@@ -4425,14 +4481,19 @@ def post_heartbeat(store, request):
     """
     given = read_object(request, "worker", "lease", "claims")
     claims = given["claims"]
-    pairs = type(claims) is list and all(
-        type(pair) is list and len(pair) == 2 for pair in bounded(claims)
+    right = type(claims) is list and all(
+        type(claim) is list and len(claim) in (2, 3)
+        for claim in bounded(claims)
     )
-    if not pairs:
-        raise Error(400, "claims must be a list of pairs [jobid, token].")
+    if not right:
+        raise Error(400, "claims must be a list of lists [jobid, token], or"
+                    " [jobid, token, news].")
     lost, drain, beat = store.heartbeat(
         request.namespace,
-        claims=[(JOBID(i, "jobid"), token(t, "claim")) for i, t in claims],
+        claims=[
+            (JOBID(jobid, "jobid"), token(text, "claim"),
+             *map(read_news, news))
+            for jobid, text, *news in claims],
         lease=period(given["lease"], "lease"),
         worker=read_worker(given, request.stage),
     )
@@ -4582,6 +4643,7 @@ class Describer:
         shown = {name: job[column] for name, column in SHOWN.items()}
         shown["expired"] = bool(job["expired"])
         known = dict(shown, jobcmd=from_json(job["jobcmd"] or "null"),
+                     progress=from_json(job["progress"] or "null"),
                      attempts=known_attempts, waits_for=parents)
         shown["command"] = command_text(known)
         shown["why"] = why(known, self.store.clock(), self.around)
@@ -7220,7 +7282,7 @@ ATTEMPT_TABLE = (
 )
 DETAILS_ELSEWHERE = {  # of a job, shown in words, or not to people
     "jobid", "stage_name", "attempts", "why", "command", "jobcmd", "expired",
-    "since", "due", "files"}
+    "since", "due", "files", "progress"}
 
 
 def details(job, names):

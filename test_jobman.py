@@ -2702,6 +2702,7 @@ class ShowTest(StoreCase):
             due=now + 60, worker="w3", attempt=1, failures=0, lapses=0,
             rejects=0, jobcmd=["cmd", 2],
             files=made("a"), made=0, waits=0, waits_for=[], aborted_by=None,
+            progress=None, note=None,
         ), shown)
         self.assertNotIn(job["claim"], json.dumps(shown))
         self.assertEqual([
@@ -7557,7 +7558,7 @@ class CostTest(StoreCase):
             "GROUP by id", "GROUP by -id", "GROUP by time",
             "GROUP by -time"),
         "sqlite_autoindex_job_1": (
-            "JOB", "SHOWN_JOB", "RENEW", "LIMIT_ATTEMPTS",
+            "JOB", "SHOWN_JOB", "RENEW", "TELL", "LIMIT_ATTEMPTS",
             "WHOLE by id", "WHOLE by -id",
             "ADD_DEPENDENCY", "LAST_JOBID", "COUNT_JOBS"),
         "INTEGER PRIMARY KEY": (
@@ -12024,6 +12025,112 @@ class CutProxy(threading.Thread):
         head, _, _ = message.partition(b"\r\n\r\n")
         found = re.search(rb"(?i)\ncontent-length: (\d+)", head)
         return len(head) + 4 + (int(found.group(1)) if found else 0)
+
+
+class NewsTest(StoreCase):
+    """What an attempt tells: how far it is, and a note for the next one."""
+
+    def told(self, job, **news):
+        """Send news of a claim with a heartbeat; return the job."""
+        self.ok("/heartbeat", {"worker": "w", "lease": 60, "claims": [
+            [job["jobid"], job["claim"], news]]})
+        return self.ok("/job/%d" % job["jobid"])
+
+    def shown(self, jobid=1):
+        job = self.ok("/job/%d" % jobid)
+        return job["progress"], job["note"]
+
+    def test_a_heartbeat_tells_how_far_an_attempt_is(self):
+        self.set_jobs([1])
+        job = self.get(worker="w", lease=60)
+        self.assertEqual((None, None), self.shown())
+        told = self.told(job, progress=[0.4, "epoch 3"])
+        self.assertEqual({"part": 0.4, "word": "epoch 3"}, told["progress"])
+        self.assertIn("has done 40% of it (epoch 3) and has", told["why"])
+        self.told(job, note="saved/3")
+        self.assertEqual(({"part": 0.4, "word": "epoch 3"}, "saved/3"),
+                         self.shown())
+        self.told(job)  # changes nothing
+        self.assertEqual({"part": 0.4, "word": "epoch 3"}, self.shown()[0])
+        self.told(dict(job, claim="A" * 12), progress=[0.9, ""])
+        self.assertEqual(0.4, self.shown()[0]["part"])
+        self.assertReply(200, self.fail(job))
+        self.assertEqual((None, "saved/3"), self.shown())
+
+    def test_a_note_lasts_until_a_success(self):
+        for end in ("lapse", "release", "fail", "sweep"):
+            self.set_jobs([1], laststage=2)
+            job = self.get(worker="w", lease=60)
+            self.told(job, note="old")
+            if end == "lapse":
+                self.clock.advance(61)
+            elif end == "sweep":
+                self.ok("/release", {"ids": [1]})
+            else:
+                path = "/%s_job/1?claim=%s" % (end, job["claim"])
+                self.ok(path, {"note": "new"})
+                self.clock.advance(61)
+            job = self.get(worker="w", lease=60)
+            kept = "new" if end in ("release", "fail") else "old"
+            with self.subTest(end):
+                self.assertEqual(kept, job["note"])
+            self.assertReply(200, self.update(job, 2))
+            self.assertEqual((None, None), self.shown())
+            self.ok("/forget", {"ids": [1]})
+
+    def test_bad_news_are_refused(self):
+        self.set_jobs([1])
+        job = self.get(worker="w", lease=60)
+        for bad in (7, [], {"word": "x"}, {"progress": 0.5},
+                    {"progress": [2, ""]}, {"progress": [-0.1, ""]},
+                    {"progress": [True, ""]}, {"progress": ["1", ""]},
+                    {"progress": [0.5, 1]}, {"progress": [0.5]},
+                    {"note": 7}, {"note": "x" * 4097}):
+            with self.subTest(bad):
+                self.assertReply(400, self.post("/heartbeat", {
+                    "worker": "w", "lease": 60,
+                    "claims": [[1, job["claim"], bad]]}))
+        self.assertReply(400, self.fail(job, note="x" * 4097))
+        self.assertEqual((None, None), self.shown())
+
+
+@slow
+class NoteTest(WorkerCase):
+    """Commands that tell how far they are, and go on where others ended."""
+
+    def test_a_command_tells_how_far_it_is_and_leaves_a_note(self):
+        self.add("""
+            if [ "$JOBMAN_ATTEMPT" = 1 ]
+            then
+                echo '0.25 step 1 of 4' > "$JOBMAN_PROGRESS"
+                echo step1 > "$JOBMAN_NOTE"
+                until [ -e go ]; do sleep 0.02; done
+                exit 75
+            fi
+            cat "$JOBMAN_NOTE"; ls "$(dirname "$JOBMAN_NOTE")"
+        """)
+        process = self.start("--lease", "1", "--idle-timeout", "60")
+        wait_for(lambda: self.client.job(1)["progress"] == {
+            "part": 0.25, "word": "step 1 of 4"}, "progress")
+        wait_for(lambda: self.client.job(1)["note"] == "step1\n", "the note")
+        with open(self.path("go"), "w"):
+            pass
+        wait_for(lambda: self.states() == ["delayed"], "the failure")
+        process.terminate()
+        self.finish(process)
+        wait_for(lambda: self.states() == ["waiting"], "the end of a delay")
+        out, _ = self.work()
+        self.assertEqual("step1\nresult-0.note\n", out)
+        self.assertEqual("done", self.states()[0])
+        self.assertIsNone(self.job()["note"])
+
+    def test_what_is_no_progress_or_note_is_not_told(self):
+        self.add("echo many > $JOBMAN_PROGRESS; mkfifo $JOBMAN_NOTE; exit 1",
+                 "echo 7 > $JOBMAN_PROGRESS; head -c 5000 /dev/zero >"
+                 " $JOBMAN_NOTE; exit 1", max_attempts=1)
+        self.work()
+        self.assertEqual(["failed"] * 2, self.states())
+        self.assertEqual([None, None], [self.job(i)["note"] for i in (1, 2)])
 
 
 USAGE = r"usage: [\s\S]*error: .*\n?"  # what wrong usage is told

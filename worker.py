@@ -74,6 +74,7 @@ MAX_STAGE = 1000000
 MAX_BODY = 64 * 2**20  # bytes that a server takes in one call
 STDERR_KEPT = 4096  # bytes of a command's stderr that go to the server
 RESULT_LIMIT = 2**20  # bytes that a command may leave in JOBMAN_RESULT
+NOTE_LIMIT = 4096  # bytes in JOBMAN_NOTE, and in JOBMAN_PROGRESS
 TEMPFAIL = 75  # EX_TEMPFAIL of sysexits.h: try again, without counting
 TIMED_OUT = 124  # the exit status of timeout(1)
 QUARANTINED = 3  # exit status of a worker on a bad node
@@ -461,6 +462,9 @@ class Client:
 
     def heartbeat(self, worker, lease, claims, **about):
         """Renew `claims`, [[jobid, token], …], for `lease` seconds.
+
+        A claim may tell of its attempt: [jobid, token, {"progress": [0.4,
+        "epoch 3"], "note": "for the next attempt"}].
 
         `about` the worker: `host`, `stages` (a list), `slots`, `busy`,
         `done`, `failed`, `quarantine` (why it takes no more work), `ended`
@@ -1136,19 +1140,24 @@ class Claims:
 
     One thread does both on the connection of `client`, which has no
     patience. What can't be delivered waits on disk, in `spool`. `about()`
-    returns what a heartbeat says of the worker; `lost(jobid, claim)` is
-    called for a lost claim, and `drained(whether)` after each heartbeat.
+    returns what a heartbeat says of the worker, `told(jobid)` of an attempt;
+    `lost(jobid, claim)` is called for a lost claim, and `drained(whether)`
+    after each heartbeat.
     """
 
     LINGER = 0.02  # seconds in which outcomes gather for one call
     LAST = 5  # seconds that the end may take when the server is away
 
-    def __init__(self, client, spool, name, lease, *, about, lost, drained):
+    def __init__(
+        self, client, spool, name, lease, *, about, lost, drained,
+        told=lambda jobid: None
+    ):
         self.client = client
         self.spool = spool
         self.name = name
         self.lease = lease
         self.about = about
+        self.told = told
         self.lost = lost
         self.drained = drained
         self.news = threading.Condition()  # guards the next six
@@ -1310,8 +1319,12 @@ class Claims:
         with self.news:
             claims = sorted(self.held.items())
             self.next_beat = time.monotonic() + self.lease / 3
+        listed = []
+        for jobid, claim in claims:
+            news = self.told(jobid)
+            listed.append([jobid, claim, news] if news else [jobid, claim])
         answer = self.client.heartbeat(
-            self.name, self.lease, claims, **dict(self.about(), **about))
+            self.name, self.lease, listed, **dict(self.about(), **about))
         with self.news:
             pause = min(answer.get("beat", self.lease), self.lease / 3)
             self.next_beat = time.monotonic() + pause
@@ -1456,11 +1469,11 @@ def refuse_constant(name):
     raise ValueError("%s is not JSON" % name)
 
 
-def read_result(path, owner):
-    """Return what a command left in its result file, and remove that.
+def read_left(path, owner, limit):
+    """Return the bytes that a command left in a file, b"" without a file.
 
-    Raises ValueError when that is no object with the known keys, or a file
-    of another user than `owner`.
+    Raises ValueError when there are over `limit`, and for a file of another
+    user than `owner`.
     """
     try:
         flags = os.O_RDONLY | os.O_NONBLOCK  # it may be a pipe
@@ -1470,14 +1483,35 @@ def read_result(path, owner):
                 raise ValueError("it is no file")
             if found.st_uid not in (owner, 0):
                 raise ValueError("it is another user's")
-            text = file.read(RESULT_LIMIT + 1)
-        os.unlink(path)
+            text = file.read(limit + 1)
     except FileNotFoundError:
-        return {}
+        return b""
     except OSError as error:
         raise ValueError(error.strerror) from None
-    if len(text) > RESULT_LIMIT:
-        raise ValueError("it is over %d bytes" % RESULT_LIMIT)
+    if len(text) > limit:
+        raise ValueError("it is over %d bytes" % limit)
+    return text
+
+
+def read_progress(text):
+    """Return how far a command is, as in `0.4 epoch 3`: [0.4, "epoch 3"].
+
+    Raises ValueError when that doesn't begin with a number from 0 to 1.
+    """
+    number, _, word = text.decode("utf-8", "replace").strip().partition(" ")
+    part = float(number)
+    if not 0 <= part <= 1:
+        raise ValueError("it must be from 0 to 1")
+    return [part, word.strip()[:100]]
+
+
+def read_result(path, owner):
+    """Return what a command left in its result file.
+
+    Raises ValueError when that is no object with the known keys, or a file
+    of another user than `owner`.
+    """
+    text = read_left(path, owner, RESULT_LIMIT)
     if not text.strip():
         return {}
     try:
@@ -1574,6 +1608,8 @@ class Attempt:
             "JOBMAN_ATTEMPT": str(job["attempt"]),
             "JOBMAN_FILENAME": job["filename"] or "",
             "JOBMAN_RESULT": self.result,
+            "JOBMAN_PROGRESS": self.result + ".progress",
+            "JOBMAN_NOTE": self.result + ".note",
         }
         jobcmd = job["jobcmd"]
         if isinstance(jobcmd, dict) and isinstance(jobcmd.get("item"), str):
@@ -1600,6 +1636,34 @@ class Attempt:
         self.pid = start_process(
             argv, self.environment(base), cwd and to_bytes(cwd),
             (stdin, *self.writers))
+
+    def give_note(self):
+        """Put the note of an earlier attempt where its command looks."""
+        if self.job.get("note"):
+            with open(self.result + ".note", "wb") as file:
+                file.write(to_bytes(self.job["note"]))
+
+    def note(self, owner):
+        """Return its command's note for the next attempt, as a field."""
+        with contextlib.suppress(ValueError):
+            text = read_left(self.result + ".note", owner, NOTE_LIMIT)
+            if text:
+                return {"note": text.decode("utf-8", "surrogateescape")}
+        return {}
+
+    def news(self, owner):
+        """Return what its command has told by now, for a heartbeat."""
+        news = self.note(owner)
+        with contextlib.suppress(ValueError):
+            text = read_left(self.result + ".progress", owner, NOTE_LIMIT)
+            news["progress"] = read_progress(text)
+        return news
+
+    def remove_files(self):
+        """Remove the files that its command has left for us."""
+        for suffix in "", ".progress", ".note":
+            with contextlib.suppress(OSError):
+                os.unlink(self.result + suffix)
 
     def read(self, fd):
         """Keep what is in a pipe; return whether there was any."""
@@ -2085,7 +2149,7 @@ class Worker:
         spool = self.options.spool or beside(client.access, "spool")
         self.claims = Claims(
             client, Spool(spool, self.files),
-            self.name, self.options.lease, about=self.about,
+            self.name, self.options.lease, about=self.about, told=self.told,
             lost=lambda *claim: self.call(  # the job may be coming back
                 self.schedule.enter, 1, 0, self.give_up, claim),
             drained=lambda whether: self.call(self.set_drained, whether),
@@ -2131,6 +2195,14 @@ class Worker:
             "done": self.done, "failed": self.failed,
             "quarantine": self.quarantine,
         }
+
+    def told(self, jobid):
+        """Return what an attempt's command has told by now, None without one.
+        """
+        attempt = self.attempts.get(jobid)
+        if attempt and attempt.began:
+            return attempt.news(self.owner) or None
+        return None
 
     def turn(self):
         """Do what can be done now; return whether there will be more."""
@@ -2341,6 +2413,7 @@ class Worker:
                 LoggedOutput(self.log, attempt.key(), self.options.log_limit)
                 if self.log else PrintedOutput())
             attempt.result = self.new_result()
+            attempt.give_note()
             with contextlib.ExitStack() as stack:
                 stdin = self.null
                 if given:
@@ -2551,6 +2624,10 @@ class Worker:
                 verb = verb if self.print(attempt) else "release"
         if verb == "release":
             values = {}
+        if attempt.result:
+            if verb in ("fail", "release"):
+                values.update(attempt.note(self.owner))
+            attempt.remove_files()
         attempt.close()
         self.tell(attempt, verb, **values)
 
