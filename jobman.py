@@ -3606,14 +3606,6 @@ def note_text(value, name):
     return to_json(value)
 
 
-def read_news(value):
-    """Return what a claim in a heartbeat tells of its attempt."""
-    if type(value) is not dict or set(value) - set(NEWS):
-        raise Error(400, "A claim can tell only %s." % ", ".join(NEWS))
-    return {name: read_optional(value, name, reader)
-            for name, reader in NEWS.items()}
-
-
 def jobid_list(value, name):
     """Read a list of jobids; return it with each one once."""
     if type(value) is not list:
@@ -3713,6 +3705,14 @@ def read_fields(given, readers):
         name: read(given[name], name)
         for name, read in readers.items() if given.get(name) is not None
     }
+
+
+def read_news(value):
+    """Return what a claim in a heartbeat tells of its attempt."""
+    if type(value) is not dict or set(value) - set(NEWS):
+        raise Error(400, "A claim can tell only %s." % ", ".join(NEWS))
+    return {name: read_optional(value, name, reader)
+            for name, reader in NEWS.items()}
 
 
 def if_valid(is_valid, convert):
@@ -4401,8 +4401,9 @@ def post_fail_job(store, request, jobid):
 
     It goes back to the stage that it was claimed from. Option: claim, the
     token; without it the current claim is meant. Body, all optional:
-    exit_code, error, stderr and seconds, as in /update_job. An exit_code of
-    75 defers the job: it is tried again, and no failure is counted.
+    exit_code, error, stderr and seconds, as in /update_job, and a note for
+    the next attempt, as in /heartbeat. An exit_code of 75 defers the job: it
+    is tried again, and no failure is counted.
     Answer: {"jobid": 1, "state": "delayed", "failures": 1, "delay": 2}: it
     waits again in delay seconds. After max_attempts failures in a stage the
     state is failed, and delay is 0. A repetition with the token changes
@@ -4438,7 +4439,8 @@ def post_reject_job(store, request, jobid):
 def post_release_job(store, request, jobid):
     """Give a claim back: the job waits where it was claimed, nothing counted.
 
-    Option: claim, the token; without it the current claim is meant.
+    Option: claim, the token; without it the current claim is meant. Body,
+    optional: a note for the next attempt, as in /heartbeat.
     Answer: {"jobid": 1, "state": "waiting"}. 404, 409: as /fail_job.
     """
     given = request.options(claim=token)
@@ -4466,7 +4468,11 @@ def post_heartbeat(store, request):
     Body: {"worker": "node7-4711", "lease": 120, "claims":
     [[1, "gKyHzpdDUDr1"], …]}; claims may be empty. Each claim holds for
     lease seconds from now, also a lapsed one if nobody else has claimed the
-    job. These keys are optional, and shown by GET /workers:
+    job. A claim may also tell how its attempt goes: [1, "gKyHzpdDUDr1",
+    {"progress": [0.4, "epoch 3"], "note": "saved/3"}], with a number from 0
+    to 1 and a word, and up to 4096 characters for the next attempt; a key
+    that is missing stays as it is.
+    These keys are optional, and shown by GET /workers:
 
       host                 the name of the host
       stages               list of the stages that it claims from
@@ -5213,6 +5219,9 @@ JOB_FIELDS = {
     "waits": "how many jobs it waits for",
     "waits_for": "the ids of the first 100 of them",
     "aborted_by": "the job whose end aborted it",
+    "progress": "how far its attempt is, {\"part\": 0.4, \"word\": \"epoch"
+    " 3\"}, if its command tells",
+    "note": "what an attempt has left for the next one",
     "command": "the command of its stage, as a person would write it",
     "item": "the item of that command, in CSV only",
     "why": "a sentence: why it is not running, or how it ended",
@@ -5423,6 +5432,12 @@ worker.py, its Client, and the commands that ask a server.""", {
             "JOBMAN_ITEM": "the job's item, if it has one",
             "JOBMAN_RESULT": "a file into which the command may write a JSON"
             " object with filename, jobcmd or outputs, for the next stage",
+            "JOBMAN_PROGRESS": "a file into which it may write how far it is:"
+            " a number from 0 to 1, and a word",
+            "JOBMAN_NOTE": "a file for the next attempt at this job, of up to"
+            " 4096 bytes, such as the path of a checkpoint: what an attempt"
+            " leaves in it is in it again when the job is tried anew, until an"
+            " attempt is done",
         }),
     "network": (
         "databases on network file systems", """\

@@ -20373,10 +20373,12 @@ class HelpTest(StoreCase):
             ("POST /update_job/<jobid>/<stage>",
              {**jobman.RESULTS, **jobman.REPORTS}),
             ("POST /update_jobs", ("jobid", "jobstage", "claim")),
-            ("POST /fail_job/<jobid>", jobman.REPORTS),
+            ("POST /fail_job/<jobid>", {"note": 0, **jobman.REPORTS}),
+            ("POST /release_job/<jobid>", ("note",)),
             ("POST /reject_job/<jobid>", {"files": 0, **jobman.REPORTS}),
             ("POST /heartbeat", {
-                "worker": 0, "lease": 0, "claims": 0, **jobman.ABOUT_WORKER}),
+                "worker": 0, "lease": 0, "claims": 0, **jobman.NEWS,
+                **jobman.ABOUT_WORKER}),
             ("POST /retry", ("ids", "submission", "stage", "state", "all")),
         ):
             self.assertNames(keys, calls[call])
