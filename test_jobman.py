@@ -3130,9 +3130,11 @@ class GapTest(BrokenOffCase):
 
     def test_a_stopped_server_ends_no_lease_and_serves_no_gone_caller(self):
         server, self.address = self.serve("--open", start=changed(
-            "jobman", "jobman.OUTAGE = 1"))
+            "jobman", "import os, time\n"
+            "jobman.Store.__init__.__kwdefaults__['clock'] = lambda: ("
+            "time.time() + 1000 * os.path.exists(%r))" % self.path("later")))
         self.set_jobs([1, 2])
-        claim = self.get(0, lease=2)["claim"]
+        claim = self.get(0, lease=60)["claim"]
         os.kill(server.pid, signal.SIGSTOP)
         for method, path, body in (
             ("GET", "/get/0?lease=60", None),
@@ -3142,7 +3144,8 @@ class GapTest(BrokenOffCase):
             connection = http.client.HTTPConnection(*self.address)
             connection.request(method, path, body, {"jobix": str(self.jobix)})
             connection.close()
-        time.sleep(2.5)  # so that the lease is over
+        with open(self.path("later"), "w"):
+            pass
         os.kill(server.pid, signal.SIGCONT)
         self.ok("/pause/9", {})  # a commit, in which the lease would lapse
         folder = "/proc/%d/fd/" % server.pid
@@ -4366,9 +4369,9 @@ class SocketTest(StoreCase):
             self.assertTrue(reply.startswith(b"HTTP/1.1 200 "), reply)
 
     def test_a_client_that_hardly_reads_is_hung_up_on(self):
+        self.set_jobs(dict.fromkeys(range(9), "x" * 10**6))
         self.patch(jobman.Handler, "PATIENCE", 0.2)
         self.patch(jobman.Handler, "SLOWEST", 10**9)
-        self.set_jobs(dict.fromkeys(range(9), "x" * 10**6))
         server = self.door.server
         with self.dial() as silent, self.dial() as slow:
             for client in (silent, slow):
