@@ -15698,28 +15698,32 @@ class AloneCase(HostCase):
     def setUp(self):
         super().setUp()
         self.db = self.path("jobman.db")
-        self.usual = dict(self.environment)
         if self.locks:
             self.environment.update(
                 LD_PRELOAD=compile_shim(self), LOCKS=self.locks)
         with open(self.path("mountinfo"), "w") as file:
             file.write("1 0 8:1 / / rw - nfs4 far rw\n")
 
-    def server(self, start=None):
+    def server(self):
         """Start a server; return it and a Client for it."""
-        process, address = self.serve(start=start or self.start)
+        process, address = self.serve(start=self.start)
         client = worker.Client(
             url="http://%s:%d" % address, jobix=7, patience=0)
         self.addCleanup(client.close)
         return process, client
 
-    def usual_server(self):
-        """Start a server as on a usual file system."""
-        alone, self.environment = self.environment, self.usual
-        try:
-            return self.server(start=(JOBMAN,))
-        finally:
-            self.environment = alone
+    def leave(self, jobs=100):
+        """Leave what a server leaves that is killed after it added jobs.
+
+        It was on a usual file system, unless jobman sees another here.
+        """
+        path = os.path.join(self.make_folder(), "jobman.db")
+        with contextlib.closing(jobman.Store(path)) as store:
+            store.add_jobs(store.make_namespace(7),
+                           *to_add(self.jobs(*range(jobs))))
+            for name in glob.glob(path + "*"):
+                if not name.endswith(".lock"):
+                    shutil.copy(name, self.folder)
 
     def kill(self, process):
         process.kill()
@@ -15740,9 +15744,8 @@ class AloneCase(HostCase):
                 ".jobman", "shim.so"})
 
     def assertWhole(self, jobs):
-        """Assert that nothing is wrong with the database when it is free."""
-        status, out, err = self.run_jobman(*CHECK)
-        self.assertEqual((0, ""), (status, err), out)
+        """Assert that nothing is wrong with the database."""
+        self.does(*CHECK)
         counted = rows(self.db, "select count(*) as n from job")
         self.assertEqual([{"n": jobs}], counted)
 
@@ -15776,16 +15779,10 @@ class AloneTests:
         self.kill(process)
         self.assertWhole(2)
 
-    def leave_wal(self):
-        """Make a database with what a usual server has left in its WAL."""
-        process, client = self.usual_server()
-        client.set(self.jobs(*range(100)))
-        self.kill(process)
+    def test_what_a_killed_server_left_in_a_wal_is_taken_over(self):
+        self.leave()
         self.assertEqual(b"\2\2", read(self.db)[18:20])
         self.assertGreater(os.path.getsize(self.db + "-wal"), 10000)
-
-    def test_what_a_killed_server_left_in_a_wal_is_taken_over(self):
-        self.leave_wal()
         process, client = self.server()
         self.assertEqual(100, client.status()["totals"]["jobs"])
         self.assertEqual(b"\1\1", read(self.db)[18:20])
@@ -15796,41 +15793,52 @@ class AloneTests:
     def test_backup_and_check_read_a_wal_that_was_left(self):
         for argv, said in ((BACKUP + ("copy",), "copy: 100 jobs"),
                            (CHECK, "integrity    ok")):
-            self.leave_wal()
+            self.leave()
             status, out, err = self.run_jobman(*argv)
             self.assertEqual((0, ""), (status, err))
             self.assertIn(said, out)
             for name in glob.glob(self.db + "*"):
                 os.unlink(name)
-        self.assertEqual(
-            0, self.run_jobman("check", "--db", "copy")[0])
+        self.does("check", "--db", "copy")
 
     def test_a_journal_that_was_left_is_rolled_back(self):
-        process, client = self.server()
-        client.set(self.jobs(*range(1000)))
-        self.kill(process)
-        code = (
-            "import os, sqlite3, sys; db = sqlite3.connect('file:jobman.db?"
-            "vfs=unix-none', uri=True, isolation_level=None)\n"
-            "db.execute('pragma cache_size = 1'); db.execute('begin')\n"
-            "db.execute('update job set stage = 5')\n"
-            "os.kill(os.getpid(), 9)")
-        self.command("-c", code)
+        self.leave(1000)
+        db = sqlite3.connect(self.db, isolation_level=None)
+        with contextlib.closing(db):
+            for statement in (
+                "pragma journal_mode = delete", "pragma cache_size = 1",
+                "begin", "update job set stage = 5",
+            ):
+                db.execute(statement)
+            left = {name: read(name) for name in glob.glob(self.db + "*")}
+        for name, content in left.items():
+            with open(name, "wb") as file:
+                file.write(content)
         self.assertNotEqual(b"\0", read(self.db + "-journal")[:1])
-        self.assertWhole(1000)
+        self.assertEqual(0, self.run_jobman(*CHECK)[0])
+        self.assertFiles("jobman.db")
         self.assertEqual(
             [{"stage": 0}], rows(self.db, "select distinct stage from job"))
-
-    def test_a_run_goes_through(self):
-        status, out, err = self.run_jobman(
-            "run", "--db", "jobman.db", "echo {}", ":::", *"abc")
-        self.assertEqual((0, ["a", "b", "c"]), (status, sorted(out.split())))
-        self.assertRegex(err, self.said + ":")
+        self.assertWhole(1000)
 
 
 @slow
 class NetworkTest(AloneTests, AloneCase):
     """On a network file system, though its locks seem to work."""
+
+    def run_jobman(self, *argv):
+        usual = jobman.MOUNTINFO
+        mount(self)
+        try:
+            return self.jobman(*argv)
+        finally:
+            jobman.MOUNTINFO = usual
+
+    def test_a_run_goes_through(self):
+        status, out, err = self.command(
+            *self.start, "run", "--db", "jobman.db", "echo {}", ":::", *"abc")
+        self.assertEqual((0, ["a", "b", "c"]), (status, sorted(out.split())))
+        self.assertRegex(err, self.said + ":")
 
     def work(self, number, added, done):
         """Add jobs, claim and update them, and look, until the server goes."""
@@ -15897,14 +15905,16 @@ class NetworkTest(AloneTests, AloneCase):
         self.assertFiles()
 
     def test_on_a_usual_file_system_it_has_a_wal_again(self):
-        process, client = self.server()
-        client.set(self.jobs(1, 2))
-        self.kill(process)
-        _, client = self.usual_server()
-        client.set(self.jobs(3))
-        self.assertEqual(b"\2\2", read(self.db)[18:20])
-        self.assertFiles(*[
-            "jobman.db" + end for end in ("", "-shm", "-wal", ".lock")])
+        usual = jobman.MOUNTINFO
+        mount(self)
+        self.leave()
+        self.assertEqual(b"\1\1", read(self.db)[18:20])
+        self.replace("MOUNTINFO", usual)
+        with contextlib.closing(jobman.Store(self.db)) as store:
+            store.add_jobs(store.make_namespace(7), *to_add(self.jobs(100)))
+            self.assertEqual(b"\2\2", read(self.db)[18:20])
+            self.assertFalse(os.path.exists(self.db + "-journal"))
+        self.assertWhole(101)
 
 
 class AloneStore:
