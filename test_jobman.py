@@ -14971,8 +14971,11 @@ class HostCase(TemporaryFolder):
     def jobman(self, *argv):
         """Run a command in the test's folder, as if it were a process.
 
-        Return (exit status, stdout, stderr).
+        Return (exit status, stdout, stderr). Ctrl-C ends it after PATIENCE.
         """
+        end = threading.Timer(
+            PATIENCE, os.kill, (os.getpid(), signal.SIGINT))
+        end.start()
         out = io.TextIOWrapper(io.BytesIO(), "utf-8", "surrogateescape")
         numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
         handlers = {number: signal.getsignal(number) for number in numbers}
@@ -14988,6 +14991,7 @@ class HostCase(TemporaryFolder):
         except SystemExit as ended:
             status = ended.code
         finally:
+            end.cancel()
             os.chdir(folder)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -17044,18 +17048,14 @@ class DoctorTest(Certified, HostCase, StoreCase):
              "is no jobman server; look at the address in the access file$"),
             (b"421 No", json_type, b'{"error": "Not mine."}', "^Not mine$"),
             (b"503 No", html, b"", r"\(503\).*its standard error"),
+            (b"200 OK", json_type, b'{"version": "0.0.0+old"}',
+             r"server is jobman 0\.0\.0\+old, this is .*; run the"),
         ):
             with self.subTest(status=status, body=body):
                 answer = self.HEAD % (status, kind, len(body), body)
                 port, _ = self.listen(lambda request, answer=answer: answer)
                 self.lead_to("http://127.0.0.1:%d" % port)
                 self.assertNotIn("jobix", self.assertWrong("server", said))
-
-    def test_the_server_is_of_the_same_version(self):
-        self.serve("--db", "old.db", start=changed(
-            "jobman", "jobman.__version__ = '0.0.0+old'"))
-        self.assertWrong(
-            "server", r"server is jobman 0\.0\.0\+old, this is .*; run the")
 
     def test_the_server_takes_our_jobix(self):
         self.store.open_to_all = False
@@ -17104,47 +17104,39 @@ class DoctorTest(Certified, HostCase, StoreCase):
         self.assertOk(
             "locks", r"nfs4 \(far\), where locks work \(a network file system,"
             " so only one", "--db", "new.db")
-        self.environment["LD_PRELOAD"] = compile_shim(self)
-        for locks in ("fail", "lie"):
-            self.environment["LOCKS"] = locks
-            _, out, _ = self.command(JOBMAN, "doctor", "--db", "new.db")
-            self.assertRegex(
-                out, r"\nlocks +wrong .*locks don't work; use a disk of this")
+        self.environment.update(LD_PRELOAD=compile_shim(self), LOCKS="lie")
+        _, out, _ = self.command(JOBMAN, "doctor", "--db", "new.db")
+        self.assertRegex(
+            out, r"\nlocks +wrong .*locks don't work; use a disk of this host")
         self.assertFalse(glob.glob(self.path("new.db*")))
 
     def test_the_server_that_has_a_database_is_named(self):
-        db = "--db", "own.db"
-        process, _ = self.serve(*db)
-        self.assertOk(
-            "holder", "^process %d on .* serves own.db$" % process.pid, *db)
-        self.name_server(pid=os.getpid())
-        self.assertWrong(
-            "holder", "process %d on .* but the access file is of process %d"
-            " on" % (process.pid, os.getpid()), *db)
-        process.kill()
-        process.wait()
-        self.assertOk("holder", "process %d on .* has ended; serve would"
-                      % process.pid, *db)
-
-    def test_any_of_the_servers_that_share_may_have_the_access_file(self):
-        for process, _ in [self.serve("--db", "own.db", "--shared")
-                           for _ in range(2)]:
-            self.name_server(pid=process.pid)
-            self.assertOk("holder", "serves own.db$", "--db", "own.db")
-
-    def test_a_lock_file_of_another_host_or_of_any_content_is_read(self):
+        db, here = ("--db", "own.db"), socket.gethostname()
+        with contextlib.closing(jobman.Store(self.path("own.db"))):
+            me = "process %d on %s" % (os.getpid(), here)
+            self.name_server(pid=os.getpid())
+            self.assertOk("holder", "^%s serves own.db$" % me, *db)
+            self.name_server(pid=os.getppid())
+            self.assertWrong(
+                "holder", "^%s serves own.db, but the access file is of"
+                " process %d on" % (me, os.getppid()), *db)
+        with contextlib.closing(jobman.Store(
+                self.path("own.db"), shared=True)):  # then it may be of any
+            self.assertOk("holder", "^%s serves own.db$" % me, *db)
+        ended = self.spawn("-c", "")
+        ended.wait()
         self.name_server(host="far", pid=7)
-        self.put("new.db.lock", json.dumps({"host": "far", "pid": 7}))
-        self.assertOk(
-            "holder", "process 7 on far serves new.db, if it is still alive",
-            "--db", "new.db")
-        for content in ("", "\0\xff", "[]", '{"pid": "x", "host": 7}'):
+        for content, said in (
+            (json.dumps({"host": here, "pid": ended.pid}),
+             "^process %d on .* has ended; serve would" % ended.pid),
+            ('{"host": "far", "pid": 7}',
+             "^process 7 on far serves own.db, if it is still alive there"),
+            ("", "^no server has"), ("\0\xff", "^no server has"),
+            ("[]", "^no server has"), ('{"host": 7}', "^process . on 7 serv"),
+        ):
             with self.subTest(content=content):
-                self.put("new.db.lock", content)
-                self.examine("--db", "new.db")
-
-
-# --------------------------------------------------------- batch systems ---
+                self.put("own.db.lock", content)
+                self.assertRegex(self.examine(*db)["holder"][1], said)
 
 
 @slow
