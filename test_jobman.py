@@ -14968,6 +14968,8 @@ def mount(test, mounts="1 0 8:1 / / rw - nfs4 far rw\n"):
 class HostCase(TemporaryFolder):
     """Commands run in this process, which is faster than one for each."""
 
+    start = JOBMAN,  # what starts its servers
+
     def jobman(self, *argv):
         """Run a command in the test's folder, as if it were a process.
 
@@ -15012,6 +15014,19 @@ class HostCase(TemporaryFolder):
         if status == 1:
             self.assertRegex(err, r"\Ajobman\.py: [^\n]+\.\n\Z")
         return err
+
+    def server(self):
+        """Start a server that is open to all; return it and a Client."""
+        process, address = self.serve("--open", start=self.start)
+        client = worker.Client(
+            url="http://%s:%d" % address, jobix=7, patience=0)
+        self.addCleanup(client.close)
+        return process, client
+
+    def kill(self, process):
+        """Kill a process, and wait for its end."""
+        process.kill()
+        process.wait()
 
 
 @slow
@@ -15119,19 +15134,6 @@ class CareCase(HostCase):
 class CareTest(CareCase):
     """Databases are copied and checked, also while they are served."""
 
-    open_to_all = True
-
-    def client(self):
-        """Start a server; return it and a Client for it."""
-        process, address = self.serve()
-        client = worker.Client(url="http://%s:%d" % address, jobix=7)
-        self.addCleanup(client.close)
-        return process, client
-
-    def kill(self, process):
-        process.kill()
-        process.wait()
-
     def dump(self, path):
         """Return what is in a database except claims, as lines of SQL."""
         with contextlib.closing(sqlite3.connect(path)) as db:
@@ -15143,7 +15145,7 @@ class CareTest(CareCase):
     def test_a_copy_is_of_one_moment_and_its_server_goes_on(self):
         with contextlib.closing(jobman.Store(self.db)) as store:
             self.add(store, range(30000))
-        _, client = self.client()
+        _, client = self.server()
         new = iter(range(10**6, 10**6 + 5))
 
         def show(_):  # called from time to time while it copies
@@ -15157,7 +15159,7 @@ class CareTest(CareCase):
         self.assertWhole("copy")
 
     def test_a_snapshot_shows_one_moment_and_delays_no_server(self):
-        _, client = self.client()
+        _, client = self.server()
         client.set({1: {"jobstage": 0}})
         with jobman.open_snapshot(self.db) as execute:
             client.set({2: {"jobstage": 0}})
@@ -15165,7 +15167,7 @@ class CareTest(CareCase):
         self.assertEqual([(1,)], [tuple(row) for row in seen])
 
     def test_a_backup_of_what_a_killed_server_left_restores_by_copying(self):
-        process, client = self.client()
+        process, client = self.server()
         client.set({
             1: {"jobstage": 0, "jobcmd": "caf\u00e9 \udcff"},
             2: {"jobstage": 0, "jobcmd": 2, "laststage": 1},
@@ -15177,7 +15179,7 @@ class CareTest(CareCase):
         for name in glob.glob(self.db + "*"):
             os.unlink(name)
         os.rename(self.path("copy"), self.db)
-        _, client = self.client()
+        _, client = self.server()
         self.assertEqual(
             [(1, "caf\u00e9 \udcff"), (2, 2)],
             [(job["jobid"], job["jobcmd"]) for job in client.get(0, n=2)])
@@ -15209,7 +15211,7 @@ class CareTest(CareCase):
             2, restored.status(self.space)["totals"]["states"]["done"])
 
     def test_a_backup_is_one_private_file_with_all_that_there_is(self):
-        self.made()
+        before = read(self.made())
         told = json.loads(self.does(*BACKUP, "copy", "--output", "json"))
         copy = self.path("copy")
         self.assertEqual({"file": "copy", "jobs": 100,
@@ -15221,6 +15223,8 @@ class CareTest(CareCase):
         self.assertEqual(b"\1\1", read(copy)[18:20])  # no WAL
         self.assertEqual(self.dump(self.db), self.dump(copy))
         self.assertEqual(jobman.SCHEMA_VERSION, jobman.inspect(copy))
+        self.assertWhole("jobman.db")
+        self.assertEqual(before, read(self.db))
 
     def test_a_backup_overwrites_nothing(self):
         self.made()
@@ -15302,11 +15306,6 @@ class CareTest(CareCase):
 
     # Check
 
-    def test_a_check_leaves_a_database_alone(self):
-        before = read(self.made())
-        self.assertWhole("jobman.db")
-        self.assertEqual(before, read(self.db))
-
     DAMAGES = {  # what is done: the check that finds it, and what it says
         "update tally set jobs = jobs + 1 where state = 'done'":
             ("counts", "stage 4, done: counted 11, there 10"),
@@ -15336,32 +15335,22 @@ class CareTest(CareCase):
                 self.assertIn(said, found.pop(check))
                 self.assertLessEqual(set(found.values()), {"ok"}, found)
 
-    def damage(self, path, index):
-        """Damage an index of a database."""
-        found = rows(path, "select rootpage from sqlite_master"
-                     " where name = ?", index)
-        size = rows(path, "pragma page_size")[0]["page_size"]
-        at, data = (found[0]["rootpage"] - 1) * size, bytearray(read(path))
+    def test_a_damaged_page_is_found_and_a_server_says_so_once(self):
+        found, = rows(self.made(), "select rootpage from sqlite_master"
+                      " where name = 'attempt_job'")
+        size = rows(self.db, "pragma page_size")[0]["page_size"]
+        at, data = (found["rootpage"] - 1) * size, bytearray(read(self.db))
         data[at : at + size] = bytes(255 - b for b in data[at : at + size])
-        with open(path, "wb") as file:
+        with open(self.db, "wb") as file:
             file.write(data)
-
-    def test_a_damaged_page_is_found(self):
-        self.damage(self.made(), "job_queue")
-        status, found = self.check()
-        self.assertEqual(1, status)
-        self.assertEqual(["integrity"], list(found))
-        self.assertRegex(found["integrity"], "^wrong  ")
-
-    def test_a_server_says_once_that_its_database_is_damaged(self):
-        self.damage(self.made(), "attempt_job")
-        server, address = self.serve()
-        for method, path, body in (
-            ("GET", "/job/1", None), ("GET", "/job/2", None),
-            ("POST", "/retry", packed({"all": True})),
-        ):
-            reply = exchange(address, method, path, body, {"jobix": "7"})
-            self.assertEqual(503, reply.status, reply.text)
+        status, checks = self.check()
+        self.assertEqual((1, ["integrity"]), (status, list(checks)))
+        self.assertRegex(checks["integrity"], "^wrong  ")
+        server, client = self.server()
+        for call in (lambda: client.job(1), lambda: client.job(2),
+                     lambda: client.retry(all=True)):
+            with self.assertRaisesRegex(worker.Unreachable, "503"):
+                call()
         server.terminate()
         _, _, err = self.finish(server)
         self.assertRegex(
@@ -15395,6 +15384,11 @@ class PruneTest(CareCase):
         self.assertEqual({1: 2, 2: 0, 3: 0, 4: 0}, self.kept(store))
         self.clock.advance(2 * 86400)
         self.assertEqual({1: 0, 2: 0, 3: 0, 4: 0}, self.kept(store))
+        other = self.store("other.db")  # without the option
+        self.add(other, [1])
+        self.do(other, 0, 4)
+        self.clock.advance(10**9)
+        self.assertEqual({1: 1}, self.kept(other))
 
     def test_attempts_of_jobs_that_go_on_are_kept(self):
         store = self.store(keep_days=1, max_attempts=1)
@@ -15408,13 +15402,6 @@ class PruneTest(CareCase):
         self.assertEqual(
             ["waiting", "failed", "waiting"],
             [store.job(self.space, jobid)[0]["state"] for jobid in (1, 2, 3)])
-
-    def test_without_the_option_all_are_kept(self):
-        store = self.store()
-        self.add(store, [1])
-        self.do(store, 0, 4)
-        self.clock.advance(10**9)
-        self.assertEqual({1: 1}, self.kept(store))
 
     def history(self, store, columns):
         """Bring a job through two stages, the second twice, with failures.
@@ -15680,13 +15667,10 @@ class FileSystemTest(HostCase):
                     other.execute("select * from job")
 
 
-class AloneCase(HostCase):
-    """A database that only one server can have."""
+class AloneCase:
+    """What holds wherever only one server can have a database."""
 
-    open_to_all = True
     locks = None  # what the SHIM makes of locks
-    start = changed("jobman", "jobman.MOUNTINFO = 'mountinfo'")
-    said = r"is on nfs4 \(far\)"
 
     def setUp(self):
         super().setUp()
@@ -15697,13 +15681,9 @@ class AloneCase(HostCase):
         with open(self.path("mountinfo"), "w") as file:
             file.write("1 0 8:1 / / rw - nfs4 far rw\n")
 
-    def server(self):
-        """Start a server; return it and a Client for it."""
-        process, address = self.serve(start=self.start)
-        client = worker.Client(
-            url="http://%s:%d" % address, jobix=7, patience=0)
-        self.addCleanup(client.close)
-        return process, client
+    def jobs(self, *ids):
+        """Return jobs as /set takes them."""
+        return {jobid: {"jobstage": 0, "laststage": 2} for jobid in ids}
 
     def leave(self, jobs=100):
         """Leave what a server leaves that is killed after it added jobs.
@@ -15717,14 +15697,6 @@ class AloneCase(HostCase):
             for name in glob.glob(path + "*"):
                 if not name.endswith(".lock"):
                     shutil.copy(name, self.folder)
-
-    def kill(self, process):
-        process.kill()
-        process.wait()
-
-    def jobs(self, *ids):
-        """Return jobs as /set takes them."""
-        return {jobid: {"jobstage": 0, "laststage": 2} for jobid in ids}
 
     def run_jobman(self, *argv):
         """Run a command where the database is for one server."""
@@ -15741,10 +15713,6 @@ class AloneCase(HostCase):
         self.does(*CHECK)
         counted = rows(self.db, "select count(*) as n from job")
         self.assertEqual([{"n": jobs}], counted)
-
-
-class AloneTests:
-    """What holds wherever only one server can have a database."""
 
     def test_a_server_says_so_and_does_without_a_wal(self):
         process, client = self.server()
@@ -15816,8 +15784,11 @@ class AloneTests:
 
 
 @slow
-class NetworkTest(AloneTests, AloneCase):
+class NetworkTest(AloneCase, HostCase):
     """On a network file system, though its locks seem to work."""
+
+    start = changed("jobman", "jobman.MOUNTINFO = 'mountinfo'")
+    said = r"is on nfs4 \(far\)"
 
     def run_jobman(self, *argv):
         usual = jobman.MOUNTINFO
@@ -15897,21 +15868,19 @@ class AloneShowTest(AloneStore, ShowTest):
 
 
 @slow
-class FailingLocksTest(AloneTests, AloneCase):
+class FailingLocksTest(AloneCase, HostCase):
     """On a file system where locks fail."""
 
     locks = "fail"
     said = "where locks don't work"
-    start = (JOBMAN,)
 
 
 @slow
-class LyingLocksTest(AloneTests, AloneCase):
+class LyingLocksTest(AloneCase, HostCase):
     """On a file system where everybody is given every lock."""
 
     locks = "lie"
     said = "where locks don't work"
-    start = (JOBMAN,)
 
     TAKE = """
 import glob, os, sys, time
@@ -16088,6 +16057,7 @@ class LockTest(HostCase):
         with self.assertRaisesRegex(jobman.CommandError, "17 on far"):
             self.lock(pause=lambda: self.write(beat=2))
         self.assertEqual(2, self.beat())
+        self.lock()  # it is silent now, and the refused one has let go
 
     def test_a_holder_on_another_host_that_is_silent_loses_it(self):
         self.make_exclusive()
@@ -16713,21 +16683,16 @@ class TlsTest(Certified, HostCase):
         self.assertEqual(
             {".jobman", "locked", "trusted"}, set(os.listdir(self.folder)))
 
-    def test_without_openssl_there_is_one_sentence(self):
-        self.environment["PATH"] = self.path("nothing")
+    def test_without_an_openssl_that_works_there_is_one_sentence(self):
+        os.mkdir(self.path("bin"))
+        self.environment["PATH"] = self.path("bin")
         for options in (["--tls"], ["--host", "0.0.0.0"]):
             said = self.refusal(*SERVE, "--port", "0", *options)
             for word in ("openssl", "--certfile", "--plain"):
                 self.assertIn(word, said)
-        self.assertEqual([".jobman"], os.listdir(self.folder))
-
-    def test_an_openssl_that_fails_is_told_and_leaves_nothing(self):
-        os.mkdir(self.path("bin"))
         with open(self.path("bin", "openssl"), "w") as file:
             file.write("#!/bin/sh\necho no entropy >&2\nexit 1\n")
         os.chmod(file.name, 0o755)
-        path = self.path("bin") + os.pathsep + os.environ["PATH"]
-        self.environment["PATH"] = path
         self.assertIn("no entropy", self.refusal(
             *SERVE, "--port", "0", "--tls"))
         self.assertEqual({".jobman", "bin"}, set(os.listdir(self.folder)))
@@ -16819,17 +16784,13 @@ class TlsTest(Certified, HostCase):
                         JOBMAN_FINGERPRINT=fingerprint,
                         SSL_CERT_FILE=certificates)):
                 try:
-                    found = self.client_of_environment().health()["status"]
+                    with contextlib.closing(worker.Client(patience=0)) as it:
+                        found = it.health()["status"]
                 except worker.Trouble as trouble:
                     found = str(trouble)
                 self.assertIn(expected, found)
         with self.assertRaisesRegex(worker.Trouble, "must be at https"):
             worker.Client(url="http://h", jobix=1, fingerprint=colons)
-
-    def client_of_environment(self):
-        client = worker.Client(patience=0)
-        self.addCleanup(client.close)
-        return client
 
     def test_beyond_loopback_it_speaks_tls_unless_told_otherwise(self):
         beyond = "--host", "0.0.0.0"
@@ -18096,15 +18057,6 @@ class ApacheContractTest(ApacheStore, ContractTest):
     """What existing clients send and expect, of two processes of Apache."""
 
     test_no_number_at_all_is_400 = None  # Apache makes one slash of two
-
-
-@long
-class ApacheClaimTest(ApacheStore, ClaimTest):
-    """Claims and leases there."""
-
-    # no call limits attempts
-    test_a_limit_of_attempts_is_one_jobs_alone = None
-    test_an_attempt_to_be_made_later_is_not_counted_as_a_failure = None
 
 
 @long
