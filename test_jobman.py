@@ -14958,7 +14958,7 @@ class StartTest(TemporaryFolder):
 
 
 def mount(test, mounts="1 0 8:1 / / rw - nfs4 far rw\n"):
-    """Let jobman see other mounts than there are, until a test ends."""
+    """Show jobman other mounts until a test ends."""
     path = os.path.join(test.make_folder(), "mountinfo")
     with open(path, "w") as file:
         file.write(mounts)
@@ -15947,7 +15947,6 @@ class StillLock(jobman.ServerLock):
     BEAT = 1000
 
 
-@slow
 class LockTest(HostCase):
     """Only one server has a database, and one that lost it stops."""
 
@@ -16007,7 +16006,7 @@ class LockTest(HostCase):
         os.close(file)
 
     def lose(self):
-        """Let another server take the lock over."""
+        """Take the lock over, as a server on another host."""
         os.unlink(self.lock_path)
         self.write()
 
@@ -16090,7 +16089,7 @@ class LockTest(HostCase):
                 {"pid": 1, "host": "a\x1b[31m\n"}))
         self.assertEqual("process ? on ?", jobman.name_holder({}))
 
-    def test_a_file_that_its_holder_removes_meanwhile_is_made_anew(self):
+    def test_a_file_that_its_holder_removes_is_created_again(self):
         self.make_exclusive()
         self.write()
         lock = self.lock(
@@ -16296,7 +16295,7 @@ class LockTest(HostCase):
         self.assertEqual((before, newer), (read(path), os.stat(path).st_ino))
         other.execute("commit")
 
-    def test_a_wsgi_process_that_lost_it_takes_it_anew(self):
+    def test_a_wsgi_process_that_lost_it_opens_it_again(self):
         application = jobman.Application()
         self.addCleanup(application.close)
         self.environment["JOBMAN_DB"] = self.path("jobs.db")
@@ -16471,7 +16470,7 @@ class TlsSocketTest(Certified, SocketTest):
             target=lambda: answers.append(call()), daemon=True).start()
         return answers
 
-    def test_one_connection_serves_many_calls_and_is_never_opened_anew(self):
+    def test_one_connection_serves_many_calls_and_is_never_reopened(self):
         client = self.client()
         client.health()
         connection = client.connection
@@ -16577,7 +16576,7 @@ class TlsSocketTest(Certified, SocketTest):
             wait_for(lambda: not self.door.server.open, "its end")
 
     def allow_old(self, context):
-        """Let a context speak nothing newer than TLS 1.1."""
+        """Limit a context to TLS 1.1 and older."""
         context.options |= ssl.OP_NO_TLSv1_2
         context.options |= getattr(ssl, "OP_NO_TLSv1_3", 0)
         if hasattr(context, "minimum_version"):
@@ -16613,12 +16612,21 @@ class TlsTest(Certified, HostCase):
         self.addCleanup(client.close)
         return client
 
-    def serve(self, *argv, **options):
-        """Start a server, with a certificate that is there if none is named.
-        """
-        if not argv:
-            argv = "--certfile", self.certfile, "--keyfile", self.keyfile
-        return super().serve(*argv, **options)
+    def open_server(self):
+        """Start a server in this process; return it."""
+        store = jobman.Store(self.path("jobman.db"))
+        server = jobman.Server(("127.0.0.1", 0), store)
+        server.tls = jobman.tls_context(self.certfile, self.keyfile)
+        server.start()
+        self.addCleanup(server.stop)
+        self.name_https(server.server_port, jobix=store.jobix)
+        return server
+
+    def name_https(self, port, **access):
+        """Name a port of this host in the access file."""
+        self.name_server(
+            url="https://127.0.0.1:%d" % port,
+            fingerprint=digest(self.certfile), **access)
 
     def stop(self, process):
         """End a server that has nothing to complain of."""
@@ -16698,7 +16706,7 @@ class TlsTest(Certified, HostCase):
         self.assertEqual({".jobman", "bin"}, set(os.listdir(self.folder)))
 
     def test_without_the_ssl_module_there_is_one_sentence(self):
-        self.serve()
+        self.name_https(1, jobix=1)
         for name, *argv in (
             ("worker",), ("jobman", *SERVE, "--certfile", self.certfile),
         ):
@@ -16722,13 +16730,12 @@ class TlsTest(Certified, HostCase):
                 *SERVE, "--port", "0", "--url", "http://h", *words))
         self.assertEqual([".jobman"], os.listdir(self.folder))
 
-    # Whom it is trusted by
+    # Trust
 
     def test_a_server_with_another_certificate_is_told_nothing(self):
-        self.serve()
         port, heard = self.listen(lambda request: b"", self.other)
-        self.name_server(url="https://127.0.0.1:%d" % port)
-        client = self.client(patience=2)
+        self.name_https(port, jobix=1)
+        client = self.client(patience=PATIENCE)
         client.SETTLE = 0.1
         shown = digest(self.other[0])
         with self.assertRaisesRegex(
@@ -16742,31 +16749,29 @@ class TlsTest(Certified, HostCase):
         self.assertTrue(any(heard))
 
     def test_a_worker_waits_while_another_server_has_the_address(self):
-        self.serve()
-        url, client = self.access()["url"], self.client(patience=PATIENCE)
+        server, client = self.open_server(), self.client(patience=PATIENCE)
         client.status()
         port, heard = self.listen(lambda request: b"", self.other)
-        self.name_server(url="https://127.0.0.1:%d" % port)
+        self.name_https(port)
         client.close()
         client.SETTLE = 0
         threading.Thread(target=lambda: (
             wait_for(lambda: len(heard) > 2, "some tries"),
-            self.name_server(url=url))).start()
+            self.name_https(server.server_port))).start()
         self.assertEqual(0, client.status()["totals"]["jobs"])
         self.assertEqual({b""}, set(heard))
 
     def test_a_new_certificate_is_found_in_the_access_file(self):
-        server, (_, port) = self.serve()
-        client = self.client()
+        server, client = self.open_server(), self.client()
         client.status()
-        self.stop(server)
-        self.serve("--certfile", self.other[0], "--keyfile", self.other[1],
-                   port=port)
+        client.close()
+        server.tls = jobman.tls_context(*self.other)
+        self.name_server(fingerprint=digest(self.other[0]))
         client.status()
         self.assertEqual(digest(self.other[0]), client.fingerprint)
 
     def test_without_a_fingerprint_authorities_vouch(self):
-        _, (_, port) = self.serve()
+        port = self.open_server().server_port
         ours, other = digest(self.certfile), digest(self.other[0])
         colons = re.sub("(..)(?=.)", r"\1:", ours.upper())
         for host, fingerprint, certificates, expected in (
@@ -16819,7 +16824,7 @@ class DoctorTest(Certified, HostCase, StoreCase):
         self.lead_to("http://127.0.0.1:%d" % self.address[1])
 
     def lead_to(self, url):
-        """Have commands find a server by the access file."""
+        """Write the access file of a server at `url`."""
         self.name_server(
             url=url, jobix=self.jobix, host=socket.gethostname())
 
@@ -16836,7 +16841,7 @@ class DoctorTest(Certified, HostCase, StoreCase):
         return {one["name"]: (one["ok"], one["said"]) for one in found}
 
     def assertOk(self, name, said, *argv, ok=True):
-        """Assert what doctor says of one thing; return all that it finds."""
+        """Assert what doctor says of one thing; return all its findings."""
         found = self.examine(*argv)
         self.assertIn(name, found)
         self.assertEqual(ok, found[name][0], found[name])
@@ -17100,7 +17105,6 @@ class DoctorTest(Certified, HostCase, StoreCase):
                 self.assertRegex(self.examine(*db)["holder"][1], said)
 
 
-@slow
 class BatchTest(HostCase):
     """The scripts for batch systems, as jobman.py prints them."""
 
