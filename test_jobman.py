@@ -12769,9 +12769,81 @@ class StartTest(Commands):
 # ------------------------------------------------------------- data care ---
 
 
+def mount(test, mounts="1 0 8:1 / / rw - nfs4 far rw\n"):
+    """Show jobman other mounts until a test ends."""
+    path = os.path.join(test.make_folder(), "mountinfo")
+    with open(path, "w") as file:
+        file.write(mounts)
+    test.replace("MOUNTINFO", path)
+
+
+class HostCase(TemporaryFolder):
+    """Commands run in this process, which is faster than one for each."""
+
+    start = JOBMAN,  # what starts its servers
+
+    def jobman(self, *argv):
+        """Run a command in the test's folder, as if it were a process.
+
+        Return (exit status, stdout, stderr). Ctrl-C ends it after PATIENCE.
+        """
+        end = threading.Timer(
+            PATIENCE, os.kill, (os.getpid(), signal.SIGINT))
+        end.start()
+        out = io.TextIOWrapper(io.BytesIO(), "utf-8", "surrogateescape")
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+        handlers = {number: signal.getsignal(number) for number in numbers}
+        folder = os.getcwd()
+        os.chdir(self.folder)
+        try:
+            with replaced_environment(self.environment), \
+                    contextlib.redirect_stdout(out), \
+                    contextlib.redirect_stderr(io.StringIO()) as err, \
+                    warnings.catch_warnings():  # its end closes the rest
+                warnings.simplefilter("ignore", ResourceWarning)
+                status = jobman.main(list(argv))
+        except SystemExit as ended:
+            status = ended.code
+        finally:
+            end.cancel()
+            os.chdir(folder)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        out.flush()
+        text = out.buffer.getvalue().decode("utf-8", "surrogateescape")
+        return status, text, err.getvalue()
+
+    def does(self, *argv):
+        """Run a command that succeeds; return what it prints."""
+        status, out, err = self.jobman(*argv)
+        self.assertEqual((0, ""), (status, err))
+        return out
+
+    def refusal(self, *argv, status=1):
+        """Run a command that fails; return its one sentence."""
+        found, out, err = self.jobman(*argv)
+        self.assertEqual((status, ""), (found, out), err)
+        if status == 1:
+            self.assertRegex(err, r"\Ajobman\.py: [^\n]+\.\n\Z")
+        return err
+
+    def server(self):
+        """Start a server that is open to all; return it and a Client."""
+        process, address = self.serve("--open", start=self.start)
+        client = worker.Client(
+            url="http://%s:%d" % address, jobix=7, patience=0)
+        self.addCleanup(client.close)
+        return process, client
+
+    def kill(self, process):
+        """Kill a process, and wait for its end."""
+        process.kill()
+        process.wait()
+
+
 @slow
 class BenchTest(TemporaryFolder):
-    """`bench/place.py` measures a place, and leaves it as it was."""
+    """`bench/place.py` measures a place, and leaves nothing there."""
 
     def test_it_says_what_the_place_is_good_for(self):
         place = os.path.join(HERE, "bench", "place.py")
@@ -12785,16 +12857,15 @@ class BenchTest(TemporaryFolder):
                          r"\ACan't make a folder in [^\n]+\n\Z")
 
 
-@slow
-class CareTest(TemporaryFolder):
-    """Databases are copied, checked and pruned, also while they are served."""
+class CareCase(HostCase):
+    """A database in the test's folder, and a clock moved by hand."""
 
-    open_to_all = True
     LENT = {"worker": "w", "lease": 60}
 
     def setUp(self):
         super().setUp()
         self.clock = Clock()
+        self.db = self.path("jobman.db")
 
     def store(self, name="jobman.db", **options):
         """Open a Store without a server, so without a ticker."""
@@ -12808,11 +12879,20 @@ class CareTest(TemporaryFolder):
         self.space = store.make_namespace(7)
         store.add_jobs(self.space, *to_add(dict.fromkeys(ids, entry)))
 
+    def claim(self, store, stage=0, **options):
+        """Claim a job with a lease; return it."""
+        job, = store.claim(self.space, [stage], **dict(self.LENT, **options))
+        return job
+
     def do(self, store, stage, target, **given):
         """Claim a job and update it to another stage."""
-        job, = store.claim(self.space, [stage], **self.LENT)
+        job = self.claim(store, stage)
         self.update(store, job["jobid"], target, claim=job["claim"], **given)
-        return job["jobid"]
+
+    def fail_one(self, store, stage=0):
+        """Claim a job and let its attempt fail."""
+        job = self.claim(store, stage)
+        store.fail_job(self.space, job["jobid"], claim=job["claim"])
 
     def update(self, store, jobid, stage, **given):
         """Update a job to a stage."""
@@ -12827,8 +12907,9 @@ class CareTest(TemporaryFolder):
             for _ in range(10):
                 self.do(store, 0, 4)
             store.sweep(self.space, "cancel", ids=[50, 51])
-            for job in store.claim(self.space, [0], n=3, **self.LENT)[:2]:
-                store.fail_job(self.space, job["jobid"], claim=job["claim"])
+            for _ in range(2):
+                self.fail_one(store)
+            self.claim(store)
         return self.path(name)
 
     def change(self, path, *statements):
@@ -12839,172 +12920,94 @@ class CareTest(TemporaryFolder):
             db.commit()
 
     def check(self, name="jobman.db"):
-        """Run the check; return (exit status, {what: its finding})."""
-        status, out, err = self.command(JOBMAN, "check", "--db", name)
+        """Check a database; return (exit status, {check: what it found})."""
+        status, out, err = self.jobman("check", "--db", name)
         self.assertEqual("", err)
         return status, dict(line.split(None, 1) for line in out.splitlines())
 
     def assertWhole(self, name):
-        status, found = self.check(name)
-        self.assertEqual((0, {"ok"}), (status, set(found.values())), found)
-        self.assertEqual(["integrity", "schema", "counts"], list(found))
+        """Assert that nothing is wrong with a database."""
+        self.assertEqual(
+            (0, {"integrity": "ok", "schema": "ok", "counts": "ok"}),
+            self.check(name))
         with jobman.open_snapshot(self.path(name)) as execute:
             self.assertEqual([], faults(execute))
 
-    def test_findings_are_told_to_programs_too(self):
-        path = self.made()
-        for wrong in (False, True):
-            if wrong:
-                self.change(path, "update tally set jobs = jobs + 1"
-                            " where state = 'done'")
-            told = {}
-            for output in ("json", "quiet"):
-                told[output] = self.command(
-                    JOBMAN, *CHECK, "--output", output)
-            found = json.loads(told["json"][1])
-            self.assertEqual(["integrity", "schema", "counts"],
-                             [one["name"] for one in found])
-            self.assertEqual(
-                ["counts"] * wrong,
-                [one["name"] for one in found if not one["ok"]])
-            self.assertIn("counted" if wrong else "", found[2]["said"])
-            self.assertEqual(
-                (int(wrong), "counts\n" * wrong, ""), told["quiet"])
-
-    def test_a_copy_is_told_to_programs_too(self):
-        self.made()
-        status, out, err = self.command(
-            JOBMAN, *BACKUP, "copy", "--output", "json")
-        self.assertEqual((0, ""), (status, err))
-        told = json.loads(out)
-        self.assertEqual(os.path.getsize(self.path("copy")), told["bytes"])
-        self.assertEqual({"file", "jobs", "bytes"}, set(told))
-        self.assertEqual((0, "again\n", ""), self.command(
-            JOBMAN, *BACKUP, "again", "--output", "quiet"))
-
-    def dump(self, path):
-        """Return what is in a database but claims, as sorted lines of SQL."""
-        with contextlib.closing(sqlite3.connect(path)) as db:
-            db.execute("update job set claim = null, lease = null")
-            return sorted(db.iterdump())  # and nothing is committed
-
     def assertOnly(self, *names):
-        """Assert which files are in the folder, but for SQLite's."""
+        """Assert which files are in the folder, except those of SQLite."""
         found = {
             name for name in os.listdir(self.folder)
             if not name.endswith(("-wal", "-shm", ".lock"))
         }
         self.assertEqual({*names}, found)
 
+
+@slow
+class CareTest(CareCase):
+    """Databases are copied and checked, also while they are served."""
+
+    def dump(self, path):
+        """Return what is in a database except claims, as lines of SQL."""
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("update job set claim = null, lease = null")
+            return sorted(db.iterdump())  # and nothing is committed
+
     # Backup
 
-    def post(self, address, path, value):
-        """Make a call that succeeds."""
-        reply = exchange(address, "POST", path, packed(value), {"jobix": "7"})
-        self.assertEqual(200, reply.status, reply.text)
-
-    def write_on(self, address, number, ending, added):
-        """Add jobs, ten a call, and move them, until told to end."""
-        for first in itertools.count(10**6 * number, 10):
-            if ending.is_set():
-                return
-            jobs = {i: {"jobstage": 0} for i in range(first, first + 10)}
-            self.post(address, "/set", jobs)
-            added[number] = first + 10 - 10**6 * number
-            got = exchange(address, "GET", "/get/0", headers={"jobix": "7"})
-            path = "/update_job/%(jobid)d/2?claim=%(claim)s" % got.json()
-            self.post(address, path, {})
-
-    def test_backup_under_writes_is_of_one_moment(self):
-        _, address = self.serve("--db", "jobman.db")
-        ending, added = threading.Event(), {}
-        writers = [
-            threading.Thread(
-                target=self.write_on, args=(address, n, ending, added))
-            for n in (1, 2, 3, 4)
-        ]
-        for writer in writers:
-            writer.start()
-        try:
-            for n in range(3):
-                wait_for(lambda: len(added) == 4, "jobs")
-                before = sum(added.values())
-                done = self.command(JOBMAN, *BACKUP, "copy%d" % n)
-                after = sum(added.values()) + 40
-                copy = self.path("copy%d" % n)
-                jobs = rows(copy, "select count(*) as n from job")[0]["n"]
-                said = "copy%d: %d jobs, %d bytes\n" % (
-                    n, jobs, os.path.getsize(copy))
-                self.assertEqual((0, said, ""), done)
-                self.assertEqual(0, jobs % 10)
-                self.assertLessEqual(before, jobs)
-                self.assertLessEqual(jobs, after)
-                self.assertWhole(copy)
-        finally:
-            ending.set()
-            for writer in writers:
-                writer.join()
-
-    def test_a_server_goes_on_while_it_is_copied(self):
-        store = jobman.Store(self.path("jobman.db"))
-        with contextlib.closing(store):
-            self.add(store, range(40000))
-        _, address = self.serve("--db", "jobman.db")
+    def test_a_copy_is_of_one_moment_and_its_server_goes_on(self):
+        with contextlib.closing(jobman.Store(self.db)) as store:
+            self.add(store, range(30000))
+        _, client = self.server()
         new = iter(range(10**6, 10**6 + 5))
 
-        def show(_):
+        def show(_):  # called from time to time while it copies
             for jobid in itertools.islice(new, 1):
-                self.post(address, "/set", {jobid: {"jobstage": 0}})
+                client.set({jobid: {"jobstage": 0}})
 
-        location = jobman.DatabaseLocation(self.path("jobman.db"))
+        location = jobman.DatabaseLocation(self.db)
         jobs = jobman.copy_database(location, self.path("copy"), show)
-        self.assertEqual(40000, jobs)
+        self.assertEqual(30000, jobs)
         self.assertEqual([], list(new))
         self.assertWhole("copy")
 
-    def test_who_looks_sees_one_moment_and_holds_up_nobody(self):
-        _, address = self.serve("--db", "jobman.db")
-        self.post(address, "/set", {1: {"jobstage": 0}})
-        with jobman.open_snapshot(self.path("jobman.db")) as execute:
-            self.post(address, "/set", {2: {"jobstage": 0}})
+    def test_a_snapshot_shows_one_moment_and_delays_no_server(self):
+        _, client = self.server()
+        client.set({1: {"jobstage": 0}})
+        with jobman.open_snapshot(self.db) as execute:
+            client.set({2: {"jobstage": 0}})
             seen = execute("select jobid from job").fetchall()
         self.assertEqual([(1,)], [tuple(row) for row in seen])
 
-    def test_backup_restores_by_copying(self):
-        process, address = self.serve("--db", "jobman.db")
-        self.post(address, "/set", {
+    def test_a_backup_of_what_a_killed_server_left_restores_by_copying(self):
+        process, client = self.server()
+        client.set({
             1: {"jobstage": 0, "jobcmd": "caf\u00e9 \udcff"},
             2: {"jobstage": 0, "jobcmd": 2, "laststage": 1},
         })
-        self.assertEqual(0, self.command(JOBMAN, *BACKUP, "copy")[0])
-        old = rows(self.path("jobman.db"), "select * from setting")
-        process.kill()
-        process.wait()
-        for name in list(os.listdir(self.folder)):
-            if name.startswith("jobman.db"):
-                os.unlink(self.path(name))
-        shutil.copy(self.path("copy"), self.path("jobman.db"))
-        _, address = self.serve("--db", "jobman.db")
-        got = exchange(address, "GET", "/get/0?n=2", headers={"jobix": "7"})
+        self.kill(process)
+        self.assertIn("copy: 2 jobs", self.does(*BACKUP, "copy"))
+        self.assertWhole("copy")
+        old = rows(self.db, "select * from setting")
+        for name in glob.glob(self.db + "*"):
+            os.unlink(name)
+        os.rename(self.path("copy"), self.db)
+        _, client = self.server()
         self.assertEqual(
             [(1, "caf\u00e9 \udcff"), (2, 2)],
-            [(job["jobid"], job["jobcmd"]) for job in got.json()])
-        self.assertEqual(
-            old, rows(self.path("jobman.db"), "select * from setting"))
+            [(job["jobid"], job["jobcmd"]) for job in client.get(0, n=2)])
+        self.assertEqual(old, rows(self.db, "select * from setting"))
 
     def test_no_claim_of_before_holds_after_a_restore(self):
-        store = jobman.Store(self.path("jobman.db"), clock=self.clock)
+        store = jobman.Store(self.db, clock=self.clock)
         self.add(store, range(4))
-        ended, lapsed, live = [
-            store.claim(self.space, [0], worker="w", lease=lease)[0]
-            for lease in (60, 1, 60)]
-        free, = store.claim(self.space, [0], worker=None, lease=None)
+        ended, lapsed, live, free = [
+            self.claim(store, lease=lease) for lease in (60, 1, 60, None)]
         self.update(store, 0, 4, claim=ended["claim"])
         self.clock.advance(2)
         store.tick()
         store.writer.run(lambda tx: tx.execute(  # the next would be the last
             "update job set lapses = 4 where jobid = 2"))
-        self.assertEqual(0, self.command(JOBMAN, *BACKUP, "copy")[0])
+        self.does(*BACKUP, "copy")
         store.close()
         self.assertWhole("copy")
         restored = self.store("copy")
@@ -13015,62 +13018,48 @@ class CareTest(TemporaryFolder):
         restored.tick()
         again = restored.claim(self.space, [0], n=9, **self.LENT)
         self.assertEqual([1, 2], [job["jobid"] for job in again])
-        restored.update_jobs(self.space, [{"jobid": 3, "stage": 4}])
+        self.update(restored, 3, 4)
         self.assertEqual(
             2, restored.status(self.space)["totals"]["states"]["done"])
 
-    def test_a_database_where_others_can_write_is_not_read(self):
-        self.made()
-        os.chmod(self.folder, 0o777)
-        for command in (CHECK, (*BACKUP, "copy")):
-            status, _, err = self.command(JOBMAN, *command)
-            self.assertEqual(1, status)
-            self.assertIn("can be written by anyone", err)
-        self.assertOnly("jobman.db")
-
-    def test_backup_is_one_private_file_and_the_whole(self):
-        path = self.made()
-        self.assertEqual(0, self.command(JOBMAN, *BACKUP, "copy")[0])
+    def test_a_backup_is_one_private_file_with_all_that_there_is(self):
+        before = read(self.made())
+        told = json.loads(self.does(*BACKUP, "copy", "--output", "json"))
         copy = self.path("copy")
-        self.assertOnly("jobman.db", "copy")
+        self.assertEqual({"file": "copy", "jobs": 100,
+                          "bytes": os.path.getsize(copy)}, told)
+        self.assertEqual(
+            "more\n", self.does(*BACKUP, "more", "--output", "quiet"))
+        self.assertOnly("jobman.db", "copy", "more")
         self.assertEqual(0o600, stat.S_IMODE(os.stat(copy).st_mode))
         self.assertEqual(b"\1\1", read(copy)[18:20])  # no WAL
-        self.assertEqual(self.dump(path), self.dump(copy))
+        self.assertEqual(self.dump(self.db), self.dump(copy))
         self.assertEqual(jobman.SCHEMA_VERSION, jobman.inspect(copy))
+        self.assertWhole("jobman.db")
+        self.assertEqual(before, read(self.db))
 
-    def test_backup_has_what_a_killed_server_left_in_the_wal(self):
-        process, address = self.serve("--db", "jobman.db")
-        self.post(address, "/set", {n: {"jobstage": 0} for n in range(50)})
-        process.kill()
-        process.wait()
-        _, out, _ = self.command(JOBMAN, *BACKUP, "copy")
-        self.assertIn("copy: 50 jobs", out)
-        self.assertWhole("copy")
-
-    def test_backup_overwrites_nothing(self):
+    def test_a_backup_overwrites_nothing(self):
         self.made()
         for name in ("copy", "copy-wal", "copy-journal"):
             with open(self.path(name), "w") as file:
                 file.write("mine")
-            done = self.command(JOBMAN, *BACKUP, "copy")
-            self.assertEqual((1, ""), done[:2])
-            self.assertIn("%s is there already" % name, done[2])
+            self.assertIn(
+                "%s is there already" % name, self.refusal(*BACKUP, "copy"))
             self.assertEqual(b"mine", read(self.path(name)))
             os.unlink(self.path(name))
         self.assertOnly("jobman.db")
 
-    def test_backup_that_fails_leaves_nothing(self):
+    def test_a_backup_that_fails_leaves_nothing(self):
         self.made()
         disk = self.small_disk()
         self.fill(disk)
-        done = self.command(JOBMAN, *BACKUP, os.path.join(disk, "copy"))
-        self.assertEqual((1, ""), done[:2])
-        self.assertRegex(done[2], "can't be copied to .*full")
+        self.assertRegex(self.refusal(*BACKUP, os.path.join(disk, "copy")),
+                         "can't be copied to .*full")
         self.assertEqual(["full"], os.listdir(disk))
-        done = self.command(JOBMAN, *BACKUP, "no/where")
-        self.assertRegex(done[2], "^jobman.py: .*no/where: No such file")
+        self.assertIn(
+            "no/where: No such file", self.refusal(*BACKUP, "no/where"))
 
-    def test_backup_shows_on_a_terminal_how_far_it_is(self):
+    def test_a_backup_shows_on_a_terminal_how_far_it_is(self):
         self.made()
         main, terminal = pty.openpty()
         self.addCleanup(os.close, main)
@@ -13082,147 +13071,124 @@ class CareTest(TemporaryFolder):
             os.read(main, 10**5),
             rb"\r\x1b\[Kcopy: 100 jobs, \d+ bytes\r\n\Z")
 
-    def test_only_a_database_of_ours_is_looked_at(self):
+    # What is no database of ours, or isn't finished
+
+    def test_only_a_database_of_ours_is_read(self):
         self.change(self.path("other.db"), "create table job (a)")
         self.change(self.made("newer.db"), "pragma user_version = 99")
         with open(self.path("text"), "w") as file:
             file.write("text" * 1000)
+        os.mkdir(self.path("shared"))
+        os.rename(self.made(), self.path("shared", "jobman.db"))
+        os.chmod(self.path("shared"), 0o777)
         for name, sentence in (
-            ("none.db", "There is no database"), ("text", "database"),
-            ("other.db", "another program"), ("newer.db", "a newer jobman"),
+            ("none.db", "There is no database none.db"),
+            ("text", "text is not a database"),
+            ("other.db", "is a database of another program"),
+            ("newer.db", "was made by a newer jobman"),
+            ("shared/jobman.db", "shared can be written by anyone"),
         ):
-            for command in ([*BACKUP, "copy"], CHECK):
-                done = self.command(JOBMAN, *command, "--db", name)
-                self.assertEqual((1, ""), done[:2])
-                self.assertRegex(done[2], "^jobman.py: .*%s.*\n$" % sentence)
-        self.assertOnly("other.db", "newer.db", "text")
+            for command in (BACKUP + ("copy",), CHECK):
+                said = self.refusal(*command, "--db", name)
+                self.assertIn(sentence, said)
+        self.assertOnly("other.db", "newer.db", "text", "shared")
 
-    def test_a_journal_of_a_local_database_is_rolled_back(self):
+    def test_the_journal_of_a_local_database_is_rolled_back(self):
         path = self.made()
         self.change(path, "pragma journal_mode = delete")
         pages = rows(path, "pragma page_count")[0]["page_count"]
         whole = self.dump(path)
-        for command in (CHECK, [*BACKUP, "copy"]):
+        for command in (CHECK, BACKUP + ("copy",)):
             with open(path, "ab") as file:
                 file.write(bytes(2**16))
             leave_journal(path, pages)
-            status, _, err = self.command(JOBMAN, *command)
-            self.assertEqual((0, ""), (status, err))
+            self.does(*command)
         self.assertOnly("jobman.db", "copy")
         self.assertEqual(whole, self.dump(path))
         self.assertEqual(whole, self.dump(self.path("copy")))
 
     def test_a_start_that_was_killed_in_its_commit_left_no_database(self):
-        path = self.path("jobman.db")
-        for command in (CHECK, [*BACKUP, "copy"]):
-            jobman.Store(path).close()
-            leave_journal(path, 0)
-            status, out, err = self.command(JOBMAN, *command)
-            self.assertEqual((1, ""), (status, out))
-            self.assertIn("There is no database jobman.db", err)
+        for command in (CHECK, BACKUP + ("copy",)):
+            jobman.Store(self.db).close()
+            leave_journal(self.db, 0)
+            self.assertIn("There is no database jobman.db",
+                          self.refusal(*command))
         self.assertOnly("jobman.db")
-        self.assertEqual(b"", read(path))
+        self.assertEqual(b"", read(self.db))
 
     # Check
 
-    def test_a_whole_database_is_found_so_and_left_alone(self):
-        path = self.made()
-        before = read(path)
-        self.assertWhole("jobman.db")
-        self.assertEqual(before, read(path))
-        self.serve("--db", "jobman.db")
-        self.assertWhole("jobman.db")
-
-    def damage(self, path, index):
-        """Damage an index of a database."""
-        found = rows(path, "select rootpage from sqlite_master"
-                     " where name = '%s'" % index)
-        size = rows(path, "pragma page_size")[0]["page_size"]
-        at, data = (found[0]["rootpage"] - 1) * size, bytearray(read(path))
-        data[at : at + size] = bytes(255 - b for b in data[at : at + size])
-        with open(path, "wb") as file:
-            file.write(data)
-
-    def test_a_damaged_page_is_found(self):
-        path = self.made()
-        self.damage(path, "job_queue")
-        status, found = self.check()
-        self.assertEqual(1, status)
-        self.assertRegex(found["integrity"], "^wrong  ")
-
-    def test_a_server_says_once_that_its_database_is_damaged(self):
-        path = self.made()
-        self.damage(path, "attempt_job")
-        server, address = self.serve("--db", path, "--open")
-        for method, path, body in (
-            ("GET", "/job/1", None), ("GET", "/job/2", None),
-            ("POST", "/retry", packed({"all": True})),
-        ):
-            reply = exchange(address, method, path, body, {"jobix": "7"})
-            self.assertEqual(503, reply.status, reply.text)
-        server.terminate()
-        _, _, err = self.finish(server)
-        self.assertRegex(
-            err, r"\Ajobman\.py: The database \S+ is damaged .*\.\n\Z")
-
-    DAMAGES = {  # what is done: what is said of it
+    DAMAGES = {  # what is done: the check that finds it, and what it says
         "update tally set jobs = jobs + 1 where state = 'done'":
             ("counts", "stage 4, done: counted 11, there 10"),
-        "delete from tally where state = 'waiting'":
-            ("counts", "stage 0, waiting: counted 0, there 85"),
         "update tally set expired = 2 where state = 'done'":
             ("counts", "expired 2, there 0"),
         "insert into tally values (7, 9, 'working', 1, 0)":
             ("counts", "stage 9, working: counted 1, there 0"),
         "update job set namespace = 99 where jobid = 60":
             ("counts", "stage 0, waiting: counted 0, there 1"),
+        "update job set state = 'odd\n' where jobid = 60":
+            ("counts", r"stage 0, odd\n: counted 0, there 1"),
         "drop table tally": ("schema", "there is no table tally"),
         "drop index job_expiry": ("schema", "there is no index job_expiry"),
     }
 
     def test_each_damage_is_found_and_nothing_else(self):
         path = self.made()
-        for number, (damage, said) in enumerate(self.DAMAGES.items()):
+        for number, (damage, (check, said)) in enumerate(
+                self.DAMAGES.items()):
             with self.subTest(damage):
                 name = "%d.db" % number
                 shutil.copy(path, self.path(name))
-                self.change(self.path(name), *damage.split(";"))
+                self.change(self.path(name), damage)
                 status, found = self.check(name)
                 self.assertEqual(1, status)
-                self.assertIn("wrong  ", found[said[0]])
-                self.assertIn(said[1], found.pop(said[0]))
+                self.assertRegex(found[check], "^wrong  ")
+                self.assertIn(said, found.pop(check))
                 self.assertLessEqual(set(found.values()), {"ok"}, found)
 
-    def test_a_state_that_there_is_not_is_found(self):
-        path = self.made()
-        self.change(path, "update job set state = 'odd\n' where jobid = 60")
-        status, found = self.check()
-        self.assertEqual(1, status)
-        self.assertIn(r"stage 0, odd\n: counted 0, there 1", found["counts"])
+    def test_a_damaged_page_is_found_and_a_server_says_so_once(self):
+        found, = rows(self.made(), "select rootpage from sqlite_master"
+                      " where name = 'attempt_job'")
+        size = rows(self.db, "pragma page_size")[0]["page_size"]
+        at, data = (found["rootpage"] - 1) * size, bytearray(read(self.db))
+        data[at : at + size] = bytes(255 - b for b in data[at : at + size])
+        with open(self.db, "wb") as file:
+            file.write(data)
+        status, checks = self.check()
+        self.assertEqual((1, ["integrity"]), (status, list(checks)))
+        self.assertRegex(checks["integrity"], "^wrong  ")
+        server, client = self.server()
+        for call in (lambda: client.job(1), lambda: client.job(2),
+                     lambda: client.retry(all=True)):
+            with self.assertRaisesRegex(worker.Unreachable, "503"):
+                call()
+        server.terminate()
+        _, _, err = self.finish(server)
+        self.assertRegex(
+            err, r"\Ajobman\.py: The database \S+ is damaged .*\.\n\Z")
 
-    # Old attempts
+
+class PruneTest(CareCase):
+    """Attempts of jobs that ended `--keep-days` ago are deleted."""
 
     def kept(self, store):
         """Return how many attempts each job has, after a tick."""
         store.tick()
-        found = rows(store.readers.path, "select jobid, attempt.id is not"
-                     " null as n from job left join attempt on job = job.id"
-                     " order by jobid")
-        counts = dict.fromkeys([row["jobid"] for row in found], 0)
-        for row in found:
-            counts[row["jobid"]] += row["n"]
-        return counts
+        found = rows(
+            store.readers.path, "select jobid, count(attempt.id) as n from job"
+            " left join attempt on job = job.id group by jobid")
+        return {row["jobid"]: row["n"] for row in found}
 
     def test_attempts_of_jobs_that_ended_long_ago_are_deleted(self):
         store = self.store(keep_days=3)
         self.add(store, [1, 2, 3, 4])
         for _ in range(3):
             self.do(store, 0, 4)  # jobs 1, 2, 3
-        job, = store.claim(self.space, [0], **self.LENT)
-        store.fail_job(self.space, 4, claim=job["claim"])
+        self.fail_one(store)
         store.sweep(self.space, "cancel", ids=[4])
         self.clock.advance(2 * 86400)
-        self.do(store, 4, 4)  # a job that is done again
+        self.do(store, 4, 4)  # job 1 is done again
         self.assertEqual({1: 2, 2: 1, 3: 1, 4: 1}, self.kept(store))
         self.clock.advance(86400)
         self.assertEqual({1: 2, 2: 1, 3: 1, 4: 1}, self.kept(store))
@@ -13230,14 +13196,18 @@ class CareTest(TemporaryFolder):
         self.assertEqual({1: 2, 2: 0, 3: 0, 4: 0}, self.kept(store))
         self.clock.advance(2 * 86400)
         self.assertEqual({1: 0, 2: 0, 3: 0, 4: 0}, self.kept(store))
+        other = self.store("other.db")  # without the option
+        self.add(other, [1])
+        self.do(other, 0, 4)
+        self.clock.advance(10**9)
+        self.assertEqual({1: 1}, self.kept(other))
 
     def test_attempts_of_jobs_that_go_on_are_kept(self):
         store = self.store(keep_days=1, max_attempts=1)
         self.add(store, [1, 2, 3])
         self.do(store, 0, 2)
-        job, = store.claim(self.space, [0], **self.LENT)
-        store.fail_job(self.space, 2, claim=job["claim"])
-        job, = store.claim(self.space, [0], **self.LENT)
+        self.fail_one(store)
+        job = self.claim(store)
         store.release_job(self.space, 3, claim=job["claim"])
         self.clock.advance(10 * 86400)
         self.assertEqual({1: 1, 2: 1, 3: 1}, self.kept(store))
@@ -13245,92 +13215,76 @@ class CareTest(TemporaryFolder):
             ["waiting", "failed", "waiting"],
             [store.job(self.space, jobid)[0]["state"] for jobid in (1, 2, 3)])
 
-    def test_without_the_option_all_are_kept(self):
-        store = self.store()
-        self.add(store, [1])
-        self.do(store, 0, 4)
-        self.clock.advance(10**9)
-        self.assertEqual({1: 1}, self.kept(store))
-
-    def history(self, store, given):
+    def history(self, store, columns):
         """Bring a job through two stages, the second twice, with failures.
 
-        Its updates replace the columns `given`.
+        Its updates replace the values of some columns.
         """
         self.add(store, [1], jobcmd="first", filename="first")
         for stage, target in ((0, 2), (2, 3), (2, 4)):
-            job, = store.claim(self.space, [stage], **self.LENT)
-            store.fail_job(self.space, 1, claim=job["claim"])
+            self.fail_one(store, stage)
             self.clock.advance(5)
-            replaced = dict.fromkeys(given, '["to %d"]' % target)
+            replaced = dict.fromkeys(columns, '["to %d"]' % target)
             self.do(store, stage, target, **replaced)
             if target == 3:
                 self.update(store, 1, 2)
             self.clock.advance(5)
 
     def test_a_retry_gives_back_what_it_would_have_without_the_option(self):
-        columns = "stage", "jobcmd", "filename", "files", "files_stage"
-        for number, given in enumerate((
-            ["jobcmd"], ["filename"], ["files"], ["jobcmd", "files"]
+        seen = "stage", "jobcmd", "filename", "files", "files_stage"
+        for number, columns in enumerate((
+            ["jobcmd", "filename"], ["files"], ["jobcmd", "files"]
         )):
-            jobs = []
-            for days in (None, 1):
-                name = "%s-%d.db" % (days, number)
-                store = self.store(name, keep_days=days)
-                self.history(store, given)
+            stories = []
+            for days, kept in ((None, 6), (1, 3)):
+                store = self.store(
+                    "%s-%d.db" % (days, number), keep_days=days)
+                self.history(store, columns)
                 self.clock.advance(10 * 86400)
-                self.assertEqual({1: 3 if days else 6}, self.kept(store))
-                seen = []
+                self.assertEqual({1: kept}, self.kept(store))
+                story = []
                 for _ in range(2):
                     store.sweep(self.space, "retry", ids=[1])
-                    seen.append(store.job(self.space, 1)[0])
-                    if given[-1] == "files":
+                    story.append(store.job(self.space, 1)[0])
+                    if columns[-1] == "files":
                         store.reject_job(self.space, 1)
-                        seen.append(store.job(self.space, 1)[0])
+                        story.append(store.job(self.space, 1)[0])
                     self.update(store, 1, 4)
-                jobs.append([[job[name] for name in columns] for job in seen])
-            self.assertEqual(*jobs)
-            self.assertIn("to ", str(jobs))
+                stories.append(
+                    [[job[name] for name in seen] for job in story])
+            self.assertEqual(*stories)
+            self.assertIn("to ", str(stories))
 
-    def test_many_are_pruned_some_in_a_commit_and_none_is_missed(self):
+    def test_many_are_deleted_some_in_a_commit_and_none_is_missed(self):
         self.replace("PRUNED", 4)
         store = self.store(keep_days=1)
-        self.add(store, range(21))
-        for job in store.claim(self.space, [0], n=9, **self.LENT):
-            self.update(store, job["jobid"], 4, claim=job["claim"])
+        self.add(store, range(18))
+        for _ in range(9):
+            self.do(store, 0, 4)
         self.clock.advance(1)
-        for job in store.claim(self.space, [0], n=9, **self.LENT):
-            store.fail_job(self.space, job["jobid"], claim=job["claim"])
+        for _ in range(9):
+            self.fail_one(store)
         store.sweep(self.space, "cancel", stage=0)
         store.set_stages(self.space, {0: {"minutes": 1}})
         self.clock.advance(86400 * 2)
         commits, commit = [], store.writer.commit
         store.writer.commit = lambda batch: (
             commits.append(1), commit(batch))
-        self.assertEqual(dict.fromkeys(range(21), 0), self.kept(store))
+        self.assertEqual(dict.fromkeys(range(18), 0), self.kept(store))
         self.assertGreater(len(commits), 18 // 4)
 
-    def test_a_full_disk_only_puts_pruning_off(self):
-        disk = self.small_disk("400k")
-        path = os.path.join(disk, "jobman.db")
-        made = self.made()
-        self.change(  # so much that it fits in no rest of a block
-            made, "insert into attempt (job, claim, attempt, stage, started,"
-            " ended, outcome, stderr) select id, 'x', 1, 0, 1, 1, 'failed',"
-            " hex(zeroblob(2000)) from job where state = 'done'")
-        shutil.move(made, path)
-        store = self.store(path, keep_days=1)
+    def test_a_commit_that_fails_only_delays_it(self):
+        store = self.store(keep_days=1)
+        self.add(store, [1])
+        self.do(store, 0, 4)
         self.clock.advance(86400 * 2)
-        store.mark_some()  # so that only pruning is left to do
-        self.fill(disk)
-        for _ in range(2):
-            with self.assertRaises(jobman.Unavailable):
-                store.tick()
-        os.unlink(os.path.join(disk, "full"))
-        kept = {jobid for jobid, n in self.kept(store).items() if n}
-        self.assertEqual({10, 11, 12}, kept)  # those that go on
+        store.lock.lost = "lost for now"
+        with self.assertRaises(jobman.Unavailable):
+            store.prune()
+        store.lock.lost = None
+        self.assertEqual({1: 0}, self.kept(store))
 
-    def test_a_clock_set_back_costs_no_job_its_turn(self):
+    def test_a_clock_set_back_delays_it_by_an_hour_at_most(self):
         store = self.store(keep_days=1)
         self.clock.advance(10**8)
         self.kept(store)
@@ -13341,12 +13295,9 @@ class CareTest(TemporaryFolder):
         self.clock.advance(86400 * 2)
         self.assertEqual({1: 0}, self.kept(store))
 
-    def test_a_tick_within_the_hour_prunes_nothing(self):
+    def test_a_tick_within_the_hour_looks_at_no_attempt(self):
         store = self.store(keep_days=1)
-        self.add(store, range(1000))
-        store.sweep(self.space, "cancel", stage=0)
-        self.clock.advance(86400 * 2)
-        self.kept(store)
+        store.tick()
         self.clock.advance(60)
         statements = []
         store.writer.connection.set_trace_callback(
@@ -13355,29 +13306,27 @@ class CareTest(TemporaryFolder):
         store.writer.connection.set_trace_callback(None)
         self.assertNotIn("from attempt", " ".join(statements))
 
-    def test_a_server_prunes_what_it_finds(self):
+    def test_a_server_deletes_what_it_finds(self):
         path = self.made()
-        self.serve("--db", "jobman.db", "--keep-days", "1")
+        self.serve("--keep-days", "1")
         wait_for(
             lambda: rows(path, "select count(*) as n from attempt where"
                          " outcome = 'done'") == [{"n": 0}],
-            "the attempts of 2020 gone",
-        )
+            "the end of the attempts of 2020")
         self.assertWhole("jobman.db")
-        done = self.command(JOBMAN, "serve", "--keep-days", "0")
-        self.assertEqual((2, ""), done[:2])
-        self.assertIn("--keep-days: ", done[2])
+        self.assertIn("--keep-days: ", self.refusal(
+            "serve", "--keep-days", "0", status=2))
 
 
 SHIM = r"""
 #define _GNU_SOURCE
-#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 /* Locks that are given to everybody ($LOCKS is lie) or to nobody (fail);
    flock: only that fails. */
@@ -13389,35 +13338,24 @@ static int pretend(void)
     return -1;
 }
 
-static int is_about_locks(int command, void *argument)
+int fcntl(int file, int command, ...)
 {
-    switch (command) {
-    case F_GETLK: case F_OFD_GETLK:
-        ((struct flock *)argument)->l_type = F_UNLCK;
-        return 1;
-    case F_SETLK: case F_SETLKW: case F_OFD_SETLK: case F_OFD_SETLKW:
-        return 1;
-    }
-    return 0;
+    va_list arguments;
+    void *argument;
+    va_start(arguments, command);
+    argument = va_arg(arguments, void *);
+    va_end(arguments);
+    if (strcmp(getenv("LOCKS"), "flock"))
+        switch (command) {
+        case F_GETLK: case F_OFD_GETLK:
+            ((struct flock *)argument)->l_type = F_UNLCK;
+        case F_SETLK: case F_SETLKW: case F_OFD_SETLK: case F_OFD_SETLKW:
+            return pretend();
+        }
+    return syscall(SYS_fcntl, file, command, argument);
 }
 
-#define CONTROL(NAME)                                                   \
-    int NAME(int file, int command, ...)                                \
-    {                                                                   \
-        int (*real)(int, int, ...) =                                    \
-            (int (*)(int, int, ...))dlsym(RTLD_NEXT, #NAME);            \
-        va_list arguments;                                              \
-        void *argument;                                                 \
-        va_start(arguments, command);                                   \
-        argument = va_arg(arguments, void *);                           \
-        va_end(arguments);                                              \
-        if (is_about_locks(command, argument)                           \
-                && strcmp(getenv("LOCKS"), "flock"))                    \
-            return pretend();                                           \
-        return real(file, command, argument);                           \
-    }
-CONTROL(fcntl)
-CONTROL(fcntl64)
+int fcntl64(int, int, ...) __attribute__((alias("fcntl")));
 
 int flock(int file, int operation)
 {
@@ -13426,32 +13364,60 @@ int flock(int file, int operation)
 """
 
 
-def compile_shim(folder):
-    """Compile the SHIM; return its path, None without a compiler."""
+def compile_shim(test):
+    """Compile the SHIM in a test's folder; return its path."""
     compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler:
-        path = os.path.join(folder, "shim.so")
-        command = [compiler, "-shared", "-fPIC", "-xc", "-", "-o", path]
-        subprocess.run(
-            [*command, "-ldl"], input=SHIM.encode(), check=True)
-        return path
+    if not compiler:
+        test.skipTest("no C compiler")
+    path = test.path("shim.so")
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-xc", "-", "-o", path],
+        input=SHIM.encode(), check=True)
+    return path
 
 
-class FileSystemTest(TemporaryFolder):
+class FileSystemTest(HostCase):
     """A server finds out what its database is on."""
 
     MOUNTS = r"""
 20 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
-21 20 0:20 / /proc rw - proc proc rw
-22 20 0:30 / /home rw,relatime shared:2 master:1 - nfs4 login1:/home rw
 23 22 8:2 / /home/fast rw - xfs /dev/sdb1 rw
+22 20 0:30 / /home rw,relatime shared:2 master:1 - nfs4 login1:/home rw
 24 20 0:31 / /a/b rw - lustre 10.0.0.1@o2ib:/scratch rw
 25 20 0:32 / /with\040space\134 rw - fuse.sshfs me@there:/a\040b rw
 26 20 8:3 / /twice rw - nfs4 login1:/twice rw
 27 26 8:3 / /twice rw - ext4 /dev/sdc1 rw
-28 20 0:33 / /win rw - fuseblk /dev/sdd1 rw
 29 20 0:34 / /odd rw - nfs odd" - "name rw
 """
+
+    def test_a_folder_is_on_its_nearest_mount(self):
+        mount(self, self.MOUNTS)
+        for folder, found in (
+            ("/", ("ext4", "/dev/sda1")),
+            ("/homely", ("ext4", "/dev/sda1")),
+            ("/home", ("nfs4", "login1:/home")),
+            ("/home/me/data", ("nfs4", "login1:/home")),
+            ("/home/fast/me", ("xfs", "/dev/sdb1")),
+            ("/a/b", ("lustre", "10.0.0.1@o2ib:/scratch")),
+            ("/a/bc", ("ext4", "/dev/sda1")),
+            ("/with space\\/x", ("fuse.sshfs", "me@there:/a b")),
+            ("/twice/x", ("ext4", "/dev/sdc1")),
+        ):
+            self.assertEqual(found, jobman.find_mount(folder), folder)
+        self.replace("MOUNTINFO", self.path("none"))
+        self.assertEqual(("", ""), jobman.find_mount("/"))
+
+    def test_a_link_leads_to_where_the_database_is(self):
+        os.mkdir(self.path("real"))
+        os.symlink("real", self.path("link"))
+        os.symlink("real/jobs.db", self.path("jobs.db"))
+        real = os.path.realpath(self.path("real"))
+        mount(self, "1 0 8:1 / / rw - ext4 /dev/sda1 rw\n"
+                    "2 1 0:9 / %s rw - nfs far rw\n" % real)
+        for name in ("link/jobs.db", "jobs.db"):
+            location = jobman.DatabaseLocation(self.path(name))
+            self.assertEqual("nfs", location.kind)
+            self.assertEqual(os.path.join(real, "jobs.db"), location.file)
 
     def test_readers_stay_with_the_database_when_a_link_is_changed(self):
         link = self.path("link.db")
@@ -13462,88 +13428,30 @@ class FileSystemTest(TemporaryFolder):
             store.add_jobs(store.namespace, *to_add({1: {"jobstage": 0}}))
             self.assertIsNotNone(store.job(store.namespace, 1))
 
-    def test_a_turn_that_fails_leaves_the_gate_open(self):
-        fair = jobman.FairLock(self.path("a"))
-        os.close(fair.turn)
-        with self.assertRaises(OSError), fair:
-            pass
-        other = os.open(self.path("a.gate"), os.O_RDWR)
-        self.addCleanup(os.close, other)
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def mounts(self, text):
-        """Let jobman see other mounts than there are."""
-        path = self.path("mountinfo")
-        with open(path, "w") as file:
-            file.write(text)
-        self.replace("MOUNTINFO", path)
-
-    def test_a_folder_is_on_its_nearest_mount(self):
-        self.mounts(self.MOUNTS)
-        for folder, found in (
-            ("/", ("ext4", "/dev/sda1")),
-            ("/homely", ("ext4", "/dev/sda1")),
-            ("/home", ("nfs4", "login1:/home")),
-            ("/home/me/data", ("nfs4", "login1:/home")),
-            ("/home/fast/me", ("xfs", "/dev/sdb1")),
-            ("/a/b", ("lustre", "10.0.0.1@o2ib:/scratch")),
-            ("/a/bc", ("ext4", "/dev/sda1")),
-            ("/a", ("ext4", "/dev/sda1")),
-            ("/with space\\/x", ("fuse.sshfs", "me@there:/a b")),
-            ("/twice/x", ("ext4", "/dev/sdc1")),
-        ):
-            self.assertEqual(found, jobman.find_mount(folder), folder)
-
-    def test_a_link_is_followed_to_where_the_database_is(self):
-        os.mkdir(self.path("real"))
-        os.symlink("real", self.path("link"))
-        os.symlink("real/jobs.db", self.path("jobs.db"))
-        real = os.path.realpath(self.path("real"))
-        self.mounts("1 0 8:1 / / rw - ext4 /dev/sda1 rw\n"
-                    "2 1 0:9 / %s rw - nfs far rw\n" % real)
-        for name in ("link/jobs.db", "jobs.db"):
-            location = jobman.DatabaseLocation(self.path(name))
-            self.assertEqual("nfs", location.kind)
-            self.assertEqual(os.path.join(real, "jobs.db"), location.file)
-        with contextlib.closing(jobman.Store(self.path("link", "jobs.db"))):
-            with self.assertRaises(jobman.CommandError):
-                jobman.Store(self.path("jobs.db"))
-
-    def test_what_other_hosts_may_write_to_is_had_alone(self):
-        for kind, exclusive in (
-            ("nfs", True), ("nfs4", True), ("lustre", True), ("gpfs", True),
-            ("beegfs", True), ("fhgfs", True), ("cifs", True),
-            ("smb3", True), ("ceph", True), ("panfs", True), ("afs", True),
-            ("9p", True), ("pvfs2", True), ("orangefs", True),
-            ("fuse.sshfs", True), ("fuse.glusterfs", True),
-            ("ext4", False), ("xfs", False), ("tmpfs", False),
-            ("fuseblk", False), ("overlay", False), ("btrfs", False),
-        ):
-            self.mounts("1 0 8:1 / / rw - %s what rw\n" % kind)
-            location = jobman.DatabaseLocation(self.path("jobs.db"))
-            self.assertEqual(exclusive, location.exclusive, kind)
-            self.assertEqual("unix", location.vfs)
-            self.assertIn("%s (what)" % kind, location.describe())
-
-    def test_without_mountinfo_a_file_system_is_taken_for_local(self):
-        self.replace("MOUNTINFO", self.path("none"))
-        location = jobman.DatabaseLocation(self.path("jobs.db"))
-        self.assertFalse(location.exclusive)
+    def test_one_server_alone_uses_what_other_hosts_may_write_to(self):
+        network = "nfs nfs4 lustre gpfs beegfs fhgfs cifs smb3 ceph panfs" \
+            " afs 9p pvfs2 orangefs fuse.sshfs fuse.glusterfs"
+        local = "ext4 xfs tmpfs fuseblk overlay btrfs"
+        for kinds, exclusive in ((network, True), (local, False)):
+            for kind in kinds.split():
+                mount(self, "1 0 8:1 / / rw - %s what rw\n" % kind)
+                location = jobman.DatabaseLocation(self.path("jobs.db"))
+                self.assertEqual(exclusive, location.exclusive, kind)
+                self.assertEqual("unix", location.vfs)
+                self.assertIn("%s (what)" % kind, location.describe())
 
     def test_locks_are_tried_and_leave_nothing(self):
         for folder in (".", "nowhere"):
             location = jobman.DatabaseLocation(self.path(folder, "jobs.db"))
             self.assertFalse(location.exclusive)
         self.assertEqual([], os.listdir(self.folder))
-
-    def test_locks_of_a_file_that_cannot_be_locked_fail(self):
         with open(self.path("file"), "wb") as file, \
                 open(self.path("file"), "rb") as unfit:
             self.assertTrue(jobman.try_locks(file))
             self.assertFalse(jobman.try_locks(unfit))
 
-    def test_sqlite_is_without_a_second_connection_there(self):
-        self.mounts("1 0 8:1 / / rw - nfs far rw\n")
+    def test_a_network_file_system_allows_one_connection_and_no_wal(self):
+        mount(self)
         path = self.path("jobs.db")
         with contextlib.closing(jobman.Store(path)) as store:
             store.init(7, [1, 2, 3])
@@ -13557,11 +13465,10 @@ class FileSystemTest(TemporaryFolder):
             spill = execute("pragma cache_spill").fetchone()
             self.assertIn(spill and spill[0], (0, None))  # None before 3.8
             self.assertEqual([], store.readers.idle)
-        self.assertEqual(
-            {"jobs.db", "mountinfo"}, set(os.listdir(self.folder)))
+        self.assertEqual(["jobs.db"], os.listdir(self.folder))
 
-    def test_other_programs_are_kept_off_where_locks_allow(self):
-        self.mounts("1 0 8:1 / / rw - nfs far rw\n")
+    def test_other_programs_are_kept_off_where_locks_work(self):
+        mount(self)
         path = self.path("jobs.db")
         jobman.Store(path).close()
         location = jobman.DatabaseLocation(path)
@@ -13573,255 +13480,183 @@ class FileSystemTest(TemporaryFolder):
                     other.execute("select * from job")
 
 
-class AloneCase(TemporaryFolder):
-    """A database that only one connection can have."""
+class AloneCase:
+    """What holds wherever only one server can have a database."""
 
-    open_to_all = True
-    locks = None  # what the shim does of them; None: mounts make it alone
-    said = r"is on nfs4 \(far\):"
-    MOUNTS = "jobman.MOUNTINFO = 'mountinfo'"
-    start = changed("jobman", MOUNTS)
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        if cls.locks:
-            cls.shim_folder = tempfile.mkdtemp(prefix="jobman-test-")
-            cls.shim = compile_shim(cls.shim_folder)
-
-    @classmethod
-    def tearDownClass(cls):
-        if cls.locks:
-            shutil.rmtree(cls.shim_folder)
-        super().tearDownClass()
+    locks = None  # what the SHIM makes of locks
 
     def setUp(self):
         super().setUp()
-        self.usual = dict(self.environment)
+        self.db = self.path("jobman.db")
         if self.locks:
-            if not self.shim:
-                self.skipTest("no C compiler")
-            self.environment.update(LD_PRELOAD=self.shim, LOCKS=self.locks)
+            self.environment.update(
+                LD_PRELOAD=compile_shim(self), LOCKS=self.locks)
         with open(self.path("mountinfo"), "w") as file:
             file.write("1 0 8:1 / / rw - nfs4 far rw\n")
-        self.db = self.path("jobman.db")
-
-    def serve(self, *argv, **options):
-        """Start a server that is alone."""
-        options.setdefault("start", self.start)
-        return super().serve(*argv, **options)
-
-    def kill(self, process):
-        """Kill a server; return what it said on standard error."""
-        process.kill()
-        process.wait()
-        return process.stderr.read().decode()
-
-    def call(self, address, path, value=None):
-        """Make a call that succeeds; return its text."""
-        method, body = ("GET", None) if value is None else \
-            ("POST", packed(value))
-        reply = exchange(address, method, path, body, {"jobix": "7"})
-        self.assertEqual(200, reply.status, (path, reply.text))
-        return reply.text
 
     def jobs(self, *ids):
         """Return jobs as /set takes them."""
         return {jobid: {"jobstage": 0, "laststage": 2} for jobid in ids}
 
+    def leave(self, jobs=100):
+        """Leave what a server leaves that is killed after it added jobs.
+
+        It was on a usual file system, unless jobman sees another here.
+        """
+        path = os.path.join(self.make_folder(), "jobman.db")
+        with contextlib.closing(jobman.Store(path)) as store:
+            store.add_jobs(store.make_namespace(7),
+                           *to_add(self.jobs(*range(jobs))))
+            for name in glob.glob(path + "*"):
+                if not name.endswith(".lock"):
+                    shutil.copy(name, self.folder)
+
     def run_jobman(self, *argv):
-        """Run a command of jobman's to its end, where all is alone."""
+        """Run a command where the database is for one server."""
         return self.command(*self.start, *argv)
 
+    def assertFiles(self, *names):
+        """Assert which files there are, but for the access file."""
+        self.assertEqual(
+            {"mountinfo", *names}, set(os.listdir(self.folder)) - {
+                ".jobman", "shim.so"})
+
     def assertWhole(self, jobs):
-        """Assert that nothing is wrong with the database when it is free."""
-        status, out, err = self.run_jobman(*CHECK)
-        self.assertEqual((0, ""), (status, err), out)
+        """Assert that nothing is wrong with the database."""
+        self.does(*CHECK)
         counted = rows(self.db, "select count(*) as n from job")
         self.assertEqual([{"n": jobs}], counted)
 
-
-@slow
-class NetworkTest(AloneCase):
-    """On a network file system, though its locks seem to work."""
-
-    def test_it_says_so_and_does_without_a_wal(self):
-        process, address = self.serve()
-        self.call(address, "/set", self.jobs(1))
+    def test_a_server_says_so_and_does_without_a_wal(self):
+        process, client = self.server()
+        client.set(self.jobs(1))
         self.assertEqual(b"\1\1", read(self.db)[18:20])
-        names = set(os.listdir(self.folder))
-        self.assertEqual({".jobman", "jobman.db", "jobman.db-journal",
-                          "jobman.db.lock", "mountinfo"}, names)
+        self.assertFiles("jobman.db", "jobman.db-journal", "jobman.db.lock")
         process.terminate()
         status, _, err = self.finish(process)
         self.assertEqual(0, status)
         self.assertRegex(err, r"\Ajobman\.py: jobman\.db [^\n]+\n\Z")
-        self.assertRegex(err, self.said)
-        self.assertEqual(
-            {".jobman", "jobman.db", "mountinfo"},
-            set(os.listdir(self.folder)))
+        self.assertRegex(err, self.said + ":")
+        self.assertFiles("jobman.db")
 
-    def work_on(self, address, number, ending, added, done):
-        """Add jobs, claim and update them, and look, until the server goes."""
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            for jobid in itertools.count(1000 * number):
-                self.call(address, "/set", self.jobs(jobid))
-                added.append(jobid)
-                job = json.loads(self.call(address, "/get/0?lease=60"))
-                if job != "nada":
-                    path = "/update_job/%(jobid)d/2?claim=%(claim)s" % job
-                    self.call(address, path, {})
-                    done.append(job["jobid"])
-                for path in ("/status", "/jobs", "/job/%d" % jobid,
-                             "/workers", "/failures", "/pace", "/health"):
-                    self.call(address, path)
-
-    def test_nothing_that_was_answered_is_lost_by_a_kill(self):
-        added, done = [], []
-        for first in (1, 5):
-            process, address = self.serve()
-            threads = [
-                threading.Thread(target=self.work_on, args=(
-                    address, number, None, added, done))
-                for number in range(first, first + 4)
-            ]
-            for thread in threads:
-                thread.start()
-            enough = len(added) + 40
-            wait_for(lambda n=enough: len(added) >= n, "some jobs")
-            self.kill(process)
-            for thread in threads:
-                thread.join()
-        self.assertEqual(0, self.run_jobman(*CHECK)[0])
-        kept = {row["jobid"]: row["stage"]
-                for row in rows(self.db, "select jobid, stage from job")}
-        self.assertEqual(set(), set(added) - set(kept))
-        self.assertEqual({2}, {kept[jobid] for jobid in done})
-        self.assertEqual(len(done), len(set(done)))
-
-    def test_a_second_server_is_told_who_has_it(self):
-        process, address = self.serve()
-        for argv in ([*SERVE, "--port", "0"], CHECK, [*BACKUP, "copy"],
-                     ["run", "--db", "jobman.db", "true {}", ":::", "1"]):
+    def test_a_second_server_is_told_who_has_it_until_that_is_killed(self):
+        process, client = self.server()
+        client.set(self.jobs(1))
+        holder = r"process %d on %s" % (process.pid, socket.gethostname())
+        for argv in (SERVE + ("--port", "0"), CHECK):
             status, out, err = self.run_jobman(*argv)
             self.assertEqual((1, ""), (status, out))
-            holder = r"process %d on %s" % (process.pid, socket.gethostname())
-            self.assertRegex(err, r"(?m)^jobman\.py: .*\(%s\)[^\n]*\.\n\Z"
-                             % holder)
-        self.call(address, "/set", self.jobs(1))
-        self.assertIn("jobman.db.lock", os.listdir(self.folder))
-
-    def test_a_signal_ends_it_while_it_waits_for_a_sign_of_life(self):
-        lock = self.path("jobman.db.lock")
-        for command in ([*SERVE, "--port", "0"],
-                        ["run", "--db", "jobman.db", "true", ":::", "1"]):
-            for number in (signal.SIGTERM, signal.SIGINT):
-                with open(lock, "w") as file:
-                    file.write('{"host": "far"}')
-                process = self.spawn(*self.start, *command)
-                self.assertIn(b"waiting 20 s", process.stderr.readline())
-                began = time.monotonic()
-                process.send_signal(number)
-                status, out, err = self.finish(process)
-                self.assertLess(time.monotonic() - began, 10)
-                self.assertEqual((1, ""), (status, out))
-                self.assertRegex(err, r"\Ajobman\.py: A signal [^\n]+\.\n\Z")
-                self.assertEqual(b'{"host": "far"}', read(lock))
-                self.assertFalse(glob.glob(self.path("**", "*access*")))
-
-    def test_it_cannot_be_shared(self):
-        status, out, err = self.run_jobman(*SERVE, "--port", "0", "--shared")
-        self.assertEqual((1, ""), (status, out))
-        self.assertRegex(err, r"\Ajobman\.py: [^\n]*/dev/shm[^\n]*\.\n\Z")
-        self.assertRegex(err, self.said.rstrip(":"))
-        self.assertEqual(
-            [".jobman", "mountinfo"], sorted(os.listdir(self.folder)))
-
-    def test_wsgi_cannot_share_it(self):
-        code = (
-            "jobman.application({'REQUEST_METHOD': 'GET', 'wsgi.input': "
-            "sys.stdin.buffer, 'PATH_INFO': '/health'}, "
-            "lambda status, headers: print(status)); sys.exit()")
-        _, start = changed("jobman", code)
-        if not self.locks:
-            start = start.replace(code, self.MOUNTS + "; " + code)
-        status, out, err = self.command("-c", start)
-        self.assertEqual((0, "503"), (status, out[:3]), err)
-        self.assertRegex(err, self.said.rstrip(":"))
-
-    def hot_wal(self):
-        """Make a database with what a usual server has left in its WAL."""
-        self.environment, alone = self.usual, self.environment
-        process, address = self.serve(start=(JOBMAN,))
-        self.call(address, "/set", self.jobs(*range(100)))
+            self.assertRegex(
+                err, r"(?m)^jobman\.py: .*\(%s\): end that one first\.\n\Z"
+                % holder)
+        client.set(self.jobs(2))
         self.kill(process)
-        self.environment = alone
-        self.assertEqual(b"\2\2", read(self.db)[18:20])
-        self.assertGreater(os.path.getsize(self.db + "-wal"), 10000)
+        self.assertWhole(2)
 
     def test_what_a_killed_server_left_in_a_wal_is_taken_over(self):
-        self.hot_wal()
-        process, address = self.serve()
-        figures = json.loads(self.call(address, "/status"))
-        self.assertEqual(100, figures["totals"]["jobs"])
+        self.leave()
+        self.assertEqual(b"\2\2", read(self.db)[18:20])
+        self.assertGreater(os.path.getsize(self.db + "-wal"), 10000)
+        process, client = self.server()
+        self.assertEqual(100, client.status()["totals"]["jobs"])
         self.assertEqual(b"\1\1", read(self.db)[18:20])
-        self.assertFalse(os.path.exists(self.db + "-wal"))
-        self.assertFalse(os.path.exists(self.db + "-shm"))
+        self.assertFiles("jobman.db", "jobman.db.lock")
         self.kill(process)
         self.assertWhole(100)
 
     def test_backup_and_check_read_a_wal_that_was_left(self):
-        for argv, said in (([*BACKUP, "copy"], "copy: 100 jobs"),
+        for argv, said in ((BACKUP + ("copy",), "copy: 100 jobs"),
                            (CHECK, "integrity    ok")):
-            self.hot_wal()
+            self.leave()
             status, out, err = self.run_jobman(*argv)
             self.assertEqual((0, ""), (status, err))
             self.assertIn(said, out)
-            for name in os.listdir(self.folder):
-                if name.startswith("jobman.db"):
-                    os.unlink(self.path(name))
-        self.assertEqual(
-            0, self.run_jobman("check", "--db", "copy")[0])
-
-    def test_on_a_usual_file_system_it_has_a_wal_again(self):
-        process, address = self.serve()
-        self.call(address, "/set", self.jobs(1, 2))
-        self.kill(process)
-        self.environment = self.usual
-        process, address = self.serve(start=(JOBMAN,))
-        self.call(address, "/set", self.jobs(3))
-        self.assertEqual(b"\2\2", read(self.db)[18:20])
-        names = os.listdir(self.folder)
-        self.assertIn("jobman.db-wal", names)
-        self.assertNotIn("jobman.db-journal", names)
+            for name in glob.glob(self.db + "*"):
+                os.unlink(name)
+        self.does("check", "--db", "copy")
 
     def test_a_journal_that_was_left_is_rolled_back(self):
-        process, address = self.serve()
-        self.call(address, "/set", self.jobs(*range(1000)))
-        self.kill(process)
-        code = (
-            "import os, sqlite3, sys; db = sqlite3.connect('file:jobman.db?"
-            "vfs=unix-none', uri=True, isolation_level=None)\n"
-            "db.execute('pragma cache_size = 1'); db.execute('begin')\n"
-            "db.execute('update job set stage = 5')\n"
-            "os.kill(os.getpid(), 9)")
-        self.command("-c", code)
+        self.leave(1000)
+        db = sqlite3.connect(self.db, isolation_level=None)
+        with contextlib.closing(db):
+            for statement in (
+                "pragma journal_mode = delete", "pragma cache_size = 1",
+                "begin", "update job set stage = 5",
+            ):
+                db.execute(statement)
+            left = {name: read(name) for name in glob.glob(self.db + "*")}
+        for name, content in left.items():
+            with open(name, "wb") as file:
+                file.write(content)
         self.assertNotEqual(b"\0", read(self.db + "-journal")[:1])
-        changed = read(self.db)
-        self.assertWhole(1000)
-        self.assertNotEqual(changed, read(self.db))
+        self.assertEqual(0, self.run_jobman(*CHECK)[0])
+        self.assertFiles("jobman.db")
         self.assertEqual(
             [{"stage": 0}], rows(self.db, "select distinct stage from job"))
+        self.assertWhole(1000)
+
+
+@slow
+class NetworkTest(AloneCase, HostCase):
+    """On a network file system, though its locks seem to work."""
+
+    start = changed("jobman", "jobman.MOUNTINFO = 'mountinfo'")
+    said = r"is on nfs4 \(far\)"
+
+    def run_jobman(self, *argv):
+        usual = jobman.MOUNTINFO
+        mount(self)
+        try:
+            return self.jobman(*argv)
+        finally:
+            jobman.MOUNTINFO = usual
 
     def test_a_run_goes_through(self):
-        argv = "run", "--db", "jobman.db", "echo {}", ":::", *"abc"
-        status, out, err = self.run_jobman(*argv)
+        status, out, err = self.command(
+            *self.start, "run", "--db", "jobman.db", "echo {}", ":::", *"abc")
         self.assertEqual((0, ["a", "b", "c"]), (status, sorted(out.split())))
-        self.assertRegex(err, self.said)
-        status, out, err = self.run_jobman(
-            "run", "--db", "jobman.db", "false {}", ":::", "a")
-        self.assertEqual(1, status)
-        self.assertIn("1 failed", err)
+        self.assertRegex(err, self.said + ":")
+
+    def test_a_signal_ends_it_while_it_waits_for_a_sign_of_life(self):
+        lock = self.path("jobman.db.lock")
+        for number, command in (
+            (signal.SIGTERM, SERVE + ("--port", "0")),
+            (signal.SIGINT, ("run", "--db", "jobman.db", "true", ":::", "1")),
+        ):
+            with open(lock, "w") as file:
+                file.write('{"host": "far"}')
+            process = self.spawn(*self.start, *command)
+            self.assertIn(b"waiting 20 s", process.stderr.readline())
+            process.send_signal(number)
+            status, out, err = self.finish(process)
+            self.assertEqual((1, ""), (status, out))
+            self.assertRegex(err, r"\Ajobman\.py: A signal [^\n]+\.\n\Z")
+            self.assertEqual(b'{"host": "far"}', read(lock))
+            self.assertFalse(glob.glob(self.path("**", "*access*")))
+
+    def test_servers_cannot_share_it(self):
+        mount(self)
+        said = self.refusal(*SERVE, "--port", "0", "--shared")
+        self.assertRegex(said, self.said + ", .*/dev/shm")
+        self.environment["JOBMAN_DB"] = self.db
+        with replaced_environment(self.environment), \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            with self.assertRaises(jobman.Unavailable):
+                jobman.Application().open()
+        self.assertRegex(err.getvalue(), self.said + ", .*/dev/shm")
+        self.assertFiles()
+
+    def test_on_a_usual_file_system_it_has_a_wal_again(self):
+        usual = jobman.MOUNTINFO
+        mount(self)
+        self.leave()
+        self.assertEqual(b"\1\1", read(self.db)[18:20])
+        self.replace("MOUNTINFO", usual)
+        with contextlib.closing(jobman.Store(self.db)) as store:
+            store.add_jobs(store.make_namespace(7), *to_add(self.jobs(100)))
+            self.assertEqual(b"\2\2", read(self.db)[18:20])
+            self.assertFalse(os.path.exists(self.db + "-journal"))
+        self.assertWhole(101)
 
 
 class AloneStore:
@@ -13830,11 +13665,7 @@ class AloneStore:
     vfs = "unix-none"  # to look past its lock
 
     def setUp(self):
-        folder = self.make_folder()
-        mounts = os.path.join(folder, "mountinfo")
-        with open(mounts, "w") as file:
-            file.write("1 0 8:1 / / rw - nfs4 far rw\n")
-        self.replace("MOUNTINFO", mounts)
+        mount(self)
         super().setUp()
         self.assertTrue(self.store.location.exclusive)
 
@@ -13850,19 +13681,19 @@ class AloneShowTest(AloneStore, ShowTest):
 
 
 @slow
-class FailingLocksTest(NetworkTest):
+class FailingLocksTest(AloneCase, HostCase):
     """On a file system where locks fail."""
 
     locks = "fail"
-    said = r"where locks don't work:"
-    start = (JOBMAN,)
+    said = "where locks don't work"
 
 
 @slow
-class LyingLocksTest(FailingLocksTest):
-    """On a file system where locks are given to everybody."""
+class LyingLocksTest(AloneCase, HostCase):
+    """On a file system where everybody is given every lock."""
 
     locks = "lie"
+    said = "where locks don't work"
 
     TAKE = """
 import glob, os, sys, time
@@ -13888,45 +13719,51 @@ print("mine", flush=True)
 time.sleep(60)
 """ % HERE
 
-    def test_of_two_that_take_over_one_wins(self):
-        for _ in range(3):
-            with open(self.path("jobs.db.lock"), "w") as file:
-                file.write('{"host": "far"}')
-            pair = [self.spawn("-c", self.TAKE) for _ in range(2)]
-            wait_for(lambda pair=pair: any(p.poll() for p in pair), "a loser")
-            loser, winner = sorted(pair, key=lambda p: p.poll() is None)
-            self.assertEqual(b"mine\n", winner.stdout.readline())
-            self.assertRegex(
-                loser.stderr.read().decode(),
-                r"(?m)^Another server .*process %d on" % winner.pid)
-            self.kill(winner)
-            for name in glob.glob(self.path("ready-*")):
-                os.unlink(name)
+    def test_of_two_that_take_it_over_at_once_one_wins(self):
+        with open(self.path("jobs.db.lock"), "w") as file:
+            file.write('{"host": "far"}')
+        pair = [self.spawn("-c", self.TAKE) for _ in range(2)]
+        wait_for(lambda: any(process.poll() for process in pair), "a loser")
+        loser, winner = sorted(pair, key=lambda p: p.poll() is None)
+        self.assertEqual(b"mine\n", winner.stdout.readline())
+        self.assertRegex(
+            loser.stderr.read().decode(),
+            r"(?m)^Another server .*process %d on" % winner.pid)
+
+    def test_a_server_that_was_paused_meanwhile_changes_nothing(self):
+        self.start = changed(
+            "jobman", "lock = jobman.ServerLock; lock.BEAT = 0.1;"
+            " lock.LOOK = 0.05; lock.STALE = 1")
+        old, client = self.server()
+        client.set(self.jobs(1))
+        os.kill(old.pid, signal.SIGSTOP)
+        new, newer = self.server()
+        newer.set(self.jobs(2))
+        access = read(self.path(".jobman", "access.json"))
+        os.kill(old.pid, signal.SIGCONT)
+        with self.assertRaises(worker.Unreachable):  # 503, or it has ended
+            client.set(self.jobs(3))
+        status, _, err = self.finish(old)
+        self.assertEqual(1, status)
+        self.assertRegex(err, "has lost .*: process %d on .* taken" % new.pid)
+        newer.set(self.jobs(4))
+        self.assertEqual(access, read(self.path(".jobman", "access.json")))
+        new.terminate()
+        self.assertEqual(0, self.finish(new)[0])
+        self.assertFiles("jobman.db")
+        self.assertWhole(3)
 
 
-class FastLock(jobman.ServerLock):
-    """A lock that is as patient as a test."""
+class StillLock(jobman.ServerLock):
+    """A lock whose heartbeats a test sends by hand."""
 
-    BEAT = 100  # by hand
-    STALE = 0.3
-    LOOK = 0.02
+    BEAT = 1000
 
 
-class PatientLock(FastLock):
-    """A lock that waits for a sign of life, on a slow machine too."""
-
-    STALE = PATIENCE
-
-
-@slow
-class LockTest(TemporaryFolder):
+class LockTest(HostCase):
     """Only one server has a database, and one that lost it stops."""
 
     open_to_all = True
-    QUICK = (
-        "lock = jobman.ServerLock; lock.BEAT, lock.LOOK = 0.1, 0.05;"
-        "lock.STALE, lock.LIMIT = 1.5, 0.5"
-    )
 
     def setUp(self):
         super().setUp()
@@ -13934,29 +13771,43 @@ class LockTest(TemporaryFolder):
         self.location = jobman.DatabaseLocation(self.path("jobs.db"))
         self.lock_path = self.path("jobs.db.lock")
 
-    def lock(self, kind=FastLock, shared=False, **options):
-        """Take the lock, as a server does."""
-        lock = kind(self.location, shared=shared, **options)
+    def make_exclusive(self):
+        """Put the database on a network file system."""
+        mount(self)
+        self.location = jobman.DatabaseLocation(self.path("jobs.db"))
+
+    def lock(self, pause=lambda: None, shared=False):
+        """Take the lock, as a server does, on a clock moved by hand.
+
+        `pause` is called each time that it waits. What it says is in `said`.
+        """
+        def wait(seconds):
+            self.clock.advance(seconds)
+            pause()
+
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            lock = StillLock(
+                self.location, shared=shared, clock=self.clock, pause=wait)
+        self.said = said.getvalue()
         self.addCleanup(lock.close)
         return lock
 
-    def taken(self, **options):
-        """Take the lock; return it and what was said meanwhile."""
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            return self.lock(**options), said.getvalue()
-
-    def store(self, **options):
-        """Open a Store without a server."""
+    def store(self, *ids, **options):
+        """Open a Store without a server; add jobs."""
         store = jobman.Store(self.path("jobs.db"), **options)
         self.addCleanup(store.close)
+        for jobid in ids:
+            self.add(store, jobid)
         return store
 
-    def make_exclusive(self):
-        """Put the database on a network file system."""
-        with open(self.path("mountinfo"), "w") as file:
-            file.write("1 0 8:1 / / rw - nfs4 far rw\n")
-        self.replace("MOUNTINFO", self.path("mountinfo"))
-        self.location = jobman.DatabaseLocation(self.path("jobs.db"))
+    def add(self, store, jobid):
+        """Add a job."""
+        store.add_jobs(store.namespace, *to_add({jobid: {"jobstage": 0}}))
+
+    def kept(self, name="jobs.db"):
+        """Return the ids of the jobs in a database."""
+        query = "select jobid from job order by jobid"
+        return [row["jobid"] for row in rows(self.path(name), query)]
 
     def write(self, content=None, **said):
         """Write another server's record, or a text, into the lock file."""
@@ -13967,165 +13818,150 @@ class LockTest(TemporaryFolder):
         os.pwrite(file, content.encode().ljust(512), 0)
         os.close(file)
 
+    def lose(self):
+        """Take the lock over, as a server on another host."""
+        os.unlink(self.lock_path)
+        self.write()
+
     def beat(self):
         """Return how many heartbeats the holder has sent."""
         return json.loads(read(self.lock_path).decode())["beat"]
 
     # To take it
 
-    def test_who_has_it_is_named(self):
-        process, _ = self.serve("--db", "jobs.db")
-        name = "process %d on %s" % (process.pid, socket.gethostname())
+    def test_a_second_server_is_told_who_has_the_database(self):
+        self.store()
+        name = "process %d on %s" % (os.getpid(), socket.gethostname())
         for more in ([], ["--shared"]):
-            status, out, err = self.command(
-                JOBMAN, "serve", "--port", "0", "--db", "jobs.db", *more)
-            self.assertEqual((1, ""), (status, out))
-            self.assertIn("(%s): end that one first" % name, err)
-            self.assertEqual(1, err.count("\n"))
+            said = self.refusal(
+                "serve", "--port", "0", "--db", "jobs.db", *more)
+            self.assertIn("(%s): end that one first, or use an" % name, said)
         self.assertEqual(
             0o600, stat.S_IMODE(os.stat(self.lock_path).st_mode))
-
-    def test_after_a_kill_the_next_has_it_at_once(self):
-        process, _ = self.serve("--db", "jobs.db")
-        process.kill()
-        process.wait()
-        process, _ = self.serve("--db", "jobs.db")
-        process.terminate()
-        status, _, err = self.finish(process)
-        self.assertEqual((0, ""), (status, err))
-
-    def refused_start(self):
-        """Return the sentence with which a server doesn't start."""
-        status, out, err = self.command(
-            JOBMAN, "serve", "--port", "0", "--db", "jobs.db")
-        self.assertEqual((1, ""), (status, out), err)
-        self.assertEqual(1, err.count("\n"))
-        return err
 
     def test_the_rest_of_another_database_is_refused(self):
         for suffix in ("-wal", "-journal"):
             with open(self.path("jobs.db" + suffix), "wb") as file:
                 file.write(b"x")
-            self.assertIn("jobs.db%s is there" % suffix, self.refused_start())
+            self.assertIn("jobs.db%s is there" % suffix, self.refusal(
+                "serve", "--port", "0", "--db", "jobs.db"))
             self.assertFalse(os.path.exists(self.path("jobs.db")))
             os.unlink(self.path("jobs.db" + suffix))
 
     def test_a_local_database_without_flock_is_refused(self):
-        shim = compile_shim(self.folder)
-        if not shim:
-            self.skipTest("no C compiler")
-        self.environment.update(LD_PRELOAD=shim, LOCKS="flock")
-        self.assertIn("No locks available", self.refused_start())
+        self.environment.update(LD_PRELOAD=compile_shim(self), LOCKS="flock")
+        status, _, err = self.command(JOBMAN, *SERVE, "--port", "0")
+        self.assertEqual(1, status)
+        self.assertRegex(err, r"\Ajobman\.py: .*No locks available\.\n\Z")
 
-    def test_what_is_in_the_file_of_a_local_database_is_of_no_matter(self):
+    def test_what_is_in_the_file_of_a_local_database_does_not_matter(self):
         for shared in (False, True):
             self.write(pid=os.getpid(), host=socket.gethostname())
-            lock, said = self.taken(shared=shared)
-            self.assertEqual("", said)
+            lock = self.lock(shared=shared)
+            self.assertEqual("", self.said)
             lock.check()
             lock.close()
             self.assertEqual([], os.listdir(self.folder))
 
-    def test_a_holder_elsewhere_that_beats_keeps_it(self):
+    def test_a_holder_on_another_host_keeps_it_while_it_beats(self):
         self.make_exclusive()
         self.write()
-        watched = threading.Event()
-
-        def watching():  # what it asks for the time when it begins to wait
-            if not watched.is_set():
-                watched.set()
-                self.write(beat=2)
-            return time.monotonic()
-
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            with self.assertRaisesRegex(
-                    jobman.CommandError, "process 17 on far"):
-                PatientLock(self.location, shared=False, clock=watching)
-        self.assertRegex(
-            said.getvalue(), r"\Ajobman\.py: process 17 on far .*\n\Z")
+        with self.assertRaisesRegex(jobman.CommandError, "17 on far"):
+            self.lock(pause=lambda: self.write(beat=2))
         self.assertEqual(2, self.beat())
+        self.lock()  # it is silent now, and the refused one has let go
 
-    def test_a_holder_elsewhere_that_is_silent_loses_it(self):
+    def test_a_holder_on_another_host_that_is_silent_loses_it(self):
         self.make_exclusive()
         self.write()
-        began = time.monotonic()
-        lock, said = self.taken()
-        self.assertGreaterEqual(time.monotonic() - began, FastLock.STALE)
-        self.assertRegex(
-            said, r"\Ajobman\.py: process 17 on far .* waiting .*\n\Z")
+        began = self.clock()
+        lock = self.lock()
+        self.assertGreaterEqual(self.clock(), began + lock.STALE)
+        self.assertRegex(self.said, r"\Ajobman\.py: process 17 on far .*"
+                         r" waiting 20 s .*\n\Z")
         lock.close()
-        self.assertEqual(["mountinfo"], os.listdir(self.folder))
+        self.assertEqual([], os.listdir(self.folder))
 
-    def test_what_was_there_before_may_be_anything(self):
+    def test_the_file_of_a_holder_may_have_any_content(self):
         self.make_exclusive()
         for content in (
             "", "process 1 on host", "\0" * 300, "[1]", "{}", '{"pid": "x"}',
             "\xff\xfe", "[" * 500, '{"pid": 1, "host": []}',
             '{"pid": 1e999}', '{"pid": 1, "host": null}',
         ):
-            self.write(content)
-            lock, said = self.taken()
-            self.assertIn("waiting", said)
-            lock.check()
-            lock.close()
+            with self.subTest(content=content):
+                self.write(content)
+                lock = self.lock()
+                self.assertIn("waiting", self.said)
+                lock.check()
+                lock.close()
 
-    def test_the_name_of_a_holder_draws_nothing(self):
+    def test_the_name_of_a_holder_has_no_control_characters(self):
         self.assertEqual(
             "process 1 on a\\x1b[31m\\n", jobman.name_holder(
                 {"pid": 1, "host": "a\x1b[31m\n"}))
         self.assertEqual("process ? on ?", jobman.name_holder({}))
 
-    def test_a_file_that_goes_while_it_is_watched_is_made_anew(self):
+    def test_a_file_that_its_holder_removes_is_created_again(self):
         self.make_exclusive()
         self.write()
-        left = [self.lock_path]
-
-        def watching():
-            if left:
-                os.unlink(left.pop())
-            return time.monotonic()
-
-        lock, said = self.taken(kind=PatientLock, clock=watching)
-        self.assertIn("waiting", said)
+        lock = self.lock(
+            pause=lambda: jobman.remove(self.lock_path)
+            if "other" in read(self.lock_path).decode() else None)
+        self.assertIn("waiting", self.said)
         lock.check()
 
-    def test_a_holder_of_this_host_is_awaited_while_its_process_runs(self):
+    def test_a_holder_on_this_host_keeps_it_while_its_process_runs(self):
         self.make_exclusive()
-        process = self.spawn("-c", "import time; time.sleep(60)")
-        here = {"pid": process.pid, "host": socket.gethostname()}
-        began = time.monotonic()
-        self.write(**here)
-        lock, said = self.taken()
-        self.assertIn("process %d on" % process.pid, said)
-        self.assertGreaterEqual(time.monotonic() - began, FastLock.STALE)
-        lock.close()
-        process.kill()
-        process.wait()
-        del here["pid"]
-        for more in ({"pid": process.pid}, {"pid": 10**20}, {"pid": "x"}, {}):
-            self.write(json.dumps(dict(here, **more)))
-            began = time.monotonic()
-            self.taken(kind=PatientLock)[0].close()
-            self.assertLess(time.monotonic() - began, PatientLock.STALE)
+        here = {"host": socket.gethostname()}
+        ended = self.spawn("-c", "")
+        ended.wait()
+        for pid, waits in (
+            ({"pid": os.getpid()}, True), ({"pid": ended.pid}, False),
+            ({"pid": 10**20}, False), ({"pid": "x"}, False), ({}, False),
+        ):
+            with self.subTest(pid=pid):
+                self.write(json.dumps(dict(here, **pid)))
+                began = self.clock()
+                self.lock().close()
+                self.assertEqual(waits, "waiting" in self.said)
+                self.assertEqual(
+                    waits, self.clock() >= began + StillLock.STALE)
+
+    def test_a_turn_that_fails_leaves_the_gate_open(self):
+        fair = jobman.FairLock(self.path("a"))
+        os.close(fair.turn)
+        with self.assertRaises(OSError), fair:
+            pass
+        other = os.open(self.path("a.gate"), os.O_RDWR)
+        self.addCleanup(os.close, other)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     # To keep it
 
-    def test_it_beats(self):
+    def test_it_beats_on_after_it_could_not_for_a_while(self):
         self.make_exclusive()
-        start = changed(
-            "jobman", self.QUICK + "; " + AloneCase.MOUNTS)
-        self.serve("--db", "jobs.db", start=start)
-        first = self.beat()
-        wait_for(lambda: self.beat() > first + 1, "beats")
-        self.assertEqual(512, os.path.getsize(self.lock_path))
 
-    def test_a_beat_leaves_alone_what_is_not_ours(self):
+        class Hasty(jobman.ServerLock):
+            BEAT = 0.01
+
+        lock = Hasty(self.location, shared=False)
+        self.addCleanup(lock.close)
+        first = self.beat()
+        wait_for(lambda: self.beat() > first + 1, "two heartbeats")
+        self.assertEqual(512, os.path.getsize(self.lock_path))
+        good, lock.file = lock.file, os.open(self.lock_path, os.O_RDONLY)
+        self.addCleanup(os.close, lock.file)
+        wait_for(lambda: lock.clock() - lock.confirmed_at > 0.3, "a fault")
+        lock.file, first = good, self.beat()
+        wait_for(lambda: self.beat() > first, "a heartbeat")
+
+    def test_a_heartbeat_is_not_written_into_the_file_of_another(self):
         self.make_exclusive()
         lock = self.lock()
         self.write()
         before = read(self.lock_path)
         lock.confirm()
-        self.assertEqual(before, read(self.lock_path))
         with self.assertRaisesRegex(jobman.Unavailable, "process 17 on far"):
             lock.check()
         with self.assertRaisesRegex(jobman.CommandError, "process 17 on far"):
@@ -14133,9 +13969,8 @@ class LockTest(TemporaryFolder):
         lock.close()
         self.assertEqual(before, read(self.lock_path))
 
-    def test_one_of_two_that_share_it_minds_the_other_not(self):
-        locks = [self.lock(shared=True), self.lock(shared=True)]
-        for lock in locks:
+    def test_servers_that_share_it_do_not_disturb_each_other(self):
+        for lock in [self.lock(shared=True), self.lock(shared=True)]:
             lock.confirm()
             lock.check()
 
@@ -14150,27 +13985,20 @@ class LockTest(TemporaryFolder):
             lock.close()
             newer.confirm()
             newer.check()
-            self.assertTrue(os.path.exists(self.lock_path))
             os.unlink(self.lock_path)
             newer.confirm()
             with self.assertRaisesRegex(jobman.Unavailable, "removed"):
                 newer.check()
             newer.close()
 
-    def test_nothing_is_changed_long_after_a_beat(self):
-        self.make_exclusive()
-        lock = self.lock(clock=self.clock)
-        self.clock.advance(lock.LIMIT)
-        lock.check()
-        self.clock.advance(0.1)
+    def assertStale(self, lock):
+        """Assert that a lock is no longer sure of its database."""
         with self.assertRaisesRegex(jobman.Unavailable, "another server may"):
             lock.check()
-        lock.confirm()
-        lock.check()
 
-    def test_a_beat_counts_from_when_it_began(self):
+    def test_nothing_is_changed_long_after_a_heartbeat(self):
         self.make_exclusive()
-        lock = self.lock(clock=self.clock)
+        lock = self.lock()
         write = lock.write
 
         def write_slowly():
@@ -14178,16 +14006,17 @@ class LockTest(TemporaryFolder):
             self.clock.advance(5)
 
         lock.write = write_slowly
-        lock.confirm()
-        self.clock.advance(lock.LIMIT - 5)
-        lock.check()
-        self.clock.advance(1)
-        with self.assertRaises(jobman.Unavailable):
+        for slow in (0, 5):  # a heartbeat counts from its beginning
+            self.clock.advance(lock.LIMIT - slow)
+            lock.check()
+            self.clock.advance(1)
+            self.assertStale(lock)
+            lock.confirm()
             lock.check()
 
-    def test_a_beat_that_cannot_be_written_is_none(self):
+    def test_a_heartbeat_that_cannot_be_written_does_not_count(self):
         self.make_exclusive()
-        lock = self.lock(clock=self.clock)
+        lock = self.lock()
         good, lock.file = lock.file, os.open(self.lock_path, os.O_RDONLY)
         self.addCleanup(os.close, lock.file)
         self.clock.advance(lock.LIMIT)
@@ -14195,24 +14024,10 @@ class LockTest(TemporaryFolder):
             lock.confirm()
         lock.check()
         self.clock.advance(1)
-        with self.assertRaises(jobman.Unavailable):
-            lock.check()
+        self.assertStale(lock)
         lock.file = good
         lock.confirm()
         lock.check()
-
-    def test_it_beats_on_when_it_could_not_for_a_while(self):
-        self.make_exclusive()
-
-        class Hasty(FastLock):
-            BEAT = 0.01
-
-        lock = self.lock(kind=Hasty)
-        good, lock.file = lock.file, os.open(self.lock_path, os.O_RDONLY)
-        self.addCleanup(os.close, lock.file)
-        wait_for(lambda: lock.clock() - lock.confirmed_at > 0.3, "a fault")
-        lock.file, first = good, self.beat()
-        wait_for(lambda: self.beat() > first, "a beat")
 
     def test_nothing_is_changed_while_the_file_cannot_be_read(self):
         self.make_exclusive()
@@ -14225,64 +14040,42 @@ class LockTest(TemporaryFolder):
         os.rename(self.path("away"), self.lock_path)
         lock.check()
 
-    def test_a_local_server_needs_no_beat(self):
-        lock = self.lock(clock=self.clock)
+    def test_a_local_server_needs_no_heartbeat(self):
+        lock = self.lock()
         self.clock.advance(10**6)
         lock.check()
 
     # To lose it
 
     def test_a_database_that_is_moved_is_lost_and_has_all(self):
-        process, address = self.serve("--db", "jobs.db")
-        answered, end = [], time.monotonic() + PATIENCE
-        with contextlib.suppress(OSError):  # it has ended
-            for jobid in itertools.count(1):
-                self.assertLess(time.monotonic(), end)
-                jobs = packed({jobid: {"jobstage": 0}})
-                reply = exchange(
-                    address, "POST", "/set", jobs, {"jobix": "7"})
-                if reply.status == 503:
-                    break
-                self.assertEqual(200, reply.status)
-                answered.append({"jobid": jobid})
-                if jobid == 1:
-                    os.rename(self.path("jobs.db"), self.path("new.db"))
-        status, _, err = self.finish(process)
-        self.assertEqual(1, status)
-        self.assertIn("moved or removed", err)
-        self.assertEqual(answered, rows(
-            self.path("new.db"), "select jobid from job order by jobid"))
-
-    def test_a_database_that_is_moved_just_before_the_end_has_all(self):
-        store = self.store()
-        store.add_jobs(store.namespace, *to_add({1: {"jobstage": 0}}))
-        os.rename(self.path("jobs.db"), self.path("new.db"))
-        store.close()
-        self.assertEqual(
-            [{"jobid": 1}], rows(self.path("new.db"), "select jobid from job"))
+        for noticed in (False, True):
+            self.folder = self.make_folder()
+            store = self.store(1)
+            os.rename(self.path("jobs.db"), self.path("new.db"))
+            if noticed:
+                store.lock.confirm()
+                with self.assertRaisesRegex(jobman.Unavailable, "moved or"):
+                    self.add(store, 2)
+            store.close()
+            self.assertEqual([1], self.kept("new.db"))
 
     def test_nothing_is_changed_once_it_is_lost(self):
         for exclusive in (False, True):
             if exclusive:
                 self.make_exclusive()
-            store = self.store()
-            store.add_jobs(store.namespace, *to_add({1: {"jobstage": 0}}))
-            os.unlink(self.lock_path)
-            self.write()
+            store = self.store(1)
+            self.lose()
             if not exclusive:
-                lock = store.lock
-                wait_for(lambda lock=lock: lock.lost, "a look")
-            with self.assertRaisesRegex(jobman.Unavailable, "17 on far"):
-                store.add_jobs(store.namespace, *to_add({2: {"jobstage": 0}}))
+                store.lock.confirm()
             ran = []
-            with self.assertRaises(jobman.Unavailable):
+            with self.assertRaisesRegex(jobman.Unavailable, "17 on far"):
                 store.writer.run(ran.append)
             self.assertEqual([], ran)
             store.close()
             self.assertIn(b"far", read(self.lock_path))
-            os.unlink(self.lock_path)
-            kept = rows(self.path("jobs.db"), "select jobid from job")
-            self.assertEqual([{"jobid": 1}], kept)
+            self.assertEqual([1], self.kept())
+            for path in glob.glob(self.path("jobs.db*")):
+                os.unlink(path)
 
     def test_a_commit_is_not_made_if_it_was_lost_meanwhile(self):
         self.make_exclusive()
@@ -14296,12 +14089,11 @@ class LockTest(TemporaryFolder):
         with self.assertRaisesRegex(jobman.Unavailable, "removed"):
             store.writer.run(lose)
         store.close()
-        self.assertEqual([], rows(self.path("jobs.db"), "select * from job"))
+        self.assertEqual([], self.kept())
 
-    def test_who_lost_it_leaves_the_newer_ones_journal(self):
+    def test_the_journal_of_the_newer_server_is_left_alone(self):
         self.make_exclusive()
-        store = self.store()
-        store.add_jobs(store.namespace, *to_add({1: {"jobstage": 0}}))
+        store = self.store(1)
         path = self.path("jobs.db-journal")
         older = os.stat(path).st_ino
         os.unlink(self.lock_path)
@@ -14310,24 +14102,21 @@ class LockTest(TemporaryFolder):
         self.addCleanup(other.close)
         other.execute("begin immediate")
         other.execute("update job set stage = 5")
-        newer = os.stat(path)
-        self.assertNotEqual(older, newer.st_ino)
-        before = read(path)
+        newer, before = os.stat(path).st_ino, read(path)
+        self.assertNotEqual(older, newer)
         store.close()
-        self.assertEqual(
-            (before, newer.st_ino), (read(path), os.stat(path).st_ino))
+        self.assertEqual((before, newer), (read(path), os.stat(path).st_ino))
         other.execute("commit")
 
-    def test_a_wsgi_process_that_lost_it_takes_it_anew(self):
+    def test_a_wsgi_process_that_lost_it_opens_it_again(self):
         application = jobman.Application()
         self.addCleanup(application.close)
-        environment = dict(self.environment,
-                           JOBMAN_DB=self.path("jobs.db"))
-        with replaced_environment(environment):
+        self.environment["JOBMAN_DB"] = self.path("jobs.db")
+        with replaced_environment(self.environment):
             first = application.open()
             self.assertIs(first, application.open())
             os.unlink(self.lock_path)
-            wait_for(lambda: first.lock.lost, "a look")
+            first.lock.confirm()
             with self.assertRaises(jobman.Unavailable):
                 first.init(7, [1])
             second = application.open()
@@ -14336,19 +14125,15 @@ class LockTest(TemporaryFolder):
         self.assertTrue(first.writer.closed)
 
     def test_a_server_that_lost_it_ends_and_leaves_the_newer_ones_files(self):
-        process, address = self.serve(
-            "--db", "jobs.db", "--snapshot", self.folder)
+        process, address = self.serve("--db", "jobs.db")
         access = self.path(".jobman", "access.json")
-        os.unlink(self.lock_path)
-        self.write()
-        with open(access + ".new", "w") as file:
+        self.lose()
+        with open(access, "w") as file:
             file.write("newer")
-        os.replace(access + ".new", access)
-        headers = {"jobix": "7"}
         with contextlib.suppress(OSError):  # it has ended
             reply = wait_for(
                 lambda: next((reply for reply in [exchange(
-                    address, "GET", "/init/5", headers=headers)]
+                    address, "GET", "/init/5", headers={"jobix": "7"})]
                     if reply.status != 200), None), "a refusal")
             self.assertEqual(503, reply.status)
             self.assertIn("process 17 on far", reply.text)
@@ -14369,52 +14154,7 @@ class LockTest(TemporaryFolder):
         self.assertIn("has lost the database", err)
 
 
-@slow
-class PausedTest(AloneCase):
-    """A server that was paused while another one took over."""
-
-    locks = "lie"
-    start = changed("jobman", LockTest.QUICK)
-
-    def test_it_changes_nothing_when_it_is_woken_and_ends(self):
-        old, address = self.serve()
-        self.call(address, "/set", self.jobs(1))
-        os.kill(old.pid, signal.SIGSTOP)
-        new, new_address = self.serve()
-        self.call(new_address, "/set", self.jobs(2))
-        access = read(self.path(".jobman", "access.json"))
-        lock = json.loads(read(self.path("jobman.db.lock")).decode())
-        self.assertEqual(new.pid, lock["pid"])
-        os.kill(old.pid, signal.SIGCONT)
-        with contextlib.suppress(OSError):
-            reply = exchange(address, "POST", "/set", packed(self.jobs(3)),
-                             {"jobix": "7"})
-            self.assertEqual(503, reply.status)
-        status, _, err = self.finish(old)
-        self.assertEqual(1, status)
-        self.assertRegex(err, "has lost .*: process %d on .* taken" % new.pid)
-        self.call(new_address, "/set", self.jobs(4))
-        self.assertEqual(access, read(self.path(".jobman", "access.json")))
-        self.assertIn("jobman.db.lock", os.listdir(self.folder))
-        new.terminate()
-        self.assertEqual(0, self.finish(new)[0])
-        self.assertWhole(3)
-
-    def test_it_goes_on_when_nobody_has_taken_over(self):
-        process, address = self.serve()
-        os.kill(process.pid, signal.SIGSTOP)
-        time.sleep(1)  # so long is the pause
-        os.kill(process.pid, signal.SIGCONT)
-
-        def changed():
-            reply = exchange(address, "POST", "/set", packed(self.jobs(1)),
-                             {"jobix": "7"})
-            return reply.status == 200
-
-        wait_for(changed, "a change")
-
-
-# --------------------------------------------------------- batch systems ---
+# ------------------------------------------------------------------- TLS ---
 
 
 def make_certificate(folder, name, *more):
@@ -14452,20 +14192,63 @@ class Certified:
     def setUpClass(cls):
         super().setUpClass()
         cls.certificates = tempfile.mkdtemp(prefix="jobman-test-")
-        try:
-            cls.certfile, cls.keyfile = make_certificate(
-                cls.certificates, "localhost", "-addext",
-                "subjectAltName=DNS:localhost", "-addext",
-                "keyUsage=critical,digitalSignature,keyCertSign")
-            cls.other = make_certificate(cls.certificates, "other")
-        except BaseException:
-            cls.tearDownClass()
-            raise
+        cls.certfile, cls.keyfile = make_certificate(
+            cls.certificates, "localhost", "-addext",
+            "subjectAltName=DNS:localhost", "-addext",
+            "keyUsage=critical,digitalSignature,keyCertSign")
+        cls.other = make_certificate(cls.certificates, "other")
 
     @classmethod
     def tearDownClass(cls):
         shutil.rmtree(cls.certificates)
         super().tearDownClass()
+
+    def listen(self, answer, certificate=None):
+        """Start a server that sends what `answer` returns for a request.
+
+        It hangs up then; it stays silent where that is None. Return its port,
+        and the list of the requests, with an empty one for each connection.
+        """
+        heard, context = [], None
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate)
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection = server.accept()[0]
+                    self.addCleanup(connection.close)
+                    with contextlib.suppress(OSError):
+                        if context:
+                            connection = context.wrap_socket(
+                                connection, server_side=True)
+                        heard.append(b"")
+                        heard.append(connection.recv(65536))
+                        said = answer(heard[-1])
+                        if said is not None:
+                            connection.sendall(said)
+                            connection.close()
+
+        server = socket.socket()
+        self.addCleanup(server.close)
+        server.bind(("127.0.0.1", 0))
+        server.listen(9)
+        self.addCleanup(server.shutdown, socket.SHUT_RDWR)
+        threading.Thread(target=serve, daemon=True).start()
+        return server.getsockname()[1], heard
+
+    def access(self):
+        """Return the content of the access file."""
+        return json.loads(read(self.path(".jobman", "access.json")).decode())
+
+    def name_server(self, **changes):
+        """Write other values into the access file."""
+        path = self.path(".jobman", "access.json")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        access = self.access() if os.path.exists(path) else {}
+        jobman.replace_file("access file", path, json.dumps(
+            dict(access, **changes)).encode(), 0o600)
 
 
 @slow
@@ -14489,16 +14272,27 @@ class TlsSocketTest(Certified, SocketTest):
         return client
 
     def listening(self, n):
+        """Return as soon as there are so many long polls."""
         wait_for(lambda: self.store.wait_queue.waiting == n,
                  "%d long polls" % n)
 
-    def test_one_connection_serves_many_calls(self):
+    def background(self, call):
+        """Start a call; return a list that will have its answer."""
+        answers = []
+        threading.Thread(
+            target=lambda: answers.append(call()), daemon=True).start()
+        return answers
+
+    def test_one_connection_serves_many_calls_and_is_never_reopened(self):
         client = self.client()
         client.health()
         connection = client.connection
         for _ in range(5):
             client.health()
             self.assertIs(connection, client.connection)
+        connection.close()
+        with self.assertRaises(http.client.NotConnected):  # without checks
+            connection.request("GET", "/health")
 
     def test_a_worker_that_hung_up_gets_no_job(self):
         for jobid, polite in enumerate((False, True)):
@@ -14517,21 +14311,25 @@ class TlsSocketTest(Certified, SocketTest):
             self.assertEqual((jobid, 1), (job["jobid"], job["attempt"]))
             self.update(job, 9)
 
-    def test_a_client_that_breaks_off_has_its_answer_and_no_job(self):
-        client, answers = self.client(), []
-        poll = threading.Thread(target=lambda: answers.append(
-            client.get(0, n=1, wait=60, lease=60)), daemon=True)
-        poll.start()
-        self.listening(1)
-        client.abort()
-        self.set_jobs([1])
-        poll.join(PATIENCE)
-        self.assertEqual([[]], answers)
-        self.assertEqual({(0, "waiting"): 1}, self.states())
+    def test_a_long_poll_gets_a_job_unless_it_is_broken_off(self):
+        for jobid, breaks_off in ((1, True), (2, False)):
+            client = self.client()
+            answers = self.background(
+                lambda client=client: client.get(0, n=9, wait=60, lease=60))
+            self.listening(1)
+            if breaks_off:
+                client.abort()
+            self.set_jobs([jobid])
+            wait_for(lambda answers=answers: answers, "an answer")
+            if breaks_off:
+                self.assertEqual([[]], answers)
+                self.assertEqual(jobid, self.get(0)["jobid"])
+            else:
+                self.assertEqual(jobid, answers[0][0]["jobid"])
 
     def test_an_answer_on_its_way_outlasts_a_break(self):
         tls = jobman.tls_context(self.certfile, self.keyfile)
-        server, answers = socket.socket(), []
+        server, reading = socket.socket(), threading.Event()
 
         def listen():
             with server, server.accept()[0] as connection:
@@ -14546,24 +14344,22 @@ class TlsSocketTest(Certified, SocketTest):
 
         server.bind(("127.0.0.1", 0))
         server.listen(1)
-        self.address, reading = server.getsockname(), threading.Event()
+        self.address = server.getsockname()
         client = self.client(patience=0)
-        for work in (listen, lambda: answers.append(client.status())):
-            threading.Thread(target=work, daemon=True).start()
+        self.background(listen)
+        answers = self.background(client.status)
         self.assertTrue(reading.wait(PATIENCE))
         client.abort()
         wait_for(lambda: answers, "the answer")
         self.assertEqual([42], answers)
 
-    def test_a_poll_that_stays_gets_the_job(self):
-        client, answers = self.client(), []
-        poll = threading.Thread(target=lambda: answers.append(
-            client.get(0, wait=60)), daemon=True)
-        poll.start()
-        self.listening(1)
-        self.set_jobs([1])
-        poll.join(PATIENCE)
-        self.assertEqual(1, answers[0]["jobid"])
+    def test_a_client_that_says_nothing_delays_no_other(self):
+        with contextlib.ExitStack() as stack:
+            for _ in range(9):
+                stack.enter_context(SocketTest.dial(self))
+            wait_for(lambda: len(self.door.server.open) == 9, "nine clients")
+            self.assertEqual("ok", self.client().health()["status"])
+            self.assertEqual(10, len(self.door.server.open))
 
     def test_a_handshake_that_never_comes_ends(self):
         self.addCleanup(setattr, jobman.Handler, "HANDSHAKE", 10)
@@ -14571,29 +14367,44 @@ class TlsSocketTest(Certified, SocketTest):
         with SocketTest.dial(self) as client:
             self.assertEqual(b"", client.recv(100))
 
+    def test_a_client_without_tls_is_cut_off_quietly(self):
+        hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            for sent in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\0" * 40,
+                         b"GET / HTTP/1.1\r\nx: " + b"y" * 2**23,
+                         b"SSH-2.0\r\n", hello, hello + b"x" * 600, b""):
+                with SocketTest.dial(self) as client:
+                    client.sendall(sent)
+                    if sent in (hello, b""):
+                        client.shutdown(socket.SHUT_WR)
+                    answer = b"".join(iter(lambda: client.recv(65536), b""))
+                self.assertNotIn(b"HTTP", answer)
+            wait_for(lambda: not self.door.server.open, "their end")
+        self.assertEqual("", log.getvalue())
+
     def test_the_end_does_not_wait_for_the_clients(self):
         with self.dial() as client:
             client.sendall(b"GET /health HTTP/1.0\r\n\r\n")
             self.assertIn(b" 200 ", client.recv(100)[:13])
             wait_for(lambda: not self.door.server.open, "its end")
 
+    def allow_old(self, context):
+        """Limit a context to TLS 1.1 and older."""
+        context.options |= ssl.OP_NO_TLSv1_2
+        context.options |= getattr(ssl, "OP_NO_TLSv1_3", 0)
+        if hasattr(context, "minimum_version"):
+            context.minimum_version = ssl.TLSVersion.TLSv1
+
     def test_nothing_older_than_tls_1_2_is_spoken(self):
         ours = worker.tls_context(digest(self.certfile))
+        old = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        old.load_cert_chain(self.certfile, self.keyfile)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            for context in (ours, self.tls, self.door.server.tls):
+            for context in (ours, old, self.tls, self.door.server.tls):
                 context.set_ciphers("ALL:@SECLEVEL=0")
-            self.tls.options |= ssl.OP_NO_TLSv1_2
-            self.tls.options |= getattr(ssl, "OP_NO_TLSv1_3", 0)
-            if hasattr(self.tls, "minimum_version"):
-                self.tls.minimum_version = ssl.TLSVersion.TLSv1
-            old = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            old.load_cert_chain(self.certfile, self.keyfile)
-            old.set_ciphers("ALL:@SECLEVEL=0")
-            if hasattr(old, "minimum_version"):
-                old.minimum_version = ssl.TLSVersion.TLSv1
-            old.options |= ssl.OP_NO_TLSv1_2
-            old.options |= getattr(ssl, "OP_NO_TLSv1_3", 0)
+            self.allow_old(self.tls)
+            self.allow_old(old)
         with self.assertRaises(OSError):
             self.dial()
         self.door.server.tls = old
@@ -14602,21 +14413,10 @@ class TlsSocketTest(Certified, SocketTest):
         with self.assertRaises(OSError):
             self.dial()
 
-    def test_a_connection_is_not_opened_again_without_tls(self):
-        client = self.client()
-        client.connect(PATIENCE)
-        client.connection.close()
-        with self.assertRaises(http.client.NotConnected):
-            client.connection.request("GET", "/health")
-
 
 @slow
-class TlsTest(Certified, TemporaryFolder):
-    """A server that speaks TLS, and who trusts it."""
-
-    def access(self):
-        """Return the content of the access file."""
-        return json.loads(read(self.path(".jobman", "access.json")).decode())
+class TlsTest(Certified, HostCase):
+    """A server that speaks TLS, and the clients that trust it."""
 
     def client(self, **options):
         """Return a Client for the server in the access file."""
@@ -14625,65 +14425,30 @@ class TlsTest(Certified, TemporaryFolder):
         self.addCleanup(client.close)
         return client
 
-    def told(self, *argv):
-        """Return the one sentence with which a command ends."""
-        status, out, err = self.command(*argv)
-        self.assertEqual((1, ""), (status, out), err)
-        self.assertRegex(err, r"\A\w+\.py: [^\n]+\n\Z")
-        return err
+    def open_server(self):
+        """Start a server in this process; return it."""
+        store = jobman.Store(self.path("jobman.db"))
+        server = jobman.Server(("127.0.0.1", 0), store)
+        server.tls = jobman.tls_context(self.certfile, self.keyfile)
+        server.start()
+        self.addCleanup(server.stop)
+        self.name_https(server.server_port, jobix=store.jobix)
+        return server
+
+    def name_https(self, port, **access):
+        """Name a port of this host in the access file."""
+        self.name_server(
+            url="https://127.0.0.1:%d" % port,
+            fingerprint=digest(self.certfile), **access)
 
     def stop(self, process):
         """End a server that has nothing to complain of."""
         process.terminate()
         self.assertEqual((0, ""), self.finish(process)[::2])
 
-    def stand_in(self):
-        """Start a server with another certificate.
-
-        Returns its port, and the list of what was sent to it.
-        """
-        heard = []
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*self.other)
-
-        def listen():
-            with server, contextlib.suppress(OSError):
-                while True:
-                    connection = server.accept()[0]
-                    with connection, contextlib.suppress(OSError):
-                        connection = context.wrap_socket(
-                            connection, server_side=True)
-                        heard.append(b"")
-                        with connection:
-                            heard.append(connection.recv(65536))
-
-        server = socket.socket()
-        server.bind(("127.0.0.1", 0))
-        server.listen(9)
-        self.addCleanup(server.shutdown, socket.SHUT_RDWR)
-        threading.Thread(target=listen, daemon=True).start()
-        return server.getsockname()[1], heard
-
-    def name_server(self, **changes):
-        """Write other values into the access file."""
-        access = dict(self.access(), **changes)
-        path = self.path(".jobman", "access.json")
-        with open(path + ".new", "w") as file:
-            os.chmod(path + ".new", 0o600)
-            json.dump(access, file)
-        os.replace(path + ".new", path)
-
     # The certificate
 
-    def test_worker_runs_a_job_over_tls(self):
-        self.serve("--tls")
-        self.client().set({1: {"jobstage": 0, "jobcmd": "echo done"}})
-        status, out, err = self.command(
-            WORKER, "--print", "--quiet", "--idle-timeout", "0.05")
-        self.assertEqual((0, "done\n", ""), (status, out, err))
-        self.assertEqual("https", self.access()["url"].split(":")[0])
-
-    def test_certificate_is_private_and_kept(self):
+    def test_a_certificate_is_made_and_is_private_and_kept(self):
         self.addCleanup(os.umask, os.umask(0))
         server, _ = self.serve("--tls")
         fingerprint = self.access()["fingerprint"]
@@ -14700,94 +14465,96 @@ class TlsTest(Certified, TemporaryFolder):
         shown = ssl.get_server_certificate(address)
         der = ssl.PEM_cert_to_DER_cert(shown)
         self.assertEqual(fingerprint, hashlib.sha256(der).hexdigest())
+        reply = exchange(address, "GET", "/get", tls=without_checks())
+        self.assertIn("<script>", reply.text)
 
-    def test_a_certificate_is_given_by_files(self):
+    def test_a_worker_runs_a_job_over_tls(self):
         both = self.path("both.pem")
         with open(both, "wb") as file:
             file.write(read(self.keyfile) + read(self.certfile))
-        for given in ((self.certfile, "--keyfile", self.keyfile), (both,)):
-            server, _ = self.serve("--certfile", *given)
-            self.assertEqual("ok", self.client().health()["status"])
-            self.assertEqual(
-                digest(self.certfile), self.access()["fingerprint"])
-            self.stop(server)
+        self.serve("--certfile", both)
+        self.assertEqual("https", self.access()["url"].split(":")[0])
+        self.assertEqual(digest(self.certfile), self.access()["fingerprint"])
+        self.client().set({1: {"jobstage": 0, "jobcmd": "echo done"}})
+        status, out, err = self.command(
+            WORKER, "--print", "--quiet", "--idle-timeout", "0.05")
+        self.assertEqual((0, "done\n", ""), (status, out, err))
 
-    def test_a_certificate_that_is_none_is_told(self):
-        locked = self.path("locked")
+    def test_a_certificate_that_cannot_be_used_is_named(self):
+        locked, trusted = self.path("locked"), self.path("trusted")
         subprocess.check_call([
             "openssl", "rsa", "-in", self.keyfile, "-out", locked, "-aes128",
             "-passout", "pass:secret"], stderr=subprocess.DEVNULL)
-        trusted = self.path("trusted")
         subprocess.check_call([
             "openssl", "x509", "-in", self.certfile, "-trustout",
             "-out", trusted])
-        for given in ((self.certfile,), (self.path("none"),), (JOBMAN,),
-                      (trusted, "--keyfile", self.keyfile),
-                      (self.certfile, "--keyfile", self.other[1]),
-                      (self.certfile, "--keyfile", locked)):
-            said = self.told(JOBMAN, *SERVE, "--certfile", *given)
-            self.assertIn("The certificate %s can't be used" % given[0], said)
-        self.assertIn("its key has a password", said)
+        for given, reason in (
+            ((self.certfile,), ""), ((self.path("none"),), "No such file"),
+            ((JOBMAN,), ""),
+            ((trusted, "--keyfile", self.keyfile), "BEGIN CERTIFICATE"),
+            ((self.certfile, "--keyfile", self.other[1]), ""),
+            ((self.certfile, "--keyfile", locked), "its key has a password"),
+        ):
+            with self.subTest(given=given):
+                said = self.refusal(
+                    *SERVE, "--port", "0", "--certfile", *given)
+                self.assertIn(
+                    "The certificate %s can't be used: " % given[0], said)
+                self.assertIn(reason, said)
         self.assertEqual(
             {".jobman", "locked", "trusted"}, set(os.listdir(self.folder)))
 
-    def test_without_openssl_there_is_one_sentence(self):
-        self.environment["PATH"] = self.path("nothing")
+    def test_without_an_openssl_that_works_there_is_one_sentence(self):
+        os.mkdir(self.path("bin"))
+        self.environment["PATH"] = self.path("bin")
         for options in (["--tls"], ["--host", "0.0.0.0"]):
-            said = self.told(JOBMAN, *SERVE, "--port", "0", *options)
+            said = self.refusal(*SERVE, "--port", "0", *options)
             for word in ("openssl", "--certfile", "--plain"):
                 self.assertIn(word, said)
-        self.assertEqual([".jobman"], os.listdir(self.folder))
-
-    def test_an_openssl_that_fails_is_told_and_leaves_nothing(self):
-        os.mkdir(self.path("bin"))
         with open(self.path("bin", "openssl"), "w") as file:
             file.write("#!/bin/sh\necho no entropy >&2\nexit 1\n")
         os.chmod(file.name, 0o755)
-        path = self.path("bin") + os.pathsep + os.environ["PATH"]
-        self.environment["PATH"] = path
-        self.assertIn("no entropy", self.told(JOBMAN, *SERVE, "--tls"))
+        self.assertIn("no entropy", self.refusal(
+            *SERVE, "--port", "0", "--tls"))
         self.assertEqual({".jobman", "bin"}, set(os.listdir(self.folder)))
 
     def test_without_the_ssl_module_there_is_one_sentence(self):
-        self.serve("--tls")
-        code = "import sys; sys.modules['ssl'] = None; sys.path[:0] = [%r]\n" \
-            "import %s as it; sys.exit(it.main(sys.argv[1:]))"
-        said = self.told("-c", code % (HERE, "worker"))
-        self.assertIn("no ssl module", said)
-        said = self.told(
-            "-c", code % (HERE, "jobman"), "serve", "--db", "new.db",
-            "--certfile", self.certfile)
-        self.assertIn("no ssl module", said)
+        self.name_https(1, jobix=1)
+        for name, *argv in (
+            ("worker",), ("jobman", *SERVE, "--certfile", self.certfile),
+        ):
+            status, _, err = self.command(
+                "-c", "import sys; sys.modules['ssl'] = None;"
+                " sys.path[:0] = [%r]; import %s as it;"
+                " sys.exit(it.main(sys.argv[1:]))" % (HERE, name), *argv)
+            self.assertEqual(1, status)
+            self.assertRegex(
+                err, r"\A%s\.py: This Python has no ssl module" % name)
+            self.assertEqual(1, err.count("\n"))
 
     def test_wrong_usage_is_exit_status_2(self):
         for words in (["--keyfile", "x"], ["--tls", "--certfile", "x"],
                       ["--tls", "--keyfile", "x"], ["--plain", "--tls"],
                       ["--plain", "--certfile", "x"]):
-            status, _, err = self.command(JOBMAN, "serve", *words)
-            self.assertEqual(2, status, err)
+            self.refusal("serve", *words, status=2)
         for words in (["--tls"], ["--certfile", self.certfile],
                       ["--host", "0.0.0.0"]):
-            self.assertIn("https://; --plain", self.told(
-                JOBMAN, "serve", "--port", "0", "--url", "http://h", *words))
+            self.assertIn("https://; --plain", self.refusal(
+                *SERVE, "--port", "0", "--url", "http://h", *words))
         self.assertEqual([".jobman"], os.listdir(self.folder))
 
-    # Who trusts it
+    # Trust
 
     def test_a_server_with_another_certificate_is_told_nothing(self):
-        self.serve("--tls")
-        port, heard = self.stand_in()
-        self.name_server(url="https://127.0.0.1:%d" % port)
-        client = self.client(patience=2)
+        port, heard = self.listen(lambda request: b"", self.other)
+        self.name_https(port, jobix=1)
+        client = self.client(patience=PATIENCE)
         client.SETTLE = 0.1
-        with self.assertRaises(worker.Trouble) as caught:
-            client.status()
-        self.assertNotIsInstance(caught.exception, worker.Unreachable)
         shown = digest(self.other[0])
-        self.assertIn("another server than ours", str(caught.exception))
-        self.assertIn(shown, str(caught.exception))
-        self.assertIn("another server", self.told(
-            JOBMAN, "snapshot", self.path("new")))
+        with self.assertRaisesRegex(
+                worker.Trouble, "another server than ours: .*" + shown) as it:
+            client.status()
+        self.assertNotIsInstance(it.exception, worker.Unreachable)
         self.assertEqual({b""}, set(heard))
         self.name_server(fingerprint=shown)
         with self.assertRaises(worker.Unreachable):
@@ -14795,91 +14562,59 @@ class TlsTest(Certified, TemporaryFolder):
         self.assertTrue(any(heard))
 
     def test_a_worker_waits_while_another_server_has_the_address(self):
-        self.serve("--tls")
-        url, client = self.access()["url"], self.client(patience=PATIENCE)
+        server, client = self.open_server(), self.client(patience=PATIENCE)
         client.status()
-        port, heard = self.stand_in()
-        self.name_server(url="https://127.0.0.1:%d" % port)
+        port, heard = self.listen(lambda request: b"", self.other)
+        self.name_https(port)
         client.close()
-        client.address = "127.0.0.1", port
         client.SETTLE = 0
         threading.Thread(target=lambda: (
             wait_for(lambda: len(heard) > 2, "some tries"),
-            self.name_server(url=url))).start()
+            self.name_https(server.server_port))).start()
         self.assertEqual(0, client.status()["totals"]["jobs"])
         self.assertEqual({b""}, set(heard))
 
     def test_a_new_certificate_is_found_in_the_access_file(self):
-        server, (_, port) = self.serve("--tls")
-        old, client = self.access()["fingerprint"], self.client()
+        server, client = self.open_server(), self.client()
         client.status()
-        self.stop(server)
-        os.unlink(self.path("jobman.db.key"))
-        self.serve("--tls", port=port)
-        self.assertNotEqual(old, self.access()["fingerprint"])
+        client.close()
+        server.tls = jobman.tls_context(*self.other)
+        self.name_server(fingerprint=digest(self.other[0]))
         client.status()
+        self.assertEqual(digest(self.other[0]), client.fingerprint)
 
     def test_without_a_fingerprint_authorities_vouch(self):
-        _, (_, port) = self.serve(
-            "--certfile", self.certfile, "--keyfile", self.keyfile)
-        code = "import sys; sys.path[:0] = [%r]; import worker\n" \
-            "try: print(worker.Client(patience=0).health()['status'])\n" \
-            "except worker.Trouble as trouble: print(trouble)" % HERE
-        self.environment["JOBMAN_JOBIX"] = "1"
-        colons = re.sub("(..)(?=.)", r"\1:", digest(self.certfile).upper())
-        for host, more, expected in (
-            ("localhost", {}, "can't be trusted"),
-            ("localhost", {"SSL_CERT_FILE": self.certfile}, "ok\n"),
-            ("127.0.0.1", {"SSL_CERT_FILE": self.certfile},
-             "can't be trusted"),
-            ("127.0.0.1", {"JOBMAN_FINGERPRINT": colons}, "ok\n"),
-            ("localhost", {"JOBMAN_FINGERPRINT": digest(self.other[0]),
-                           "SSL_CERT_FILE": self.certfile}, "another server"),
-            ("localhost", {"JOBMAN_FINGERPRINT": "1234"}, "not a SHA-256"),
+        port = self.open_server().server_port
+        ours, other = digest(self.certfile), digest(self.other[0])
+        colons = re.sub("(..)(?=.)", r"\1:", ours.upper())
+        for host, fingerprint, certificates, expected in (
+            ("localhost", "", "", "can't be trusted"),
+            ("localhost", "", self.certfile, "ok"),
+            ("127.0.0.1", "", self.certfile, "can't be trusted"),
+            ("127.0.0.1", colons, "", "ok"),
+            ("localhost", other, self.certfile, "another server"),
+            ("localhost", "1234", "", "not a SHA-256"),
         ):
-            self.environment["JOBMAN_URL"] = "https://%s:%d" % (host, port)
-            environment = dict(self.environment, **more)
-            status, out, err = self.command("-c", code, env=environment)
-            self.assertEqual((0, ""), (status, err))
-            self.assertIn(expected, out)
+            with self.subTest(host=host, fingerprint=fingerprint), \
+                    replaced_environment(dict(
+                        self.environment, JOBMAN_JOBIX="1",
+                        JOBMAN_URL="https://%s:%d" % (host, port),
+                        JOBMAN_FINGERPRINT=fingerprint,
+                        SSL_CERT_FILE=certificates)):
+                try:
+                    with contextlib.closing(worker.Client(patience=0)) as it:
+                        found = it.health()["status"]
+                except worker.Trouble as trouble:
+                    found = str(trouble)
+                self.assertIn(expected, found)
         with self.assertRaisesRegex(worker.Trouble, "must be at https"):
             worker.Client(url="http://h", jobix=1, fingerprint=colons)
-
-    # Who else is there
-
-    def test_who_says_nothing_blocks_nobody(self):
-        server, address = self.serve("--tls")
-        with contextlib.ExitStack() as stack:
-            for _ in range(9):
-                stack.enter_context(socket.create_connection(address))
-            began = time.monotonic()
-            self.client().health()
-            self.assertLess(time.monotonic() - began, 5)
-            began = time.monotonic()
-            self.stop(server)
-            self.assertLess(time.monotonic() - began, 5)
-
-    def test_who_speaks_no_tls_is_cut_off_quietly(self):
-        server, address = self.serve("--tls")
-        hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
-        for sent in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\0" * 40,
-                     b"GET / HTTP/1.1\r\nx: " + b"y" * 2**23, b"SSH-2.0\r\n",
-                     hello, hello + b"x" * 600, b""):
-            with socket.create_connection(address, PATIENCE) as client:
-                client.sendall(sent)
-                if sent in (hello, b""):
-                    client.shutdown(socket.SHUT_WR)
-                answer = b"".join(iter(lambda: client.recv(65536), b""))
-            self.assertNotIn(b"HTTP", answer)
-        self.client().health()
-        self.stop(server)
 
     def test_beyond_loopback_it_speaks_tls_unless_told_otherwise(self):
         beyond = "--host", "0.0.0.0"
         warned = r"\Ajobman\.py: .*plain HTTP[^\n]+\n\Z"
         for options, scheme, said in (
-            ((), "http", r"\A\Z"), (("--plain",), "http", r"\A\Z"),
-            (("--tls",), "https", r"\A\Z"), (beyond, "https", r"\A\Z"),
+            (("--plain",), "http", r"\A\Z"), (beyond, "https", r"\A\Z"),
             ((*beyond, "--plain"), "http", warned),
         ):
             server, _ = self.serve(*options)
@@ -14892,106 +14627,84 @@ class TlsTest(Certified, TemporaryFolder):
             server.terminate()
             self.assertRegex(self.finish(server)[2], said)
 
-    def test_the_page_comes_over_tls(self):
-        _, address = self.serve("--tls")
-        reply = exchange(address, "GET", "/get", tls=without_checks())
-        self.assertIn("<script>", reply.text)
-
 
 @slow
-class DoctorTest(Certified, CommandCase):
+class DoctorTest(Certified, HostCase, StoreCase):
     """What doctor finds, on a healthy host and on others."""
 
-    CHAIN = ["address", "connection", "server", "jobix"]
+    def setUp(self):
+        super().setUp()
+        self.lead_to("http://127.0.0.1:%d" % self.address[1])
 
     def lead_to(self, url):
-        """Have commands find a server by the access file."""
+        """Write the access file of a server at `url`."""
         self.name_server(
             url=url, jobix=self.jobix, host=socket.gethostname())
 
-    def name_server(self, **access):
-        """Write these into the access file, those of now kept."""
-        path = self.path(".jobman", "access.json")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with contextlib.suppress(OSError), open(path) as file:
-            access = dict(json.load(file), **access)
-        with open(path, "w") as file:
-            os.chmod(path, 0o600)
-            json.dump(access, file)
-
-    def examine(self, *argv, start=(JOBMAN,), **options):
-        """Return what doctor finds: {name: (ok, what is said)}."""
-        status, out, err = self.command(
-            *start, "doctor", *argv, "--output", "json", **options)
+    def examine(self, *argv):
+        """Return what doctor finds: {name: (ok, what it says)}."""
+        status, out, err = self.jobman("doctor", *argv, "--output", "json")
         self.assertEqual("", err)
+        self.assertNotIn(str(self.jobix), out)
         found = json.loads(out)
         for one in found:
             self.assertEqual(["name", "ok", "said"], list(one))
             self.assertNotRegex(one["said"], r"\n|\.$")
-        all_is_ok = all(one["ok"] for one in found)
-        self.assertEqual(0 if all_is_ok else 1, status, out)
-        self.assertNotIn(str(self.jobix), out)
+        self.assertEqual(int(not all(one["ok"] for one in found)), status)
         return {one["name"]: (one["ok"], one["said"]) for one in found}
 
-    def assertFound(self, name, ok, said, found):
+    def assertOk(self, name, said, *argv, ok=True):
+        """Assert what doctor says of one thing; return all its findings."""
+        found = self.examine(*argv)
         self.assertIn(name, found)
         self.assertEqual(ok, found[name][0], found[name])
         self.assertRegex(found[name][1], said)
+        return found
 
-    def assertOk(self, name, said, found):
-        self.assertFound(name, True, said, found)
+    def assertWrong(self, name, said, *argv):
+        return self.assertOk(name, said, *argv, ok=False)
 
-    def assertWrong(self, name, said, found):
-        self.assertFound(name, False, said, found)
-
-    def put(self, name, text, mode=0o600):
-        """Write a file in the test's folder; return its path."""
+    def put(self, name, text):
+        """Write a private file in the test's folder."""
         with open(self.path(name), "w", encoding="latin-1") as file:
-            os.chmod(self.path(name), mode)
+            os.chmod(self.path(name), 0o600)
             file.write(text)
-        return self.path(name)
 
     # How it is said
 
     def test_a_healthy_host_has_a_line_for_each_thing(self):
-        found = self.examine("--db", "jobs.db")
-        self.assertEqual({True}, {ok for ok, _ in found.values()})
         table = self.does("doctor", "--db", "jobs.db")
         self.assertRegex(table, r"\A(\w+ +ok     \S.*\n){9}\Z")
+        self.assertRegex(table, r"\Aprogram .* Python %d\.%d.*, SQLite %s" % (
+            *sys.version_info[:2], re.escape(sqlite3.sqlite_version)))
         self.assertEqual(
             "", self.does("doctor", "--db", "jobs.db", "--output", "quiet"))
 
     def test_what_is_wrong_is_named(self):
         os.unlink(self.path(".jobman", "access.json"))
-        quiet = self.does("doctor", "--output", "quiet", status=1)
-        self.assertEqual("access\n", quiet)
-        table = self.does("doctor", status=1)
+        self.assertEqual((1, "access\n", ""), self.jobman(
+            "doctor", "--output", "quiet"))
+        status, table, _ = self.jobman("doctor", "--access", "\033[2J")
+        self.assertEqual(1, status)
         self.assertRegex(table, r"\naccess       wrong  There is no access ")
-
-    def test_control_characters_are_not_drawn(self):
-        self.lead_to("http://127.0.0.1:1/")
-        table = self.does("doctor", "--access", "\033[2J", status=1)
         self.assertNotIn("\033", table)
 
     def test_nothing_is_changed(self):
         def state():
-            return {
-                os.path.join(folder, name): (
-                    read(os.path.join(folder, name)),
-                    os.stat(os.path.join(folder, name)).st_mtime_ns)
-                for folder, _, names in os.walk(self.folder)
-                for name in names
-            }
+            return {path: (read(path), os.stat(path).st_mtime_ns)
+                    for path in glob.glob(self.path("**"), recursive=True)
+                    + glob.glob(self.path(".jobman", "*"))
+                    if os.path.isfile(path)}
 
-        self.examine("--db", "jobs.db")  # Python may write what it compiled
         self.closing.close()
         before = state()
+        self.assertEqual(2, len(before))
         self.examine("--db", "jobs.db")
-        self.assertTrue(before == state(), (set(before), set(state())))
+        self.assertEqual(before, state())
 
-    def test_wrong_usage_is_said(self):
+    def test_wrong_usage_is_exit_status_2(self):
         for argv in (["--output", "xml"], ["this"], [":::", "x"]):
-            self.does("doctor", *argv, status=2, err=USAGE)
+            self.refusal("doctor", *argv, status=2)
 
     def test_the_manual_has_each_line(self):
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
@@ -15004,224 +14717,148 @@ class DoctorTest(Certified, CommandCase):
 
     # This host
 
-    def test_the_versions_of_python_and_sqlite_are_shown(self):
-        version = "%d.%d.%d" % sys.version_info[:3]
-        self.assertOk("program", "Python %s, SQLite %s" % (
-            re.escape(version), sqlite3.sqlite_version), self.examine())
-
-    def test_worker_py_is_there_and_of_the_same_version(self):
-        start = [shutil.copy(JOBMAN, self.folder)]
-        status, _, err = self.command(*start, "doctor")
-        self.assertEqual(1, status)
-        self.assertRegex(err, "worker.py is needed; copy it there")
-        with open(WORKER, encoding="utf-8") as file:
-            source = file.read()
-        with open(self.path("worker.py"), "w", encoding="utf-8") as file:
-            file.write(source.replace(worker.__version__, "0.0.0+old"))
-        found = self.examine(start=start)
-        self.assertWrong("program", r"worker.py is 0\.0\.0\+old and", found)
-
-    # The access file
+    def test_worker_py_is_of_the_same_version(self):
+        self.replace("__version__", "0.0.0+old")
+        self.assertWrong("program", r"worker.py is .* jobman.py 0\.0\.0\+old")
 
     def test_the_access_file_is_there_and_private(self):
         path = self.path(".jobman", "access.json")
-        hours_ago = time.time() - 7200
-        os.utime(path, (hours_ago, hours_ago))
-        said = "%s, for its owner only, written 2:00:" % re.escape(path)
-        self.assertOk("access", said, self.examine())
-        os.utime(path, (time.time() + 99, time.time() + 99))
-        self.assertOk("access", "written 0 ms ago", self.examine())
+        for age, said in ((7200, "2:00:"), (-99, "0 ms ago")):
+            os.utime(path, (time.time() - age, time.time() - age))
+            self.assertOk("access", "%s, for its owner only, written %s" % (
+                re.escape(path), said))
         os.chmod(path, 0o640)
-        found = self.examine()
-        self.assertWrong("access", "others can read it: chmod 600", found)
-        self.assertFalse(set(self.CHAIN) & set(found))
+        found = self.assertWrong("access", "others can read it: chmod 600")
+        self.assertEqual({"program", "access"}, set(found))
         self.put("odd.json", "[%d" % self.jobix)
-        for name, said in (
-            ("odd.json", "Can't read odd.json"),
-            ("none.json", "There is no access file none.json: start a"),
-        ):
-            self.assertWrong("access", said, self.examine("--access", name))
+        self.assertWrong("access", "Can't read odd.json", "--access",
+                         "odd.json")
+        self.assertWrong("access", "There is no access file none.json: start",
+                         "--access", "none.json")
 
-    def test_variables_may_stand_for_the_access_file(self):
+    def test_variables_may_name_the_server_instead(self):
         self.environment.update(
             JOBMAN_URL="http://127.0.0.1:%d" % self.address[1],
             JOBMAN_JOBIX=str(self.jobix))
-        found = self.examine()
-        self.assertOk("access", "JOBMAN_URL names the server", found)
-        self.assertOk("jobix", "taken", found)
+        self.assertOk("access", "JOBMAN_URL names the server")
         del self.environment["JOBMAN_JOBIX"]
-        self.assertWrong("access", "needs a jobix too", self.examine())
+        self.assertWrong("access", "needs a jobix too")
 
     # The way to the server
 
-    def test_the_servers_name_is_known(self):
-        self.assertOk("address", r"^127\.0\.0\.1, port", self.examine())
-        self.lead_to("http://no host:80")
-        self.assertWrong("connection", "can't be reached .*another --url",
-                         self.examine())
+    def test_the_servers_address_is_looked_at(self):
+        self.assertOk("address", r"^127\.0\.0\.1, port")
         self.lead_to("http://%s:80" % ("x" * 64))
-        found = self.examine()
-        self.assertWrong(
-            "access", "The server's address 'http://x+:80'", found)
+        found = self.assertWrong("access", "The server's address 'http://x+")
         self.assertNotIn("address", found)
-
-    def test_a_server_for_its_own_host_alone_is_not_reached(self):
+        self.lead_to("http://127.0.0.1:%d" % self.address[1])
         self.name_server(host="login1")
-        found = self.examine()
-        self.assertWrong("address", "own host login1 alone; start it with"
-                         " --host 0.0.0.0", found)
+        found = self.assertWrong(
+            "address", "own host login1 alone; start it with --host 0.0.0.0")
         self.assertNotIn("connection", found)
         self.name_server(url="http://0.0.0.0:%d" % self.address[1])
-        self.assertOk("address", "^0.0.0.0, port", self.examine())
+        self.assertOk("address", "^0.0.0.0, port")
 
-    def test_somebody_listens_there(self):
-        self.assertOk("connection", "takes connections", self.examine())
+    def test_a_server_listens_there(self):
+        self.assertOk("connection", "takes connections, plain HTTP")
+        self.lead_to("http://no host:80")
+        self.assertWrong("connection", "can't be reached .*another --url")
         with contextlib.closing(socket.socket()) as deaf:
             deaf.bind(("127.0.0.1", 0))
             self.lead_to("http://127.0.0.1:%d" % deaf.getsockname()[1])
-            found = self.examine()
-        self.assertWrong(
-            "connection", "no server listens there: start it", found)
+            found = self.assertWrong(
+                "connection", "no server listens there: start it")
         self.assertNotIn("server", found)
 
-    def test_a_firewall_may_be_between(self):
+    def test_a_silent_server_and_a_firewall_are_given_up_in_seconds(self):
         with contextlib.ExitStack() as stack:
             full = stack.enter_context(socket.socket())
             full.bind(("127.0.0.1", 0))
             full.listen(0)
-            for _ in range(5):
+            for _ in range(5):  # no more get in, as with a firewall
                 other = stack.enter_context(socket.socket())
                 other.setblocking(False)
                 other.connect_ex(full.getsockname())
-            self.lead_to("http://127.0.0.1:%d" % full.getsockname()[1])
-            began = time.monotonic()
-            found = self.examine()
-        self.assertWrong(
-            "connection", r"can't be reached \(timed out\); look for a fire",
-            found)
-        self.assertLess(time.monotonic() - began, 12)
+            silent, _ = self.listen(lambda request: None)
+            doctors = []
+            for port in (full.getsockname()[1], silent):
+                self.lead_to("http://127.0.0.1:%d" % port)
+                name = "%d.json" % port
+                os.rename(self.path(".jobman/access.json"), self.path(name))
+                doctors.append(self.spawn(
+                    JOBMAN, "doctor", "--access", name))
+            for doctor, said in zip(doctors, (
+                r"\nconnection +wrong .*\(timed out\); look for a firewall",
+                r"\nserver +wrong .*timed out.*its standard error",
+            )):
+                self.assertRegex(self.finish(doctor)[1], said)
 
-    def test_a_servers_certificate_is_the_one(self):
-        port = self.serve("--tls", "--db", "tls.db")[1][1]
-        self.assertOk(
-            "connection", "right fingerprint", self.examine())
-        self.name_server(fingerprint="0" * 64)
-        found = self.examine()
-        self.assertWrong(
-            "connection", "another server than ours.*its fingerprint is [a-f"
-            "0-9]{64}.*; end it, or use", found)
-        self.assertNotIn("server", found)
-        self.name_server(fingerprint=None)
-        self.assertWrong("connection", "can't be trusted", self.examine())
-        self.name_server(url="http://127.0.0.1:%d" % port)
-        self.assertWrong("server", "can't be reached", self.examine())
-
-    def test_authorities_may_vouch_for_a_server(self):
-        self.serve("--certfile", self.certfile, "--keyfile", self.keyfile,
-                   "--db", "tls.db", "--host", "localhost")
-        self.name_server(fingerprint=None)
-        self.environment["SSL_CERT_FILE"] = self.certfile
-        self.assertOk("connection", "word of cert", self.examine())
-
-    def test_who_speaks_no_tls_is_named(self):
+    def test_a_server_has_the_certificate_that_was_announced(self):
         self.lead_to("https://127.0.0.1:%d" % self.address[1])
-        found = self.examine()
-        self.assertWrong("connection", "it doesn't speak TLS", found)
+        self.assertWrong("connection", "it doesn't speak TLS")
+        self.door.server.tls = jobman.tls_context(self.certfile, self.keyfile)
+        self.name_server(fingerprint=digest(self.certfile))
+        self.assertOk("connection", "right fingerprint")
+        self.name_server(fingerprint="0" * 64)
+        found = self.assertWrong(
+            "connection", "another server than ours.*its fingerprint is %s.*;"
+            " end it, or use" % digest(self.certfile))
         self.assertNotIn("server", found)
+        self.name_server(fingerprint=None)
+        self.assertWrong("connection", "can't be trusted")
+        self.environment["SSL_CERT_FILE"] = self.certfile
+        self.name_server(url="https://localhost:%d" % self.address[1])
+        self.assertOk("connection", "word of cert")
+        self.name_server(url="http://127.0.0.1:%d" % self.address[1])
+        self.assertWrong("server", "can't be reached")
 
     # The server
-
-    def stand_in(self, answer):
-        """Have a server that gives `answer(request)`, to none if that's None.
-        """
-
-        def listen():
-            with contextlib.suppress(OSError):
-                while True:
-                    connection = server.accept()[0]
-                    self.addCleanup(connection.close)
-                    if answer:
-                        with connection, contextlib.suppress(OSError):
-                            connection.sendall(answer(connection.recv(65536)))
-
-        server = socket.socket()
-        self.addCleanup(server.close)
-        server.bind(("127.0.0.1", 0))
-        server.listen(9)
-        self.addCleanup(server.shutdown, socket.SHUT_RDWR)
-        threading.Thread(target=listen, daemon=True).start()
-        self.lead_to("http://127.0.0.1:%d" % server.getsockname()[1])
 
     HEAD = (b"HTTP/1.1 %s\r\nContent-Type: %s\r\n"
             b"Content-Length: %d\r\nConnection: close\r\n\r\n%s")
 
-    def test_a_server_answers_and_so_does_its_database(self):
-        self.assertOk("server", "and so does its database", self.examine())
+    def test_a_server_and_its_database_are_well(self):
+        self.assertOk("server", "and so does its database")
+        html, json_type = b"text/html", b"application/json"
         for status, kind, body, said in (
-            (b"404 No", b"text/html", b"<p>", "is no jobman server.*Look at"),
-            (b"200 OK", b"text/html", b"<p>", "is no jobman server.*Look at"),
-            (b"200 OK", b"application/json", b"[7", "is no jobman server"),
-            (b"200 OK", b"application/json", b"{}", "is no jobman server; look"
-             " at"
-             " the address in the access file$"),
-            (b"421 No", b"application/json", b'{"error": "Not mine."}',
-             "^Not mine$"),
-            (b"503 No", b"text/html", b"", r"\(503\).*its standard error"),
+            (b"404 No", html, b"<p>", "is no jobman server.*Look at"),
+            (b"200 OK", json_type, b"[7", "is no jobman server.*Look at"),
+            (b"200 OK", json_type, b"{}",
+             "is no jobman server; look at the address in the access file$"),
+            (b"421 No", json_type, b'{"error": "Not mine."}', "^Not mine$"),
+            (b"503 No", html, b"", r"\(503\).*its standard error"),
+            (b"200 OK", json_type, b'{"version": "0.0.0+old"}',
+             r"server is jobman 0\.0\.0\+old, this is .*; run the"),
         ):
             with self.subTest(status=status, body=body):
                 answer = self.HEAD % (status, kind, len(body), body)
-                self.stand_in(lambda request, answer=answer: answer)
-                found = self.examine()
-                self.assertWrong("server", said, found)
-                self.assertNotIn("jobix", found)
+                port, _ = self.listen(lambda request, answer=answer: answer)
+                self.lead_to("http://127.0.0.1:%d" % port)
+                self.assertNotIn("jobix", self.assertWrong("server", said))
 
-    def test_a_server_may_be_silent(self):
-        self.stand_in(None)
-        began = time.monotonic()
-        self.assertWrong("server", "timed out.*its standard error",
-                         self.examine())
-        self.assertLess(time.monotonic() - began, 12)
-
-    def test_a_jobix_is_taken(self):
-        self.open_to_all = False
-        self.serve("--db", "own.db")
-        self.assertOk("jobix", "^it is taken$", self.examine())
-        with open(self.path(".jobman", "access.json")) as file:
-            reading = json.load(file)["reading_jobix"]
-        self.name_server(jobix=reading)
-        self.assertOk("jobix", "only to look", self.examine())
-        self.name_server(jobix=self.jobix)
-        found = self.examine()
-        self.assertWrong("jobix", "takes another jobix than ours; use", found)
-
-    def test_the_server_is_of_the_same_version(self):
-        with open(JOBMAN, encoding="utf-8") as file:
-            source = file.read()
-        older = '__version__ = "0.0.0+old"'
-        with open(self.path("jobman.py"), "w", encoding="utf-8") as file:
-            file.write(source.replace(
-                '__version__ = "%s"' % jobman.__version__, older))
-        self.serve("--db", "old.db", start=[self.path("jobman.py")])
-        self.assertWrong(
-            "server", r"server is jobman 0\.0\.0\+old, this is .*; run the",
-            self.examine())
+    def test_the_server_takes_our_jobix(self):
+        self.store.open_to_all = False
+        self.assertWrong("jobix", "takes another jobix than ours; use")
+        self.name_server(jobix=self.store.jobix)
+        self.assertOk("jobix", "^it is taken$")
+        self.name_server(jobix=self.store.reading_jobix)
+        self.assertOk("jobix", "^it is taken, but only to look$")
 
     # The database
 
-    def test_a_database_is_looked_at_where_there_is_one(self):
+    def test_a_database_is_looked_at_where_one_is_named_or_usual(self):
         names = {"database", "locks", "holder"}
         self.assertFalse(names & set(self.examine()))
         os.symlink("../jobs.db", self.path(".jobman", "jobman.db"))
-        found = self.examine()
-        self.assertTrue(names <= set(found))
-        self.assertOk("database", r"jobman\.db, schema \d$", found)
+        found = self.assertOk("database", r"jobman\.db, schema \d$")
+        self.assertLessEqual(names, set(found))
         for path in ("new.db", "nowhere/new.db"):
-            found = self.examine("--db", path)
-            self.assertOk("database", "new.db isn't there yet; serve", found)
-            self.assertOk("holder", "no server has .*new.db", found)
+            self.assertOk(
+                "database", "new.db isn't there yet; serve", "--db", path)
+            self.assertOk("holder", "no server has .*new.db", "--db", path)
             self.assertFalse(os.path.exists(self.path(path)))
 
-    def test_a_database_can_be_used(self):
+    def test_a_database_that_cannot_be_used_is_explained(self):
         self.put("text.db", "x" * 200)
         os.mkdir(self.path("open"))
         os.chmod(self.path("open"), 0o1777)
@@ -15232,86 +14869,63 @@ class DoctorTest(Certified, CommandCase):
             ("open/new.db", "open can be written by anyone: .*mkdir -m 700"),
             ("open/jobs.db", "open can be written by anyone: .*mkdir -m 700"),
         ):
-            found = self.examine("--db", path)
-            self.assertWrong("database", said, found)
-        found = self.examine("--db", "jobs.db", start=changed(
-            "jobman", "jobman.os.access = lambda path, mode: mode & 1"))
-        self.assertWrong("database", "can't be written; chmod u", found)
+            self.assertWrong("database", said, "--db", path)
+        access = os.access
+        self.addCleanup(setattr, os, "access", access)
+        os.access = lambda path, mode: mode != os.W_OK and access(path, mode)
+        self.assertWrong("database", "can't be written; chmod u", "--db",
+                         "jobs.db")
 
-    def test_the_file_system_is_named(self):
-        found = self.examine("--db", "jobs.db")
-        self.assertOk("locks", "jobs.db is on .*, where locks work$", found)
-        self.put("mounts", "1 0 8:1 / / rw - nfs4 far rw\n")
-        start = changed("jobman", "jobman.MOUNTINFO = 'mounts'")
-        found = self.examine("--db", "new.db", start=start)
-        self.assertOk("locks", r"nfs4 \(far\), where locks work \(a network"
-                      " file system, so only one", found)
-
-    def test_locks_are_tried(self):
-        shim = compile_shim(self.folder)
-        if not shim:
-            self.skipTest("no C compiler")
-        for locks in ("fail", "lie"):
-            self.environment.update(LD_PRELOAD=shim, LOCKS=locks)
-            found = self.examine("--db", "new.db")
-            self.assertWrong(
-                "locks", "locks don't work; use a disk of this host", found)
+    def test_the_file_system_and_its_locks_are_named(self):
+        self.assertOk("locks", "jobs.db is on .*, where locks work$",
+                      "--db", "jobs.db")
+        mount(self)
+        self.assertOk(
+            "locks", r"nfs4 \(far\), where locks work \(a network file system,"
+            " so only one", "--db", "new.db")
+        self.environment.update(LD_PRELOAD=compile_shim(self), LOCKS="lie")
+        _, out, _ = self.command(JOBMAN, "doctor", "--db", "new.db")
+        self.assertRegex(
+            out, r"\nlocks +wrong .*locks don't work; use a disk of this host")
         self.assertFalse(glob.glob(self.path("new.db*")))
 
-    def test_who_serves_a_database_is_named(self):
-        process, _ = self.serve("--db", "own.db")
-        said = "^process %d on .* serves own.db$" % process.pid
-        self.assertOk("holder", said, self.examine("--db", "own.db"))
-        other, _ = self.serve("--db", "other.db")  # has the access file now
-        said = "process %d on .* but the access file is of process %d on" % (
-            process.pid, other.pid)
-        self.assertWrong("holder", said, self.examine("--db", "own.db"))
-        process.kill()
-        process.wait()
-        said = "process %d on .* has ended; serve would" % process.pid
-        self.assertOk("holder", said, self.examine("--db", "own.db"))
-
-    def test_of_servers_that_share_any_may_have_the_access_file(self):
-        for process, _ in [self.serve("--db", "own.db", "--shared")
-                           for _ in range(2)]:
-            self.name_server(pid=process.pid)
-            self.assertOk(
-                "holder", "serves own.db$", self.examine("--db", "own.db"))
-
-    def test_a_server_of_another_host_may_be_alive(self):
+    def test_the_server_that_has_a_database_is_named(self):
+        db, here = ("--db", "own.db"), socket.gethostname()
+        with contextlib.closing(jobman.Store(self.path("own.db"))):
+            me = "process %d on %s" % (os.getpid(), here)
+            self.name_server(pid=os.getpid())
+            self.assertOk("holder", "^%s serves own.db$" % me, *db)
+            self.name_server(pid=os.getppid())
+            self.assertWrong(
+                "holder", "^%s serves own.db, but the access file is of"
+                " process %d on" % (me, os.getppid()), *db)
+        with contextlib.closing(jobman.Store(
+                self.path("own.db"), shared=True)):  # then it may be of any
+            self.assertOk("holder", "^%s serves own.db$" % me, *db)
+        ended = self.spawn("-c", "")
+        ended.wait()
         self.name_server(host="far", pid=7)
-        self.put("new.db.lock", json.dumps({"host": "far", "pid": 7}))
-        self.assertOk(
-            "holder", "process 7 on far serves new.db, if it is still alive",
-            self.examine("--db", "new.db"))
-
-    def test_a_lock_file_of_any_content_is_read(self):
-        for content in ("", "\0\xff", "[]", '{"pid": "x", "host": 7}'):
+        for content, said in (
+            (json.dumps({"host": here, "pid": ended.pid}),
+             "^process %d on .* has ended; serve would" % ended.pid),
+            ('{"host": "far", "pid": 7}',
+             "^process 7 on far serves own.db, if it is still alive there"),
+            ("", "^no server has"), ("\0\xff", "^no server has"),
+            ("[]", "^no server has"), ('{"host": 7}', "^process . on 7 serv"),
+        ):
             with self.subTest(content=content):
-                self.put("new.db.lock", content)
-                self.examine("--db", "new.db")
+                self.put("own.db.lock", content)
+                self.assertRegex(self.examine(*db)["holder"][1], said)
 
 
-@slow
-class BatchTest(TemporaryFolder):
+class BatchTest(HostCase):
     """The scripts for batch systems, as jobman.py prints them."""
 
     def script(self, *argv):
-        """Return the script that a command prints."""
-        status, out, err = self.command(JOBMAN, *argv)
-        self.assertEqual((0, ""), (status, err))
-        check = subprocess.Popen(["bash", "-n"], stdin=subprocess.PIPE)
-        check.communicate(out.encode("utf-8", "surrogateescape"))
-        self.assertEqual(0, check.returncode)
-        return out
-
-    def refused(self, *argv):
-        """Return the error of a command with wrong usage."""
-        with contextlib.redirect_stderr(io.StringIO()) as err:
-            with self.assertRaises(SystemExit) as ended:
-                jobman.main(list(argv))
-        self.assertEqual(2, ended.exception.code)
-        return err.getvalue()
+        """Return the script that a command prints, which bash can read."""
+        script = self.does(*argv)
+        subprocess.run(["bash", "-n"], input=script.encode(), check=True)
+        return script
 
     def test_every_line_of_a_script_for_slurm(self):
         script = self.script(
@@ -15368,14 +14982,15 @@ class BatchTest(TemporaryFolder):
             "",
         ], script.split("\n"))
 
-    def test_a_node_is_not_taken_whole_when_the_options_say_so(self):
-        for words in (["-c", "16"], ["-c16"], ["--cpus-per-task=16"], ["-s"],
-                      ["--oversubscribe"], ["--exclusive=user"]):
-            script = self.script("sbatch", "--time", "2h", "--", *words)
-            self.assertNotIn("#SBATCH --exclusive\n", script)
-        for words in ([], ["--signal=USR1@5"], ["--comment=-c"]):
-            script = self.script("sbatch", "--time", "2h", "--", *words)
-            self.assertIn("#SBATCH --exclusive\n", script)
+    def test_a_node_is_taken_whole_unless_the_options_say_otherwise(self):
+        for words, whole in (
+            (["-c", "16"], False), (["-c16"], False), (["-s"], False),
+            (["--cpus-per-task=16"], False), (["--oversubscribe"], False),
+            (["--exclusive=user"], False), ([], True),
+            (["--signal=USR1@5"], True), (["--comment=-c"], True),
+        ):
+            script = self.does("sbatch", "--time", "2h", "--", *words)
+            self.assertEqual(whole, "#SBATCH --exclusive\n" in script, words)
 
     def test_chunks_and_places_are_named_once(self):
         for words, ours in (
@@ -15385,10 +15000,14 @@ class BatchTest(TemporaryFolder):
             (["-l", "select=2", "-l", "place=free"], []),
             (["-N", "select=3"], ["select", "place"]),
         ):
-            script = self.script("pbs", "--time", "2h", "--", *words)
-            found = re.findall("^#PBS -l (select=1|place=scatter)", script,
-                               re.M)
-            self.assertEqual(ours, [line.split("=")[0] for line in found])
+            script = self.does("pbs", "--time", "2h", "--", *words)
+            self.assertEqual(ours, re.findall(
+                "(?m)^#PBS -l (select(?==1$)|place(?==scatter))", script))
+
+    def test_the_notice_is_short_for_a_short_time(self):
+        for text, notice in (("1m", 6), ("9m", 54), ("3h", 60), ("5s", 1)):
+            self.assertIn("--signal=USR1@%d\n" % notice,
+                          self.does("sbatch", "--time", text))
 
     def test_times_are_read_and_ambiguous_ones_refused(self):
         for text, seconds in (
@@ -15402,11 +15021,6 @@ class BatchTest(TemporaryFolder):
                      "\u0661h", "9" * 30 + "d", "9" * 5000 + "d"):
             with self.assertRaises(ValueError):
                 worker.read_span(text)
-
-    def test_notice_is_short_for_a_short_time(self):
-        for text, notice in (("1m", 6), ("9m", 54), ("3h", 60), ("5s", 1)):
-            script = self.script("sbatch", "--time", text)
-            self.assertIn("--signal=USR1@%d\n" % notice, script)
 
     def test_wrong_usage_is_exit_status_2(self):
         for words, named in (
@@ -15428,7 +15042,8 @@ class BatchTest(TemporaryFolder):
         ):
             for command in ("sbatch", "pbs"):
                 with self.subTest(command=command, words=words):
-                    self.assertIn(named, self.refused(command, *words))
+                    self.assertIn(named, self.refusal(
+                        command, *words, status=2))
 
     def test_without_worker_py_there_is_one_sentence(self):
         shutil.copy(JOBMAN, self.folder)
@@ -15438,38 +15053,30 @@ class BatchTest(TemporaryFolder):
         self.assertEqual((1, ""), (status, out))
         self.assertRegex(err, r"\A\S+ \S+worker\.py is needed[^\n]+\n\Z")
 
-    def test_a_script_holds_no_secret(self):
-        self.serve()
-        jobix = json.loads(read(self.path(".jobman", "access.json")).decode())
-        for command in ("sbatch", "pbs"):
-            script = self.script(command, "--time", "1h")
-            self.assertNotIn(str(jobix["jobix"]), script)
-
-    def test_script_for_pbs_starts_a_worker_whatever_the_names(self):
+    def test_a_script_for_pbs_starts_a_worker_whatever_the_names(self):
         """A stand-in for pbsdsh, on which it depends, is all there is here."""
         odd = self.path(os.fsdecode(b"it's a \"b\" \xc3\xa9 $x"))
         os.mkdir(odd)
         access = os.path.join(odd, "access.json")
-        self.environment["LC_ALL"] = "C"
         self.serve("--access", access)
-        client = worker.Client(access)
-        self.addCleanup(client.close)
-        client.set({1: {"jobstage": 0, "laststage": 2}})
+        with contextlib.closing(worker.Client(access)) as client:
+            client.set({1: {"jobstage": 0, "laststage": 2}})
         os.mkdir(self.path("bin"))
         with open(self.path("bin", "pbsdsh"), "w") as file:
             file.write('#!/bin/sh\nshift; cd /; exec env -i HOME=$HOME "$@"\n')
         os.chmod(self.path("bin", "pbsdsh"), 0o755)
-        script = self.script(
-            "pbs", "--time", "1h", "--access", access, "--worker",
+        self.environment["LC_ALL"] = "C"
+        _, script, _ = self.command(
+            JOBMAN, "pbs", "--time", "1h", "--access", access, "--worker",
             "--idle-timeout 0.1 --print --command 'echo $PWD \"a  b\"'",
         )
-        process = subprocess.Popen(
+        jobix = json.loads(read(access).decode())["jobix"]
+        self.assertNotIn(str(jobix), script)
+        out = subprocess.run(
             ["bash", "-c", script.encode("utf-8", "surrogateescape")],
             env=dict(self.environment, PBS_O_WORKDIR=odd,
                      PATH=self.path("bin") + ":" + os.environ["PATH"]),
-            stdout=subprocess.PIPE,
-        )
-        out, _ = process.communicate(timeout=PATIENCE)
+            stdout=subprocess.PIPE, timeout=PATIENCE).stdout
         self.assertEqual(os.fsencode(odd) + b" a  b\n", out)
 
 
@@ -15539,14 +15146,15 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
     def __init__(self, folder):
         self.folder = folder
         self.processes = []
-        configuration = os.path.join(folder, "slurm.conf")
         self.environment = dict(
-            os.environ, SLURM_CONF=configuration, TMPDIR=folder
-        )
+            os.environ, SLURM_CONF=self.path("slurm.conf"), TMPDIR=folder)
         path = os.environ["PATH"] + ":/usr/local/sbin:/usr/sbin:/sbin"
         self.programs = {
             name: shutil.which(name, path=path) for name in self.PROGRAMS
         }
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
 
     def missing(self):
         """Return what this host lacks for it, nothing if it has all."""
@@ -15570,17 +15178,14 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
             file.write(os.urandom(1024))
         os.mkdir(self.path("state"))
 
-    def path(self, name):
-        return os.path.join(self.folder, name)
-
     def start(self):
         """Start all of it; return when both nodes are idle."""
         self.configure()
-        names = {"key-file": "munge.key", "socket": "munge.socket",
-                 "pid-file": "munged.pid", "log-file": "munged.log",
-                 "seed-file": "munge.seed"}
-        files = ["--%s=%s" % (k, self.path(v)) for k, v in names.items()]
-        self.spawn("munged", "--foreground", "--force", *files)
+        self.spawn("munged", "--foreground", "--force", *[
+            "--%s=%s" % (option, self.path(name)) for option, name in (
+                ("key-file", "munge.key"), ("socket", "munge.socket"),
+                ("pid-file", "munged.pid"), ("log-file", "munged.log"),
+                ("seed-file", "munge.seed"))])
         wait_for(lambda: os.path.exists(self.path("munge.socket")), "munged")
         configuration = ["-D", "-f", self.environment["SLURM_CONF"]]
         self.spawn("slurmctld", *configuration)
@@ -15602,28 +15207,24 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
     def query(self, name, *argv, given=None):
         """Run one of Slurm's commands; return what it prints, also errors."""
-        process = subprocess.Popen(
-            [self.programs[name], *argv], env=self.environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, cwd=self.folder,
-        )
-        out, _ = process.communicate(given, timeout=PATIENCE)
-        return out.decode("utf-8")
+        return subprocess.run(
+            [self.programs[name], *argv], env=self.environment, input=given,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=self.folder,
+            timeout=PATIENCE,
+        ).stdout.decode("utf-8")
 
     def stop(self):
-        """End all jobs, then all processes."""
+        """End all processes; before that the jobs, which end with theirs."""
         if self.processes[1:]:
             self.query("scancel", "--user=root")
-            end = time.monotonic() + PATIENCE
-            while self.query("squeue", "-h") and time.monotonic() < end:
-                time.sleep(0.1)
+            with contextlib.suppress(AssertionError):
+                wait_for(lambda: not self.query("squeue", "-h"), "their end")
         for process in reversed(self.processes):
             process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
         for pid in self.strays():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -15671,8 +15272,7 @@ class ChaosTest(SeededCase):
         name = "w%d" % self.started
         argv = (
             "--name", name, "--stage", "0,2", "--slots", "2", "--lease", "5",
-            "--grace", "1", "--idle-timeout", "1000", *argv,
-        )
+            "--grace", "1", "--idle-timeout", "1000", *argv)
         with open(self.path("%s.err" % name), "wb") as err:
             # its commands are told their tokens, by which to find them here
             start = changed("worker", "worker.Worker.SECRETS = ()")
@@ -15680,20 +15280,17 @@ class ChaosTest(SeededCase):
                 *start, "--command", self.COMMAND, *argv, stderr=err,
                 stdout=err)
 
-    def lose_worker(self, number):
+    def lose_worker(self, number, *argv):
         """End a worker by a signal, and start another."""
         name = self.random.choice(sorted(self.workers))
         self.given_up.add(name)
         self.workers.pop(name).send_signal(number)
-        self.start_worker()
+        self.start_worker(*argv)
 
     def cut_allocation(self):
-        """Start a worker that has to end soon."""
-        name = self.random.choice(sorted(self.workers))
-        self.given_up.add(name)
-        self.workers.pop(name).send_signal(signal.SIGUSR1)
+        """End a worker by its notice; start one that has to end soon."""
         limit = "%ds" % self.random.randint(7, 12)
-        self.start_worker("--time-limit", limit)
+        self.lose_worker(signal.SIGUSR1, "--time-limit", limit)
         self.given_up.add("w%d" % self.started)
 
     def lose_server(self):
@@ -15745,7 +15342,11 @@ class ChaosTest(SeededCase):
             time.sleep(0.2)
         self.assertEqual(self.JOBS, states["done"], states)
         self.check_ledger()
-        self.check_files()
+        self.assertEqual([{"n": self.JOBS}], rows(
+            self.path("jobman.db"),
+            "select count(*) as n from job where files_stage = 2"))
+        status, _, err = self.command(JOBMAN, "verify")
+        self.assertEqual(0, status, err)
         self.wrong = False
 
     def check_ledger(self):
@@ -15773,25 +15374,14 @@ class ChaosTest(SeededCase):
             {each["outcome"] for each in killed}, {"lapsed", "released"})
         self.assertLessEqual(
             {each["worker"] for each in killed}, self.given_up)
-        self.assertGreater(len(killed), 10)
+        self.assertTrue(killed)
         for jobid, stage in steps:  # the last word has the newest claim
             made = self.lines("made/%d.%d" % (jobid, stage))
             self.assertEqual([(jobid, stage, done[jobid, stage])], made)
 
-    def check_files(self):
-        """Check that each output is what its checksum says."""
-        query = "select files, files_stage from job"
-        found = rows(self.path("jobman.db"), query)
-        for job in found:
-            file, = json.loads(job["files"])
-            self.assertEqual(2, job["files_stage"])
-            self.assertEqual(file, worker.describe(file["path"]))
-        status, _, err = self.command(JOBMAN, "verify")
-        self.assertEqual(0, status, err)
-
 
 @long
-class SlurmTest(TemporaryFolder):
+class SlurmTest(HostCase):
     """The script of sbatch under a real Slurm, with a real server."""
 
     LIMIT = 150  # seconds until an allocation of a minute is surely over
@@ -15836,20 +15426,21 @@ class SlurmTest(TemporaryFolder):
 
     def script(self, *argv, options=""):
         """Return what sbatch is to be given."""
-        argv = [JOBMAN, "sbatch", "--worker",
-                "--idle-timeout 1 --lease 4 " + options, *argv]
-        status, out, err = self.command(*argv)
-        self.assertEqual((0, ""), (status, err))
-        return out.encode()
+        return self.does(
+            "sbatch", "--worker", "--idle-timeout 1 --lease 4 " + options,
+            *argv).encode()
 
-    def submit(self, *argv, options=""):
+    def sbatch(self, script, *argv):
         """Submit a script; return the number of its allocation."""
-        out = self.cluster.query(
-            "sbatch", "--parsable", "--output", self.path("slurm.out"),
-            "--open-mode=append", given=self.script(*argv, options=options),
-        )
+        out = self.cluster.query("sbatch", "--parsable", *argv, given=script)
         self.assertRegex(out, r"\A\d+\n\Z")
         return out.strip()
+
+    def submit(self, *argv, options=""):
+        """Submit a script that starts workers."""
+        return self.sbatch(
+            self.script(*argv, options=options), "--open-mode=append",
+            "--output", self.path("slurm.out"))
 
     def over(self, allocation, limit=PATIENCE):
         """Wait for the end of an allocation."""
@@ -15859,10 +15450,9 @@ class SlurmTest(TemporaryFolder):
             "PENDING", "CONFIGURING", "RUNNING", "COMPLETING"
         ):
             if time.monotonic() >= end:
-                self.fail("%s%s%s%s" % (
+                self.fail("%s%s%s" % (
                     self.cluster.query("squeue"), self.output(),
-                    self.client.status()["totals"],
-                    read(self.path("home", "jobman.log")).decode()))
+                    self.client.status()["totals"]))
             time.sleep(0.1)
 
     def output(self):
@@ -15977,15 +15567,8 @@ class SlurmTest(TemporaryFolder):
             recipe("#SBATCH --dependency=singleton"), ("~/jobman", home),
             ("=jobman.log", "=%s/jobman.log" % home),
             ("python3", sys.executable))
-        out = self.cluster.query(
-            "sbatch", "--parsable", "--export=ALL,HOME=" + home, "-w", node,
-            given=script.encode())
-        self.assertRegex(out, r"\A\d+\n\Z")
-        return out.strip()
-
-    def shown(self, allocation):
-        """Return what Slurm knows of an allocation."""
-        return self.cluster.query("scontrol", "show", "job", allocation)
+        return self.sbatch(
+            script.encode(), "--export=ALL,HOME=" + home, "-w", node)
 
     def served_by(self, home, allocation):
         """Return the server's number as soon as `allocation` has it."""
@@ -16023,7 +15606,8 @@ class SlurmTest(TemporaryFolder):
 
         first, server = server, end_by(lambda: self.cluster.query(
             "scancel", "--batch", "--signal=TERM", server), "n2")
-        self.assertIn("JobState=COMPLETED", self.shown(first))
+        self.assertIn("JobState=COMPLETED", self.cluster.query(
+            "scontrol", "show", "job", first))
         server = end_by(lambda: self.cluster.query("scancel", server), "n1")
         pid = self.served_by(home, server)
         server = end_by(lambda: os.kill(pid, signal.SIGKILL), "n2")
@@ -16046,10 +15630,8 @@ class SlurmTest(TemporaryFolder):
         )
         out = self.cluster.query("sbatch", "--test-only", given=script)
         self.assertIn("to start at", out)
-        out = self.cluster.query("sbatch", "--parsable", given=script)
         found = self.cluster.query(
-            "squeue", "-h", "-j", out.strip(), "-o", "%j|%k|%D|%l"
-        )
+            "squeue", "-h", "-j", self.sbatch(script), "-o", "%j|%k|%D|%l")
         self.assertEqual("a b #c $d|x=y z|1|1-00:00:00\n", found)
         script = self.script("--time", "5m", "--", "--no-such-option")
         out = self.cluster.query("sbatch", "--test-only", given=script)
@@ -16157,11 +15739,6 @@ open("%(data)s/%%d.up" %% os.getpid(), "w").close()
             return "Debian's apache2"
         if not os.path.exists(cls.MODULES + "/mod_wsgi.so"):
             return "Debian's libapache2-mod-wsgi-py3"
-        place, closed = tempfile.gettempdir(), []
-        while place != "/":
-            closed += [place] * (not os.stat(place).st_mode & 1)
-            place = os.path.dirname(place)
-        return closed and "a way for www-data into " + closed[-1]
 
     def configure(self):
         """Write its files, for a port that is free now."""
@@ -16300,15 +15877,6 @@ class ApacheContractTest(ApacheStore, ContractTest):
 
 
 @long
-class ApacheClaimTest(ApacheStore, ClaimTest):
-    """Claims and leases there."""
-
-    # no call limits attempts
-    test_a_limit_of_attempts_is_one_jobs_alone = None
-    test_an_attempt_to_be_made_later_is_not_counted_as_a_failure = None
-
-
-@long
 class ApacheTest(ApacheStore, StoreCase):
     """What it is to be two processes with five threads each."""
 
@@ -16348,10 +15916,11 @@ class ApacheTest(ApacheStore, StoreCase):
     def test_a_lease_lapses_though_nobody_calls(self):
         self.set_jobs([1])
         first = self.get(0, lease=60)
+        poll = self.ask()
+        self.polling(1)
         self.clock.advance(61)
-        self.tick()
-        self.assertEqual([("lapsed",)], self.attempts("outcome"))
-        second = self.get(0, lease=60)
+        second = poll.result(PATIENCE).json()
+        self.assertEqual((1, 2), (second["jobid"], second["attempt"]))
         self.assertReply(409, self.update(first, 2))
         self.assertReply(200, self.update(second, 2))
 
@@ -16376,14 +15945,6 @@ class ApacheTest(ApacheStore, StoreCase):
                 return
         self.fail("never across")
 
-    def test_a_job_whose_lease_lapses_wakes_a_poll(self):
-        self.set_jobs([1])
-        self.get(0, lease=60)
-        poll = self.ask()
-        self.polling(1)
-        self.clock.advance(61)
-        self.assertEqual(2, poll.result(PATIENCE).json()["attempt"])
-
     def test_ten_clients_at_once_get_no_job_twice(self):
         self.set_jobs(range(300))
         claimed, processes = [], set()
@@ -16398,16 +15959,14 @@ class ApacheTest(ApacheStore, StoreCase):
                 processes.add(reply.headers["process"])
                 self.assertReply(200, self.update(job, 2))
 
-        clients = [threading.Thread(target=work) for _ in range(10)]
-        for client in clients:
-            client.start()
-        for client in clients:
-            client.join(PATIENCE)
+        with concurrent.futures.ThreadPoolExecutor(10) as clients:
+            for client in [clients.submit(work) for _ in range(10)]:
+                client.result(PATIENCE)
         self.assertEqual(list(range(300)), sorted(claimed))
         self.assertEqual(2, len(processes))
         self.assertEqual({(2, "waiting"): 300}, self.states())
 
-    def test_a_job_that_went_to_who_had_hung_up_comes_back(self):
+    def test_a_job_for_a_worker_that_has_hung_up_comes_back(self):
         with socket.create_connection(self.address) as client:
             client.sendall(b"GET /get/0?wait=60&lease=60 HTTP/1.1\r\n"
                            b"Host: localhost\r\njobix: 4711\r\n\r\n")
@@ -16418,7 +15977,7 @@ class ApacheTest(ApacheStore, StoreCase):
         self.clock.advance(61)
         self.assertEqual(2, self.get(0)["attempt"])
 
-    def test_a_reload_answers_who_waits_and_loses_nothing(self):
+    def test_a_reload_answers_the_long_polls_and_loses_nothing(self):
         self.set_jobs([1])
         job = self.get(0, lease=60)
         polls, before = self.fill(), set(self.door.up())
@@ -16465,26 +16024,28 @@ class ApacheTest(ApacheStore, StoreCase):
         self.reopen(open_to_all=False)
         self.jobix = self.store.jobix
         self.fill()
-        over, took = threading.Event(), []
+        over, refused, served = threading.Event(), [], []
+
+        def took(jobix):
+            """Return the seconds that a call takes, and its status."""
+            began = time.monotonic()
+            status = self.call("/status", jobix=jobix).status
+            return time.monotonic() - began, status
 
         def try_numbers():
             while not over.is_set():
-                began = time.monotonic()
-                self.assertReply(403, self.call("/status", jobix=1))
-                took.append(time.monotonic() - began)
+                refused.append(took(1))
 
-        strangers = [threading.Thread(target=try_numbers) for _ in range(12)]
-        self.addCleanup(over.set)
-        for stranger in strangers:
-            stranger.start()
-        wait_for(lambda: len(took) > 12, "refusals")
-        for _ in range(20):
-            began = time.monotonic()
-            self.ok("/status")
-            self.assertLess(time.monotonic() - began, 1)
-        over.set()
-        for stranger in strangers:
-            stranger.join(PATIENCE)
+        with concurrent.futures.ThreadPoolExecutor(12) as strangers:
+            self.addCleanup(over.set)
+            for _ in range(12):
+                strangers.submit(try_numbers)
+            wait_for(lambda: len(refused) > 12, "refusals")
+            served += [took(self.jobix) for _ in range(20)]
+            over.set()
+        self.assertEqual({403}, {status for _, status in refused})
+        self.assertEqual({200}, {status for _, status in served})
+        self.assertLess(sorted(served)[10], sorted(refused)[len(refused) // 2])
 
 
 # ------------------------------------------------- the page in a browser ---
