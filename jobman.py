@@ -1350,6 +1350,11 @@ def time_bucket(seconds):
     return max(0, math.ceil(4 * math.log2(max(seconds, 0.001) * 1000)))
 
 
+def bucket_end(bucket):
+    """Return the longest time that a bucket counts, in seconds."""
+    return 0.001 * 2 ** (bucket / 4)
+
+
 # ---------------------------------------------------------------- writer ---
 
 SUMS = {  # tables of sums: how to add to both of a row, and its first ones
@@ -1860,7 +1865,7 @@ def percentile(buckets, part):
     for bucket, n in buckets:
         left -= n
         if left <= 0:
-            return 0.001 * 2 ** (bucket / 4)
+            return bucket_end(bucket)
 
 
 PARTS = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
@@ -3005,9 +3010,12 @@ class Store:
                     lifetime=row["minutes"] or 0, paused=bool(row["paused"]),
                     name=row["name"])
         for stage, spent in Spent.by_stage(execute(SQL.SPENT, key)).items():
-            if spent.attempts["done"]:
-                stages[stage]["runtime"] = quantiles(
-                    spent.buckets["done"], "attempts", "median", "p90")
+            buckets = spent.buckets["done"]
+            if buckets:
+                stages[stage]["runtime"] = dict(
+                    quantiles(buckets, "attempts", "median", "p90"),
+                    buckets=[[float("%.3g" % bucket_end(bucket)), n]
+                             for bucket, n in buckets])
         rate = self.rate(execute, namespace) if ranges is None else None
         left = sum(totals["states"][state] for state in UNENDED)
         return {
@@ -4833,10 +4841,12 @@ def get_status(store, request):
     Answer: {"version": "0.1.0", "time": …, "stages": [{"stage": 0, "name":
     "align", "lifetime": 10, "paused": false, "jobs": 3, "expired": 0,
     "states": {"waiting": 2, …}, "runtime": {"attempts": 9, "median": 1.2,
-    "p90": 4.8}}, …], "totals": {"jobs": 3, "expired": 0, "states": {…}},
-    "rate": 0.5, "seconds_left": 6.0, "readonly": false}.
+    "p90": 4.8, "buckets": [[1.2, 7], [4.8, 2]]}}, …], "totals": {"jobs": 3,
+    "expired": 0, "states": {…}}, "rate": 0.5, "seconds_left": 6.0,
+    "readonly": false}.
     runtime is how long attempts ran that became done, in seconds, up to a
-    fifth too high, or null. rate is how many jobs became done a second, in
+    fifth too high, or null; its buckets say how many took how long at most,
+    four to a doubling. rate is how many jobs became done a second, in
     the last two minutes, null with options. seconds_left is the number of
     unfinished jobs divided by rate, or null. readonly: by the reading jobix.
     """
@@ -4980,8 +4990,13 @@ POLICY = (
 PLAIN = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <title>jobman</title>
-<style>th, td { text-align: left; padding-right: 1em }</style>
+<style>
+table { display: block; overflow-x: auto }
+th, td { text-align: left; vertical-align: top; padding-right: 1em }
+td { overflow-wrap: anywhere }
+</style>
 %s
 </html>
 """
@@ -5067,44 +5082,52 @@ def progress_line(figures):
 
 # The tables of a page without a script: a heading, the part of OVERVIEW and
 # its list that the rows come from, and the columns.
-JOB_CELLS = "jobid", "stage", "state", "since", "jobcmd", "filename"
+JOB_CELLS = "jobid", "stage", "state", "since", "command", "why", "filename"
 PLAIN_TABLES = (
-    ("Stages", "status", "stages", (
-        "stage", "paused", "jobs", "expired", *STATES, "lifetime", "median",
-        "p90")),
-    ("Workers", "workers", "workers", (
-        "name", "host", "stages", "slots", "busy", "done", "failed", "drain",
-        "quarantine", "heard")),
     ("Failures", "failures", "groups", (
         "jobs", "stage", "exit_code", "message", "host")),
-    ("Expired jobs", "expired", "jobs", JOB_CELLS),
+    ("Stages", "status", "stages", (
+        "stage", "name", "paused", "states", "expired", "lifetime",
+        "runtime")),
+    ("Workers", "workers", "workers", (
+        "name", "host", "stages", "slots", "holds", "done", "failed", "drain",
+        "quarantine", "heard")),
     ("Failed jobs", "failed", "jobs", JOB_CELLS),
+    ("Expired jobs", "expired", "jobs", JOB_CELLS),
 )
 
 
-def cell(name, value):
-    """Return the text of a value in a column of a table."""
+def cell(name, row):
+    """Return the text of a row, a dict, in a column of a table."""
+    value = row.get(name)
+    if name == "command" and value is None:
+        value = row["jobcmd"]
     if value is None or value is False:
         return ""
     if name in ("since", "heard"):
         return clock_time(value)
-    if type(value) is float:
-        return "%.3g" % value
+    if name == "states":
+        return ", ".join("%d %s" % (n, state)
+                         for state, n in value.items() if n)
+    if name == "runtime":
+        return "median %g s, 90 %% within %g s" % (
+            round(value["median"], 3), round(value["p90"], 3))
+    if name == "holds":
+        return ", ".join(str(jobid) for jobid, _ in value)
     return clean(value if type(value) is str else to_json(value))[:200]
 
 
 def html_table(heading, names, rows):
-    """Return the markup of dicts as a table under a heading."""
+    """Return the markup of dicts as a table, without its empty columns."""
     if not rows:
         return "<h2>%s</h2>\n<p>None." % heading
-    lines = ["<h2>%s</h2>" % heading, "<table>", "<tr>%s</tr>" % "".join(
-        '<th scope="col">%s</th>' % name for name in names)]
-    for row in rows:
-        row = {**row, **row.get("states", {}), **(row.get("runtime") or {})}
-        lines.append("<tr>%s</tr>" % "".join(
-            "<td>%s</td>" % html.escape(cell(name, row.get(name)))
-            for name in names))
-    return "\n".join([*lines, "</table>"])
+    columns = [[name, *(cell(name, row) for row in rows)] for name in names]
+    columns = [
+        ['<th scope="col">%s</th>' % name]
+        + ["<td>%s</td>" % html.escape(text) for text in texts]
+        for name, *texts in columns if any(texts)]
+    return "<h2>%s</h2>\n<table>\n<tr>%s</tr>\n</table>" % (
+        heading, "</tr>\n<tr>".join(map("".join, zip(*columns))))
 
 
 def plain_view(seen):
