@@ -8039,7 +8039,7 @@ OPENPBS = {
     "errors": "%(name)s.e%(number)s",
 }
 QUEUED = frozenset(("PD", "Q", "H", "W", "T"))  # states, of both systems
-LONGEST_PAUSE = 15  # seconds between two looks at the queue
+PAUSES = 1, 15  # seconds between two looks at the queue, at least and at most
 
 
 class BatchFailure(CommandError):
@@ -8055,14 +8055,11 @@ def ask_batch(command, *words, given=""):
     try:
         done = subprocess.run(
             command, input=os.fsencode(given), stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, timeout=60)
+            stderr=subprocess.PIPE)
     except FileNotFoundError:
         raise CommandError(
             "There is no %s here: run alloc where you submit to the batch"
             " system." % command[0]) from None
-    except subprocess.TimeoutExpired:
-        raise BatchFailure(
-            "%s gave no answer for a minute." % command[0]) from None
     finally:
         waiting.cancel()
     if done.returncode:
@@ -8078,17 +8075,15 @@ class Allocator:
     Its allocations have a name of their own, by which it finds them again.
     """
 
-    FRUITLESS = 3  # allocations in a row whose workers were never heard of
-
     def __init__(self, options, client, namespace):
         self.options, self.client = options, client
         self.system = OPENPBS if options.pbs else SLURM
-        known = "%s %s" % (namespace, options.stages)
-        digest = hashlib.sha256(os.fsencode(known)).hexdigest()
+        what = "%s %s" % (namespace, options.stages)
+        digest = hashlib.sha256(os.fsencode(what)).hexdigest()
         self.name = "jobman-" + digest[:8]  # qstat shows 16 characters
         self.found = {}  # number of an allocation: whether it is queued
         self.heard = set()  # numbers of those whose workers were heard of
-        self.fruitless = 0  # allocations in a row
+        self.fruitless = 0  # in a row that ended without
         self.slots = options.slots * options.nodes  # of an allocation
         self.room = 0  # jobs that could start, now or in queued allocations
 
@@ -8112,15 +8107,13 @@ class Allocator:
         if heard - self.heard:
             self.fruitless = 0
         self.heard |= heard
-        self.slots = max(self.slots, *(
-            slots_and_jobs(some)[0] for some in workers.values()), 0)
-        self.room = 0
-        for number in found:
-            slots, jobs = slots_and_jobs([
-                worker for worker in workers[number]
-                if not fault(worker, told["time"])])
-            known = number in self.heard
-            self.room += max(0, slots - jobs) if known else self.slots
+        self.slots = max([self.slots] + [
+            slots_and_jobs(workers[number])[0] for number in heard])
+        slots, jobs = slots_and_jobs([
+            worker for number in found for worker in workers[number]
+            if not fault(worker, told["time"])])
+        self.room = max(0, slots - jobs) \
+            + self.slots * len(found.keys() - self.heard)
         lost = sorted(self.found.keys() - found - self.heard)
         self.found = found
         if lost:
@@ -8129,16 +8122,15 @@ class Allocator:
     def give_up(self, lost):
         """Raise BatchFailure for allocations that ended without a worker.
 
-        CommandError when there were too many in a row.
+        CommandError for the third in a row.
         """
         self.fruitless += len(lost)
-        why = "Allocation %s ended before its worker was heard of: look" \
-            " into %s" % (lost[-1], self.system["errors"] % {
+        said = "Allocation %s ended before its worker was heard of: look" \
+            " into %s." % (lost[-1], self.system["errors"] % {
                 "name": self.name, "number": lost[-1]})
-        if self.fruitless >= self.FRUITLESS:
-            raise CommandError("%s; after %d such in a row no more are"
-                               " submitted." % (why, self.fruitless))
-        raise BatchFailure(why + ".")
+        if self.fruitless < 3:
+            raise BatchFailure(said)
+        raise CommandError(said + " After three in a row it submits no more.")
 
     def decide(self):
         """Submit, cancel or wait; return what was done, and why.
@@ -8159,14 +8151,14 @@ class Allocator:
         if not any(figures["totals"]["states"][state] for state in UNENDED):
             if not self.found:
                 return None
-            what = self.cancel(queued) if queued else "wait for their end"
+            what = self.cancel(queued) if queued else "waiting for the end"
             return there + what, "all jobs have ended"
         if waiting <= self.room:
-            what = "no more are needed"
+            what = "enough for now"
         elif len(self.found) >= self.options.max:
-            what = "no more, by --max"
+            what = "--max is reached"
         elif len(queued) >= self.options.backlog:
-            what = "no more queued, by --backlog"
+            what = "--backlog is reached"
         else:
             what = self.submit()
         return there + what, why
@@ -8194,7 +8186,7 @@ class Allocator:
 def alloc(options):
     """Submit allocations while jobs wait for them, until all have ended."""
     options.worker[:0] = ["--idle-timeout", str(options.idle)]
-    ending, pause, told = until_signal(), 1, None
+    ending, (pause, longest), told = until_signal(), PAUSES, None
     with using_worker() as worker, speaking(options) as client:
         allocator = Allocator(
             options, client, worker.namespace(client.jobix))
@@ -8204,12 +8196,12 @@ def alloc(options):
             except (BatchFailure, worker.Unreachable) as failure:
                 if told is None:  # it hasn't worked yet
                     raise
-                decision = printable(str(failure)), "going on"
+                decision = printable(str(failure)), "trying again"
             if decision is None:
                 print("All jobs have ended, and no allocation is left.")
                 return 0
             what, why = decision
-            pause = min(1.5 * pause, LONGEST_PAUSE) if what == told else 1
+            pause = min(1.5 * pause, longest) if what == told else PAUSES[0]
             if what != told and not ending.number:
                 print("%s %s (%s)" % (clock_time(time.time()), what, why))
             if options.dry_run:

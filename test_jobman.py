@@ -18276,9 +18276,9 @@ esac
 """
 
 
-# jobman.py, but it looks at the queue every second, not less and less often
+# jobman.py, but it looks at the queue more often
 OFTEN = "import sys; sys.path.insert(0, %r); import jobman;" \
-    " jobman.LONGEST_PAUSE = 1; sys.exit(jobman.main())" % HERE
+    " jobman.PAUSES = 0.1, 0.2; sys.exit(jobman.main())" % HERE
 
 
 @slow
@@ -18348,7 +18348,7 @@ class AllocTest(TemporaryFolder):
         self.start("--max", "3", "--worker", "--slots 4", "--", "-p", "long")
         self.said("0 running, 0 queued: submitted 1 (10 jobs waiting, room"
                   " for 0)\n")
-        self.said("0 running, 1 queued: no more queued, by --backlog (10 jobs"
+        self.said("0 running, 1 queued: --backlog is reached (10 jobs"
                   " waiting, room for 4)\n")
         self.runs(1)
         self.said("1 running, 0 queued: submitted 2 (10 jobs waiting, room"
@@ -18358,10 +18358,10 @@ class AllocTest(TemporaryFolder):
         self.said("2 running, 0 queued: submitted 3 (6 jobs waiting, room"
                   " for 4)\n")
         self.runs(3)
-        self.said("3 running, 0 queued: no more are needed (6 jobs waiting,"
+        self.said("3 running, 0 queued: enough for now (6 jobs waiting,"
                   " room for 8)\n")
         self.add(11, 13)
-        self.said("3 running, 0 queued: no more, by --max (9 jobs waiting,"
+        self.said("3 running, 0 queued: --max is reached (9 jobs waiting,"
                   " room for 8)\n")
         name = self.has("queue").split()[1]
         self.assertRegex(name, r"\Ajobman-[0-9a-f]{8}\Z")
@@ -18375,16 +18375,16 @@ class AllocTest(TemporaryFolder):
     def test_room_is_that_of_idle_slots_and_of_the_largest_so_far(self):
         self.add(1, 20)
         self.start("--max", "9", "--backlog", "2")
-        self.said("0 running, 2 queued: no more queued, by --backlog (20 jobs"
+        self.said("0 running, 2 queued: --backlog is reached (20 jobs"
                   " waiting, room for 2)\n")
         self.runs(1)
         jobs = self.beat(1, slots=16, claim=12)
-        self.said("1 running, 1 queued: no more are needed (8 jobs waiting,"
+        self.said("1 running, 1 queued: enough for now (8 jobs waiting,"
                   " room for 20)\n")
         self.beat(1, slots=16, quarantine="three jobs in a row failed")
         self.client.pause(0)
         self.runs(2)
-        self.said("2 running, 0 queued: no more are needed (0 jobs waiting,"
+        self.said("2 running, 0 queued: enough for now (0 jobs waiting,"
                   " room for 16)\n")
         self.client.resume(0)
         self.add(21, 30)
@@ -18397,11 +18397,11 @@ class AllocTest(TemporaryFolder):
         self.said("2 queued")
         self.runs(1)
         jobs = self.beat(1, claim=9)
-        self.said("1 running, 1 queued: no more are needed")
+        self.said("1 running, 1 queued: enough for now")
         for job in jobs:
             self.client.update_job(job["jobid"], 2, job["claim"])
         self.said("1 running, 1 queued: cancelled 2 (all jobs have ended)\n")
-        self.said("1 running, 0 queued: wait for their end (all jobs have"
+        self.said("1 running, 0 queued: waiting for the end (all jobs have"
                   " ended)\n")
         self.beat(1, ended=True)
         self.put("queue", "")
@@ -18412,7 +18412,7 @@ class AllocTest(TemporaryFolder):
     def test_a_signal_leaves_allocations_alone_unless_told_to_cancel(self):
         self.add(1, 9)
         process = self.start("--max", "2")
-        self.said("1 queued: no more queued")
+        self.said("1 queued: --backlog")
         process.terminate()
         self.assertEqual(128 + signal.SIGTERM, process.wait(PATIENCE))
         self.assertEqual(
@@ -18420,9 +18420,9 @@ class AllocTest(TemporaryFolder):
             process.stderr.read())
         other = self.start("--max", "2", "--dry-run", "--worker", "--stage 2")
         self.assertEqual(0, other.wait(PATIENCE))
-        self.said("0 running, 0 queued: no more are needed (0 jobs waiting")
+        self.said("0 running, 0 queued: enough for now (0 jobs waiting")
         again = self.start("--max", "2", "--cancel")
-        self.said("0 running, 1 queued: no more queued, by --backlog")
+        self.said("0 running, 1 queued: --backlog is reached")
         again.send_signal(signal.SIGINT)
         self.assertEqual((128 + signal.SIGINT, b"Cancelled 1.\n"), (
             again.wait(PATIENCE), again.stderr.read()))
@@ -18433,12 +18433,12 @@ class AllocTest(TemporaryFolder):
         self.put("refused", "")
         process = self.start("--max", "2")
         self.said("Allocation 2 ended before its worker was heard of: look"
-                  " into slurm-2.out. (going on)\n")
+                  " into slurm-2.out. (trying again)\n")
         self.assertEqual(1, process.wait(PATIENCE))
         self.assertEqual(
             b"jobman.py: Allocation 3 ended before its worker was heard of:"
-            b" look into slurm-3.out; after 3 such in a row no more are"
-            b" submitted.\n", process.stderr.read())
+            b" look into slurm-3.out. After three in a row it submits no"
+            b" more.\n", process.stderr.read())
         self.assertEqual("3\n", self.has("last"))
 
     def test_a_worker_in_between_ends_the_row(self):
@@ -18460,7 +18460,7 @@ class AllocTest(TemporaryFolder):
         for queue, ended, would in (
                 ("", False, "0 queued: would submit one (1 job waiting, "),
                 ("7 %s root 0:00 PD\n" % name, False,
-                 "1 queued: no more are needed (1 job waiting, room for 1)"),
+                 "1 queued: enough for now (1 job waiting, room for 1)"),
                 ("7 %s root 0:00 PD\n8 other root 0:00 PD\n" % name, True,
                  "1 queued: would cancel 7 (all jobs have ended)")):
             self.put("queue", queue)
@@ -18475,12 +18475,12 @@ class AllocTest(TemporaryFolder):
         self.add(1, 9)
         process = self.start("--max", "2", "--pbs", "--", "-q", "long")
         self.said("0 running, 0 queued: submitted 1 ")
-        self.said("0 running, 1 queued: no more queued")
+        self.said("0 running, 1 queued: --backlog")
         self.runs(1)
         jobs = self.beat(1, "pbs", slots=8, claim=8)
         self.said("1 running, 0 queued: submitted 2 (1 job waiting, room for"
                   " 0)\n")
-        self.said("1 running, 1 queued: no more are needed (1 job waiting,"
+        self.said("1 running, 1 queued: enough for now (1 job waiting,"
                   " room for 8)\n")
         for jobid in range(1, 10):
             self.client.update_job(jobid, 2)
@@ -18511,12 +18511,12 @@ class AllocTest(TemporaryFolder):
     def test_what_fails_later_is_waited_out(self):
         self.add(1, 1)
         process = self.start("--max", "2")
-        fine = "0 running, 1 queued: no more are needed"
+        fine = "0 running, 1 queued: enough for now"
         self.said(fine)
         self.put("squeue.fails", "slurm_load_jobs error: Unable to contact"
                  " slurm controller (connect failure)\n")
         self.said("squeue failed: slurm_load_jobs error: Unable to contact"
-                  " slurm controller (connect failure). (going on)\n")
+                  " slurm controller (connect failure). (trying again)\n")
         os.unlink(os.path.join(self.batch, "squeue.fails"))
         wait_for(lambda: self.lines(fine) == 2, "squeue again")
         self.put("squeue.slow", "")
@@ -18528,7 +18528,7 @@ class AllocTest(TemporaryFolder):
         self.add(2, 9)
         self.put("sbatch.fails", "sbatch: error: Socket timed out\n")
         self.runs(1)
-        self.said("sbatch failed: sbatch: error: Socket timed out. (going on)")
+        self.said("sbatch failed: sbatch: error: Socket timed out. (trying")
         process.terminate()
         process.wait(PATIENCE)
         self.assertEqual(
@@ -18546,6 +18546,79 @@ class AllocTest(TemporaryFolder):
                 JOBMAN, "alloc", "--time", "1h", *words)
             self.assertEqual((2, ""), (status, out))
             self.assertIn(named, err)
+
+
+@long
+class AllocSlurmTest(TemporaryFolder):
+    """Allocations that come by themselves under a real Slurm."""
+
+    ONE_CORE = "--", "--cpus-per-task=1", "--mem=100M"
+
+    @classmethod
+    def setUpClass(cls):
+        cls.cluster = Cluster(tempfile.mkdtemp(prefix="jobman-test-"))
+        missing = cls.cluster.missing()
+        try:
+            if missing:
+                raise unittest.SkipTest("a Slurm of its own needs " + missing)
+            cls.cluster.start()
+        except BaseException:
+            cls.tearDownClass()
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.cluster.stop()
+        shutil.rmtree(cls.cluster.folder, ignore_errors=True)
+
+    def setUp(self):
+        super().setUp()
+        self.environment["SLURM_CONF"] = \
+            self.cluster.environment["SLURM_CONF"]
+        self.serve()
+        self.client = worker.Client(self.path(".jobman", "access.json"))
+        self.addCleanup(self.client.close)
+        self.addCleanup(self.cluster.query, "scancel", "--user=root")
+
+    def alloc(self, jobs, *argv):
+        """Add jobs and start alloc; yield what squeue shows until it ends."""
+        self.client.set({
+            i: {"jobstage": 0, "laststage": 2, "jobcmd": "sleep 0.2"}
+            for i in range(1, jobs + 1)})
+        process = self.spawn(JOBMAN, "alloc", "--time", "5m", *argv)
+        end = time.monotonic() + 4 * PATIENCE
+        while process.poll() is None and time.monotonic() < end:
+            yield self.cluster.query("squeue", "-h", "-o", "%i %T").split()
+            time.sleep(0.1)
+        status, out, err = self.finish(process)
+        self.assertEqual((0, ""), (status, err), out)
+        self.assertEqual("", self.cluster.query("squeue", "-h"), out)
+        states = self.client.status()["totals"]["states"]
+        self.assertEqual(jobs, states["done"], out)
+
+    def test_there_are_no_more_than_asked_for_and_none_in_the_end(self):
+        seen = [len(row) // 2 for row in self.alloc(
+            100, "--max", "2", "--backlog", "2", "--idle", "2",
+            *self.ONE_CORE)]
+        self.assertEqual(2, max(seen))
+
+    def test_what_is_queued_is_cancelled_when_all_is_done(self):
+        """All want the same node, so the second one never starts."""
+        started = {number for row in self.alloc(
+            40, "--max", "2", "--idle", "20", "--", "-w", "n1")
+            for number, state in zip(row[::2], row[1::2])
+            if state != "PENDING"}
+        self.assertEqual(1, len(started))
+
+    def test_jobs_of_an_allocation_that_is_cancelled_are_done_by_others(self):
+        cancelled = None
+        for row in self.alloc(60, "--max", "1", "--worker", "--lease 4",
+                              "--idle", "2", *self.ONE_CORE):
+            done = self.client.status()["totals"]["states"]["done"]
+            if done > 10 and not cancelled:
+                cancelled = row[0]
+                self.cluster.query("scancel", cancelled)
+        self.assertTrue(cancelled)
 
 
 # -------------------------------------------------- Apache with mod_wsgi ---
