@@ -8029,7 +8029,7 @@ def print_script(options):
 # a name and cancelled, and the file with the errors of one.
 SLURM = {
     "in_names": "-slurm%s-", "script": slurm_script,
-    "list": "squeue -h -u %d -o '%%i %%j %%u %%M %%t'" % os.getuid(),
+    "list": "squeue -ahu %d -o '%%i %%j %%u %%M %%t'" % os.getuid(),
     "submit": "sbatch --parsable -J", "cancel": "scancel",
     "errors": "slurm-%(number)s.out",
 }
@@ -8083,7 +8083,7 @@ class Allocator:
         self.name = "jobman-" + digest[:8]  # qstat shows 16 characters
         self.found = {}  # number of an allocation: whether it is queued
         self.heard = set()  # numbers of those whose workers were heard of
-        self.fruitless = 0  # in a row that ended without
+        self.fruitless = 0  # allocations in a row without a worker
         self.slots = options.slots * options.nodes  # of an allocation
         self.room = 0  # jobs that could start, now or in queued allocations
 
@@ -8096,7 +8096,8 @@ class Allocator:
     def look(self):
         """Find our allocations, and how many jobs they have room for.
 
-        Raises BatchFailure when some have failed.
+        Raises BatchFailure when one ended before its worker was heard of,
+        CommandError for the third in a row.
         """
         found, told = self.list(), self.client.workers()
         workers = {number: [
@@ -8116,21 +8117,15 @@ class Allocator:
             + self.slots * len(found.keys() - self.heard)
         lost = sorted(self.found.keys() - found - self.heard)
         self.found = found
-        if lost:
-            self.give_up(lost)
-
-    def give_up(self, lost):
-        """Raise BatchFailure for allocations that ended without a worker.
-
-        CommandError for the third in a row.
-        """
         self.fruitless += len(lost)
-        said = "Allocation %s ended before its worker was heard of: look" \
-            " into %s." % (lost[-1], self.system["errors"] % {
-                "name": self.name, "number": lost[-1]})
-        if self.fruitless < 3:
-            raise BatchFailure(said)
-        raise CommandError(said + " After three in a row it submits no more.")
+        if lost:
+            said = "Allocation %s ended before its worker was heard of: look" \
+                " into %s." % (lost[-1], self.system["errors"] % {
+                    "name": self.name, "number": lost[-1]})
+            if self.fruitless < 3:
+                raise BatchFailure(said)
+            raise CommandError(
+                said + " After three in a row no more are submitted.")
 
     def decide(self):
         """Submit, cancel or wait; return what was done, and why.

@@ -18374,7 +18374,9 @@ class AllocTest(TemporaryFolder):
 
     def test_room_is_that_of_idle_slots_and_of_the_largest_so_far(self):
         self.add(1, 20)
-        self.start("--max", "9", "--backlog", "2")
+        self.client.stages({0: {"name": "fetch"}})
+        self.start("--max", "9", "--backlog", "2", "--worker",
+                   "--stage align,fetch")
         self.said("0 running, 2 queued: --backlog is reached (20 jobs"
                   " waiting, room for 2)\n")
         self.runs(1)
@@ -18437,8 +18439,8 @@ class AllocTest(TemporaryFolder):
         self.assertEqual(1, process.wait(PATIENCE))
         self.assertEqual(
             b"jobman.py: Allocation 3 ended before its worker was heard of:"
-            b" look into slurm-3.out. After three in a row it submits no"
-            b" more.\n", process.stderr.read())
+            b" look into slurm-3.out. After three in a row no more are"
+            b" submitted.\n", process.stderr.read())
         self.assertEqual("3\n", self.has("last"))
 
     def test_a_worker_in_between_ends_the_row(self):
