@@ -18379,8 +18379,8 @@ class AllocTest(TemporaryFolder):
                    "--stage align,fetch")
         self.said("0 running, 2 queued: --backlog is reached (20 jobs"
                   " waiting, room for 2)\n")
-        self.runs(1)
         jobs = self.beat(1, slots=16, claim=12)
+        self.runs(1)
         self.said("1 running, 1 queued: enough for now (8 jobs waiting,"
                   " room for 20)\n")
         self.beat(1, slots=16, quarantine="three jobs in a row failed")
@@ -18410,6 +18410,7 @@ class AllocTest(TemporaryFolder):
         self.assertEqual((0, b""), (
             process.wait(PATIENCE), process.stderr.read()))
         self.said("\nAll jobs have ended, and no allocation is left.\n")
+        self.assertEqual(0, self.lines("before its worker"))
 
     def test_a_signal_leaves_allocations_alone_unless_told_to_cancel(self):
         self.add(1, 9)
@@ -18446,10 +18447,9 @@ class AllocTest(TemporaryFolder):
     def test_a_worker_in_between_ends_the_row(self):
         self.add(1, 9)
         self.put("refused", "")
+        self.beat(2)
         process = self.start("--max", "9", "--worker", "--slots 2")
         self.said("Allocation 1 ended")
-        self.said("submitted 2")
-        self.beat(2)
         self.said("submitted 5")
         self.assertNotIn("Allocation 2", read(self.path("said")).decode())
         self.assertEqual(1, process.wait(PATIENCE))
@@ -18478,8 +18478,8 @@ class AllocTest(TemporaryFolder):
         process = self.start("--max", "2", "--pbs", "--", "-q", "long")
         self.said("0 running, 0 queued: submitted 1 ")
         self.said("0 running, 1 queued: --backlog")
-        self.runs(1)
         jobs = self.beat(1, "pbs", slots=8, claim=8)
+        self.runs(1)
         self.said("1 running, 0 queued: submitted 2 (1 job waiting, room for"
                   " 0)\n")
         self.said("1 running, 1 queued: enough for now (1 job waiting,"
