@@ -8654,32 +8654,30 @@ def option_lines(prefix, words):
     return "".join(line + "\n" for line in lines)
 
 
-def print_script(template, options, lines, *more):
-    """Print a script that starts a worker, with options, on each node."""
+def batch_script(template, options, lines, *more):
+    """Return a script that starts a worker, with options, on each node."""
     access = os.path.abspath(options.access or access_path())
     words = [sys.executable, worker_script(), "--access", access]
     words += [*more, *options.worker]
-    script = template % {
+    return template % {
         "nodes": options.nodes,
         "time": span(options.time),
         "notice": min(LONGEST_NOTICE, max(1, options.time // 10)),
         "lines": lines,
         "worker": " ".join(map(shlex.quote, words)),
     }
-    sys.stdout.buffer.write(os.fsencode(script))
-    return 0
 
 
-def sbatch(options):
-    """Print a script for Slurm that starts a worker on each node."""
+def slurm_script(options):
+    """Return a script for Slurm that starts a worker on each node."""
     lines = option_lines("#SBATCH", options.more)
     if not any(map(SHARED_NODES.match, options.more)):
         lines = "#SBATCH --exclusive\n" + lines
-    return print_script(SBATCH, options, lines)
+    return batch_script(SBATCH, options, lines)
 
 
-def pbs(options):
-    """Print a script for PBS that starts a worker on each node."""
+def pbs_script(options):
+    """Return a script for PBS that starts a worker on each node."""
     lines = option_lines("#PBS", options.more)
     for name, ours in (
         ("place", "scatter:exclhost"), ("select", str(options.nodes))
@@ -8687,7 +8685,201 @@ def pbs(options):
         if not re.search(r"-l ?'?(\S*,)?%s=" % name, lines):  # only once
             lines = "#PBS -l %s=%s\n%s" % (name, ours, lines)
     limit = "--time-limit", "%ds" % options.time  # pbsdsh hides it
-    return print_script(PBS, options, lines, *limit)
+    return batch_script(PBS, options, lines, *limit)
+
+
+def print_script(options):
+    """Print a script for a batch system."""
+    write = slurm_script if options.command == "sbatch" else pbs_script
+    sys.stdout.buffer.write(os.fsencode(write(options)))
+    return 0
+
+
+# How allocations are listed (number, name, user, time, state), submitted under
+# a name and cancelled, and the file with the errors of one.
+SLURM = {
+    "in_names": "-slurm%s-", "script": slurm_script,
+    "list": "squeue -ahu %d -o '%%i %%j %%u %%M %%t'" % os.getuid(),
+    "submit": "sbatch --parsable -J", "cancel": "scancel",
+    "errors": "slurm-%(number)s.out",
+}
+OPENPBS = {
+    "in_names": "-pbs%s-", "script": pbs_script,
+    "list": "qstat", "submit": "qsub -N", "cancel": "qdel",
+    "errors": "%(name)s.e%(number)s",
+}
+QUEUED = frozenset(("PD", "Q", "H", "W", "T"))  # states, of both systems
+PAUSES = 1, 15  # seconds between two looks at the queue, at least and at most
+
+
+class BatchFailure(CommandError):
+    """Say in one sentence what a batch system couldn't do."""
+
+
+def ask_batch(command, *words, given=""):
+    """Return what a batch system's command prints; BatchFailure if it fails.
+    """
+    command = [*shlex.split(command), *words]
+    waiting = threading.Timer(5, say, ["Waiting for %s." % command[0]])
+    waiting.start()
+    try:
+        done = subprocess.run(
+            command, input=os.fsencode(given), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE)
+    except FileNotFoundError:
+        raise CommandError(
+            "There is no %s here: run alloc where you submit to the batch"
+            " system." % command[0]) from None
+    finally:
+        waiting.cancel()
+    if done.returncode:
+        said = last_line(done.stderr.decode("utf-8", "replace"))
+        raise BatchFailure("%s failed: %s." % (command[0], printable(
+            said or "exit status %d" % done.returncode).rstrip(".")))
+    return done.stdout.decode("utf-8", "replace")
+
+
+class Allocator:
+    """Submit allocations as the jobs of some stages need them.
+
+    Its allocations have a name of their own, by which it finds them again.
+    """
+
+    def __init__(self, options, client, namespace):
+        self.options, self.client = options, client
+        self.system = OPENPBS if options.pbs else SLURM
+        what = "%s %s" % (namespace, options.stages)
+        digest = hashlib.sha256(os.fsencode(what)).hexdigest()
+        self.name = "jobman-" + digest[:8]  # qstat shows 16 characters
+        self.found = {}  # number of an allocation: whether it is queued
+        self.heard = set()  # numbers of those whose workers were heard of
+        self.fruitless = 0  # allocations in a row without a worker
+        self.slots = options.slots * options.nodes  # of an allocation
+        self.room = 0  # jobs that could start, now or in queued allocations
+
+    def list(self):
+        """Return {number: whether it is queued} of our allocations."""
+        rows = map(str.split, ask_batch(self.system["list"]).splitlines())
+        return {row[0].partition(".")[0]: row[4] in QUEUED for row in rows
+                if row[1:2] == [self.name]}
+
+    def look(self):
+        """Find our allocations, and how many jobs they have room for.
+
+        Raises BatchFailure when one ended before its worker was heard of,
+        CommandError for the third in a row.
+        """
+        found, told = self.list(), self.client.workers()
+        workers = {number: [
+            worker for worker in told["workers"]
+            if self.system["in_names"] % number in worker["name"]
+        ] for number in {*self.found, *found}}
+        heard = {number for number in workers if workers[number]}
+        if heard - self.heard:
+            self.fruitless = 0
+        self.heard |= heard
+        self.slots = max([self.slots] + [
+            slots_and_jobs(workers[number])[0] for number in heard])
+        slots, jobs = slots_and_jobs([
+            worker for number in found for worker in workers[number]
+            if not fault(worker, told["time"])])
+        self.room = max(0, slots - jobs) \
+            + self.slots * len(found.keys() - self.heard)
+        lost = sorted(self.found.keys() - found - self.heard)
+        self.found = found
+        self.fruitless += len(lost)
+        if lost:
+            said = "Allocation %s ended before its worker was heard of: look" \
+                " into %s." % (lost[-1], self.system["errors"] % {
+                    "name": self.name, "number": lost[-1]})
+            if self.fruitless < 3:
+                raise BatchFailure(said)
+            raise CommandError(
+                said + " After three in a row no more are submitted.")
+
+    def decide(self):
+        """Submit, cancel or wait; return what was done, and why.
+
+        Returns None when all jobs have ended and no allocation is left.
+        """
+        self.look()
+        figures = self.client.status()
+        waiting = sum(
+            stage["states"]["waiting"] for stage in figures["stages"]
+            if not stage["paused"] and not {
+                stage["stage"], stage["name"]}.isdisjoint(self.options.stages))
+        queued = [number for number in self.found if self.found[number]]
+        there = "%d running, %d queued: " % (
+            len(self.found) - len(queued), len(queued))
+        why = "%s waiting, room for %d" % (
+            number_of(waiting, "job"), self.room)
+        if not any(figures["totals"]["states"][state] for state in UNENDED):
+            if not self.found:
+                return None
+            what = self.cancel(queued) if queued else "waiting for the end"
+            return there + what, "all jobs have ended"
+        if waiting <= self.room:
+            what = "enough for now"
+        elif len(self.found) >= self.options.max:
+            what = "--max is reached"
+        elif len(queued) >= self.options.backlog:
+            what = "--backlog is reached"
+        else:
+            what = self.submit()
+        return there + what, why
+
+    def submit(self):
+        """Submit an allocation; return what was done."""
+        if self.options.dry_run:
+            return "would submit one"
+        script = self.system["script"](self.options)
+        said = ask_batch(self.system["submit"], self.name, given=script)
+        number = re.split("[.;]", said.strip())[0]  # without its server
+        self.found[number] = True
+        return "submitted " + number
+
+    def cancel(self, numbers):
+        """Cancel allocations; return what was done."""
+        said = ", ".join(numbers)
+        if self.options.dry_run:
+            return "would cancel " + said
+        ask_batch(self.system["cancel"], *numbers)
+        self.heard.update(numbers)  # they haven't failed
+        return "cancelled " + said
+
+
+def alloc(options):
+    """Submit allocations while jobs wait for them, until all have ended."""
+    options.worker[:0] = ["--idle-timeout", str(options.idle)]
+    ending, (pause, longest), told = until_signal(), PAUSES, None
+    with using_worker() as worker, speaking(options) as client:
+        allocator = Allocator(
+            options, client, worker.namespace(client.jobix))
+        while not ending.number:
+            try:
+                decision = allocator.decide()
+            except (BatchFailure, worker.Unreachable) as failure:
+                if told is None:  # it hasn't worked yet
+                    raise
+                decision = printable(str(failure)), "trying again"
+            if decision is None:
+                print("All jobs have ended, and no allocation is left.")
+                return 0
+            what, why = decision
+            pause = min(1.5 * pause, longest) if what == told else PAUSES[0]
+            if what != told and not ending.number:
+                print("%s %s (%s)" % (clock_time(time.time()), what, why))
+            if options.dry_run:
+                return 0
+            told = what
+            ending.wait(pause)
+        left = allocator.list() if options.cancel else allocator.found
+        if left and options.cancel:
+            say(allocator.cancel(left).capitalize() + ".")
+        elif left:
+            say("Interrupted; allocations go on: %s cancels them." % " ".join(
+                [allocator.system["cancel"], *left]))
+    return 128 + ending.number
 
 
 # ---------------------------------------------------------------- doctor ---
@@ -9109,6 +9301,21 @@ BATCH = (
     option("--worker", default="", metavar="'OPTIONS'",
            help="options for worker.py, in one word"),
     ACCESS)
+ALLOC = (
+    *BATCH,
+    option("--max", type=argument(integer(1, 100000)), required=True,
+           metavar="N", help="how many allocations at most, queued ones"
+           " included"),
+    option("--backlog", type=argument(integer(1, 100000)), default=1,
+           metavar="N", help="how many may be queued at a time (default 1)"),
+    option("--idle", type=duration, default=300, metavar="TIME",
+           help="a worker without jobs ends after 90, 90s, 2h30m or so"
+           " (default 5m)"),
+    option("--dry-run", action="store_true",
+           help="print what it would do now, and why, and end"),
+    option("--cancel", action="store_true",
+           help="when Ctrl-C or a signal ends it, cancel its allocations"),
+    option("--pbs", action="store_true", help="submit to PBS, by qsub"))
 
 
 def jobs_output(default):
@@ -9226,7 +9433,9 @@ def check_batch(parser, options):
                 setattr(options, name, read(vars(options)[name]))
             except ValueError as error:
                 parser.error("--%s: %s" % (name, error))
-        worker.parse(options.worker)  # ends with exit status 2 if it's bad
+        # as the scripts do; ends with exit status 2 if they're bad
+        meant = worker.parse(["--slots", "1", *options.worker])
+        options.slots, options.stages = meant.slots, meant.stage
 
 
 # Each command: its name, what it does, its options, and a text: a line that
@@ -9346,33 +9555,45 @@ Below each group is the command that retries its jobs."""),
   python3 jobman.py doctor
   python3 jobman.py doctor --db /scratch/me/jobs.db
 Without a server it checks the rest. It changes nothing."""),
-    ("sbatch", sbatch, BATCH, """print a script for Slurm
+    ("sbatch", print_script, BATCH, """print a script for Slurm
   python3 jobman.py sbatch --nodes 4 --time 8h -- --partition=long | sbatch
 What follows -- becomes #SBATCH lines."""),
-    ("pbs", pbs, BATCH, """print a script for PBS
+    ("pbs", print_script, BATCH, """print a script for PBS
   python3 jobman.py pbs --time 8h -- -l select=4:ncpus=64 | qsub
 What follows -- becomes #PBS lines."""),
+    ("alloc", alloc, ALLOC, """submit workers while jobs wait for them
+  python3 jobman.py alloc --time 8h --max 10 -- --partition=long
+  python3 jobman.py alloc --time 8h --max 10 --worker '--slots 4 --stage 2,0'
+  python3 jobman.py alloc --pbs --time 8h --max 3 -- -l select=1:ncpus=64
+It submits the script of sbatch or pbs while more jobs wait than its
+allocations have room for: the idle slots of its workers and, for allocations
+that haven't started, the slots that --worker names, or else those of the
+largest so far, at first one a node. It ends when all jobs have ended and its
+allocations are gone; started again, it finds them."""),
 )
 # What follows the names of those whose arguments end in items or options.
 USAGES = {
     "run": "[options] 'COMMAND {}' [--then COMMAND] [::: ITEM ...]",
     "submit": "[options] ['COMMAND {}' [--then COMMAND] [::: ITEM ...]]",
     "sbatch": "[options] [-- OPTION ...]", "pbs": "[options] [-- OPTION ...]",
+    "alloc": "[options] [-- OPTION ...]",
 }
 # How the options of some are checked, beyond what argparse does.
 CHECKS = {
     "serve": check_serve, "run": check_run, "submit": check_submit,
     "logs": check_logs, "sbatch": check_batch, "pbs": check_batch,
+    "alloc": check_batch,
 }
 
 
 def split_off(arguments):
     """Return the arguments, and those after `:::`, None without it.
 
-    With sbatch and pbs the latter are those after `--`. What follows
+    With sbatch, pbs and alloc the latter are those after `--`. What follows
     --worker is its value, even if it looks like an option.
     """
-    mark = "--" if arguments[:1] in (["sbatch"], ["pbs"]) else ":::"
+    batch = arguments[:1] in (["sbatch"], ["pbs"], ["alloc"])
+    mark = "--" if batch else ":::"
     rest = None
     if mark in arguments:
         at = arguments.index(mark)

@@ -15645,6 +15645,379 @@ class SlurmTest(HostCase):
         self.assertIn("no-such-option", out)
 
 
+BATCH_COMMANDS = r"""#!/bin/sh
+cd %s || exit
+command=${0##*/}
+echo "$command $*" >> calls
+if [ -e $command.slow ]; then mv $command.slow was.slow; sleep 6; fi
+if [ -e $command.fails ]; then cat $command.fails >&2; exit 1; fi
+submit() {
+    number=$(($(cat last) + 1))
+    echo $number > last
+    cat > script-$number
+    [ -e refused ] || echo "$number$1" >> queue
+}
+for word; do :; done
+case $command in
+squeue) cat queue ;;
+qstat) echo 'Job id            Name             User   Time Use S Queue'
+    echo '----------------  ---------------- ------ -------- - -----'
+    cat queue ;;
+sbatch) submit " $word root 0:00 PD"; echo $number ;;
+qsub) submit ".login1 $word root 0 Q workq"; echo $number.login1 ;;
+scancel | qdel)
+    for number; do sed -i "/^$number[ .]/d" queue; done ;;
+esac
+"""
+
+
+# jobman.py, but it looks at the queue more often
+OFTEN = "import sys; sys.path.insert(0, %r); import jobman;" \
+    " jobman.PAUSES = 0.1, 0.2; sys.exit(jobman.main())" % HERE
+
+
+@slow
+class AllocTest(TemporaryFolder):
+    """Allocations that come by themselves; programs stand in for a cluster.
+    """
+
+    def setUp(self):
+        super().setUp()
+        programs = self.make_folder()
+        self.batch = self.make_folder()
+        for name in ("squeue", "sbatch", "scancel", "qstat", "qsub", "qdel"):
+            with open(os.path.join(programs, name), "w") as file:
+                file.write(BATCH_COMMANDS % self.batch)
+            os.chmod(file.name, 0o755)
+        self.environment["PATH"] = programs + ":" + os.environ["PATH"]
+        self.put("queue", "")
+        self.put("last", "0")
+        self.server, (_, self.port) = self.serve()
+        self.client = worker.Client(self.path(".jobman", "access.json"))
+        self.addCleanup(self.client.close)
+
+    def put(self, name, text):
+        """Write a file of the stand-ins."""
+        with open(os.path.join(self.batch, "new"), "w") as file:
+            file.write(text)
+        os.rename(file.name, os.path.join(self.batch, name))
+
+    def has(self, name):
+        """Return what is in a file of the stand-ins."""
+        return read(os.path.join(self.batch, name)).decode()
+
+    def add(self, first, last):
+        self.client.set({i: {"jobstage": 0, "laststage": 2, "jobcmd": "true"}
+                         for i in range(first, last + 1)})
+
+    def start(self, *argv):
+        """Start alloc; what it prints goes to a file."""
+        with open(self.path("said"), "wb") as said:
+            return self.spawn("-uc", OFTEN, "alloc", "--time", "1h", *argv,
+                              stdout=said)
+
+    def said(self, text):
+        """Wait until alloc has printed a line."""
+        wait_for(lambda: text in read(self.path("said")).decode(), text)
+
+    def lines(self, text):
+        """Return how often alloc has printed a text."""
+        return read(self.path("said")).decode().count(text)
+
+    def runs(self, number, state="R"):
+        """Have a queued allocation run."""
+        self.put("queue", re.sub(
+            r"(?m)^(%d\D.* )(?:PD|Q)( .*)?$" % number, r"\1%s\2" % state,
+            self.has("queue")))
+
+    def beat(self, number, system="slurm", slots=4, claim=0, **about):
+        """Send the heartbeat of an allocation's worker, which claims jobs."""
+        name = "n1-%s%d-77" % (system, number)
+        jobs = self.client.get(0, n=claim, lease=60, worker=name) \
+            if claim else []
+        self.client.heartbeat(name, 60, [], slots=slots, stages=[0], **about)
+        return jobs
+
+    def test_it_submits_while_more_jobs_wait_than_there_is_room_for(self):
+        self.add(1, 10)
+        self.start("--max", "3", "--worker", "--slots 4", "--", "-p", "long")
+        self.said("0 running, 0 queued: submitted 1 (10 jobs waiting, room"
+                  " for 0)\n")
+        self.said("0 running, 1 queued: --backlog is reached (10 jobs"
+                  " waiting, room for 4)\n")
+        self.runs(1)
+        self.said("1 running, 0 queued: submitted 2 (10 jobs waiting, room"
+                  " for 4)\n")
+        self.beat(1, claim=4)
+        self.runs(2)
+        self.said("2 running, 0 queued: submitted 3 (6 jobs waiting, room"
+                  " for 4)\n")
+        self.runs(3)
+        self.said("3 running, 0 queued: enough for now (6 jobs waiting,"
+                  " room for 8)\n")
+        self.add(11, 13)
+        self.said("3 running, 0 queued: --max is reached (9 jobs waiting,"
+                  " room for 8)\n")
+        name = self.has("queue").split()[1]
+        self.assertRegex(name, r"\Ajobman-[0-9a-f]{8}\Z")
+        self.assertIn("sbatch --parsable -J %s\n" % name, self.has("calls"))
+        status, script, _ = self.command(
+            JOBMAN, "sbatch", "--time", "1h", "--worker",
+            "--idle-timeout 300 --slots 4", "--", "-p", "long")
+        self.assertEqual((0, script), (status, self.has("script-1")))
+        self.assertEqual(6, len(read(self.path("said")).splitlines()))
+
+    def test_room_is_that_of_idle_slots_and_of_the_largest_so_far(self):
+        self.add(1, 20)
+        self.client.stages({0: {"name": "fetch"}})
+        self.start("--max", "9", "--backlog", "2", "--worker",
+                   "--stage align,fetch")
+        self.said("0 running, 2 queued: --backlog is reached (20 jobs"
+                  " waiting, room for 2)\n")
+        jobs = self.beat(1, slots=16, claim=12)
+        self.runs(1)
+        self.said("1 running, 1 queued: enough for now (8 jobs waiting,"
+                  " room for 20)\n")
+        self.beat(1, slots=16, quarantine="three jobs in a row failed")
+        self.client.pause(0)
+        self.runs(2)
+        self.said("2 running, 0 queued: enough for now (0 jobs waiting,"
+                  " room for 16)\n")
+        self.client.resume(0)
+        self.add(21, 30)
+        self.said("submitted 3 (18 jobs waiting, room for 16)\n")
+        self.assertEqual(12, len(jobs))
+
+    def test_it_ends_with_the_jobs_and_leaves_none_queued(self):
+        self.add(1, 9)
+        process = self.start("--max", "2", "--backlog", "2")
+        self.said("2 queued")
+        self.runs(1)
+        jobs = self.beat(1, claim=9)
+        self.said("1 running, 1 queued: enough for now")
+        for job in jobs:
+            self.client.update_job(job["jobid"], 2, job["claim"])
+        self.said("1 running, 1 queued: cancelled 2 (all jobs have ended)\n")
+        self.said("1 running, 0 queued: waiting for the end (all jobs have"
+                  " ended)\n")
+        self.beat(1, ended=True)
+        self.put("queue", "")
+        self.assertEqual((0, b""), (
+            process.wait(PATIENCE), process.stderr.read()))
+        self.said("\nAll jobs have ended, and no allocation is left.\n")
+        self.assertEqual(0, self.lines("before its worker"))
+
+    def test_a_signal_leaves_allocations_alone_unless_told_to_cancel(self):
+        self.add(1, 9)
+        process = self.start("--max", "2")
+        self.said("1 queued: --backlog")
+        process.terminate()
+        self.assertEqual(128 + signal.SIGTERM, process.wait(PATIENCE))
+        self.assertEqual(
+            b"Interrupted; allocations go on: scancel 1 cancels them.\n",
+            process.stderr.read())
+        other = self.start("--max", "2", "--dry-run", "--worker", "--stage 2")
+        self.assertEqual(0, other.wait(PATIENCE))
+        self.said("0 running, 0 queued: enough for now (0 jobs waiting")
+        again = self.start("--max", "2", "--cancel")
+        self.said("0 running, 1 queued: --backlog is reached")
+        again.send_signal(signal.SIGINT)
+        self.assertEqual((128 + signal.SIGINT, b"Cancelled 1.\n"), (
+            again.wait(PATIENCE), again.stderr.read()))
+        self.assertEqual("", self.has("queue"))
+
+    def test_it_gives_up_after_three_without_a_worker(self):
+        self.add(1, 9)
+        self.put("refused", "")
+        process = self.start("--max", "2")
+        self.said("Allocation 2 ended before its worker was heard of: look"
+                  " into slurm-2.out. (trying again)\n")
+        self.assertEqual(1, process.wait(PATIENCE))
+        self.assertEqual(
+            b"jobman.py: Allocation 3 ended before its worker was heard of:"
+            b" look into slurm-3.out. After three in a row no more are"
+            b" submitted.\n", process.stderr.read())
+        self.assertEqual("3\n", self.has("last"))
+
+    def test_a_worker_in_between_ends_the_row(self):
+        self.add(1, 9)
+        self.put("refused", "")
+        self.beat(2)
+        process = self.start("--max", "9", "--worker", "--slots 2")
+        self.said("Allocation 1 ended")
+        self.said("submitted 5")
+        self.assertNotIn("Allocation 2", read(self.path("said")).decode())
+        self.assertEqual(1, process.wait(PATIENCE))
+        self.assertEqual("5\n", self.has("last"))
+
+    def test_a_dry_run_says_what_it_would_do(self):
+        self.add(1, 1)
+        mark = "%s [0]" % worker.namespace(self.client.jobix)
+        name = "jobman-" + hashlib.sha256(mark.encode()).hexdigest()[:8]
+        for queue, ended, would in (
+                ("", False, "0 queued: would submit one (1 job waiting, "),
+                ("7 %s root 0:00 PD\n" % name, False,
+                 "1 queued: enough for now (1 job waiting, room for 1)"),
+                ("7 %s root 0:00 PD\n8 other root 0:00 PD\n" % name, True,
+                 "1 queued: would cancel 7 (all jobs have ended)")):
+            self.put("queue", queue)
+            if ended:
+                self.client.update_job(1, 2)
+            process = self.start("--max", "1", "--dry-run")
+            self.assertEqual(0, process.wait(PATIENCE))
+            self.said("0 running, " + would)
+        self.assertNotRegex(self.has("calls"), "(?m)^(sbatch|scancel)")
+
+    def test_pbs(self):
+        self.add(1, 9)
+        process = self.start("--max", "2", "--pbs", "--", "-q", "long")
+        self.said("0 running, 0 queued: submitted 1 ")
+        self.said("0 running, 1 queued: --backlog")
+        jobs = self.beat(1, "pbs", slots=8, claim=8)
+        self.runs(1)
+        self.said("1 running, 0 queued: submitted 2 (1 job waiting, room for"
+                  " 0)\n")
+        self.said("1 running, 1 queued: enough for now (1 job waiting,"
+                  " room for 8)\n")
+        for jobid in range(1, 10):
+            self.client.update_job(jobid, 2)
+        self.said("cancelled 2 (all jobs have ended)\n")
+        self.put("queue", "")
+        self.assertEqual(0, process.wait(PATIENCE))
+        name = re.search("qsub -N (.*)\n", self.has("calls")).group(1)
+        self.assertEqual((8, 15), (len(jobs), len(name)))
+        self.assertIn("\n#PBS -q long\n", self.has("script-1"))
+
+    def test_what_fails_at_first_is_said_in_a_sentence(self):
+        self.add(1, 9)
+        for name, text, said in (
+                ("sbatch.fails", "sbatch: error: Batch job submission failed:"
+                 " Invalid account\n", "sbatch failed: sbatch: error: Batch"
+                 " job submission failed: Invalid account."),
+                ("squeue.fails", "", "squeue failed: exit status 1."),
+                ("", "", "There is no squeue here: run alloc where you submit"
+                 " to the batch system.")):
+            if name:
+                self.put(name, text)
+            else:
+                self.environment["PATH"] = self.folder
+            process = self.start("--max", "2")
+            self.assertEqual((1, "jobman.py: %s\n" % said), (
+                process.wait(PATIENCE), process.stderr.read().decode()))
+
+    def test_what_fails_later_is_waited_out(self):
+        self.add(1, 1)
+        process = self.start("--max", "2")
+        fine = "0 running, 1 queued: enough for now"
+        self.said(fine)
+        self.put("squeue.fails", "slurm_load_jobs error: Unable to contact"
+                 " slurm controller (connect failure)\n")
+        self.said("squeue failed: slurm_load_jobs error: Unable to contact"
+                  " slurm controller (connect failure). (trying again)\n")
+        os.unlink(os.path.join(self.batch, "squeue.fails"))
+        wait_for(lambda: self.lines(fine) == 2, "squeue again")
+        self.put("squeue.slow", "")
+        self.server.kill()
+        self.server.wait()
+        self.said("can't be reached")
+        self.serve(port=self.port)
+        wait_for(lambda: self.lines(fine) == 3, "the server again")
+        self.add(2, 9)
+        self.put("sbatch.fails", "sbatch: error: Socket timed out\n")
+        self.runs(1)
+        self.said("sbatch failed: sbatch: error: Socket timed out. (trying")
+        process.terminate()
+        process.wait(PATIENCE)
+        self.assertEqual(
+            b"Waiting for squeue.\nInterrupted; allocations go on: scancel 1"
+            b" cancels them.\n", process.stderr.read())
+
+    def test_wrong_usage(self):
+        for words, named in (
+                ([], "--max"), (["--max", "0"], "--max"),
+                (["--max", "1", "--backlog", "x"], "--backlog"),
+                (["--max", "1", "--idle", "soon"], "--idle"),
+                (["--max", "1", "--worker", "--slots 0"], "--slots"),
+                (["--max", "1", "--", "long"], "'long'")):
+            status, out, err = self.command(
+                JOBMAN, "alloc", "--time", "1h", *words)
+            self.assertEqual((2, ""), (status, out))
+            self.assertIn(named, err)
+
+
+@long
+class AllocSlurmTest(TemporaryFolder):
+    """Allocations that come by themselves under a real Slurm."""
+
+    ONE_CORE = "--", "--cpus-per-task=1", "--mem=100M"
+
+    @classmethod
+    def setUpClass(cls):
+        cls.cluster = Cluster(tempfile.mkdtemp(prefix="jobman-test-"))
+        missing = cls.cluster.missing()
+        try:
+            if missing:
+                raise unittest.SkipTest("a Slurm of its own needs " + missing)
+            cls.cluster.start()
+        except BaseException:
+            cls.tearDownClass()
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.cluster.stop()
+        shutil.rmtree(cls.cluster.folder, ignore_errors=True)
+
+    def setUp(self):
+        super().setUp()
+        self.environment["SLURM_CONF"] = \
+            self.cluster.environment["SLURM_CONF"]
+        self.serve()
+        self.client = worker.Client(self.path(".jobman", "access.json"))
+        self.addCleanup(self.client.close)
+        self.addCleanup(self.cluster.query, "scancel", "--user=root")
+
+    def alloc(self, jobs, *argv):
+        """Add jobs and start alloc; yield what squeue shows until it ends."""
+        self.client.set({
+            i: {"jobstage": 0, "laststage": 2, "jobcmd": "sleep 0.2"}
+            for i in range(1, jobs + 1)})
+        process = self.spawn(JOBMAN, "alloc", "--time", "5m", *argv)
+        end = time.monotonic() + 4 * PATIENCE
+        while process.poll() is None and time.monotonic() < end:
+            yield self.cluster.query("squeue", "-h", "-o", "%i %T").split()
+            time.sleep(0.1)
+        status, out, err = self.finish(process)
+        self.assertEqual((0, ""), (status, err), out)
+        self.assertEqual("", self.cluster.query("squeue", "-h"), out)
+        states = self.client.status()["totals"]["states"]
+        self.assertEqual(jobs, states["done"], out)
+
+    def test_there_are_no_more_than_asked_for_and_none_in_the_end(self):
+        seen = [len(row) // 2 for row in self.alloc(
+            100, "--max", "2", "--backlog", "2", "--idle", "2",
+            *self.ONE_CORE)]
+        self.assertEqual(2, max(seen))
+
+    def test_what_is_queued_is_cancelled_when_all_is_done(self):
+        """All want the same node, so the second one never starts."""
+        started = {number for row in self.alloc(
+            40, "--max", "2", "--idle", "20", "--", "-w", "n1")
+            for number, state in zip(row[::2], row[1::2])
+            if state != "PENDING"}
+        self.assertEqual(1, len(started))
+
+    def test_jobs_of_an_allocation_that_is_cancelled_are_done_by_others(self):
+        cancelled = None
+        for row in self.alloc(60, "--max", "1", "--worker", "--lease 4",
+                              "--idle", "2", *self.ONE_CORE):
+            done = self.client.status()["totals"]["states"]["done"]
+            if done > 10 and not cancelled:
+                cancelled = row[0]
+                self.cluster.query("scancel", cancelled)
+        self.assertTrue(cancelled)
+
+
 # -------------------------------------------------- Apache with mod_wsgi ---
 
 
