@@ -4279,7 +4279,7 @@ class SocketTest(StoreCase):
         health = self.say(b"GET /health HTTP/1.1", b"").partition(b"\r\n\r\n")
         for path, status, length in (
             (b"health", 200, len(health[2])), (b"get/0", 405, 38),
-            (b"nowhere", 404, 46),
+            (b"nowhere", 404, 62),
         ):
             reply = self.assertSays(
                 status, b"HEAD /" + path + b" HTTP/1.1", b"jobix: 4711")
