@@ -365,13 +365,8 @@ class SocketFront:
         self.close = self.server.stop
 
 
-class ThreadedWsgiServer(
-    socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer
-):
-    """The standard library's WSGI server, a thread for each request."""
-
-    daemon_threads = True
-    request_queue_size = 100
+class WsgiServer(wsgiref.simple_server.WSGIServer):
+    """The standard library's WSGI server, which looks up no name here."""
 
     def server_bind(self):
         socketserver.TCPServer.server_bind(self)
@@ -394,7 +389,7 @@ class WsgiFront:
         self.store = store
         self.server = wsgiref.simple_server.make_server(
             "127.0.0.1", 0, wsgiref.validate.validator(application),
-            ThreadedWsgiServer, QuietWsgiHandler,
+            WsgiServer, QuietWsgiHandler,
         )
         self.address = self.server.server_address
         threading.Thread(
@@ -891,13 +886,11 @@ class ContractTest(StoreCase):
                             "claims": [[1, "x"]] * 4}),
         ):
             self.assertIn("3 jobs", self.expect(413, path, value).text)
-        self.assertEqual({(0, "waiting"): 3}, self.states())
-
-    def test_values_of_a_body_are_counted_before_they_are_read(self):
-        self.replace("MAX_VALUES", 9)
-        for text in ("[" * 10, "{" * 10, "," * 10, '[[{"a": [1, 2, 3, [4,5,6'):
-            self.assertReply(413, self.call("/set", text.encode()))
-        self.set_jobs("12")
+        self.replace("MAX_VALUES", 9)  # counted before they are read
+        self.refuse(413, "/set", b"[" * 10, b"{" * 10, b"," * 10,
+                    b'[[{"a": [1, 2, 3, [4,5,6')
+        self.set_jobs("45")
+        self.assertEqual({(0, "waiting"): 5}, self.states())
 
     def test_a_jobcmd_is_any_json_and_may_be_missing(self):
         deep = [[]]
@@ -2585,13 +2578,9 @@ class SweepTest(StoreCase):
         self.assertEqual({(4, "done"): 3}, self.states())
         self.assertEqual(2, self.sweep("retry", stage=4, state="done"))
         self.assertEqual({(2, "waiting"): 2, (4, "done"): 1}, self.states())
-
-    def test_retry_of_a_cancelled_job_stays_in_its_stage(self):
-        self.set_jobs([1])
-        self.update(self.get(0), 2)
-        self.ok("/cancel", {"ids": [1]})
+        self.ok("/cancel", {"ids": [1]})  # and so it stays in its stage
         self.assertEqual(1, self.sweep("retry", all=True))
-        self.assertEqual({(2, "waiting"): 1}, self.states())
+        self.assertEqual({(2, "waiting"): 2, (4, "done"): 1}, self.states())
 
     def test_cancel_takes_whatever_is_not_done(self):
         self.set_jobs([1, 2, 3, 4], max_attempts=2)
@@ -2824,12 +2813,6 @@ class SweepTest(StoreCase):
         self.clock.advance(-30)  # it is set back
         self.complete(job, 8)
         self.assertEqual((1, 0.001, 0.001), self.runtimes()[6])
-
-    def test_a_run_time_is_told_at_most_a_fifth_too_long(self):
-        for seconds in (0.001, 0.0013, 0.5, 1, 59.9, 86400, 10**9):
-            told = jobman.percentile([(jobman.time_bucket(seconds), 1)], 0.5)
-            self.assertGreaterEqual(told * (1 + 1e-9), seconds)
-            self.assertLess(told, seconds * 1.2)
 
     def test_a_fault_does_not_end_the_ticks(self):
         ticks = []
