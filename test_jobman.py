@@ -3853,7 +3853,7 @@ class WaitTest(StoreCase):
         self.expect(200, "/set", {1: {"jobstage": 0}, 2: {"jobstage": 2}})
         self.assertEqual({1, 2}, {both()["jobid"], other()["jobid"]})
 
-    def test_whatever_sets_a_job_free_answers_a_long_poll(self):
+    def test_all_that_sets_a_job_free_answers_a_long_poll(self):
         self.set_jobs([1], max_attempts=2)
         ways = (
             lambda job: self.release(job),
@@ -3986,7 +3986,7 @@ class WrongJobixTest(StoreCase):
         self.assertIn(self.call(path, jobix=1, **headers).status, (401, 403))
         return time.monotonic() - began
 
-    def test_it_is_refused_after_a_pause(self):
+    def test_a_wrong_jobix_is_refused_after_a_pause(self):
         login = base64.b64encode(b":1").decode()
         for seconds in (
             self.wrong(), self.wrong("/heartbeat", method="POST"),
@@ -3994,7 +3994,7 @@ class WrongJobixTest(StoreCase):
         ):
             self.assertGreaterEqual(seconds, 0.2)
 
-    def test_nobody_else_is_delayed(self):
+    def test_a_wrong_jobix_delays_nobody_else(self):
         held, go = threading.Semaphore(0), threading.Event()
         self.addCleanup(go.set)
         self.replace("time", types.SimpleNamespace(**{
@@ -4105,6 +4105,7 @@ class SocketTest(StoreCase):
     def test_requests_and_their_statuses(self):
         for status, *lines in (
             (200, b"GET / HTTP/1.1", *[b"a: 1"] * 99),
+            (200, b"", b"GET / HTTP/1.1", b"Host: localhost"),
             (400, b"GET xhealth HTTP/1.1"),
             (400, b"OPTIONS * HTTP/1.1"),
             (405, b"BREW / HTTP/1.1"),
@@ -4609,7 +4610,7 @@ class ManyJobsTest(StoreCase):
         self.replace("respond", noted)
         return calls
 
-    def test_each_is_kept_as_it_came(self):
+    def test_each_job_is_kept_as_it_came(self):
         chance = random.Random(7)
         for self.jobix, n in enumerate((1, 2, 99, 100, 101, 250, 999) * 2):
             jobs = self.random_jobs(chance, n)
@@ -4628,7 +4629,7 @@ class ManyJobsTest(StoreCase):
                     if value is not None and (name, value) != ("priority", 0)}}
                 for jobid, job in jobs.items()}, kept)
 
-    def test_equals_are_not_taken_for_each_other(self):
+    def test_a_jobcmd_keeps_its_type_beside_an_equal_one(self):
         for self.jobix, pair in enumerate((
             (1, True), (2, 2.0), (0.0, -0.0), ([1], [True]), ("", None),
         )):
@@ -4636,11 +4637,11 @@ class ManyJobsTest(StoreCase):
             kept = [job["jobcmd"] for job in self.get(0, n=9)]
             self.assertEqual(repr(list(pair)), repr(kept))
 
-    def test_none_is_no_fault(self):
+    def test_a_set_of_no_jobs_is_no_fault(self):
         self.ok("/init/1/1")
         self.expect(200, "/set", {})
 
-    def test_a_client_adds_large_ones_in_smaller_parts(self):
+    def test_a_client_adds_large_jobs_in_smaller_parts(self):
         calls = self.sent()
         jobs = {i: {"jobstage": 0, "jobcmd": "x" * (150 * i)}
                 for i in range(10)}
@@ -4652,7 +4653,7 @@ class ManyJobsTest(StoreCase):
             self.assertTrue(size <= 1000 or len(ids) == 1, calls)
         self.assertEqual({(0, "waiting"): 10}, self.states())
 
-    def test_a_client_adds_them_in_parts_as_they_are_made(self):
+    def test_a_client_adds_jobs_in_parts_as_they_are_made(self):
         calls, client = self.sent(), self.client()
 
         def pairs(n):
@@ -4745,7 +4746,7 @@ class ApplicationTest(TemporaryFolder):
         return pool.submit(
             self.call, "/get/0", application, QUERY_STRING="wait=60")
 
-    def test_it_is_made_at_its_first_call_and_again_after_its_end(self):
+    def test_an_application_opens_at_its_first_call_and_after_its_end(self):
         self.assertIsNone(jobman.application.store)
         application, first = self.open()
         self.assertEqual(("200 OK", b'"nada"'), first)
@@ -4759,7 +4760,7 @@ class ApplicationTest(TemporaryFolder):
                 "JOBMAN_DB": self.path("wsgi.db")}):
             self.assertEqual(first, self.call("/get/0", application))
 
-    def test_its_long_polls_leave_threads_for_others(self):
+    def test_an_applications_long_polls_leave_threads_for_others(self):
         application, _ = self.open()
         queue = application.store.wait_queue
         polls = [self.poll(application) for _ in range(2)]
@@ -4772,7 +4773,7 @@ class ApplicationTest(TemporaryFolder):
         application, _ = self.open(JOBMAN_WAITERS="7")
         self.assertEqual(7, application.store.wait_queue.limit)
 
-    def test_it_shares_its_database_with_another_process(self):
+    def test_an_application_shares_its_database_with_a_server(self):
         database = self.path("wsgi.db")
         _, address = self.serve("--shared", "--db", database, "--open")
         application, _ = self.open()
@@ -4782,7 +4783,7 @@ class ApplicationTest(TemporaryFolder):
         exchange(address, "POST", "/set", jobs, {"jobix": "7"})
         self.assertIn(b'"jobid": 1,', poll.result(PATIENCE)[1])
 
-    def test_what_it_cannot_read_it_refuses(self):
+    def test_an_application_refuses_what_it_cannot_read(self):
         application, _ = self.open()
         chunks = {"HTTP_TRANSFER_ENCODING": "chunked"}
         for status, environ in (
@@ -4806,7 +4807,7 @@ class ApplicationTest(TemporaryFolder):
         wsgiref.util.setup_testing_defaults(environ)
         self.assertEqual([b""], application(environ, lambda *_: None))
 
-    def test_it_admits_one_jobix_alone_unless_it_is_open(self):
+    def test_an_application_admits_one_jobix_alone_unless_open(self):
         for variables, status in (
             ({}, "403"), ({"JOBMAN_OPEN": "0"}, "403"),
             ({"JOBMAN_JOBIX": "8"}, "403"), ({"JOBMAN_JOBIX": " 7\n"}, "200"),
@@ -4816,7 +4817,7 @@ class ApplicationTest(TemporaryFolder):
             self.assertEqual(status, first[0][:3], variables)
             application.close()
 
-    def test_it_writes_an_access_file_when_it_knows_its_address(self):
+    def test_an_application_that_has_a_url_writes_an_access_file(self):
         path = self.path("access.json")
         application, _ = self.open(
             JOBMAN_OPEN="", JOBMAN_URL="http://here:80/jobs",
@@ -4825,7 +4826,7 @@ class ApplicationTest(TemporaryFolder):
             ("http://here:80/jobs", application.store.jobix, None),
             worker.read_access(path))
 
-    def test_where_it_cannot_start_it_is_503_and_logs_the_reason(self):
+    def test_an_application_that_cannot_start_is_503_and_logs_why(self):
         with open(self.path("odd.db"), "w") as file:
             file.write("no database " * 100)
         for variables, reason in (
