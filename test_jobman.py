@@ -366,13 +366,8 @@ class SocketFront:
         self.close = self.server.stop
 
 
-class ThreadedWsgiServer(
-    socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer
-):
-    """The standard library's WSGI server, a thread for each request."""
-
-    daemon_threads = True
-    request_queue_size = 100
+class WsgiServer(wsgiref.simple_server.WSGIServer):
+    """The standard library's WSGI server, which looks up no name here."""
 
     def server_bind(self):
         socketserver.TCPServer.server_bind(self)
@@ -395,7 +390,7 @@ class WsgiFront:
         self.store = store
         self.server = wsgiref.simple_server.make_server(
             "127.0.0.1", 0, wsgiref.validate.validator(application),
-            ThreadedWsgiServer, QuietWsgiHandler,
+            WsgiServer, QuietWsgiHandler,
         )
         self.address = self.server.server_address
         threading.Thread(
@@ -871,8 +866,11 @@ class ContractTest(StoreCase):
                 "order=time&after=,", "order=id&after=1,2")),
         ):
             self.refuse(400, path, *values)
-        reply = self.expect(400, "/set", {"1": {"jobstage": 0, "colour": 1}})
-        self.assertIn("colour", reply.text)
+        for path, value, reason in (
+            ("/set", {"1": {"jobstage": 0, "colour": 1}}, "colour"),
+            ("/update_jobs", fine, "a JSON list"),
+        ):
+            self.assertIn(reason, self.expect(400, path, value).text)
 
     def test_no_number_at_all_is_400(self):
         self.expect(400, "/init/1//2")
@@ -890,13 +888,11 @@ class ContractTest(StoreCase):
                             "claims": [[1, "x"]] * 4}),
         ):
             self.assertIn("3 jobs", self.expect(413, path, value).text)
-        self.assertEqual({(0, "waiting"): 3}, self.states())
-
-    def test_values_of_a_body_are_counted_before_they_are_read(self):
-        self.replace("MAX_VALUES", 9)
-        for text in ("[" * 10, "{" * 10, "," * 10, '[[{"a": [1, 2, 3, [4,5,6'):
-            self.assertReply(413, self.call("/set", text.encode()))
-        self.set_jobs("12")
+        self.replace("MAX_VALUES", 9)  # counted before they are read
+        self.refuse(413, "/set", b"[" * 10, b"{" * 10, b"," * 10,
+                    b'[[{"a": [1, 2, 3, [4,5,6')
+        self.set_jobs("45")
+        self.assertEqual({(0, "waiting"): 5}, self.states())
 
     def test_a_jobcmd_is_any_json_and_may_be_missing(self):
         deep = [[]]
@@ -2595,13 +2591,9 @@ class SweepTest(StoreCase):
         self.assertEqual({(4, "done"): 3}, self.states())
         self.assertEqual(2, self.sweep("retry", stage=4, state="done"))
         self.assertEqual({(2, "waiting"): 2, (4, "done"): 1}, self.states())
-
-    def test_retry_of_a_cancelled_job_stays_in_its_stage(self):
-        self.set_jobs([1])
-        self.update(self.get(0), 2)
-        self.ok("/cancel", {"ids": [1]})
+        self.ok("/cancel", {"ids": [1]})  # and so it stays in its stage
         self.assertEqual(1, self.sweep("retry", all=True))
-        self.assertEqual({(2, "waiting"): 1}, self.states())
+        self.assertEqual({(2, "waiting"): 2, (4, "done"): 1}, self.states())
 
     def test_cancel_takes_whatever_is_not_done(self):
         self.set_jobs([1, 2, 3, 4], max_attempts=2)
@@ -2836,12 +2828,6 @@ class SweepTest(StoreCase):
         self.clock.advance(-30)  # it is set back
         self.complete(job, 8)
         self.assertEqual((1, 0.001, 0.001), self.runtimes()[6])
-
-    def test_a_run_time_is_told_at_most_a_fifth_too_long(self):
-        for seconds in (0.001, 0.0013, 0.5, 1, 59.9, 86400, 10**9):
-            told = jobman.percentile([(jobman.time_bucket(seconds), 1)], 0.5)
-            self.assertGreaterEqual(told * (1 + 1e-9), seconds)
-            self.assertLess(told, seconds * 1.2)
 
     def test_a_fault_does_not_end_the_ticks(self):
         ticks = []
@@ -3666,11 +3652,7 @@ class StatsTest(StoreCase):
         return next(s for s in stages if s["stage"] == number)
 
     def samples(self):
-        """Return /metrics as {name with labels: value}.
-
-        Each has been announced with its kind, in one block, and has a
-        number.
-        """
+        """Return /metrics as {name with labels: value}."""
         reply = exchange(self.address, "GET", "/metrics")
         self.assertReply(200, reply)
         self.assertEqual("text/plain; version=0.0.4; charset=utf-8",
@@ -3678,22 +3660,16 @@ class StatsTest(StoreCase):
         for secret in (self.jobix, self.store.jobix,
                        self.store.reading_jobix):
             self.assertNotIn(str(secret), reply.text)
-        found, name, kind = {}, None, None
+        kinds = dict(re.findall(
+            r"(?m)^# HELP (\w+) .+\n# TYPE \1 (counter|gauge|histogram)$",
+            reply.text))
+        found = {}
         for line in reply.text.splitlines():
-            if line.startswith("# HELP "):
-                name, _ = line[7:].split(" ", 1)
-                self.assertFalse([each for each in found
-                                  if re.split("{", each)[0] == name])
-            elif line.startswith("# TYPE "):
-                told, kind = line[7:].split(" ")
-                self.assertEqual(name, told)
-                self.assertIn(kind, ("counter", "gauge", "histogram"))
-                self.assertEqual(kind == "counter", name.endswith("_total"))
-            else:
+            if not line.startswith("# "):
                 sample, value = line.rsplit(" ", 1)
-                ends = "(_bucket|_sum|_count)" if kind == "histogram" else ""
-                self.assertRegex(sample, '^%s%s({(\\w+="[^"]*",?)+})?$' % (
-                    name, ends))
+                name = re.match(r'(\w+?)(_bucket|_sum|_count)?'
+                                r'({(\w+="[^"]*",?)+})?$', sample).group(1)
+                self.assertIn(name, kinds)
                 self.assertNotIn(sample, found)
                 found[sample] = float(value)
         return found
@@ -3892,7 +3868,7 @@ class WaitTest(StoreCase):
         self.expect(200, "/set", {1: {"jobstage": 0}, 2: {"jobstage": 2}})
         self.assertEqual({1, 2}, {both()["jobid"], other()["jobid"]})
 
-    def test_whatever_sets_a_job_free_answers_a_long_poll(self):
+    def test_all_that_sets_a_job_free_answers_a_long_poll(self):
         self.set_jobs([1], max_attempts=2)
         ways = (
             lambda job: self.release(job),
@@ -4025,7 +4001,7 @@ class WrongJobixTest(StoreCase):
         self.assertIn(self.call(path, jobix=1, **headers).status, (401, 403))
         return time.monotonic() - began
 
-    def test_it_is_refused_after_a_pause(self):
+    def test_a_wrong_jobix_is_refused_after_a_pause(self):
         login = base64.b64encode(b":1").decode()
         for seconds in (
             self.wrong(), self.wrong("/heartbeat", method="POST"),
@@ -4033,7 +4009,7 @@ class WrongJobixTest(StoreCase):
         ):
             self.assertGreaterEqual(seconds, 0.2)
 
-    def test_nobody_else_is_delayed(self):
+    def test_a_wrong_jobix_delays_nobody_else(self):
         held, go = threading.Semaphore(0), threading.Event()
         self.addCleanup(go.set)
         self.replace("time", types.SimpleNamespace(**{
@@ -4144,6 +4120,7 @@ class SocketTest(StoreCase):
     def test_requests_and_their_statuses(self):
         for status, *lines in (
             (200, b"GET / HTTP/1.1", *[b"a: 1"] * 99),
+            (200, b"", b"GET / HTTP/1.1", b"Host: localhost"),
             (400, b"GET xhealth HTTP/1.1"),
             (400, b"OPTIONS * HTTP/1.1"),
             (405, b"BREW / HTTP/1.1"),
@@ -4159,10 +4136,14 @@ class SocketTest(StoreCase):
                        b"https://x/health", b"http://evil.example/health"):
             self.assertSays(200, b"GET " + target + b" HTTP/1.1")
 
-    def test_a_head_that_is_too_long_is_refused_before_its_end(self):
-        with self.dial() as client:
-            client.sendall(b"GET / HTTP/1.1\r\n" + b"a: 1\r\n" * 12000)
-            self.assertIn(b" 431 ", client.recv(100))
+    def test_a_head_that_cannot_be_sound_is_refused_before_its_end(self):
+        for head, status in (
+            (b"GET / HTTP/1.1\r\n" + b"a: 1\r\n" * 12000, b" 431 "),
+            (b"GET / HTTP/1.1\nHost: localhost\n\n", b" 400 "),
+        ):
+            with self.dial() as client:
+                client.sendall(head)
+                self.assertIn(status, client.recv(100))
 
     def test_one_host_is_named_and_it_is_ours(self):
         line = b"GET /health HTTP/1.1"
@@ -4644,7 +4625,7 @@ class ManyJobsTest(StoreCase):
         self.replace("respond", noted)
         return calls
 
-    def test_each_is_kept_as_it_came(self):
+    def test_each_job_is_kept_as_it_came(self):
         chance = random.Random(7)
         for self.jobix, n in enumerate((1, 2, 99, 100, 101, 250, 999) * 2):
             jobs = self.random_jobs(chance, n)
@@ -4663,7 +4644,7 @@ class ManyJobsTest(StoreCase):
                     if value is not None and (name, value) != ("priority", 0)}}
                 for jobid, job in jobs.items()}, kept)
 
-    def test_equals_are_not_taken_for_each_other(self):
+    def test_a_jobcmd_keeps_its_type_beside_an_equal_one(self):
         for self.jobix, pair in enumerate((
             (1, True), (2, 2.0), (0.0, -0.0), ([1], [True]), ("", None),
         )):
@@ -4671,11 +4652,11 @@ class ManyJobsTest(StoreCase):
             kept = [job["jobcmd"] for job in self.get(0, n=9)]
             self.assertEqual(repr(list(pair)), repr(kept))
 
-    def test_none_is_no_fault(self):
+    def test_a_set_of_no_jobs_is_no_fault(self):
         self.ok("/init/1/1")
         self.expect(200, "/set", {})
 
-    def test_a_client_adds_large_ones_in_smaller_parts(self):
+    def test_a_client_adds_large_jobs_in_smaller_parts(self):
         calls = self.sent()
         jobs = {i: {"jobstage": 0, "jobcmd": "x" * (150 * i)}
                 for i in range(10)}
@@ -4687,7 +4668,7 @@ class ManyJobsTest(StoreCase):
             self.assertTrue(size <= 1000 or len(ids) == 1, calls)
         self.assertEqual({(0, "waiting"): 10}, self.states())
 
-    def test_a_client_adds_them_in_parts_as_they_are_made(self):
+    def test_a_client_adds_jobs_in_parts_as_they_are_made(self):
         calls, client = self.sent(), self.client()
 
         def pairs(n):
@@ -4780,7 +4761,7 @@ class ApplicationTest(TemporaryFolder):
         return pool.submit(
             self.call, "/get/0", application, QUERY_STRING="wait=60")
 
-    def test_it_is_made_at_its_first_call_and_again_after_its_end(self):
+    def test_an_application_opens_at_its_first_call_and_after_its_end(self):
         self.assertIsNone(jobman.application.store)
         application, first = self.open()
         self.assertEqual(("200 OK", b'"nada"'), first)
@@ -4794,7 +4775,7 @@ class ApplicationTest(TemporaryFolder):
                 "JOBMAN_DB": self.path("wsgi.db")}):
             self.assertEqual(first, self.call("/get/0", application))
 
-    def test_its_long_polls_leave_threads_for_others(self):
+    def test_an_applications_long_polls_leave_threads_for_others(self):
         application, _ = self.open()
         queue = application.store.wait_queue
         polls = [self.poll(application) for _ in range(2)]
@@ -4807,7 +4788,7 @@ class ApplicationTest(TemporaryFolder):
         application, _ = self.open(JOBMAN_WAITERS="7")
         self.assertEqual(7, application.store.wait_queue.limit)
 
-    def test_it_shares_its_database_with_another_process(self):
+    def test_an_application_shares_its_database_with_a_server(self):
         database = self.path("wsgi.db")
         _, address = self.serve("--shared", "--db", database, "--open")
         application, _ = self.open()
@@ -4817,7 +4798,7 @@ class ApplicationTest(TemporaryFolder):
         exchange(address, "POST", "/set", jobs, {"jobix": "7"})
         self.assertIn(b'"jobid": 1,', poll.result(PATIENCE)[1])
 
-    def test_what_it_cannot_read_it_refuses(self):
+    def test_an_application_refuses_what_it_cannot_read(self):
         application, _ = self.open()
         chunks = {"HTTP_TRANSFER_ENCODING": "chunked"}
         for status, environ in (
@@ -4841,7 +4822,7 @@ class ApplicationTest(TemporaryFolder):
         wsgiref.util.setup_testing_defaults(environ)
         self.assertEqual([b""], application(environ, lambda *_: None))
 
-    def test_it_admits_one_jobix_alone_unless_it_is_open(self):
+    def test_an_application_admits_one_jobix_alone_unless_open(self):
         for variables, status in (
             ({}, "403"), ({"JOBMAN_OPEN": "0"}, "403"),
             ({"JOBMAN_JOBIX": "8"}, "403"), ({"JOBMAN_JOBIX": " 7\n"}, "200"),
@@ -4851,7 +4832,7 @@ class ApplicationTest(TemporaryFolder):
             self.assertEqual(status, first[0][:3], variables)
             application.close()
 
-    def test_it_writes_an_access_file_when_it_knows_its_address(self):
+    def test_an_application_that_has_a_url_writes_an_access_file(self):
         path = self.path("access.json")
         application, _ = self.open(
             JOBMAN_OPEN="", JOBMAN_URL="http://here:80/jobs",
@@ -4860,7 +4841,7 @@ class ApplicationTest(TemporaryFolder):
             ("http://here:80/jobs", application.store.jobix, None),
             worker.read_access(path))
 
-    def test_where_it_cannot_start_it_is_503_and_logs_the_reason(self):
+    def test_an_application_that_cannot_start_is_503_and_logs_why(self):
         with open(self.path("odd.db"), "w") as file:
             file.write("no database " * 100)
         for variables, reason in (
