@@ -5858,78 +5858,62 @@ OPTIONS = {
              "after=1,2"),
     "pace": ("minutes=9",),
 }
-ODD_PARTS = (
+ODD_WORDS = (
     "", "-1", "1.5", "9" * 25, "9" * 400, "%00", "%2e%2e", "..", "%", "%zz",
     "%ff", "%D9%A1", "\xd9\xa1", "1%20", "+1", "0x1", "1_0", "%2F", "0,1,2",
-    ",", "NaN", "1e9", "x" * 3000, "'", '"', "<b>", "\\", "*", "a:b", "a b",
-    "1#2", "%0d%0aX:%20y", "\x7f", "\xff", "%ED%A0%80", "{}", "1000001",
+    ",", "NaN", "inf", "1e9", "x" * 3000, "'", '"', "<b>", "\\", "*", "a:b",
+    "a b", "1#2", "%0d%0aX:%20y", "\x7f", "\xff", "%ED%A0%80", "1000001",
+    "0.0000001", "nan,1", "1,-1", "1_0,9999999999999999", "time", "expired",
 )
 ODD_TARGETS = (
-    "*", "", "http://", "http://x", "http:///status", "https://x/status",
-    "http://[::1/status", "//status", "status", "/../status", "///", "/\\",
-    "x:443", "/?", "?", "/status?" + "&" * 3000, "/status#x", "/%", "ftp://x/",
-    "/" * 5000, "/get/0?wait=0\xff", "http://x:y@z/get/0", "/set/../get/0",
-)
-ODD_OPTIONS = (
-    "n=1&n=2", "unknown=1", "=", "&&", "%", "a" * 5000, "plain=1", "x=" * 2000,
-)
-ODD_VALUES = (
-    "", "0", "-1", "9" * 25, "9" * 400, "1_0", "1.5", "NaN", "inf", "1e9",
-    "0.0", "0.0000001", "1000000001", "1,2", "nan,1", "inf,1", "x,1", "1,-1",
-    "1_0,9999999999999999", "%00", "%ff", "%ED%A0%80", "%D9%A1", "x" * 65,
-    "x" * 300, "time", "id", "expired", "done", "60", "%26n=1", "+1", "1+1",
+    "*", "", "http://", "http:///status", "https://x/status",
+    "http://[::1/status", "//status", "status", "/../status", "/\\",
+    "/status?" + "&" * 3000, "/status#x", "/%", "ftp://x/", "/" * 5000,
+    "/get/0?wait=0\xff", "http://x:y@z/get/0", "/set/../get/0",
 )
 ODD_HEADERS = (
     ("jobix", ""), ("jobix", "-1"), ("jobix", "7, 7"), ("jobix", "\xb3"),
-    ("jobix", "9" * 30), ("jobix", "9223372036854775808"), ("jobix", "7.0"),
-    ("jobix", "7" * 5000), ("JOBIX", " 7\t"), ("jobix", "+7"), ("jobix", "7"),
-    ("Host", "x"), ("Host", ""), ("Host", "a b"), ("Host", "[::1]:x"),
-    ("Host", "\xff"), ("Host", "127.0.0.1:99999999"), ("Host", "a,b"),
-    ("Accept", "text/html"), ("Accept-Encoding", "deflate"), ("Cookie", "a"),
+    ("jobix", "9223372036854775808"), ("jobix", "7.0"), ("jobix", "7" * 5000),
+    ("JOBIX", " 7\t"), ("jobix", "+7"), ("Host", "x"), ("Host", ""),
+    ("Host", "a b"), ("Host", "[::1]:x"), ("Host", "\xff"), ("Host", "a,b"),
     ("Accept-Encoding", "deflate;q=0, *"), ("If-None-Match", 'W/"x"'),
     ("Authorization", "Basic a"), ("Authorization", "Basic Ojc="),
     ("Authorization", "Basic Ou0="), ("Expect", "100-continue"),
     ("Expect", "x"), ("Upgrade", "h2c"), ("Origin", "http://x"),
-    ("Origin", "null"), ("Sec-Fetch-Site", "cross-site"), ("X", "y" * 9000),
-    ("X", "y" * 70000), ("X" * 3000, "y"), ("X" * 70000, "y"), ("X", "a\0b"),
-    ("X", "\x01"), ("X", "\x80\xff"), ("\xff", "y"), ("X Y", "z"), ("", "y"),
-    ("Content-Type", "multipart/form-data; boundary="), ("X(", "y"),
-    ("Content-Encoding", "br"), ("X-Forwarded-For", "1.2.3.4"),
-    ("Content-Length", "0"), ("Content-Length", "00"), ("X", "a\rb"),
-    ("Content-Length", "-1"), ("Content-Length", "1" * 400), ("\0", ""),
-    ("Content-Length", "99999999"), ("Content-Length", "+1"),
+    ("Sec-Fetch-Site", "cross-site"), ("X", "y" * 9000), ("X", "y" * 70000),
+    ("X" * 70000, "y"), ("X", "a\0b"), ("X", "\x80\xff"), ("\xff", "y"),
+    ("X Y", "z"), ("", "y"), ("X(", "y"), ("Content-Encoding", "br"),
+    ("X", "a\rb"), ("Content-Length", "0"), ("Content-Length", "-1"),
+    ("Content-Length", "1" * 400), ("Content-Length", "99999999"),
     ("Transfer-Encoding", "chunked"), ("Transfer-Encoding", "identity"),
-    ("transfer-encoding", "\x0bchunked"), ("TE", "trailers"),
-    ("Content_Length", "0"), ("X", "y\x85z"), ("X", "\x7f"), ("Host", "x/y"),
+    ("transfer-encoding", "\x0bchunked"), ("Content_Length", "0"),
+    ("Connection", "close"), ("Connection", "close, x"),
 )
 ODD_METHODS = (
-    "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "BREW", "CONNECT",
-    "get", "G\xc9T", "POST", "GET", "G" * 300, "__init__",
+    "HEAD", "PUT", "OPTIONS", "TRACE", "CONNECT", "get", "G\xc9T", "POST",
+    "GET", "G" * 300, "__init__",
 )
 ODD_TEXTS = (
-    b"", b"\0", b"{", b"{}", b"[]", b"null", b'"', b"NaN", b"[NaN]", b"1e999",
-    b'{"ids": [1e999]}', b'{"all": true, "all": true}', b'{"1": Infinity}',
-    b"[" * 100000, b'{"a":' * 3000, b"[" * 300 + b"]" * 300, b"\xff\xfe{\0}\0",
+    b"", b"\0", b"{", b"{}", b"[]", b"null", b'"', b"[NaN]", b"1e999",
+    b'{"all": true, "all": true}', b'{"1": Infinity}', b"[" * 100000,
+    b'{"a":' * 3000, b"[" * 300 + b"]" * 300, b"\xff\xfe{\0}\0",
     b"\xef\xbb\xbf{}", b"\xff", b'"\xed\xa0\x80"', b'{"\\ud800": "\\udc00"}',
-    b"9" * 5000, b'{"1": {"jobstage": ' + b"9" * 4000 + b"}}", b"-", b"+1",
-    b'{"1": {"jobstage": 0, "jobstage": 1}}', b"{'a': 1}", b"[1,]", b"// {}",
-    b'{"1": {"jobstage": 0}, "01": {"jobstage": 1}}', b"true", b"1" * 25,
-    b'{"1": {"jobstage": 0}, "\\u0661": {"jobstage": 1}}', b"{}{}", b"--x\r\n",
+    b'{"1": {"jobstage": ' + b"9" * 4000 + b"}}", b"+1", b"{}{}", b"[1,]",
+    b'{"1": {"jobstage": 0}, "01": {"jobstage": 1}}', b"--x\r\n",
+    b'{"1": {"jobstage": 0}, "\\u0661": {"jobstage": 1}}',
 )
 # Each of them may be read in more than one way.
 ODD_LINES = (
     b"X: y\r\n z", b" X: y", b"\tX: y", b"X : y", b"X", b":", b": y", b"X:\ny",
-    b"X: y\n", b"X: y\r", b"X: y\r\r", b"\0", b"X: \0", b"X\0: y", b"\xff",
+    b"X: y\r", b"\0", b"X: \0", b"\xff", b"GET / HTTP/1.1", b"X: y\n\r\n",
     b"Transfer-Encoding: chunked", b"Transfer-Encoding : chunked", b"\x0bX: y",
     b"Transfer-Encoding:\x0bchunked", b"transfer-encoding: identity",
     b"X: y\nTransfer-Encoding: chunked", b"X: y\rTransfer-Encoding: chunked",
     b"X: y\r\n Transfer-Encoding: chunked", b"Transfer\xadEncoding: chunked",
     b"Content-Length: 0", b"Content-Length : 0", b"Content-Length:\r\n 0",
-    b"content-length: 0", b"Content-Length: 00", b"X: y\nContent-Length: 0",
+    b"Content-Length: 00", b"X: y\nContent-Length: 0", b"Content-Length: ",
     b"X: y\rContent-Length: 0", b"Content-Length\r: 0", b"\rContent-Length: 0",
-    b"Content-Length: -0", b"Content-Length: +0", b"Content-Length: 0x0",
-    b"Content-Length: ", b"Content-Length: 0, 0", b"GET / HTTP/1.1", b"\x1c",
-    b"X: y\n\n", b"X: y\r\r\n\r", b"X: y\n\r\n", b"X: y\x85\nz: \x0c",
+    b"Content-Length: -0", b"Content-Length: +0", b"Content-Length: 0, 0",
 )
 JSON_WORDS = sorted({
     *jobman.CARRIES, *jobman.ABOUT_WORKER, *jobman.STATES, "key", "jobs",
@@ -5949,7 +5933,7 @@ JSON_ATOMS = (
 
 
 def random_json(random, depth=3):
-    """Return a random value, not seldom of words that jobman knows."""
+    """Return a random value, often of words that jobman knows."""
     kind = random.random() if depth else 0
     if kind < 0.6:
         return random.choice(random.choice(
@@ -5981,16 +5965,28 @@ def with_another(random, value):
 
 
 class Draft:
-    """A request about to be sent."""
+    """A request that can be sent, and bent before."""
 
-    def __init__(self, method, path, options, headers, value):
-        self.method = method
-        self.path = path
-        self.options = options
+    BOMBS = (
+        zlib.compress(bytes(jobman.MAX_BODY + 1), 1),
+        *(zlib.compress(c * 2**20) for c in (b"[", b" ", b'{"a":')),
+    )
+
+    def __init__(self, random, route, host, jobix, held=(1, "t")):
+        """Make a request of a route that is right, about the job `held`."""
+        self.random, self.method, path = random, *route[:2]
+        name = path.split("/")[1]
+        if random.random() < 0.5:
+            path = path.replace("<jobid>", str(held[0]))
+        self.path = re.sub("<.*?>", lambda _: str(random.randrange(4)), path)
+        known = ("plain=1",) if path == "/get" else OPTIONS.get(name, ())
+        self.options = [
+            option.replace("claim=t", "claim=" + held[1])
+            for option in random.sample(known, random.randint(0, len(known)))]
         self.version = "HTTP/1.1"
-        self.headers = headers
-        self.value = value
-        self.body = b"" if value is None else packed(value)
+        self.headers = [("Host", host), ("jobix", str(jobix))]
+        self.value = BODIES.get(name, {}) if self.method == "POST" else None
+        self.body = b"" if self.value is None else packed(self.value)
 
     @property
     def last(self):
@@ -6024,197 +6020,111 @@ class Draft:
     def raw(self):
         return b"\r\n".join([*self.head(), b"", self.body])
 
+    # It is bent, and still one request, which gets one answer
 
-class Fuzz:
-    """Make requests from the table of routes, and bend or break them.
+    def bend(self):
+        """Make a part odd."""
+        bends = [self.bend_start, self.bend_path, self.bend_options,
+                 self.bend_headers]
+        if self.body and self.random.random() < 0.7:
+            bends = [self.bend_value, self.bend_value, self.bend_body]
+        self.random.choice(bends)()
 
-    What is bent is still one request, which gets one answer. What is broken
-    may be none, or several.
-    """
-
-    BOMBS = (
-        zlib.compress(bytes(jobman.MAX_BODY + 1), 1),
-        *(zlib.compress(c * 2**20) for c in (b"[", b" ", b"1", b'{"a":')),
-    )
-
-    def __init__(self, random, host):
-        self.random = random
-        self.host = host
-        self.held = 1, "t"  # a job and its token, from an answer
-
-    def draft(self, jobix):
-        """Return a request that is right."""
-        method, path, _ = self.random.choice(jobman.ROUTES)
-        return self.fill(method, path, jobix)
-
-    def fill(self, method, path, jobix):
-        """Return a request of a route with all it needs."""
-        random, (jobid, token) = self.random, self.held
-        name = path.split("/")[1]
-        if random.random() < 0.5:
-            path = path.replace("<jobid>", str(jobid))
-        path = re.sub("<.*?>", lambda _: str(random.randrange(4)), path)
-        known = ("plain=1",) if path == "/get" else OPTIONS.get(name, ())
-        options = random.sample(known, random.randint(0, len(known)))
-        headers = [("Host", self.host), ("jobix", str(jobix))]
-        value = BODIES.get(name, {}) if method == "POST" else None
-        options = ["claim=" + token if option == "claim=t" else option
-                   for option in options]
-        return Draft(method, path, options, headers, value)
-
-    def bent(self, jobix):
-        """Return a request of which a part or two are odd."""
-        draft = self.draft(jobix)
-        for _ in range(self.random.choice((1, 1, 1, 2))):
-            bend = self.random.choice(
-                self.BENDS_BODY if draft.body and self.random.random() < 0.7
-                else self.BENDS)
-            bend(self, draft)
-        return draft
-
-    def bend_method(self, draft):
-        draft.method = self.random.choice(ODD_METHODS)
-
-    def bend_version(self, draft):
-        if self.random.random() < 0.3:
-            draft.version = self.random.choice(
+    def bend_start(self):
+        if self.random.random() < 0.7:
+            self.method = self.random.choice(ODD_METHODS)
+        else:
+            self.version = self.random.choice(
                 ("HTTP/1.0", "HTTP/1.2", "HTTP/2.0", "HTTP/0.9", "HTTP/1.1x",
                  "http/1.1", "HTTP/11", "HTTP/1.\xb9", "HTTP/-1.1"))
 
-    def bend_path(self, draft):
-        random = self.random
-        parts = draft.path[1:].split("/")
-        i = random.randrange(len(parts))
-        odd = random.choice(ODD_PARTS)
-        if random.random() < 0.2:
-            draft.path = random.choice(ODD_TARGETS)
-            return
-        elif random.random() < 0.6:
-            parts[i] = odd
-        elif random.random() < 0.5:
-            parts[i:i] = [odd]
-        else:
-            parts[i] = "".join("%%%02x" % ord(c) for c in parts[i][:3]) + odd
-        draft.path = "/" + "/".join(parts)
+    def bend_path(self):
+        parts = self.path[1:].split("/")
+        i = self.random.randrange(len(parts))
+        j = i + self.random.choice((0, 1, 1))
+        parts[i:j] = [self.random.choice(ODD_WORDS)]
+        self.path = "/" + "/".join(parts)
+        if self.random.random() < 0.2:
+            self.path = self.random.choice(ODD_TARGETS)
 
-    def bend_options(self, draft):
-        random, options = self.random, draft.options
-        if options and random.random() < 0.8:
-            i = random.randrange(len(options))
-            name = options[i].partition("=")[0]
-            options[i] = "%s=%s" % (name, random.choice(ODD_VALUES))
-        else:
-            place = random.randint(0, len(options))
-            options.insert(place, random.choice(ODD_OPTIONS))
+    def bend_options(self):
+        known = [option.partition("=")[0] for option in self.options]
+        name = self.random.choice(
+            [*known * 3, "n", "unknown", "", "a" * 5000, "plain"])
+        self.options.insert(
+            self.random.randint(0, len(self.options)),
+            "%s=%s" % (name, self.random.choice(ODD_WORDS)))
 
-    def bend_headers(self, draft):
-        random, headers = self.random, draft.headers
-        kind = random.random()
+    def bend_headers(self):
+        random, headers, kind = self.random, self.headers, self.random.random()
         if kind < 0.1:
             del headers[random.randrange(len(headers))]
         elif kind < 0.2:
             headers.append(random.choice(headers))
         elif kind < 0.22:
             headers += [("X%d" % i, "y") for i in range(150)]
-        elif kind < 0.25:
-            headers.append(("Connection", random.choice(
-                ("close", "keep-alive", "upgrade", "close, x", "jobix", ""))))
         else:
             name, value = random.choice(ODD_HEADERS)
             if random.random() < 0.5:
                 headers[:] = [h for h in headers if h[0] != name]
             headers.insert(random.randint(0, len(headers)), (name, value))
 
-    def bend_value(self, draft):
-        value = with_another(self.random, draft.value)
-        pack = self.random.choice((
-            packed, lambda value: json.dumps(value).encode(),
-            lambda value: gzip.compress(json.dumps(value).encode())))
-        draft.body = pack(value)
+    def bend_value(self):
+        text = json.dumps(with_another(self.random, self.value)).encode()
+        if self.random.random() < 0.2:
+            text = self.random.choice(ODD_TEXTS)
+        pack = self.random.choice((zlib.compress, bytes, gzip.compress))
+        self.body = pack(text)
 
-    def bend_text(self, draft):
-        text = self.random.choice(ODD_TEXTS)
-        draft.body = text if self.random.random() < 0.5 else zlib.compress(
-            text, 1)
-
-    def bend_body(self, draft):
-        random, body = self.random, bytearray(draft.body)
-        kind = random.random()
+    def bend_body(self):
+        random, body, kind = self.random, bytearray(self.body), \
+            self.random.random()
         if kind < 0.05:
             body = random.choice(self.BOMBS[kind > 0.002:])
         elif kind < 0.4:
             del body[random.randrange(len(body) + 1):]
-        elif kind < 0.8 and body:
+        elif kind < 0.8:
             body[random.randrange(len(body))] = random.randrange(256)
         else:
-            body += random.choice((b"\0", b"x", draft.body, b"\r\n"))
-        draft.body = bytes(body)
+            body += random.choice((b"\0", b"x", self.body, b"\r\n"))
+        self.body = bytes(body)
 
-    BENDS = (bend_method, bend_version, bend_path, bend_path, bend_options,
-             bend_options, bend_headers, bend_headers)
-    BENDS_BODY = bend_value, bend_value, bend_value, bend_text, bend_body
+    # It is broken, and may be no request, or several
 
-    def broken(self, jobix):
+    def broken(self):
         """Return bytes that are hardly a request any more."""
-        draft = self.bent(jobix) if self.random.random() < 0.3 else \
-            self.draft(jobix)
-        return self.random.choice(self.BREAKS)(self, draft)
-
-    def break_bytes(self, draft):
-        raw = bytearray(draft.raw())
-        for _ in range(self.random.choice((1, 1, 2, 5))):
-            i = self.random.randrange(len(raw) + 1)
-            j = i + self.random.choice((0, 1, 1, 4, 30))
-            raw[i:j] = self.random.choice((
+        random, raw, kind = self.random, self.raw(), self.random.random()
+        if kind < 0.4:
+            i = random.randrange(len(raw) + 1)
+            j = i + random.choice((0, 1, 1, 4, 30))
+            return raw[:i] + random.choice((
                 b"", b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b":",
-                b"\xff", raw[i:j] * 2, b"\t", bytes([self.random.randrange(
-                    256)])))
-        return bytes(raw)
+                b"\xff", raw[i:j] * 2, b"\t")) + raw[j:]
+        if kind < 0.6:
+            return raw[: random.randrange(len(raw))]
+        if kind < 0.7:
+            length = b"Content-Length: %d\r\n" % random.choice(
+                (0, 1, len(self.body) - 1, len(self.body) + 1, 10**30))
+            return re.sub(rb"Content-Length: \d+\r\n", length, raw, count=1)
+        lines = self.head()
+        i = random.randrange(len(lines))
+        lines[i:i + random.choice((0, 1))] = random.choice(
+            ([], [lines[i]] * 2, [random.choice(ODD_LINES)]))
+        end = random.choice((b"\r\n", b"\r\n", b"\n", b"\r", b"\r\r\n"))
+        return end.join([*lines, b"", self.body])
 
-    def break_lines(self, draft):
-        lines = draft.head()
-        i = self.random.randrange(len(lines))
-        kind = self.random.random()
-        if kind < 0.2:
-            del lines[i]
-        elif kind < 0.4:
-            lines.append(lines[i])
-        elif kind < 0.6:
-            self.random.shuffle(lines)
-        else:
-            lines.insert(i, self.random.choice(ODD_LINES))
-        end = self.random.choice((b"\r\n", b"\r\n", b"\n", b"\r", b"\r\r\n"))
-        return end.join([*lines, b"", draft.body])
-
-    def break_length(self, draft):
-        length = b"Content-Length: %d\r\n" % self.random.choice(
-            (0, 1, len(draft.body) - 1, len(draft.body) + 1, 10**6, 10**30))
-        return re.sub(
-            rb"Content-Length: \d+\r\n", length, draft.raw(), count=1)
-
-    def break_off(self, draft):
-        raw = draft.raw()
-        return raw[: self.random.randrange(len(raw))]
-
-    BREAKS = break_bytes, break_bytes, break_lines, break_length, break_off
-
-    def smuggled(self, jobix, inner):
+    def smuggled(self, inner):
         """Return a request whose body is one, and whose length is doubtful.
 
-        Its own Content-Length is right: who takes it for two is wrong, and
-        who takes it for one may be.
+        Its own Content-Length is right: a server that takes it for two is
+        wrong, and one that takes it for one may be.
         """
-        draft = self.draft(jobix)
-        draft.method, draft.body = self.random.choice(("GET", "POST")), inner
-        *lines, length = draft.head()
+        self.method, self.body = self.random.choice(("GET", "POST")), inner
+        *lines, length = self.head()
         place = self.random.randint(1, len(lines))
         lines.insert(place, self.random.choice(ODD_LINES))
         lines.insert(self.random.choice((len(lines), len(lines), 1)), length)
         return b"\r\n".join([*lines, b"", inner])
-
-
-ANSWER = re.compile(
-    rb"HTTP/1\.1 (\d{3}) [A-Za-z -]+\r\n((?:[A-Za-z-]+: [ -~]*\r\n)*)\r\n")
 
 
 class Answer:
@@ -6222,13 +6132,15 @@ class Answer:
 
     STATUSES = {200, 304, 400, 401, 403, 404, 405, 408, 409, 411, 413, 414,
                 421, 431, 505}
+    HEAD = re.compile(
+        rb"HTTP/1\.1 (\d{3}) [A-Za-z -]+\r\n((?:[A-Za-z-]+: [ -~]*\r\n)*)\r\n")
 
     def __init__(self, data, has_body):
         """Read the first answer in `data`; keep what comes after it.
 
         Unless it surely has a body it may be the answer to a HEAD.
         """
-        found = ANSWER.match(data)
+        found = self.HEAD.match(data)
         assert found, "no answer: %.300r" % data
         self.status = int(found.group(1))
         lines = found.group(2).decode().lower().split("\r\n")[:-1]
@@ -6251,20 +6163,17 @@ class Answer:
         if self.status == 405:
             allowed = self.headers["allow"].split(", ")
             assert {*allowed} <= {"get", "post", "head"}, self.headers
-        if self.status not in (304, 401) and self.body:
-            self.check_body()
-
-    def check_body(self):
-        kind = self.headers["content-type"]
+        if self.status in (304, 401) or not self.body:
+            return
+        kind, body = self.headers["content-type"], self.body
+        if "content-encoding" in self.headers:
+            body = zlib.decompress(body)
         if self.status >= 400:
             assert kind == "application/json", self.headers
-            error, = json.loads(self.body.decode("ascii")).items()
+            error, = json.loads(body.decode("ascii")).items()
             assert error[0] == "error" and type(error[1]) is str, error
         elif kind == "application/json":
-            body = self.body
-            if "content-encoding" in self.headers:
-                body = zlib.decompress(body)
-            self.value = json.loads(body.decode("ascii"))
+            json.loads(body.decode("ascii"))
 
 
 class Fuzzer(threading.Thread):
@@ -6275,18 +6184,14 @@ class Fuzzer(threading.Thread):
 
     BUNCH = 10  # requests on one connection
 
-    def __init__(self, address, random, jobixes, known, inner):
+    def __init__(self, address, random, jobixes, known, inner, quota):
         super().__init__(daemon=True)
-        self.address = address
-        self.random = random
-        self.fuzz = Fuzz(random, "%s:%d" % address)
-        self.jobixes = jobixes
-        self.probe = Draft("GET", "/lifetime/7", [], [
-            ("Host", self.fuzz.host), ("jobix", str(known))], None)
+        self.address, self.random, self.jobixes = address, random, jobixes
+        self.host = "%s:%d" % address
+        self.probe = Draft(random, ("GET", "/lifetime/7"), self.host, known)
         self.inner = inner
         self.left = []  # drafts that were not looked at yet
-        self.quota = 0
-        self.tally = Counter()  # of statuses
+        self.quota = quota
         self.error = None
 
     def run(self):
@@ -6296,34 +6201,29 @@ class Fuzzer(threading.Thread):
         except Exception:
             self.error = traceback.format_exc()
 
+    def draft(self):
+        return Draft(self.random, self.random.choice(jobman.ROUTES),
+                     self.host, self.random.choice(self.jobixes))
+
     def send_bunch(self):
         """Send drafts, a probe, and perhaps what is broken, at once."""
         drafts, self.left = self.left, []
         while len(drafts) < self.BUNCH and not (drafts and drafts[-1].last):
-            drafts.append(self.fuzz.bent(self.random.choice(self.jobixes)))
-        tail, kind = None, self.random.random()
+            drafts.append(self.draft())
+            for _ in range(self.random.choice((1, 1, 1, 2))):
+                drafts[-1].bend()
+        tail, kind = b"", self.random.random()
         if not drafts[-1].last:
             drafts.append(self.probe)
             if kind < 0.6:
-                tail = self.fuzz.broken(self.random.choice(self.jobixes))
+                tail = self.draft().broken()
             elif kind < 0.8:
-                tail = self.fuzz.smuggled(self.jobixes[0], self.inner)
-        data = b"".join([*(draft.raw() for draft in drafts), tail or b""])
-        self.quota -= bool(tail)
+                tail = self.draft().smuggled(self.inner)
+        data = b"".join([*(draft.raw() for draft in drafts), tail])
         try:
-            if self.random.random() < 0.03:
-                self.quota -= len(drafts)
-                return self.cut(data)
             self.compare(drafts, tail, self.exchange(data), data)
         except Exception as error:
             raise AssertionError("%r to %r" % (error, data[:9999])) from error
-
-    def cut(self, data):
-        """Send a part and hang up."""
-        with socket.create_connection(self.address, PATIENCE) as client:
-            client.sendall(data[: self.random.randrange(len(data))])
-            if self.random.random() < 0.5:
-                reset(client)
 
     def exchange(self, data):
         """Send all, in one piece or two; return all that comes back."""
@@ -6347,9 +6247,7 @@ class Fuzzer(threading.Thread):
                 assert b"100-continue" in data
                 continue
             answers.append(answer)
-            self.tally[answer.status] += 1
             answer.check()
-            self.learn(answer)
             assert not (answer.closes and came), "more after a close"
             assert has_body or answer.closes or not answer.body or i >= len(
                 drafts), "HEAD has a body"
@@ -6358,7 +6256,7 @@ class Fuzzer(threading.Thread):
         if more and tail.endswith(self.inner):
             assert len(more) == 1 and more[0].status in (400, 411), "smuggled"
             assert more[0].closes, "it goes on"
-        self.quota -= len(drafts[: len(answers)])
+        self.quota -= len(answers)
         if len(answers) < len(drafts):
             assert answers[-1].closes, "%d for %d" % (
                 len(answers), len(drafts))
@@ -6368,21 +6266,14 @@ class Fuzzer(threading.Thread):
             if draft is self.probe:
                 assert answer.body == b"77", "no answer to the probe"
 
-    def learn(self, answer):
-        """Keep the token of a claim for later requests."""
-        value = getattr(answer, "value", None)
-        job = value[0] if type(value) is list and value else value
-        if type(job) is dict and "claim" in job:
-            self.fuzz.held = job["jobid"], job["claim"]
-
 
 @slow
 class FuzzTest(SeededCase):
     """Odd requests by the thousand, while jobs go through the server."""
 
     open_to_all = True
-    REQUESTS = 30000
-    THREADS = 6
+    REQUESTS = 8000
+    THREADS = 4
     START = changed(  # few, of which none may be left over
         "jobman", "jobman.MAX_WAIT = 0.05; jobman.MAX_CONNECTIONS = 200")
 
@@ -6392,116 +6283,75 @@ class FuzzTest(SeededCase):
             kind: len(os.listdir("/proc/%d/%s" % (self.server.pid, kind)))
             for kind in ("task", "fd")})
 
-    def memory(self):
-        """Return the memory that the server has, in MiB."""
-        size = read("/proc/%d/statm" % self.server.pid).split()[1]
-        return int(size) * resource.getpagesize() / 2**20
-
-    def ask(self, path, jobix, **options):
+    def ask(self, path, jobix):
         return exchange(self.address, "GET", path,
-                        headers={"jobix": str(jobix)}, **options).json()
+                        headers={"jobix": str(jobix)}).json()
 
-    def settle(self, **more):
-        """Wait until it has no more of them than before and `more`."""
-        more = Counter(more, fd=3 * jobman.Readers.KEPT)
-        more["task"] += jobman.Server.PARKED
-        wait_for(lambda: not self.level() - self.before - more,
-                 "threads to end, and files to be closed")
-
-    def fuzz(self, requests):
-        """Let the fuzzers send a number of requests; return when settled."""
-        self.fuzzers = [
-            Fuzzer(self.address, random.Random(self.random.random()),
-                   self.jobixes, self.known, self.inner)
-            for _ in range(self.THREADS)
-        ]
-        for fuzzer in self.fuzzers:
-            fuzzer.quota = requests // self.THREADS
-            fuzzer.start()
-        self.tally = Counter()
-        for fuzzer in self.fuzzers:
-            fuzzer.join(PATIENCE * 4)
-            self.tally += fuzzer.tally
-            self.assertIsNone(fuzzer.error, fuzzer.error)
-            self.assertFalse(fuzzer.is_alive())
-        self.settle(task=len(self.haulers))
-
-    def begin(self):
-        """Start the server and who does its work meanwhile."""
-        self.environment.update(  # else glibc keeps what was freed, at times
-            MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072",
-            MALLOC_ARENA_MAX="2")
+    def test_odd_requests_harm_nobody(self):
         self.server, self.address = self.serve(start=self.START)
         access = json.loads(read(self.path(".jobman", "access.json")).decode())
-        self.jobix = access["jobix"]
-        self.known, hidden = (self.random.getrandbits(62) for _ in "12")
-        self.ask("/lifetime/7/77", self.known)
-        self.hidden = hidden
-        self.inner = b"GET /lifetime/9/9 HTTP/1.1\r\nHost: %s:%d\r\n" \
+        known, hidden = (self.random.getrandbits(62) for _ in "12")
+        self.ask("/lifetime/7/77", known)
+        before = self.level()
+        inner = b"GET /lifetime/9/9 HTTP/1.1\r\nHost: %s:%d\r\n" \
             b"jobix: %d\r\n\r\n" % (
                 self.address[0].encode(), self.address[1], hidden)
         # One reads the jobs of the true work, and can't touch them.
-        self.jobixes = [7, 8, 9, 9223372036854775807, access["reading_jobix"]]
-        self.before = self.level()
-        self.ending = threading.Event()
-        self.haulers = [
-            Hauler(self.address, self.jobix, i * 10**6, self.ending)
-            for i in range(3)
+        jobixes = [7, 8, 9, 9223372036854775807, access["reading_jobix"]]
+        ending = threading.Event()
+        haulers = [Hauler(self.address, access["jobix"], i * 10**6, ending)
+                   for i in range(3)]
+        fuzzers = [
+            Fuzzer(self.address, random.Random(self.random.random()), jobixes,
+                   known, inner, self.REQUESTS // self.THREADS)
+            for _ in range(self.THREADS)
         ]
-        for hauler in self.haulers:
-            hauler.start()
-
-    def assertLedger(self):
-        """End the true work; assert that each of its jobs went through once.
-        """
-        self.ending.set()
-        for hauler in self.haulers:
+        for thread in haulers + fuzzers:
+            thread.start()
+        for fuzzer in fuzzers:
+            fuzzer.join(PATIENCE * 4)
+        ending.set()
+        for hauler in haulers:
             hauler.join(PATIENCE)
-            self.assertFalse(hauler.is_alive())
-            self.assertIsNone(hauler.error)
-        added = sorted(i for h in self.haulers for i in h.added)
-        self.assertGreater(len(added), 100)
-        self.assertEqual(added, sorted(
-            i for h in self.haulers for i, _ in h.claimed))
-        self.assertEqual(added, sorted(i for h in self.haulers
-                                       for i in h.updated))
-        counts = Counter()
-        for stage in self.ask("/status", self.jobix)["stages"]:
-            counts[stage["stage"]] += sum(stage["states"].values())
-        self.assertEqual({2: len(added)}, dict(+counts))
-
-    def test_odd_requests_harm_nobody(self):
-        self.begin()
-        self.fuzz(self.REQUESTS // 2)
-        half = self.memory()
-        self.fuzz(self.REQUESTS - self.REQUESTS // 2)
-        full = self.memory()
-        self.assertLedger()
-        self.assertLess(full - half, 8)
-        self.assertEqual({}, self.ask("/init", self.hidden))
-        self.settle()
+        for thread in haulers + fuzzers:
+            self.assertIsNone(thread.error, thread.error)
+            self.assertFalse(thread.is_alive())
+        self.assertHauled(haulers, access["jobix"])
+        self.assertEqual({}, self.ask("/init", hidden))
+        more = Counter(fd=3 * jobman.Readers.KEPT, task=jobman.Server.PARKED)
+        wait_for(lambda: not self.level() - before - more,
+                 "threads to end, and files to be closed")
         self.server.terminate()
         status, _, err = self.finish(self.server)
-        self.assertEqual(0, status)
-        self.assertFalse(err, err[-2000:])
+        self.assertEqual((0, ""), (status, err[-2000:]))
         status, out, _ = self.command(JOBMAN, *CHECK)
         self.assertEqual(0, status, out)
         self.wrong = False
 
+    def assertHauled(self, haulers, jobix):
+        """Assert that each job of the true work went through once."""
+        added, claimed, updated = [
+            sorted(i for hauler in haulers for i in getattr(hauler, name))
+            for name in ("added", "claimed", "updated")]
+        self.assertGreater(len(added), 20)
+        self.assertEqual((added, added), (claimed, updated))
+        counts = Counter()
+        for stage in self.ask("/status", jobix)["stages"]:
+            counts[stage["stage"]] += sum(stage["states"].values())
+        self.assertEqual({2: len(added)}, dict(+counts))
 
-@slow
+
 class RandomJsonTest(SeededCase):
     """What endpoints make of random JSON, without a socket between."""
 
-    BODIES = 5000
-    POSTS = [route[:2] for route in jobman.ROUTES if route[0] == "POST"]
+    BODIES = 3000
+    POSTS = [route for route in jobman.ROUTES if route[0] == "POST"]
 
     def setUp(self):
         super().setUp()
         self.store = jobman.Store(
             self.path("jobman.db"), clock=Clock(), open_to_all=True)
         self.addCleanup(self.store.close)
-        self.fuzz = Fuzz(self.random, "x")
         self.database = sqlite3.connect(self.path("jobman.db"))
         self.addCleanup(self.database.close)
         self.store.make_namespace(7)
@@ -6531,11 +6381,12 @@ class RandomJsonTest(SeededCase):
         self.respond("POST", "/set", packed(jobs))
         answer = self.respond("GET", "/get/0", options=("lease=60",))
         job = json.loads(answer.body.decode())
-        self.fuzz.held = job["jobid"], job["claim"]
+        self.held = job["jobid"], job["claim"]
 
     def odd(self):
         """Return a request with a random body."""
-        draft = self.fuzz.fill(*self.random.choice(self.POSTS), 7)
+        draft = Draft(self.random, self.random.choice(self.POSTS), "x", 7,
+                      self.held)
         value = draft.value
         for _ in range(self.random.choice((1, 1, 1, 2, 3))):
             value = with_another(self.random, value)
@@ -6559,9 +6410,8 @@ class RandomJsonTest(SeededCase):
                 changes = self.changes()
                 if status >= 400:
                     self.assertEqual(before, content, request)
-        self.assertGreater(min(map(statuses.get, (200, 400, 404, 409))), 20)
-        status, out, _ = self.command(JOBMAN, *CHECK)
-        self.assertEqual(0, status, out)
+        self.assertGreater(min(map(statuses.get, (200, 400, 404, 409))), 10)
+        self.assertEqual([], faults(self.database.execute))
         self.wrong = False
 
 
