@@ -6106,7 +6106,6 @@ class Fuzzer(threading.Thread):
         return answers
 
 
-@slow
 class FuzzTest(SeededCase):
     """Odd requests by the thousand, while jobs go through the server."""
 
@@ -7184,8 +7183,8 @@ class Witness:
             job = {name: row[name] for name in self.NEW if name != "ends"}
             job["filename"] = json.loads(job["filename"] or "null")
             job["ends"] = tuple(end for end, in execute(
-                "select outcome from attempt where job = ? and outcome"
-                " is not null order by id", (row["id"],)))
+                "select outcome from attempt where job = ? order by id",
+                (row["id"],)))
             if row["claim"]:
                 self.tokens[row["jobid"]] = row["claim"]
             if len(json.loads(row["jobcmd"])) != self.padding:
@@ -7387,11 +7386,9 @@ class KillTest(CrashCase):
             self.kill()
             self.assertSound(self.db)
             self.assertEqual({before, after}, self.children())
-            for chunk in (10, 5000):  # some are told at a start, some later
-                self.start("jobman.CHUNK = %d\n" % chunk)
-                wait_for(lambda told=after: self.children() == {told},
-                         "all told")
-                self.kill()
+            self.start("jobman.CHUNK = 10\n")  # some are told later
+            wait_for(lambda told=after: self.children() == {told}, "all told")
+            self.kill()
             self.assertSound(self.db)
         self.wrong = False
 
@@ -7519,7 +7516,6 @@ def wal_end(wal):
     return salts, end
 
 
-@slow
 class TornTest(CrashCase):
     """A WAL that isn't whole has what was committed before its damage."""
 
@@ -8565,9 +8561,7 @@ class SlotsTest(WorkerCase):
         self.add(*[["true"]] * 300)
         self.work("--slots", "2")
         self.assertEqual(["done"] * 300, self.states())
-        starts = self.starts()
-        self.assertLess(len(starts), 150)
-        self.assertLessEqual(max(starts), 202)
+        self.assertTrue(2 < max(self.starts()) <= 202, self.starts())
 
     def test_long_commands_are_claimed_one_by_one(self):
         self.add(*["sleep 0.4"] * 3)
@@ -9339,6 +9333,7 @@ class OutageTest(WorkerCase):
         self.assertEqual(1, len(self.spooled()))
 
 
+@slow
 class EndTest(WorkerCase):
     """How a worker ends: by signals, in time, or killed."""
 
@@ -10283,31 +10278,32 @@ class VerifyTest(WorkerCase):
 class QuarantineTest(WorkerCase):
     """A node on which all commands fail does no harm to the jobs."""
 
-    def start(self, name, *argv, **environment):
-        """Start a worker on a node."""
-        return self.spawn(
-            WORKER, "--idle-timeout", "1000", "--slots", "1", "--print",
-            "--quiet", "--name", name, *argv,
-            env=dict(self.environment, **environment))
-
     def test_a_bad_node_is_found_out_and_the_jobs_are_done_elsewhere(self):
-        self.add(*['[ -z "$BROKEN" ] && sleep 0.1'] * 15, max_attempts=10)
-        good = self.start("good")
+        def meanwhile():
+            wait_for(lambda: len(self.outcomes_of("bad")) >= 3, "failures")
+            self.go()
+
+        self.patch(worker.NodeCheck, "PATIENCE", 1000)
+        self.add(*['[ -z "$BROKEN" ] && { %s; }' % UNTIL_GO] * 12,
+                 max_attempts=10)
+        good = self.start("--idle-timeout", "1000", "--name", "good")
         wait_for(lambda: self.client.workers()["workers"], "the good one")
-        status, _, err = self.finish(self.start("bad", BROKEN="1"))
-        self.assertEqual(3, status)
+        self.environment["BROKEN"] = "1"
+        _, err = self.work("--name", "bad", meanwhile=meanwhile, status=3)
         self.assertRegex(err, r"In quarantine: \d+ jobs in a row failed here")
-        self.await_states(*["done"] * 15)
+        self.await_states(*["done"] * 12)
         good.terminate()
         self.assertEqual(143, self.finish(good)[0])
-        query = "select outcome from attempt where worker = 'bad'"
-        outcomes = [row["outcome"]
-                    for row in rows(self.path("jobman.db"), query)]
-        self.assertLess(outcomes.count("failed"), 10)
-        self.assertLessEqual(set(outcomes), {"failed", "released"})
+        self.assertLess(self.outcomes_of("bad").count("failed"), 6)
         told, = self.client.workers()["workers"]  # the good one has ended
         self.assertEqual("bad", told["name"])
         self.assertIn("in a row failed here", told["quarantine"])
+
+    def outcomes_of(self, name):
+        """Return how a worker's attempts ended."""
+        query = "select outcome from attempt where worker = ?"
+        return [row["outcome"] for row in
+                rows(self.path("jobman.db"), query, name)]
 
     def test_jobs_that_fail_everywhere_put_nobody_in_quarantine(self):
         self.patch(worker.NodeCheck, "PATIENCE", 0.5)
@@ -10334,13 +10330,11 @@ class QuarantineTest(WorkerCase):
         self.client.heartbeat("there", 60, [], stages=[0])
         return check
 
-    def fail_here(self, check, n=3, seconds=0.1):
-        """Let the next `n` jobs fail here."""
-        for _ in range(n):
-            job = wait_for(lambda: self.client.get(
-                0, worker="here", lease=60), "a job")
+    def fail_here(self, check):
+        """Let the next three jobs fail here."""
+        for job in self.client.get(0, worker="here", lease=60, n=3):
             self.client.fail_job(job["jobid"], job["claim"])
-            check.record(job, failed=True, seconds=seconds)
+            check.record(job, failed=True, seconds=0.1)
 
     def end_there(self, done):
         """Let another worker end three jobs, once they are free."""
@@ -10389,17 +10383,17 @@ class QuarantineTest(WorkerCase):
         self.assertIsNone(self.verdict(check))
 
     def test_few_slow_or_repeated_failures_say_nothing(self):
-        check = self.check()
-        self.fail_here(check, seconds=11)
-        self.assertFalse(check.suspect())
-        for _ in range(9):
-            check.record({"jobid": 1, "jobstage": 0}, True, 0.1)
-        self.fail_here(check, n=1)
-        self.assertFalse(check.suspect())
-        check.record({"jobid": 9, "jobstage": 0}, failed=False, seconds=0)
-        self.fail_here(check, n=2)
-        self.assertFalse(check.suspect())
-        self.assertIsNone(self.verdict(check))
+        for ends, suspect in (
+            ([(1, 1), (2, 1), (3, 1)], True),
+            ([(1, 1), (1, 1), (1, 1), (2, 1)], False),
+            ([(1, 11), (2, 11), (3, 11)], False),
+            ([(1, 1), (2, 1), (9, None), (3, 1)], False),
+        ):
+            check = self.check()
+            for jobid, seconds in ends:
+                check.record({"jobid": jobid, "jobstage": 0},
+                             failed=bool(seconds), seconds=seconds)
+            self.assertEqual(suspect, check.suspect())
 
     def test_a_worker_that_cannot_tell_is_not_awaited(self):
         for told, heard in (({"stages": [2]}, 120), ({"stages": [0]}, -1),
