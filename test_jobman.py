@@ -35,7 +35,6 @@ import random
 import re
 import resource
 import select
-import selectors
 import shlex
 import shutil
 import signal
@@ -4901,78 +4900,38 @@ OPTIONS = {
              "after=1,2"),
     "pace": ("minutes=9",),
 }
-ODD_PARTS = (
+ODD_WORDS = [word.encode("latin-1") for word in (
     "", "-1", "1.5", "9" * 25, "9" * 400, "%00", "%2e%2e", "..", "%", "%zz",
     "%ff", "%D9%A1", "\xd9\xa1", "1%20", "+1", "0x1", "1_0", "%2F", "0,1,2",
-    ",", "NaN", "1e9", "x" * 3000, "'", '"', "<b>", "\\", "*", "a:b", "a b",
-    "1#2", "%0d%0aX:%20y", "\x7f", "\xff", "%ED%A0%80", "{}", "1000001",
-)
-ODD_TARGETS = (
-    "*", "", "http://", "http://x", "http:///status", "https://x/status",
-    "http://[::1/status", "//status", "status", "/../status", "///", "/\\",
-    "x:443", "/?", "?", "/status?" + "&" * 3000, "/status#x", "/%", "ftp://x/",
-    "/" * 5000, "/get/0?wait=0\xff", "http://x:y@z/get/0", "/set/../get/0",
-)
-ODD_OPTIONS = (
-    "n=1&n=2", "unknown=1", "=", "&&", "%", "a" * 5000, "plain=1", "x=" * 2000,
-)
-ODD_VALUES = (
-    "", "0", "-1", "9" * 25, "9" * 400, "1_0", "1.5", "NaN", "inf", "1e9",
-    "0.0", "0.0000001", "1000000001", "1,2", "nan,1", "inf,1", "x,1", "1,-1",
-    "1_0,9999999999999999", "%00", "%ff", "%ED%A0%80", "%D9%A1", "x" * 65,
-    "x" * 300, "time", "id", "expired", "done", "60", "%26n=1", "+1", "1+1",
-)
-ODD_HEADERS = (
-    ("jobix", ""), ("jobix", "-1"), ("jobix", "7, 7"), ("jobix", "\xb3"),
-    ("jobix", "9" * 30), ("jobix", "9223372036854775808"), ("jobix", "7.0"),
-    ("jobix", "7" * 5000), ("JOBIX", " 7\t"), ("jobix", "+7"), ("jobix", "7"),
-    ("Host", "x"), ("Host", ""), ("Host", "a b"), ("Host", "[::1]:x"),
-    ("Host", "\xff"), ("Host", "127.0.0.1:99999999"), ("Host", "a,b"),
-    ("Accept", "text/html"), ("Accept-Encoding", "deflate"), ("Cookie", "a"),
-    ("Accept-Encoding", "deflate;q=0, *"), ("If-None-Match", 'W/"x"'),
-    ("Authorization", "Basic a"), ("Authorization", "Basic Ojc="),
-    ("Authorization", "Basic Ou0="), ("Expect", "100-continue"),
-    ("Expect", "x"), ("Upgrade", "h2c"), ("Origin", "http://x"),
-    ("Origin", "null"), ("Sec-Fetch-Site", "cross-site"), ("X", "y" * 9000),
-    ("X", "y" * 70000), ("X" * 3000, "y"), ("X" * 70000, "y"), ("X", "a\0b"),
-    ("X", "\x01"), ("X", "\x80\xff"), ("\xff", "y"), ("X Y", "z"), ("", "y"),
-    ("Content-Type", "multipart/form-data; boundary="), ("X(", "y"),
-    ("Content-Encoding", "br"), ("X-Forwarded-For", "1.2.3.4"),
-    ("Content-Length", "0"), ("Content-Length", "00"), ("X", "a\rb"),
-    ("Content-Length", "-1"), ("Content-Length", "1" * 400), ("\0", ""),
-    ("Content-Length", "99999999"), ("Content-Length", "+1"),
-    ("Transfer-Encoding", "chunked"), ("Transfer-Encoding", "identity"),
-    ("transfer-encoding", "\x0bchunked"), ("TE", "trailers"),
-    ("Content_Length", "0"), ("X", "y\x85z"), ("X", "\x7f"), ("Host", "x/y"),
-)
-ODD_METHODS = (
-    "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "BREW", "CONNECT",
-    "get", "G\xc9T", "POST", "GET", "G" * 300, "__init__",
-)
-ODD_TEXTS = (
-    b"", b"\0", b"{", b"{}", b"[]", b"null", b'"', b"NaN", b"[NaN]", b"1e999",
-    b'{"ids": [1e999]}', b'{"all": true, "all": true}', b'{"1": Infinity}',
-    b"[" * 100000, b'{"a":' * 3000, b"[" * 300 + b"]" * 300, b"\xff\xfe{\0}\0",
-    b"\xef\xbb\xbf{}", b"\xff", b'"\xed\xa0\x80"', b'{"\\ud800": "\\udc00"}',
-    b"9" * 5000, b'{"1": {"jobstage": ' + b"9" * 4000 + b"}}", b"-", b"+1",
-    b'{"1": {"jobstage": 0, "jobstage": 1}}', b"{'a': 1}", b"[1,]", b"// {}",
-    b'{"1": {"jobstage": 0}, "01": {"jobstage": 1}}', b"true", b"1" * 25,
-    b'{"1": {"jobstage": 0}, "\\u0661": {"jobstage": 1}}', b"{}{}", b"--x\r\n",
-)
+    ",", "NaN", "inf", "1e9", "x" * 3000, "x" * 70000, "'", '"', "<b>", "\\",
+    "*", "a:b", "a b", "1#2", "%0d%0aX:%20y", "\x7f", "\xff", "%ED%A0%80",
+    "1000001", "nan,1", "1,-1", "9223372036854775808", "POST", "G\xc9T", "get",
+    "HTTP/1.0", "HTTP/2.0", "HTTP/0.9", "HTTP/1.1x", "http://x", "[::1]:x",
+    "http://[::1/status", "//status", "http://x:y@z", "Basic a", "time",
+    "Content-Length", "Expect", "100-continue", "Connection", "close",
+    "Authorization", "Basic Ojc=", "Basic Ou0=", "Content-Encoding", "Origin",
+    "Upgrade", "Sec-Fetch-Site", "cross-site", "If-None-Match", "a\0b", "/",
+)]
 # Each of them may be read in more than one way.
 ODD_LINES = (
     b"X: y\r\n z", b" X: y", b"\tX: y", b"X : y", b"X", b":", b": y", b"X:\ny",
-    b"X: y\n", b"X: y\r", b"X: y\r\r", b"\0", b"X: \0", b"X\0: y", b"\xff",
+    b"X: y\r", b"\0", b"X: \0", b"\xff", b"GET / HTTP/1.1", b"X: y\n\r\n",
     b"Transfer-Encoding: chunked", b"Transfer-Encoding : chunked", b"\x0bX: y",
     b"Transfer-Encoding:\x0bchunked", b"transfer-encoding: identity",
     b"X: y\nTransfer-Encoding: chunked", b"X: y\rTransfer-Encoding: chunked",
     b"X: y\r\n Transfer-Encoding: chunked", b"Transfer\xadEncoding: chunked",
     b"Content-Length: 0", b"Content-Length : 0", b"Content-Length:\r\n 0",
-    b"content-length: 0", b"Content-Length: 00", b"X: y\nContent-Length: 0",
+    b"Content-Length: 00", b"X: y\nContent-Length: 0", b"Content-Length: ",
     b"X: y\rContent-Length: 0", b"Content-Length\r: 0", b"\rContent-Length: 0",
-    b"Content-Length: -0", b"Content-Length: +0", b"Content-Length: 0x0",
-    b"Content-Length: ", b"Content-Length: 0, 0", b"GET / HTTP/1.1", b"\x1c",
-    b"X: y\n\n", b"X: y\r\r\n\r", b"X: y\n\r\n", b"X: y\x85\nz: \x0c",
+    b"Content-Length: -0", b"Content-Length: +0", b"Content-Length: 0, 0",
+)
+ODD_BODIES = (
+    zlib.compress(bytes(jobman.MAX_BODY + 1), 1), b"\xff\xfe{\0}\0", b"{}{}",
+    *(zlib.compress(c * 2**20) for c in (b"[", b" ", b'{"a":')), b"[NaN]",
+    b'{"all": true, "all": true}', b"[" * 300 + b"]" * 300, b"\xef\xbb\xbf{}",
+    b'"\xed\xa0\x80"', b'{"\\ud800": "\\udc00"}', b"", b"1e999", b"[1,]",
+    b'{"1": {"jobstage": ' + b"9" * 4000 + b"}}",
+    b'{"1": {"jobstage": 0}, "01": {"jobstage": 1}}', b"null",
 )
 JSON_WORDS = sorted({
     *jobman.CARRIES, *jobman.ABOUT_WORKER, *jobman.STATES, "key", "jobs",
@@ -4992,7 +4951,7 @@ JSON_ATOMS = (
 
 
 def random_json(random, depth=3):
-    """Return a random value, not seldom of words that jobman knows."""
+    """Return a random value, often of words that jobman knows."""
     kind = random.random() if depth else 0
     if kind < 0.6:
         return random.choice(random.choice(
@@ -5023,241 +4982,22 @@ def with_another(random, value):
     return changed
 
 
-class Draft:
-    """A request about to be sent."""
+def request(random, route, held=(1, "t")):
+    """Return a request of a route that is right, about the job `held`.
 
-    def __init__(self, method, path, options, headers, value):
-        self.method = method
-        self.path = path
-        self.options = options
-        self.version = "HTTP/1.1"
-        self.headers = headers
-        self.value = value
-        self.body = b"" if value is None else packed(value)
-
-    @property
-    def last(self):
-        """Whether nothing should come after it on a connection."""
-        names = {name.lower() for name, _ in self.headers}
-        return self.version != "HTTP/1.1" or "connection" in names
-
-    def sound(self):
-        """Return whether its head is one that a server may take."""
-        hosts = [v for name, v in self.headers if name.lower() == "host"]
-        line, *lines = b"\n".join(self.head()).decode("latin-1").split("\n")
-        return (
-            re.match(r"[!#-'*+.^`|~\w-]+ [!-~]+ HTTP/1\.[0-9]\Z", line, re.A)
-            and len(lines) <= 100 and len(line + "\r\n".join(lines)) <= 65536
-            and all(re.match(r"[!#-'*+.^`|~\w-]+:[\t -~\x80-\xff]*\Z", each,
-                             re.A) for each in lines)
-            and (re.match(r"[\w.:-]+\Z", ",".join(hosts), re.A)
-                 or (hosts in ([], [""]) and self.version == "HTTP/1.0"))
-            and "transfer-encoding:" not in "\n".join(lines).lower()
-            and "\n".join(lines).lower().count("\ncontent-length:") < 2)
-
-    def head(self):
-        target = "?".join([self.path, "&".join(self.options)][
-            : 2 if self.options else 1])
-        lines = ["%s %s %s" % (self.method, target, self.version)]
-        lines += ["%s: %s" % header for header in self.headers]
-        if self.body or self.method == "POST":
-            lines.append("Content-Length: %d" % len(self.body))
-        return [line.encode("latin-1") for line in lines]
-
-    def raw(self):
-        return b"\r\n".join([*self.head(), b"", self.body])
-
-
-class Fuzz:
-    """Make requests from the table of routes, and bend or break them.
-
-    What is bent is still one request, which gets one answer. What is broken
-    may be none, or several.
+    It is the method, the path, the options and the value to be sent.
     """
-
-    BOMBS = (
-        zlib.compress(bytes(jobman.MAX_BODY + 1), 1),
-        *(zlib.compress(c * 2**20) for c in (b"[", b" ", b"1", b'{"a":')),
-    )
-
-    def __init__(self, random, host):
-        self.random = random
-        self.host = host
-        self.held = 1, "t"  # a job and its token, from an answer
-
-    def draft(self, jobix):
-        """Return a request that is right."""
-        method, path, _ = self.random.choice(jobman.ROUTES)
-        return self.fill(method, path, jobix)
-
-    def fill(self, method, path, jobix):
-        """Return a request of a route with all it needs."""
-        random, (jobid, token) = self.random, self.held
-        name = path.split("/")[1]
-        if random.random() < 0.5:
-            path = path.replace("<jobid>", str(jobid))
-        path = re.sub("<.*?>", lambda _: str(random.randrange(4)), path)
-        known = ("plain=1",) if path == "/get" else OPTIONS.get(name, ())
-        options = random.sample(known, random.randint(0, len(known)))
-        headers = [("Host", self.host), ("jobix", str(jobix))]
-        value = BODIES.get(name, {}) if method == "POST" else None
-        options = ["claim=" + token if option == "claim=t" else option
-                   for option in options]
-        return Draft(method, path, options, headers, value)
-
-    def bent(self, jobix):
-        """Return a request of which a part or two are odd."""
-        draft = self.draft(jobix)
-        for _ in range(self.random.choice((1, 1, 1, 2))):
-            bend = self.random.choice(
-                self.BENDS_BODY if draft.body and self.random.random() < 0.7
-                else self.BENDS)
-            bend(self, draft)
-        return draft
-
-    def bend_method(self, draft):
-        draft.method = self.random.choice(ODD_METHODS)
-
-    def bend_version(self, draft):
-        if self.random.random() < 0.3:
-            draft.version = self.random.choice(
-                ("HTTP/1.0", "HTTP/1.2", "HTTP/2.0", "HTTP/0.9", "HTTP/1.1x",
-                 "http/1.1", "HTTP/11", "HTTP/1.\xb9", "HTTP/-1.1"))
-
-    def bend_path(self, draft):
-        random = self.random
-        parts = draft.path[1:].split("/")
-        i = random.randrange(len(parts))
-        odd = random.choice(ODD_PARTS)
-        if random.random() < 0.2:
-            draft.path = random.choice(ODD_TARGETS)
-            return
-        elif random.random() < 0.6:
-            parts[i] = odd
-        elif random.random() < 0.5:
-            parts[i:i] = [odd]
-        else:
-            parts[i] = "".join("%%%02x" % ord(c) for c in parts[i][:3]) + odd
-        draft.path = "/" + "/".join(parts)
-
-    def bend_options(self, draft):
-        random, options = self.random, draft.options
-        if options and random.random() < 0.8:
-            i = random.randrange(len(options))
-            name = options[i].partition("=")[0]
-            options[i] = "%s=%s" % (name, random.choice(ODD_VALUES))
-        else:
-            place = random.randint(0, len(options))
-            options.insert(place, random.choice(ODD_OPTIONS))
-
-    def bend_headers(self, draft):
-        random, headers = self.random, draft.headers
-        kind = random.random()
-        if kind < 0.1:
-            del headers[random.randrange(len(headers))]
-        elif kind < 0.2:
-            headers.append(random.choice(headers))
-        elif kind < 0.22:
-            headers += [("X%d" % i, "y") for i in range(150)]
-        elif kind < 0.25:
-            headers.append(("Connection", random.choice(
-                ("close", "keep-alive", "upgrade", "close, x", "jobix", ""))))
-        else:
-            name, value = random.choice(ODD_HEADERS)
-            if random.random() < 0.5:
-                headers[:] = [h for h in headers if h[0] != name]
-            headers.insert(random.randint(0, len(headers)), (name, value))
-
-    def bend_value(self, draft):
-        value = with_another(self.random, draft.value)
-        pack = self.random.choice((
-            packed, lambda value: json.dumps(value).encode(),
-            lambda value: gzip.compress(json.dumps(value).encode())))
-        draft.body = pack(value)
-
-    def bend_text(self, draft):
-        text = self.random.choice(ODD_TEXTS)
-        draft.body = text if self.random.random() < 0.5 else zlib.compress(
-            text, 1)
-
-    def bend_body(self, draft):
-        random, body = self.random, bytearray(draft.body)
-        kind = random.random()
-        if kind < 0.05:
-            body = random.choice(self.BOMBS[kind > 0.002:])
-        elif kind < 0.4:
-            del body[random.randrange(len(body) + 1):]
-        elif kind < 0.8 and body:
-            body[random.randrange(len(body))] = random.randrange(256)
-        else:
-            body += random.choice((b"\0", b"x", draft.body, b"\r\n"))
-        draft.body = bytes(body)
-
-    BENDS = (bend_method, bend_version, bend_path, bend_path, bend_options,
-             bend_options, bend_headers, bend_headers)
-    BENDS_BODY = bend_value, bend_value, bend_value, bend_text, bend_body
-
-    def broken(self, jobix):
-        """Return bytes that are hardly a request any more."""
-        draft = self.bent(jobix) if self.random.random() < 0.3 else \
-            self.draft(jobix)
-        return self.random.choice(self.BREAKS)(self, draft)
-
-    def break_bytes(self, draft):
-        raw = bytearray(draft.raw())
-        for _ in range(self.random.choice((1, 1, 2, 5))):
-            i = self.random.randrange(len(raw) + 1)
-            j = i + self.random.choice((0, 1, 1, 4, 30))
-            raw[i:j] = self.random.choice((
-                b"", b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b":",
-                b"\xff", raw[i:j] * 2, b"\t", bytes([self.random.randrange(
-                    256)])))
-        return bytes(raw)
-
-    def break_lines(self, draft):
-        lines = draft.head()
-        i = self.random.randrange(len(lines))
-        kind = self.random.random()
-        if kind < 0.2:
-            del lines[i]
-        elif kind < 0.4:
-            lines.append(lines[i])
-        elif kind < 0.6:
-            self.random.shuffle(lines)
-        else:
-            lines.insert(i, self.random.choice(ODD_LINES))
-        end = self.random.choice((b"\r\n", b"\r\n", b"\n", b"\r", b"\r\r\n"))
-        return end.join([*lines, b"", draft.body])
-
-    def break_length(self, draft):
-        length = b"Content-Length: %d\r\n" % self.random.choice(
-            (0, 1, len(draft.body) - 1, len(draft.body) + 1, 10**6, 10**30))
-        return re.sub(
-            rb"Content-Length: \d+\r\n", length, draft.raw(), count=1)
-
-    def break_off(self, draft):
-        raw = draft.raw()
-        return raw[: self.random.randrange(len(raw))]
-
-    BREAKS = break_bytes, break_bytes, break_lines, break_length, break_off
-
-    def smuggled(self, jobix, inner):
-        """Return a request whose body is one, and whose length is doubtful.
-
-        Its own Content-Length is right: who takes it for two is wrong, and
-        who takes it for one may be.
-        """
-        draft = self.draft(jobix)
-        draft.method, draft.body = self.random.choice(("GET", "POST")), inner
-        *lines, length = draft.head()
-        place = self.random.randint(1, len(lines))
-        lines.insert(place, self.random.choice(ODD_LINES))
-        lines.insert(self.random.choice((len(lines), len(lines), 1)), length)
-        return b"\r\n".join([*lines, b"", inner])
-
-
-ANSWER = re.compile(
-    rb"HTTP/1\.1 (\d{3}) [A-Za-z -]+\r\n((?:[A-Za-z-]+: [ -~]*\r\n)*)\r\n")
+    method, path = route[:2]
+    name = path.split("/")[1]
+    if random.random() < 0.5:
+        path = path.replace("<jobid>", str(held[0]))
+    path = re.sub("<.*?>", lambda _: str(random.randrange(4)), path)
+    known = OPTIONS.get(name, ())
+    options = [option.replace("claim=t", "claim=" + held[1])
+               for option in random.sample(known, random.randint(
+                   0, len(known)))]
+    value = BODIES.get(name, {}) if method == "POST" else None
+    return method, path, options, value
 
 
 class Answer:
@@ -5265,13 +5005,12 @@ class Answer:
 
     STATUSES = {200, 304, 400, 401, 403, 404, 405, 408, 409, 411, 413, 414,
                 421, 431, 505}
+    HEAD = re.compile(
+        rb"HTTP/1\.1 (\d{3}) [A-Za-z -]+\r\n((?:[A-Za-z-]+: [ -~]*\r\n)*)\r\n")
 
-    def __init__(self, data, has_body):
-        """Read the first answer in `data`; keep what comes after it.
-
-        Unless it surely has a body it may be the answer to a HEAD.
-        """
-        found = ANSWER.match(data)
+    def __init__(self, data):
+        """Read the first answer in `data`; keep what comes after it."""
+        found = self.HEAD.match(data)
         assert found, "no answer: %.300r" % data
         self.status = int(found.group(1))
         lines = found.group(2).decode().lower().split("\r\n")[:-1]
@@ -5282,8 +5021,6 @@ class Answer:
             length = 0
         else:
             length = int(self.headers["content-length"])
-            if not has_body and (not rest or rest.startswith(b"HTTP/1.1 ")):
-                length = 0
         self.body, self.rest = rest[:length], rest[length:]
         assert len(self.body) == length, "cut short: %r" % data[-300:]
         self.closes = self.headers.get("connection") == "close"
@@ -5294,138 +5031,130 @@ class Answer:
         if self.status == 405:
             allowed = self.headers["allow"].split(", ")
             assert {*allowed} <= {"get", "post", "head"}, self.headers
-        if self.status not in (304, 401) and self.body:
-            self.check_body()
-
-    def check_body(self):
-        kind = self.headers["content-type"]
+        if self.status in (304, 401) or not self.body:
+            return
+        kind, body = self.headers["content-type"], self.body
+        if "content-encoding" in self.headers:
+            body = zlib.decompress(body)
         if self.status >= 400:
             assert kind == "application/json", self.headers
-            error, = json.loads(self.body.decode("ascii")).items()
+            error, = json.loads(body.decode("ascii")).items()
             assert error[0] == "error" and type(error[1]) is str, error
         elif kind == "application/json":
-            body = self.body
-            if "content-encoding" in self.headers:
-                body = zlib.decompress(body)
-            self.value = json.loads(body.decode("ascii"))
+            json.loads(body.decode("ascii"))
 
 
 class Fuzzer(threading.Thread):
     """A client that sends odd requests, and looks at the answers.
 
-    `known` is a jobix with the lifetime 77 for stage 7.
+    `known` is a jobix with the lifetime 77 for stage 7. `inner` is a request
+    that nobody makes: it is hidden in the bodies of others.
     """
 
-    BUNCH = 10  # requests on one connection
-
-    def __init__(self, address, random, jobixes, known, inner):
+    def __init__(self, address, random, jobixes, known, inner, requests):
         super().__init__(daemon=True)
-        self.address = address
-        self.random = random
-        self.fuzz = Fuzz(random, "%s:%d" % address)
-        self.jobixes = jobixes
-        self.probe = Draft("GET", "/lifetime/7", [], [
-            ("Host", self.fuzz.host), ("jobix", str(known))], None)
+        self.address, self.random, self.jobixes = address, random, jobixes
+        self.probe = b"GET /lifetime/7 HTTP/1.1\r\nHost: localhost\r\n" \
+            b"jobix: %d\r\n\r\n" % known
         self.inner = inner
-        self.left = []  # drafts that were not looked at yet
-        self.quota = 0
-        self.tally = Counter()  # of statuses
+        self.requests = requests
         self.error = None
 
     def run(self):
         try:
-            while self.quota > 0:
-                self.send_bunch()
+            for _ in range(self.requests):
+                head, body = self.draft()
+                self.random.choice((self.send_bent, self.send_bent,
+                                    self.send_broken, self.send_smuggled))(
+                    head, body)
         except Exception:
             self.error = traceback.format_exc()
 
-    def send_bunch(self):
-        """Send drafts, a probe, and perhaps what is broken, at once."""
-        drafts, self.left = self.left, []
-        while len(drafts) < self.BUNCH and not (drafts and drafts[-1].last):
-            drafts.append(self.fuzz.bent(self.random.choice(self.jobixes)))
-        tail, kind = None, self.random.random()
-        if not drafts[-1].last:
-            drafts.append(self.probe)
-            if kind < 0.6:
-                tail = self.fuzz.broken(self.random.choice(self.jobixes))
-            elif kind < 0.8:
-                tail = self.fuzz.smuggled(self.jobixes[0], self.inner)
-        data = b"".join([*(draft.raw() for draft in drafts), tail or b""])
-        self.quota -= bool(tail)
-        try:
-            if self.random.random() < 0.03:
-                self.quota -= len(drafts)
-                return self.cut(data)
-            self.compare(drafts, tail, self.exchange(data), data)
-        except Exception as error:
-            raise AssertionError("%r to %r" % (error, data[:9999])) from error
+    def draft(self):
+        """Return the lines of a request that is right, and its body."""
+        method, path, options, value = request(
+            self.random, self.random.choice(jobman.ROUTES))
+        path += "?" * bool(options) + "&".join(options)
+        lines = ["%s %s HTTP/1.1" % (method, path), "Host: localhost",
+                 "jobix: %d" % self.random.choice(self.jobixes)]
+        body = b""
+        if method == "POST":
+            body = packed(with_another(self.random, value))
+            if self.random.random() < 0.2:
+                body = self.random.choice(ODD_BODIES)
+            lines.append("Content-Length: %d" % len(body))
+        return [line.encode() for line in lines], body
 
-    def cut(self, data):
-        """Send a part and hang up."""
-        with socket.create_connection(self.address, PATIENCE) as client:
-            client.sendall(data[: self.random.randrange(len(data))])
-            if self.random.random() < 0.5:
-                reset(client)
+    def send_bent(self, head, body):
+        """Send a request with an odd word in it; it gets one answer."""
+        words = re.split(rb"([/?&=: ])", b"\n".join(head[:3]))
+        i = self.random.randrange(len(words))
+        j = i + self.random.choice((0, 1, 1, 2))
+        words[i:j] = [self.random.choice(ODD_WORDS)]
+        lines = b"".join(words).split(b"\n") + head[3:]
+        data = b"\r\n".join([*lines, b"", body])
+        first, *rest = self.exchange(data + self.probe)
+        bodies = [answer.body for answer in rest]
+        assert bodies == [] if first.closes else [b"77"], data[:9999]
+
+    def send_broken(self, head, body):
+        """Send bytes that are hardly a request any more."""
+        random, kind = self.random, self.random.random()
+        data = b"\r\n".join([*head, b"", body])
+        i = random.randrange(len(data) + 1)
+        j = i + random.choice((0, 1, 1, 4, 30))
+        if kind < 0.3:
+            data = data[:i]
+        elif kind < 0.7:
+            data = data[:i] + random.choice((
+                b"", b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b":",
+                b"\xff", data[i:j] * 2, b"\t")) + data[j:]
+        else:
+            head.insert(random.randint(0, len(head)),
+                        random.choice([*ODD_LINES, *head]))
+            end = random.choice((b"\r\n", b"\r\n", b"\n", b"\r", b"\r\r\n"))
+            data = end.join([*head, b"", body])
+        self.exchange(data)
+
+    def send_smuggled(self, head, _):
+        """Send a request whose body is one, and whose length is doubtful.
+
+        Its own Content-Length is right: a server that takes it for two is
+        wrong, and one that takes it for one may be.
+        """
+        head = head[:3]
+        head.insert(self.random.randint(1, 3), self.random.choice(ODD_LINES))
+        head.insert(self.random.choice((4, 4, 1)),
+                    b"Content-Length: %d" % len(self.inner))
+        data = b"\r\n".join([*head, b"", self.inner])
+        answer, *more = self.exchange(data)
+        assert answer and not more, data
 
     def exchange(self, data):
-        """Send all, in one piece or two; return all that comes back."""
-        middle = self.random.choice((0, self.random.randrange(len(data))))
+        """Send all, in one piece or two; return the answers."""
+        middle = self.random.choice((0, self.random.randrange(len(data) + 1)))
         with socket.create_connection(self.address, PATIENCE) as client:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             client.sendall(data[:middle])
             client.sendall(data[middle:])
             client.shutdown(socket.SHUT_WR)
-            return b"".join(iter(lambda: client.recv(65536), b""))
-
-    def compare(self, drafts, tail, came, data):
-        """Check what came: an answer for each, up to one that closes."""
-        answers = []
+            came, answers = b"".join(iter(lambda: client.recv(65536), b"")), []
         while came:
-            i = len(answers)
-            has_body = i < len(drafts) and drafts[i].method != "HEAD"
-            answer = Answer(came, has_body)
+            answer = Answer(came)
             came = answer.rest
-            if answer.status == 100:
-                assert b"100-continue" in data
-                continue
-            answers.append(answer)
-            self.tally[answer.status] += 1
-            answer.check()
-            self.learn(answer)
-            assert not (answer.closes and came), "more after a close"
-            assert has_body or answer.closes or not answer.body or i >= len(
-                drafts), "HEAD has a body"
-        more = answers[len(drafts):]
-        assert answers and (tail or not more), len(answers)
-        if more and tail.endswith(self.inner):
-            assert len(more) == 1 and more[0].status in (400, 411), "smuggled"
-            assert more[0].closes, "it goes on"
-        self.quota -= len(drafts[: len(answers)])
-        if len(answers) < len(drafts):
-            assert answers[-1].closes, "%d for %d" % (
-                len(answers), len(drafts))
-            self.left = drafts[len(answers):]
-        for draft, answer in zip(drafts, answers):
-            assert answer.status >= 400 or draft.sound(), "it was taken"
-            if draft is self.probe:
-                assert answer.body == b"77", "no answer to the probe"
-
-    def learn(self, answer):
-        """Keep the token of a claim for later requests."""
-        value = getattr(answer, "value", None)
-        job = value[0] if type(value) is list and value else value
-        if type(job) is dict and "claim" in job:
-            self.fuzz.held = job["jobid"], job["claim"]
+            if answer.status != 100:
+                answer.check()
+                answers.append(answer)
+                assert not (answer.closes and came), "more after a close"
+        return answers
 
 
-@slow
 class FuzzTest(SeededCase):
     """Odd requests by the thousand, while jobs go through the server."""
 
     open_to_all = True
-    REQUESTS = 30000
-    THREADS = 6
+    REQUESTS = 8000
+    THREADS = 4
     START = changed(  # few, of which none may be left over
         "jobman", "jobman.MAX_WAIT = 0.05; jobman.MAX_CONNECTIONS = 200")
 
@@ -5435,116 +5164,75 @@ class FuzzTest(SeededCase):
             kind: len(os.listdir("/proc/%d/%s" % (self.server.pid, kind)))
             for kind in ("task", "fd")})
 
-    def memory(self):
-        """Return the memory that the server has, in MiB."""
-        size = read("/proc/%d/statm" % self.server.pid).split()[1]
-        return int(size) * resource.getpagesize() / 2**20
-
-    def ask(self, path, jobix, **options):
+    def ask(self, path, jobix):
         return exchange(self.address, "GET", path,
-                        headers={"jobix": str(jobix)}, **options).json()
+                        headers={"jobix": str(jobix)}).json()
 
-    def settle(self, **more):
-        """Wait until it has no more of them than before and `more`."""
-        more = Counter(more, fd=3 * jobman.Readers.KEPT)
-        more["task"] += jobman.Server.PARKED
-        wait_for(lambda: not self.level() - self.before - more,
-                 "threads to end, and files to be closed")
-
-    def fuzz(self, requests):
-        """Let the fuzzers send a number of requests; return when settled."""
-        self.fuzzers = [
-            Fuzzer(self.address, random.Random(self.random.random()),
-                   self.jobixes, self.known, self.inner)
-            for _ in range(self.THREADS)
-        ]
-        for fuzzer in self.fuzzers:
-            fuzzer.quota = requests // self.THREADS
-            fuzzer.start()
-        self.tally = Counter()
-        for fuzzer in self.fuzzers:
-            fuzzer.join(PATIENCE * 4)
-            self.tally += fuzzer.tally
-            self.assertIsNone(fuzzer.error, fuzzer.error)
-            self.assertFalse(fuzzer.is_alive())
-        self.settle(task=len(self.haulers))
-
-    def begin(self):
-        """Start the server and who does its work meanwhile."""
-        self.environment.update(  # else glibc keeps what was freed, at times
-            MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072",
-            MALLOC_ARENA_MAX="2")
+    def test_odd_requests_harm_nobody(self):
         self.server, self.address = self.serve(start=self.START)
         access = json.loads(read(self.path(".jobman", "access.json")).decode())
-        self.jobix = access["jobix"]
-        self.known, hidden = (self.random.getrandbits(62) for _ in "12")
-        self.ask("/lifetime/7/77", self.known)
-        self.hidden = hidden
-        self.inner = b"GET /lifetime/9/9 HTTP/1.1\r\nHost: %s:%d\r\n" \
+        known, hidden = (self.random.getrandbits(62) for _ in "12")
+        self.ask("/lifetime/7/77", known)
+        before = self.level()
+        inner = b"GET /lifetime/9/9 HTTP/1.1\r\nHost: %s:%d\r\n" \
             b"jobix: %d\r\n\r\n" % (
                 self.address[0].encode(), self.address[1], hidden)
         # One reads the jobs of the true work, and can't touch them.
-        self.jobixes = [7, 8, 9, 9223372036854775807, access["reading_jobix"]]
-        self.before = self.level()
-        self.ending = threading.Event()
-        self.haulers = [
-            Hauler(self.address, self.jobix, i * 10**6, self.ending)
-            for i in range(3)
+        jobixes = [7, 8, 9, 9223372036854775807, access["reading_jobix"]]
+        ending = threading.Event()
+        haulers = [Hauler(self.address, access["jobix"], i * 10**6, ending)
+                   for i in range(3)]
+        fuzzers = [
+            Fuzzer(self.address, random.Random(self.random.random()), jobixes,
+                   known, inner, self.REQUESTS // self.THREADS)
+            for _ in range(self.THREADS)
         ]
-        for hauler in self.haulers:
-            hauler.start()
-
-    def assertLedger(self):
-        """End the true work; assert that each of its jobs went through once.
-        """
-        self.ending.set()
-        for hauler in self.haulers:
+        for thread in haulers + fuzzers:
+            thread.start()
+        for fuzzer in fuzzers:
+            fuzzer.join(PATIENCE * 4)
+        ending.set()
+        for hauler in haulers:
             hauler.join(PATIENCE)
-            self.assertFalse(hauler.is_alive())
-            self.assertIsNone(hauler.error)
-        added = sorted(i for h in self.haulers for i in h.added)
-        self.assertGreater(len(added), 100)
-        self.assertEqual(added, sorted(
-            i for h in self.haulers for i, _ in h.claimed))
-        self.assertEqual(added, sorted(i for h in self.haulers
-                                       for i in h.updated))
-        counts = Counter()
-        for stage in self.ask("/status", self.jobix)["stages"]:
-            counts[stage["stage"]] += sum(stage["states"].values())
-        self.assertEqual({2: len(added)}, dict(+counts))
-
-    def test_odd_requests_harm_nobody(self):
-        self.begin()
-        self.fuzz(self.REQUESTS // 2)
-        half = self.memory()
-        self.fuzz(self.REQUESTS - self.REQUESTS // 2)
-        full = self.memory()
-        self.assertLedger()
-        self.assertLess(full - half, 8)
-        self.assertEqual({}, self.ask("/init", self.hidden))
-        self.settle()
+        for thread in haulers + fuzzers:
+            self.assertIsNone(thread.error, thread.error)
+            self.assertFalse(thread.is_alive())
+        self.assertHauled(haulers, access["jobix"])
+        self.assertEqual({}, self.ask("/init", hidden))
+        more = Counter(fd=3 * jobman.Readers.KEPT, task=jobman.Server.PARKED)
+        wait_for(lambda: not self.level() - before - more,
+                 "threads to end, and files to be closed")
         self.server.terminate()
         status, _, err = self.finish(self.server)
-        self.assertEqual(0, status)
-        self.assertFalse(err, err[-2000:])
+        self.assertEqual((0, ""), (status, err[-2000:]))
         status, out, _ = self.command(JOBMAN, *CHECK)
         self.assertEqual(0, status, out)
         self.wrong = False
 
+    def assertHauled(self, haulers, jobix):
+        """Assert that each job of the true work went through once."""
+        added, claimed, updated = [
+            sorted(i for hauler in haulers for i in getattr(hauler, name))
+            for name in ("added", "claimed", "updated")]
+        self.assertGreater(len(added), 20)
+        self.assertEqual((added, added), (claimed, updated))
+        counts = Counter()
+        for stage in self.ask("/status", jobix)["stages"]:
+            counts[stage["stage"]] += sum(stage["states"].values())
+        self.assertEqual({2: len(added)}, dict(+counts))
 
-@slow
+
 class RandomJsonTest(SeededCase):
     """What endpoints make of random JSON, without a socket between."""
 
-    BODIES = 5000
-    POSTS = [route[:2] for route in jobman.ROUTES if route[0] == "POST"]
+    BODIES = 3000
+    POSTS = [route for route in jobman.ROUTES if route[0] == "POST"]
 
     def setUp(self):
         super().setUp()
         self.store = jobman.Store(
             self.path("jobman.db"), clock=Clock(), open_to_all=True)
         self.addCleanup(self.store.close)
-        self.fuzz = Fuzz(self.random, "x")
         self.database = sqlite3.connect(self.path("jobman.db"))
         self.addCleanup(self.database.close)
         self.store.make_namespace(7)
@@ -5574,15 +5262,15 @@ class RandomJsonTest(SeededCase):
         self.respond("POST", "/set", packed(jobs))
         answer = self.respond("GET", "/get/0", options=("lease=60",))
         job = json.loads(answer.body.decode())
-        self.fuzz.held = job["jobid"], job["claim"]
+        self.held = job["jobid"], job["claim"]
 
     def odd(self):
         """Return a request with a random body."""
-        draft = self.fuzz.fill(*self.random.choice(self.POSTS), 7)
-        value = draft.value
+        method, path, options, value = request(
+            self.random, self.random.choice(self.POSTS), self.held)
         for _ in range(self.random.choice((1, 1, 1, 2, 3))):
             value = with_another(self.random, value)
-        return draft.method, draft.path, packed(value), draft.options
+        return method, path, packed(value), options
 
     def changes(self):
         return self.store.writer.connection.total_changes
@@ -5602,9 +5290,8 @@ class RandomJsonTest(SeededCase):
                 changes = self.changes()
                 if status >= 400:
                     self.assertEqual(before, content, request)
-        self.assertGreater(min(map(statuses.get, (200, 400, 404, 409))), 20)
-        status, out, _ = self.command(JOBMAN, *CHECK)
-        self.assertEqual(0, status, out)
+        self.assertGreater(min(map(statuses.get, (200, 400, 404, 409))), 10)
+        self.assertEqual([], faults(self.database.execute))
         self.wrong = False
 
 
@@ -6010,136 +5697,78 @@ class TogetherTest(StoreCase):
         self.assertEqual([[2]], self.commit(self.claim(0)))
 
 
-class Line:
-    """A connection of a Crowd, and the call that is on its way there."""
-
-    def __init__(self, address):
-        self.socket = socket.create_connection(address, PATIENCE)
-        self.socket.setblocking(False)
-        self.came = b""
-        self.asked = None  # when; None while there is no call on its way
-        self.wait = 0  # seconds that it may take beside
-        self.job = None
-
-
 class Crowd:
-    """Many connections, kept open by one thread.
+    """Many clients, each in a thread with a connection that it keeps.
 
     Idle ones wait in long polls until each has a job of stage 5. Working
     ones claim jobs of stage 0 and put them back there, until told to stop.
     """
 
-    HEAD = re.compile(rb"HTTP/1\.1 200 OK\r\n(.*?\r\n)\r\n", re.S)
-
     def __init__(self, address, jobix, idle=0, working=0):
-        self.lines = [Line(tuple(address)) for _ in range(idle + working)]
-        self.head = "Host: %s:%d\r\njobix: %d\r\n\r\n" % (*address, jobix)
+        self.address, self.headers = tuple(address), {"jobix": str(jobix)}
         self.going = True
         self.times = []  # that answers took, beside what they may wait
         self.updated = []  # tokens of updates that were answered
         self.jobs = []  # that the idle ones got
         self.faults = []
-        self.ask = self.long_poll if idle else self.work
+        acts = [self.long_poll] * idle + [self.work] * working
+        self.threads = [threading.Thread(target=self.client, args=(act,))
+                        for act in acts]
+
+    def client(self, act):
+        connection = http.client.HTTPConnection(*self.address, timeout=90)
+        try:
+            act(functools.partial(self.ask, connection))
+        except EOFError:
+            pass  # the server has ended
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            self.faults.append(repr(error))
+        connection.close()
+
+    def ask(self, connection, path, wait=0):
+        """Make a call; return its answer. EOFError: it was the last one."""
+        asked = time.monotonic()
+        connection.request("GET", path, headers=self.headers)
+        reply = Reply(connection.getresponse())
+        took = time.monotonic() - asked
+        self.times.append(max(took - wait, 0))
+        closes = reply.headers.get("connection") == "close"
+        if reply.status != 200 or (
+                reply.text == '"nada"' and took < wait - 0.1 and not closes):
+            raise ValueError("%s after %.1f s" % (reply.text, took))
+        if path.startswith("/update"):
+            self.updated.append(path.partition("claim=")[2])
+        if closes:
+            raise EOFError
+        return reply.text
+
+    def long_poll(self, ask):
+        job = '"nada"'
+        while job == '"nada"':
+            wait = random.randint(5, 60)
+            job = ask("/get/5?lease=600&wait=%d" % wait, wait)
+        self.jobs.append(json.loads(job)["jobid"])
+
+    def work(self, ask):
+        while self.going:
+            job = ask("/get/0?lease=600")
+            if job != '"nada"':
+                ask("/update_job/%(jobid)d/0?claim=%(claim)s"
+                    % json.loads(job))
 
     def run(self):
         """Call until all is over, or standard input is closed."""
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(sys.stdin, selectors.EVENT_READ)
-        for line in self.lines:
-            self.selector.register(line.socket, selectors.EVENT_READ, line)
-            self.ask(line)
+        for thread in self.threads:
+            thread.start()
         print("ready", flush=True)
-        while len(self.selector.get_map()) > self.going:
-            events = self.selector.select(PATIENCE)
-            if not events:
-                self.faults.append("no answer in %d s" % PATIENCE)
-                break
-            for key, _ in events:
-                if key.data:
-                    self.receive(key.data)
-                else:
-                    self.selector.unregister(sys.stdin)
-                    self.going = False
-
-    def call(self, line, path, wait=0):
-        """Send a request, short enough for any buffer."""
-        line.asked, line.wait = time.monotonic(), wait
-        with contextlib.suppress(OSError):  # then it is cut, which is seen
-            line.socket.sendall(
-                ("GET %s HTTP/1.1\r\n%s" % (path, self.head)).encode())
-
-    def long_poll(self, line):
-        if line.job:
-            self.jobs.append(line.job["jobid"])
-            self.leave(line)
-        else:
-            wait = random.randint(5, 60)
-            self.call(line, "/get/5?lease=600&wait=%d" % wait, wait)
-
-    def work(self, line):
-        if line.job:
-            path = "/update_job/%(jobid)d/0?claim=%(claim)s" % line.job
-            self.call(line, path)
-        elif self.going:
-            self.call(line, "/get/0?lease=600")
-        else:
-            self.leave(line)
-
-    def leave(self, line):
-        self.selector.unregister(line.socket)
-        line.socket.close()
-
-    def receive(self, line):
-        """Take what comes on a line; go on when it is a whole answer."""
-        try:
-            more = line.socket.recv(65536)
-        except OSError as error:
-            self.faults.append(str(error))
-            more = b""
-        if not more:
-            if line.asked:
-                self.faults.append("cut after %.3f s with %r" % (
-                    time.monotonic() - line.asked, line.came))
-            return self.leave(line)
-        line.came += more
-        found = self.HEAD.match(line.came)
-        length = found and re.search(
-            rb"Content-Length: (\d+)", found.group(1)).group(1)
-        if found and len(line.came) - found.end() == int(length):
-            self.take(line, found)
-        elif not found and b"\r\n\r\n" in line.came:
-            self.faults.append("%r" % line.came)
-            self.leave(line)
-
-    def take(self, line, found):
-        """Take an answer and go on, unless it is the last one."""
-        took = time.monotonic() - line.asked
-        self.times.append(max(took - line.wait, 0))
-        body, line.came, line.asked = line.came[found.end():], b"", None
-        if body.startswith(b"Success"):
-            self.updated.append(line.job["claim"])
-            line.job = None
-        elif body != b'"nada"':
-            line.job = json.loads(body.decode())
-        closes = b"Connection: close" in found.group(1)
-        if body == b'"nada"' and took < line.wait - 0.1 and not closes:
-            self.faults.append("a long poll of %.1f s" % took)
-        if not closes:
-            self.ask(line)
-
-    def report(self):
-        """Return what was seen, for JSON; `over` is when it was."""
-        return {"times": sorted(self.times), "updated": self.updated,
-                "jobs": self.jobs, "faults": self.faults,
-                "over": time.monotonic()}
-
-
-def be_a_crowd(options):
-    """Be a Crowd; say `ready`, and at the end what was seen."""
-    jobman.raise_file_limit()
-    crowd = Crowd(**json.loads(options))
-    crowd.run()
-    print(json.dumps(crowd.report()))
+        sys.stdin.read()
+        self.going = False
+        for thread in self.threads:
+            thread.join()
+        print(json.dumps({
+            "times": sorted(self.times), "updated": self.updated,
+            "jobs": self.jobs, "faults": self.faults,
+            "over": time.monotonic()}))
 
 
 class CrowdCase(TemporaryFolder):
@@ -6155,7 +5784,8 @@ class CrowdCase(TemporaryFolder):
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         if 0 <= most < clients + 500:
             self.skipTest("a process may open %d files at most" % most)
-        self.server, self.address = self.serve(start=self.FEW_FILES)
+        self.server, self.address = self.serve(
+            "--db", self.db, start=self.FEW_FILES)
 
     def set_jobs(self, first, n, stage):
         """Add jobs."""
@@ -6166,8 +5796,9 @@ class CrowdCase(TemporaryFolder):
 
     def crowd(self, **options):
         """Start a Crowd in a process of its own."""
-        code = "import sys; sys.path.insert(0, %r); import test_jobman\n" \
-            "test_jobman.be_a_crowd(sys.argv[1])" % HERE
+        code = "import json, sys; sys.path.insert(0, %r)\n" \
+            "import jobman, test_jobman; jobman.raise_file_limit()\n" \
+            "test_jobman.Crowd(**json.loads(sys.argv[1])).run()" % HERE
         options.update(address=self.address, jobix=4711)
         crowd = self.spawn("-c", code, json.dumps(options),
                            stdin=subprocess.PIPE)
@@ -6193,6 +5824,7 @@ class IdleTest(CrowdCase):
 
     def begin(self, idle, working=0):
         """Start a server and crowds; return these when all are there."""
+        self.db = self.path("%d.db" % idle)
         self.start((idle + working) * 5 // 4)
         self.set_jobs(0, 1000, 0)
         crowds = [self.crowd(idle=idle)]
@@ -6206,8 +5838,7 @@ class IdleTest(CrowdCase):
     def assertUpdated(self, tokens):
         """Assert that these updates are in the database, and no others."""
         done = [row["claim"] for row in rows(
-            self.path("jobman.db"),
-            "select claim from attempt where outcome = 'done'")]
+            self.db, "select claim from attempt where outcome = 'done'")]
         self.assertEqual(sorted(tokens), sorted(done))
 
     def test_none_is_refused_or_waits_for_long(self):
@@ -6243,7 +5874,6 @@ class IdleTest(CrowdCase):
                 self.assertGreaterEqual(len(reports[0]["times"]), idle)
                 if working:
                     self.assertUpdated(reports[1]["updated"])
-                os.unlink(self.path("jobman.db"))
 
 
 class CostTest(StoreCase):
@@ -6306,17 +5936,17 @@ class CostTest(StoreCase):
         }
         return {name: self.steps(act) for name, act in acts.items()}
 
-    def test_100000_jobs_cost_what_100_cost(self):
+    def test_30000_jobs_cost_what_100_cost(self):
         self.ok("/init/100/100/0/0/0/0")
         self.set_jobs(range(10**6, 10**6 + 100))
         few = self.costs()
         jobs = {
             jobid: {"jobstage": stage}
             for stage in (0, 2) for jobid in
-            range(10**6 * (stage + 2), 10**6 * (stage + 2) + 50000)
+            range(10**6 * (stage + 2), 10**6 * (stage + 2) + 15000)
         }
         self.store.add_jobs(self.namespace, *to_add(jobs))
-        self.assertEqual(50097, self.store.status(self.namespace)[
+        self.assertEqual(15097, self.store.status(self.namespace)[
             "stages"][0]["states"]["waiting"])
         many = self.costs()
         for name in few:
@@ -6326,20 +5956,20 @@ class CostTest(StoreCase):
     def test_a_page_of_a_stage_by_id_costs_a_few_steps_for_each_job(self):
         page = dict(order="id", after=None, stage=0, state=None, limit=10)
         space, costs = self.namespace, []
-        for n in (1000, 3000):
+        for n in (500, 1500):
             self.set_jobs(range(n))
             self.store.status(space)  # so that a reader is open
             costs.append(self.steps(lambda: self.store.jobs(space, **page)))
-        self.assertLess((costs[1] - costs[0]) / 2000, 40, costs)
+        self.assertLess((costs[1] - costs[0]) / 1000, 40, costs)
 
     def test_jobs_that_cannot_be_claimed_cost_a_claim_nothing(self):
-        self.set_jobs(range(20000), max_attempts=1)
+        self.set_jobs(range(6000), max_attempts=1)
         few = self.costs()["claim"]
-        self.get(0, n=5000, lease=1000)
+        self.get(0, n=1500, lease=1000)
         namespace = self.namespace
-        for job in self.get(0, n=2000):
+        for job in self.get(0, n=500):
             self.store.fail_job(namespace, job["jobid"])
-        self.ok("/cancel", {"ids": list(range(8000, 12000))})
+        self.ok("/cancel", {"ids": list(range(2500, 4000))})
         self.assertLess(self.costs()["claim"], few * 1.2 + 50)
 
     def test_many_updates_to_stages_too_many_cost_one_look_at_them(self):
@@ -6382,6 +6012,7 @@ class CostTest(StoreCase):
     PIECES = ("STATE", "ANY_JOB", "WHOLE_JOB", "STAGES_JOBS", "NEW_JOB",
               "GROUP", "WHOLE", "PLACES", "FITS")
     RARE = "UNFINISHED_PARENTS",  # at a start
+
     def statements(self):
         """Return the statements, by their names."""
         sql = jobman.SQL
@@ -6595,8 +6226,8 @@ class Witness:
             job = {name: row[name] for name in self.NEW if name != "ends"}
             job["filename"] = json.loads(job["filename"] or "null")
             job["ends"] = tuple(end for end, in execute(
-                "select outcome from attempt where job = ? and outcome"
-                " is not null order by id", (row["id"],)))
+                "select outcome from attempt where job = ? order by id",
+                (row["id"],)))
             if row["claim"]:
                 self.tokens[row["jobid"]] = row["claim"]
             if len(json.loads(row["jobcmd"])) != self.padding:
@@ -6798,11 +6429,9 @@ class KillTest(CrashCase):
             self.kill()
             self.assertSound(self.db)
             self.assertEqual({before, after}, self.children())
-            for chunk in (10, 5000):  # some are told at a start, some later
-                self.start("jobman.CHUNK = %d\n" % chunk)
-                wait_for(lambda told=after: self.children() == {told},
-                         "all told")
-                self.kill()
+            self.start("jobman.CHUNK = 10\n")  # some are told later
+            wait_for(lambda told=after: self.children() == {told}, "all told")
+            self.kill()
             self.assertSound(self.db)
         self.wrong = False
 
@@ -6930,7 +6559,6 @@ def wal_end(wal):
     return salts, end
 
 
-@slow
 class TornTest(CrashCase):
     """A WAL that isn't whole has what was committed before its damage."""
 
@@ -7501,12 +7129,6 @@ class WorkerTest(WorkerCase):
 
     # What becomes of it
 
-    def test_exit_status_0_moves_a_job_two_stages_up(self):
-        self.client.set({1: {"jobstage": 3, "jobcmd": "true"}})
-        self.work("--stage", "3")
-        job = self.job()
-        self.assertEqual((5, "waiting"), (job["stage"], job["state"]))
-
     def test_a_result_is_for_the_next_stage_of_its_own_job(self):
         result = json.dumps({
             "filename": "new.txt", "jobcmd": 'echo "$JOBMAN_FILENAME"'
@@ -7597,10 +7219,6 @@ class WorkerTest(WorkerCase):
         })
         self.assertEqual("2 in 2\n1 in 0\n1 in 2\n",
                          self.work("--stage", "0,2")[0])
-
-    def test_a_job_that_runs_longer_than_the_idle_timeout_keeps_it(self):
-        self.add("sleep 0.4; echo a", "echo b")
-        self.assertEqual("b\na\n", self.work("--slots", "2")[0])
 
     def test_output_of_commands_side_by_side_comes_out_whole(self):
         meet = "for i in 1 2 3; do echo %s$i; echo %s$i >&2;" \
@@ -7986,9 +7604,7 @@ class SlotsTest(WorkerCase):
         self.add(*[["true"]] * 300)
         self.work("--slots", "2")
         self.assertEqual(["done"] * 300, self.states())
-        starts = self.starts()
-        self.assertLess(len(starts), 150)
-        self.assertLessEqual(max(starts), 202)
+        self.assertTrue(2 < max(self.starts()) <= 202, self.starts())
 
     def test_long_commands_are_claimed_one_by_one(self):
         self.add(*["sleep 0.4"] * 3)
@@ -8285,22 +7901,16 @@ class BudgetTest(WorkerCase):
         self.assertEqual(124, self.attempts()[0]["exit_code"])
 
     def test_a_timeout_is_over_when_the_command_has_ended(self):
-        look, kill, kills = worker.results, worker.kill_group, []
+        look = worker.results
 
         def slowly(*args):
             time.sleep(0.8)
             return look(*args)
 
-        def note(group, number=signal.SIGKILL):
-            kills.append(number)
-            kill(group, number)
-
         self.patch(worker, "results", slowly)
-        self.patch(worker, "kill_group", note)
         self.add("echo > made", outputs=["made"], timeout=0.4)
         self.work()
         self.assertEqual(["done"], self.states())
-        self.assertEqual([signal.SIGKILL], kills)  # what it left in its group
 
     def test_a_month_is_a_time_like_any_other(self):
         self.add("true", timeout=3000000)
@@ -8416,20 +8026,6 @@ class OutageTest(WorkerCase):
             r"Waiting for it\.\n.*wait on disk, in .*\n.*is back\.\n\Z")
         self.assertDelivered(2)
 
-    def test_an_idle_worker_says_that_its_server_is_away_and_is_back(self):
-        def meanwhile():
-            wait_for(lambda: self.client.workers()["workers"], "a worker")
-            self.lose_server()
-            wait_for(lambda: self.said()[1], "a word on it")
-            self.find_server()
-            wait_for(lambda: "back" in self.said()[1], "a word on that")
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        _, err = self.work("--idle-timeout", "1000", meanwhile=meanwhile,
-                           status=143)
-        self.assertRegex(err, r"worker\.py: The server at .* can't be reached"
-                         r" .*\n.*is back\.\n\Z")
-
     def test_a_lost_server_is_tried_within_a_third_of_the_lease(self):
         def meanwhile():
             wait_for(lambda: self.client.workers()["workers"], "a worker")
@@ -8488,8 +8084,10 @@ class OutageTest(WorkerCase):
             self.await_states("done", "done")
             os.kill(os.getpid(), signal.SIGTERM)
 
-        self.work("--idle-timeout", "1000", "--stage", "4",
-                  meanwhile=meanwhile, status=143)
+        _, err = self.work("--idle-timeout", "1000", "--stage", "4",
+                           meanwhile=meanwhile, status=143)
+        self.assertRegex(err, r"\A.*: The server at .* can't be reached"
+                         r" .* Waiting for it\.\n.* is back\.\n\Z")
         self.assertDelivered(2)
 
     def test_send_spool_delivers_and_says_how_many(self):
@@ -8681,38 +8279,32 @@ class OutageTest(WorkerCase):
         self.work()
         self.assertDelivered()
 
-    def test_results_wait_in_memory_where_the_spool_cannot_be_written(self):
-        def meanwhile():
-            self.await_states("working", "working")
-            self.lose_server()
-            self.go()
-            wait_for(lambda: "can't be written" in self.said()[1],
-                     "a word on it")
-            self.find_server()
-
-        with open(self.path("taken"), "w"):
-            pass
-        self.add(*[UNTIL_GO] * 2)
-        _, err = self.work("--slots", "2", "--spool", "taken",
-                           meanwhile=meanwhile)
-        self.assertIn("is back", err)
-        self.assertDelivered(2)
-
-    def test_results_that_can_be_put_nowhere_are_lost_with_a_line(self):
+    def test_results_that_can_be_written_nowhere_wait_in_memory(self):
+        """They are lost if the worker ends before its server is back."""
         def meanwhile():
             self.await_states("working")
             self.lose_server()
             self.go()
             wait_for(lambda: "can't be written" in self.said()[1],
                      "a word on it")
-            os.kill(os.getpid(), signal.SIGTERM)
+            if ends:
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                self.find_server()
 
-        with open(self.path("taken"), "w"):
-            pass
         self.patch(worker.Claims, "LAST", 0.2)
         self.add(UNTIL_GO)
-        _, err = self.work("--spool", "taken", meanwhile=meanwhile, status=143)
-        self.assertIn("1 result lost: the server is away and", err)
+        open(self.path("taken"), "w").close()
+        for ends, said in (
+            (True, "1 result lost: the server is away and"), (False, "back")):
+            _, err = self.work("--spool", "taken", meanwhile=meanwhile,
+                               status=143 if ends else 0)
+            self.assertIn(said, err)
+            if ends:
+                self.find_server()
+                self.client.release(ids=[1])
+                os.unlink(self.path("go"))
+        self.assertEqual(["released", "done"], self.outcomes())
 
     def answer(self, status):
         """Let something at the server's address answer with a status."""
@@ -8754,19 +8346,17 @@ class OutageTest(WorkerCase):
         self.assertDelivered()
 
     def test_results_wait_while_a_server_refuses_the_jobix(self):
-        self.leave_updates(1)
-        kept = read(self.access)
-        other = self.open("other.db")
+        other = self.open("other.db", self.path("other.json"))
         jobman.write_access(
             self.access, "http://127.0.0.1:%d" % other.server_port,
             self.server.store)
-        self.patch(worker.Claims, "LAST", 0.2)
+        for outcome in ((1, "c", "update", {"jobstage": 2}),
+                        (1, "c", "fail", {})):
+            self.leave_outcomes(outcome)
+            self.assertEqual(1, self.send_spool()[0])
+            self.assertEqual(1, len(self.spooled()))
+            self.unlock_spools()
         self.work(status=1)
-        self.assertEqual(1, len(self.spooled()))
-        with open(self.access, "wb") as file:
-            file.write(kept)
-        self.work()
-        self.assertDelivered()
 
     def test_a_worker_ends_in_time_while_the_server_hangs(self):
         self.close(self.server)
@@ -8786,6 +8376,7 @@ class OutageTest(WorkerCase):
         self.assertEqual(1, len(self.spooled()))
 
 
+@slow
 class EndTest(WorkerCase):
     """How a worker ends: by signals, in time, or killed."""
 
@@ -9730,31 +9321,32 @@ class VerifyTest(WorkerCase):
 class QuarantineTest(WorkerCase):
     """A node on which all commands fail does no harm to the jobs."""
 
-    def start(self, name, *argv, **environment):
-        """Start a worker on a node."""
-        return self.spawn(
-            WORKER, "--idle-timeout", "1000", "--slots", "1", "--print",
-            "--quiet", "--name", name, *argv,
-            env=dict(self.environment, **environment))
-
     def test_a_bad_node_is_found_out_and_the_jobs_are_done_elsewhere(self):
-        self.add(*['[ -z "$BROKEN" ] && sleep 0.1'] * 15, max_attempts=10)
-        good = self.start("good")
+        def meanwhile():
+            wait_for(lambda: len(self.outcomes_of("bad")) >= 3, "failures")
+            self.go()
+
+        self.patch(worker.NodeCheck, "PATIENCE", 1000)
+        self.add(*['[ -z "$BROKEN" ] && { %s; }' % UNTIL_GO] * 12,
+                 max_attempts=10)
+        good = self.start("--idle-timeout", "1000", "--name", "good")
         wait_for(lambda: self.client.workers()["workers"], "the good one")
-        status, _, err = self.finish(self.start("bad", BROKEN="1"))
-        self.assertEqual(3, status)
+        self.environment["BROKEN"] = "1"
+        _, err = self.work("--name", "bad", meanwhile=meanwhile, status=3)
         self.assertRegex(err, r"In quarantine: \d+ jobs in a row failed here")
-        self.await_states(*["done"] * 15)
+        self.await_states(*["done"] * 12)
         good.terminate()
         self.assertEqual(143, self.finish(good)[0])
-        query = "select outcome from attempt where worker = 'bad'"
-        outcomes = [row["outcome"]
-                    for row in rows(self.path("jobman.db"), query)]
-        self.assertLess(outcomes.count("failed"), 10)
-        self.assertLessEqual(set(outcomes), {"failed", "released"})
+        self.assertLess(self.outcomes_of("bad").count("failed"), 6)
         told, = self.client.workers()["workers"]  # the good one has ended
         self.assertEqual("bad", told["name"])
         self.assertIn("in a row failed here", told["quarantine"])
+
+    def outcomes_of(self, name):
+        """Return how a worker's attempts ended."""
+        query = "select outcome from attempt where worker = ?"
+        return [row["outcome"] for row in
+                rows(self.path("jobman.db"), query, name)]
 
     def test_jobs_that_fail_everywhere_put_nobody_in_quarantine(self):
         self.patch(worker.NodeCheck, "PATIENCE", 0.5)
@@ -9781,13 +9373,11 @@ class QuarantineTest(WorkerCase):
         self.client.heartbeat("there", 60, [], stages=[0])
         return check
 
-    def fail_here(self, check, n=3, seconds=0.1):
-        """Let the next `n` jobs fail here."""
-        for _ in range(n):
-            job = wait_for(lambda: self.client.get(
-                0, worker="here", lease=60), "a job")
+    def fail_here(self, check):
+        """Let the next three jobs fail here."""
+        for job in self.client.get(0, worker="here", lease=60, n=3):
             self.client.fail_job(job["jobid"], job["claim"])
-            check.record(job, failed=True, seconds=seconds)
+            check.record(job, failed=True, seconds=0.1)
 
     def end_there(self, done):
         """Let another worker end three jobs, once they are free."""
@@ -9836,17 +9426,17 @@ class QuarantineTest(WorkerCase):
         self.assertIsNone(self.verdict(check))
 
     def test_few_slow_or_repeated_failures_say_nothing(self):
-        check = self.check()
-        self.fail_here(check, seconds=11)
-        self.assertFalse(check.suspect())
-        for _ in range(9):
-            check.record({"jobid": 1, "jobstage": 0}, True, 0.1)
-        self.fail_here(check, n=1)
-        self.assertFalse(check.suspect())
-        check.record({"jobid": 9, "jobstage": 0}, failed=False, seconds=0)
-        self.fail_here(check, n=2)
-        self.assertFalse(check.suspect())
-        self.assertIsNone(self.verdict(check))
+        for ends, suspect in (
+            ([(1, 1), (2, 1), (3, 1)], True),
+            ([(1, 1), (1, 1), (1, 1), (2, 1)], False),
+            ([(1, 11), (2, 11), (3, 11)], False),
+            ([(1, 1), (2, 1), (9, None), (3, 1)], False),
+        ):
+            check = self.check()
+            for jobid, seconds in ends:
+                check.record({"jobid": jobid, "jobstage": 0},
+                             failed=bool(seconds), seconds=seconds)
+            self.assertEqual(suspect, check.suspect())
 
     def test_a_worker_that_cannot_tell_is_not_awaited(self):
         for told, heard in (({"stages": [2]}, 120), ({"stages": [0]}, -1),
@@ -9934,31 +9524,6 @@ class LibraryTest(WorkerCase):
             self.assertEqual((2, "waiting", "made-%d" % jobid, [7]), (
                 job["stage"], job["state"], job["filename"], job["jobcmd"]))
         self.assertEqual([], self.client.workers()["workers"])
-
-    def test_a_lease_is_renewed_during_a_long_job(self):
-        self.add("x")
-        for job in self.jobs():
-            leases = set()
-            wait_for(lambda leases=leases: leases.add(
-                self.job()["expires_at"]) or len(leases) > 1, "a renewal")
-            job.done()
-        self.assertEqual(["done"], self.outcomes())
-
-    def drain(self):
-        wait_for(lambda: self.client.workers()["workers"], "a heartbeat")
-        self.client.drain("me")
-        wait_for(lambda: self.client.workers()["workers"][0]["drain"],
-                 "its end")
-
-    def test_a_drained_program_gets_no_more_jobs(self):
-        self.add("a", "b")
-        said = io.StringIO()
-        with contextlib.redirect_stderr(said):
-            for job in self.jobs(name="me"):
-                self.drain()
-                wait_for(lambda: ": Drained: " in said.getvalue(), "that")
-                job.done()
-        self.assertEqual(["done", "waiting"], self.states())
 
     def test_a_drained_program_gives_back_what_a_long_poll_brings(self):
         process = self.program(
