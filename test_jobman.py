@@ -13958,9 +13958,11 @@ class StartTest(Commands):
         return exchange(address, method, path, body, {"jobix": str(jobix)})
 
     def comes_in(self, address, jobix):
-        """Return whether a jobix is admitted."""
+        """Return whether a jobix is admitted; a refusal says what to do."""
         reply = self.call(address, "/status", jobix)
-        self.assertIn(reply.status, (200, 403))
+        if reply.status == 403:
+            for word in ("--jobix-file", "JOBMAN_JOBIX", "--open"):
+                self.assertIn(word, reply.json()["error"])
         return reply.status == 200
 
     # Who comes in
@@ -14032,7 +14034,9 @@ class StartTest(Commands):
 
     def test_folders_that_are_not_there_are_made_for_us_alone(self):
         self.addCleanup(os.umask, os.umask(0o002))
-        self.serve("--db", "a/jobman.db", "--access", "b/access.json")
+        name = b"\xff?#%.db"  # not UTF-8
+        self.serve("--db", b"a/" + name, "--access", "b/access.json")
+        self.assertIn(name, os.listdir(os.fsencode(self.path("a"))))
         for name in ("a", "b"):
             self.assertEqual(0o700, self.mode(name))
 
@@ -14047,11 +14051,6 @@ class StartTest(Commands):
                     err, r"\Aworker\.py: [^\n]+ chmod 600 [^\n]+\n\Z")
             os.chmod(self.path("access.json"), 0o600)
             self.does("status --access access.json")
-
-    def test_a_database_whose_name_is_not_utf8(self):
-        name = b"\xff?#%.db"
-        self.serve("--db", name)
-        self.assertIn(name, os.listdir(self.folder.encode()))
 
     # What it announces
 
@@ -14134,7 +14133,7 @@ class StartTest(Commands):
             if empty:
                 self.write("jobman.db", b"")
             else:
-                self.make("jobman.db")
+                jobman.Store(path).close()
             leave_journal(path, 0)
             with self.serving():
                 self.assertFalse(os.path.exists(path + "-journal"))
@@ -14248,15 +14247,9 @@ class StartTest(Commands):
 
         class Late(jobman.ServerLock):
             def lock_file(self):
-                first_ends()
+                first.close()
                 super().lock_file()
 
-        def first_ends():
-            if not ended:
-                ended.append(True)
-                first.close()
-
-        ended = []
         with contextlib.closing(Late(location, shared=False)):
             with self.assertRaises(jobman.CommandError):
                 jobman.ServerLock(location, shared=False)
@@ -14281,36 +14274,29 @@ class StartTest(Commands):
         self.assertRegex(self.refused(self.SERVE + options), said)
         self.assertEqual(before, self.files(folder), options)
 
-    def make(self, name, version=None):
-        """Make a database of jobman, perhaps of another version."""
-        jobman.Store(self.path(name)).close()
-        if version is not None:
-            connection = sqlite3.connect(self.path(name))
-            with contextlib.closing(connection):
-                connection.execute("pragma user_version = %d" % version)
-
     def test_what_cannot_be_served_is_left_as_it_was(self):
-        for name, text in (("text", b"some text\n" * 1000), ("x", b"x"),
-                           ("zeros", b"\0" * 4096)):
-            self.write(name, text)
-            self.assertUntouched(
-                name + " is not a database", "--db " + name)
-        for mode in ("delete", "wal"):
-            with contextlib.closing(sqlite3.connect(self.path(mode))) as db:
-                db.execute("pragma journal_mode = " + mode)
-                db.execute("create table mine (a)")
-            self.assertUntouched("another program", "--db " + mode)
-        self.make("new.db", version=jobman.SCHEMA_VERSION + 1)
+        for text in (b"some text\n" * 1000, b"x", b"\0" * 4096):
+            self.write("text", text)
+            self.assertUntouched("text is not a database", "--db text")
+        jobman.Store(self.path("new.db")).close()
+        for name, change in (
+            ("other.db", "create table mine (a)"),
+            ("other.db", "pragma journal_mode = wal"),
+            ("new.db", "pragma user_version = %d" % (
+                jobman.SCHEMA_VERSION + 1)),
+        ):
+            with contextlib.closing(sqlite3.connect(self.path(name))) as db:
+                db.execute(change)
+            self.assertUntouched("another program|newer", "--db " + name)
         os.mkdir(self.path("folder"))
         with socket.socket() as other:
             other.bind(("127.0.0.1", 0))
             other.listen(1)
             port = other.getsockname()[1]
             for options, said in (
-                ("--db new.db", "newer"), ("--db folder", "folder"),
-                ("--db x/y", "x can't be made: |x/y"),
-                ("--db x/y/z", "x/y can't be made: Not a dir"),
-                ("--access x/y/z", "x/y can't be made: Not a dir"),
+                ("--db folder", "folder"), ("--db text/x", "text/x"),
+                ("--db text/x/y", "text/x can't be made: Not a dir"),
+                ("--access text/x/y", "text/x can't be made: Not a dir"),
                 ("--host 256.1.1.1", "Can't listen on port 0 of 256.1.1.1"),
                 ("--port %d" % port,
                  "port %d of .* port 0 is any that is free" % port),
@@ -14381,7 +14367,7 @@ class StartTest(Commands):
 
     def test_a_full_disk(self):
         folder = self.small_disk()
-        self.make("disk/old.db")
+        jobman.Store(self.path("disk", "old.db")).close()
         self.fill(folder)
         for options in ("--db disk/old.db", "--db disk/new.db",
                         "--access disk/access.json"):
