@@ -12337,12 +12337,11 @@ class ActingTest(CommandCase):
         self.assertIn("A jobix ($JOBMAN_JOBIX) must be", self.refused("jobs"))
 
     def test_a_server_that_is_silent_or_away_is_said(self):
-        self.addCleanup(setattr, worker.Client, "LATE", worker.Client.LATE)
-        worker.Client.LATE = 0.1
-        self.replace("PATIENCE", 0.3)
-        self.addCleanup(
-            setattr, worker.Client, "READ_TIMEOUT", worker.Client.READ_TIMEOUT)
-        worker.Client.READ_TIMEOUT = 0.2
+        for name in ("LATE", "READ_TIMEOUT"):
+            self.addCleanup(
+                setattr, worker.Client, name, getattr(worker.Client, name))
+            setattr(worker.Client, name, 0)
+        self.replace("PATIENCE", 1)
         with socket.socket() as silent:
             silent.bind(("127.0.0.1", 0))
             silent.listen(1)
@@ -13283,7 +13282,6 @@ a       node1  0           4     0     9       1  3:21 ago  silent
                 self.assertIn("no access file", self.refused(line))
 
 
-
 class ExportTest(CommandCase):
     """jobman.py export gives all jobs to other programs."""
 
@@ -13837,6 +13835,10 @@ class RunTest(Commands):
         self.assertGreaterEqual(len(ran) + len(again), 51)
         self.assertEqual(len(again) * 20000, out.count("\n"))
 
+    def test_items_that_cannot_be_read_end_the_run(self):
+        _, err = self.over("-a", "/proc/self/mem", "echo", status=1)
+        self.assertIn("The jobs can't be added: [Errno 5] ", err)
+
     def test_a_worker_that_has_ended_ends_the_run(self):
         self.replace("worker_script", lambda: self.write("w.py", b""))
         _, err = self.over("echo", ":::", "a", status=1)
@@ -13859,14 +13861,18 @@ class RunTest(Commands):
     # What it shows
 
     def test_a_bar_on_a_terminal_makes_way_for_output(self):
-        process, screen = self.on_terminal(
-            "run", "echo in {}; sleep 0.1; printf %s {}", ":::", "a", "b", "c")
-        shown = self.drawn(screen)
-        self.assertEqual(0, process.wait(PATIENCE), shown)
-        self.assertRegex(shown, r"\r\[#*\.*\] +\d+% \d of 3 done, 0 failed")
-        self.assertIn("100%", shown)
-        self.assertRegex(shown, r"\r\033\[Kin [abc]\n[abc]\n")
-        self.assertRegex(shown, r"\r\033\[K3 of 3 done, 0 failed, in \d")
+        for words, said in (
+            (["echo in {}; sleep 0.1; echo out {}", ":::", "a", "b", "c"],
+             (r"\r\[#*\.*\] +\d+% \d of 3 done, 0 failed", "100%",
+              r"\r\033\[Kin [abc]\n",
+              r"\r\033\[K3 of 3 done, 0 failed, in \d")),
+            (["printf %s", ":::", "abc"], ("abc\n",)),
+        ):
+            process, screen = self.on_terminal("run", *words)
+            shown = self.drawn(screen)
+            self.assertEqual(0, process.wait(PATIENCE), shown)
+            for pattern in said:
+                self.assertRegex(shown, pattern)
 
     def test_items_are_worked_on_as_they_come(self):
         process, screen = self.on_terminal(
