@@ -12665,15 +12665,19 @@ class SubmitTest(CommandCase):
             *many, "submit", "--from-json", "-", given=given.encode()))
 
     def test_jobs_run_in_this_folder_if_it_is_there(self):
-        for argv, status in (((), 1), (("--cwd", "/tmp"), 0)):
+        def main_in_no_folder(argv):
             folder = self.make_folder()
-            done, _, err = self.command(
-                JOBMAN, "submit", *argv, "true", cwd=folder,
-                preexec_fn=lambda folder=folder: os.rmdir(folder))
-            self.assertEqual(status, done)
-            self.assertEqual(
-                "jobman.py: This folder is gone; say --cwd DIR.\n" * status,
-                err)
+            os.chdir(folder)
+            os.rmdir(folder)
+            return jobman.main(argv)
+
+        for line, status, said in (
+            ("submit true", 1, "This folder is gone; say --cwd DIR.\n"),
+            ("submit --cwd /tmp true", 0, ""),
+        ):
+            done, _, err = self.call_main(
+                *line.split(), main=main_in_no_folder)
+            self.assertEqual((status, said), (done, err[len("jobman.py: "):]))
 
     def test_what_others_have_read_of_standard_input_is_left_out(self):
         with open(self.write("todo", b"echo 1\necho 2\n"), "rb") as file:
