@@ -12488,7 +12488,7 @@ class CareTest(CareCase):
 
     def test_a_copy_is_of_one_moment_and_its_server_goes_on(self):
         with contextlib.closing(jobman.Store(self.db)) as store:
-            self.add(store, range(30000))
+            self.add(store, range(20000))
         _, client = self.server()
         new = iter(range(10**6, 10**6 + 5))
 
@@ -12498,7 +12498,7 @@ class CareTest(CareCase):
 
         location = jobman.DatabaseLocation(self.db)
         jobs = jobman.copy_database(location, self.path("copy"), show)
-        self.assertEqual(30000, jobs)
+        self.assertEqual(20000, jobs)
         self.assertEqual([], list(new))
         self.assertWhole("copy")
 
@@ -13398,8 +13398,9 @@ class LockTest(HostCase):
     def test_a_holder_on_another_host_keeps_it_while_it_beats(self):
         self.make_exclusive()
         self.write()
+        beats = [2]
         with self.assertRaisesRegex(jobman.CommandError, "17 on far"):
-            self.lock(pause=lambda: self.write(beat=2))
+            self.lock(pause=lambda: beats and self.write(beat=beats.pop()))
         self.assertEqual(2, self.beat())
         self.lock()  # it is silent now, and the refused one has let go
 
@@ -14255,7 +14256,7 @@ class DoctorTest(Certified, HostCase, StoreCase):
 
     def test_the_access_file_is_there_and_private(self):
         path = self.path(".jobman", "access.json")
-        for age, said in ((7200, "2:00:"), (-99, "0 ms ago")):
+        for age, said in ((7200, r"2:0\d:"), (-99, "0 ms ago")):
             os.utime(path, (time.time() - age, time.time() - age))
             self.assertOk("access", "%s, for its owner only, written %s" % (
                 re.escape(path), said))
