@@ -4676,7 +4676,6 @@ PLAIN = """<!doctype html>
 <style>
 table { display: block; overflow-x: auto }
 th, td { text-align: left; vertical-align: top; padding-right: 1em }
-td { overflow-wrap: anywhere }
 </style>
 %s
 </html>
