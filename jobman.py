@@ -4995,7 +4995,6 @@ PLAIN = """<!doctype html>
 <style>
 table { display: block; overflow-x: auto }
 th, td { text-align: left; vertical-align: top; padding-right: 1em }
-td { overflow-wrap: anywhere }
 </style>
 %s
 </html>

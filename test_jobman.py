@@ -16668,7 +16668,7 @@ class BrowserTest(StoreCase):
             self.browser.choose("#by-order", order)
             wait_for(lambda ends=ends: ends == [
                 self.browser.rows("#jobs")[i][0] for i in (0, -1)], order)
-        for text, said in (("SAMPLE07", "1 to 4 of 4"), ("-1", "No jobs"),
+        for text, said in (("SAMPLE07", "1 to 10 of 10"), ("-1", "No jobs"),
                            ("9" * 22, "No jobs"), ("007", "No jobs")):
             self.browser.script("$('find-text').value = ''")
             self.browser.type("#find-text", text)
