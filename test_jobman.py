@@ -745,13 +745,6 @@ class ContractTest(StoreCase):
                 self.assertEqual("Accepted to %d!" % self.jobix, reply.text)
                 self.assertEqual("é", self.get(0)["jobcmd"])
 
-    def test_set_leaves_existing_jobs_as_they_are(self):
-        self.set_jobs({1: "first"})
-        self.set_jobs({1: "second", 2: "new"}, stage=5)
-        self.assertEqual("first", self.get(0)["jobcmd"])
-        self.assertEqual(2, self.get(5)["jobid"])
-        self.assertEqual({(1, "working"): 1, (6, "working"): 1}, self.states())
-
     def test_a_broken_body_is_refused_with_the_reason(self):
         self.replace("MAX_BODY", 2**20)
         whole, job = packed({"1": {"jobstage": 0}}), '{"1": {"jobstage": %s}}'
@@ -926,11 +919,6 @@ class ContractTest(StoreCase):
         self.assertEqual((7, 1), (second["jobstage"], second["attempt"]))
         self.assertReply(409, self.update(first, 9))
         self.complete(second, 9)
-
-    def test_done_jobs_are_free_as_in_the_original(self):
-        self.set_jobs([1], stage=2, laststage=2)
-        self.assertEqual({(2, "done"): 1}, self.states())
-        self.assertEqual(1, self.get(2)["jobid"])
 
     def test_higher_priority_goes_first_then_the_lower_id(self):
         self.set_jobs([5, 4])
@@ -1868,7 +1856,7 @@ class ClaimTest(StoreCase):
         for job in jobs:
             self.complete(job, 4)
 
-    def test_a_done_job_that_is_given_back_is_done_again(self):
+    def test_a_done_job_can_be_claimed_and_is_done_again_afterwards(self):
         self.set_jobs([1], stage=4, laststage=4)
         ways = (
             lambda job: self.release(job),
@@ -4624,7 +4612,7 @@ class ManyJobsTest(StoreCase):
         self.replace("respond", noted)
         return calls
 
-    def test_each_job_is_kept_as_it_came(self):
+    def test_each_job_is_kept_as_it_came_first(self):
         chance = random.Random(7)
         for self.jobix, n in enumerate((1, 2, 99, 100, 101, 250, 999) * 2):
             jobs = self.random_jobs(chance, n)
