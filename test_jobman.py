@@ -8525,6 +8525,11 @@ class ClientTest(WorkerCase):
                 client.status()
         self.assertRegex("".join(told), "doesn't answer. Waiting for it.")
 
+    def test_a_client_that_was_aborted_makes_no_more_calls(self):
+        self.client.abort()
+        with self.assertRaisesRegex(worker.Unreachable, "broken off"):
+            self.client.status()
+
     def test_a_call_that_is_too_large_is_refused(self):
         self.patch(worker, "MAX_BODY", 100)
         with self.assertRaisesRegex(worker.Refused, "too much for one call"):
