@@ -7293,8 +7293,6 @@ class WorkerTest(WorkerCase):
             self.assertEqual(["waiting"], self.states())
             os.kill(os.getpid(), signal.SIGTERM)
 
-        # the poll that began before the drain may end with the drain
-        self.patch(worker.Claimer, "LONGEST_WAIT", 30)
         self.work("--idle-timeout", "60", "--name", "a/b",
                   meanwhile=meanwhile, status=143)
         self.assertEqual(b"", read(self.path("ran")))
@@ -7557,6 +7555,11 @@ class ClientTest(WorkerCase):
             with self.assertRaisesRegex(worker.Unreachable, "timed out"):
                 client.status()
         self.assertRegex("".join(told), "doesn't answer. Waiting for it.")
+
+    def test_a_client_that_was_aborted_makes_no_more_calls(self):
+        self.client.abort()
+        with self.assertRaisesRegex(worker.Unreachable, "broken off"):
+            self.client.status()
 
     def test_a_call_that_is_too_large_is_refused(self):
         self.patch(worker, "MAX_BODY", 100)
@@ -7936,6 +7939,12 @@ class OutageTest(WorkerCase):
         self.server = self.open()
         self.client.locate()
 
+    def outlive_server(self, n=1):
+        """End the server while `n` commands run, and then the commands."""
+        self.await_states(*["working"] * n)
+        self.lose_server()
+        self.go()
+
     def spooled(self):
         """Return the lines in all spool files."""
         lines = []
@@ -7947,15 +7956,12 @@ class OutageTest(WorkerCase):
     def leave_results(self, n=1):
         """Leave `n` results as a worker does whose server is away."""
         def lose():
-            wait_for(lambda: read(self.path("ran")).count(b"\n") == n,
-                     "the commands")
-            self.lose_server()
-            self.go()
+            self.outlive_server(n)
             wait_for(lambda: len(self.spooled()) == n, "the results")
             os.kill(os.getpid(), signal.SIGTERM)
 
         self.patch(worker.Claims, "LAST", 0.2)
-        self.add(*["echo >> ran; " + UNTIL_GO] * n)
+        self.add(*[UNTIL_GO] * n)
         self.work("--slots", str(n), meanwhile=lose, status=143)
         self.assertEqual(n, len(self.spooled()))
 
@@ -7985,9 +7991,7 @@ class OutageTest(WorkerCase):
 
     def test_commands_run_on_and_their_results_wait_on_disk(self):
         def meanwhile():
-            self.await_states("working", "working")
-            self.lose_server()
-            self.go()
+            self.outlive_server(2)
             wait_for(lambda: len(self.spooled()) == 2, "the results")
             name, = os.listdir(self.spool)
             modes = [stat.S_IMODE(os.stat(path).st_mode)
@@ -8051,9 +8055,7 @@ class OutageTest(WorkerCase):
     def test_results_of_a_killed_worker_are_delivered_by_the_next(self):
         self.add(UNTIL_GO)
         process = self.start()
-        self.await_states("working")
-        self.lose_server()
-        self.go()
+        self.outlive_server()
         wait_for(self.spooled, "the result")
         process.kill()
         process.wait()
@@ -8270,9 +8272,7 @@ class OutageTest(WorkerCase):
     def test_results_that_can_be_written_nowhere_wait_in_memory(self):
         """They are lost if the worker ends before its server is back."""
         def meanwhile():
-            self.await_states("working")
-            self.lose_server()
-            self.go()
+            self.outlive_server()
             wait_for(lambda: "can't be written" in self.said()[1],
                      "a word on it")
             if ends:
@@ -8321,9 +8321,7 @@ class OutageTest(WorkerCase):
 
     def test_results_wait_for_a_server_that_answers_502_or_503(self):
         def meanwhile():
-            self.await_states("working")
-            self.lose_server()
-            self.go()
+            self.outlive_server()
             wait_for(self.spooled, "the result")
             self.answer(502)
             self.answer(503)
@@ -8773,25 +8771,22 @@ class FilesTest(WorkerCase):
         there = os.path.join(os.path.realpath(self.folder), "there")
         cases = (  # a command, what its job carries, the files
             (leaving("echo abc > a; : > b", outputs=["a", "b"]),
-             {"outputs": ["none"]}, self.described, ("a", "b")),
-            ("echo abc > c", {"outputs": ["c"]}, self.described, ("c",)),
-            (leaving("echo abc > d", filename="d"), {},
-             self.described, ("d",)),
-            (leaving("echo abc > e", filename="e", outputs=["e"]), {},
-             self.described, ("e",)),
-            (leaving("true", filename="no file"), {}, None, ()),
+             {"outputs": ["none"]}, ["a", "b"]),
+            ("echo abc > c", {"outputs": ["c"]}, ["c"]),
+            (leaving("echo abc > d", filename="d"), {}, ["d"]),
+            (leaving("echo abc > e", filename="e", outputs=["e"]), {}, ["e"]),
+            (leaving("true", filename="no file"), {}, []),
             (leaving("echo a > a; echo b > b", filename="b"),
-             {"outputs": ["a"], "cwd": there},
-             self.described, ("there/a", "there/b")),
+             {"outputs": ["a"], "cwd": there}, ["there/a", "there/b"]),
         )
         self.client.set({
             jobid: dict(carried, jobstage=0, laststage=2, jobcmd=command)
-            for jobid, (command, carried, *_) in enumerate(cases, 1)})
+            for jobid, (command, carried, _) in enumerate(cases, 1)})
         self.work()
-        for jobid, (command, _, described, names) in enumerate(cases, 1):
+        for jobid, (command, _, names) in enumerate(cases, 1):
             with self.subTest(command=command):
-                self.assertEqual(described and described(*names),
-                                 self.files(jobid))
+                self.assertEqual(self.described(*names),
+                                 self.files(jobid) or [])
         self.assertEqual(0, self.job()["files_stage"])
         self.assertEqual(["done"] * 6, self.states())
 
