@@ -12049,6 +12049,11 @@ class Commands(TemporaryFolder):
         self.assertRegex(err, r"\Ajobman\.py: [^\n]+\n\Z")
         return err
 
+    def patch(self, owner, name, value):
+        """Give an attribute another value for this test."""
+        self.addCleanup(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+
     def write(self, name, data, mode=0o600):
         """Write a file in the test's folder; return its path."""
         with open(self.path(name), "wb") as file:
@@ -12337,10 +12342,8 @@ class ActingTest(CommandCase):
         self.assertIn("A jobix ($JOBMAN_JOBIX) must be", self.refused("jobs"))
 
     def test_a_server_that_is_silent_or_away_is_said(self):
-        for name in ("LATE", "READ_TIMEOUT"):
-            self.addCleanup(
-                setattr, worker.Client, name, getattr(worker.Client, name))
-            setattr(worker.Client, name, 0)
+        self.patch(worker.Client, "LATE", 0)
+        self.patch(worker.Client, "READ_TIMEOUT", 0)
         self.replace("PATIENCE", 1)
         with socket.socket() as silent:
             silent.bind(("127.0.0.1", 0))
@@ -12656,11 +12659,12 @@ class SubmitTest(CommandCase):
             "submit --from-json -", given=given))
         self.assertEqual({(0, "blocked"): 2500, (0, "waiting"): 1},
                          self.states())
-        many = changed("jobman", "jobman.MAX_JOBS = 2")
+        self.replace("MAX_JOBS", 2)  # in one call
+        self.patch(worker.Client, "PART", 2)
         given = json.dumps({i: {"jobstage": 4, "after": [0]}
                             for i in range(5000, 5003)})
-        self.assertEqual((0, "3 jobs: 5000-5002\n", ""), self.command(
-            *many, "submit", "--from-json", "-", given=given.encode()))
+        self.assertEqual("3 jobs: 5000-5002\n", self.does(
+            "submit --from-json -", given=given.encode()))
 
     def test_jobs_run_in_this_folder_if_it_is_there(self):
         def main_in_no_folder(argv):
@@ -13464,9 +13468,7 @@ class AwaitTest(CommandCase):
         self.assertIn("no submission run3.", self.refused("wait run3"))
 
     def test_it_says_why_nothing_moves_and_again_when_that_has_changed(self):
-        poll = jobman.poll_status
-        self.addCleanup(setattr, poll, "__defaults__", poll.__defaults__)
-        poll.__defaults__ = (0,)
+        self.patch(jobman.poll_status, "__defaults__", (0,))
         self.set_jobs([1, 2], laststage=2)
         self.meanwhile(
             self.nothing, self.nothing, lambda: self.end(1), self.nothing,
@@ -13488,10 +13490,7 @@ class AwaitTest(CommandCase):
             target=self.closing.close).start)
         self.assertIn("Timed out", self.refused(
             "wait --timeout 1", status=124))
-        speaking = jobman.speaking.__wrapped__
-        self.addCleanup(
-            setattr, speaking, "__defaults__", speaking.__defaults__)
-        speaking.__defaults__ = (0,)
+        self.patch(jobman.speaking.__wrapped__, "__defaults__", (0,))
         self.assertIn("can't be reached", self.refused("wait"))
 
     def test_progress_is_shown_on_a_terminal_only(self):
@@ -14324,8 +14323,7 @@ class StartTest(Commands):
     def test_a_mount_may_map_our_id(self):
         if os.geteuid():
             self.skipTest("only root can give a folder to somebody else")
-        self.addCleanup(setattr, os, "geteuid", os.geteuid)
-        os.geteuid = lambda: 12345
+        self.patch(os, "geteuid", lambda: 12345)
         for owner, is_ours in ((65534, True), (1234, False)):
             folder = self.make_folder()
             os.chown(folder, owner, -1)
