@@ -12639,17 +12639,28 @@ class CareTest(CareCase):
                 self.assertIn(said, found.pop(check))
                 self.assertLessEqual(set(found.values()), {"ok"}, found)
 
-    def test_a_damaged_page_is_found_and_a_server_says_so_once(self):
-        found, = rows(self.made(), "select rootpage from sqlite_master"
-                      " where name = 'attempt_job'")
+    def damage(self, index, part):
+        """Change bytes of an index in the database."""
+        found, = rows(self.db, "select rootpage from sqlite_master"
+                      " where name = ?", index)
         size = rows(self.db, "pragma page_size")[0]["page_size"]
         at, data = (found["rootpage"] - 1) * size, bytearray(read(self.db))
-        data[at : at + size] = bytes(255 - b for b in data[at : at + size])
+        page = data[at : at + size]
+        page[part] = bytes(255 - byte for byte in page[part])
+        data[at : at + size] = page
         with open(self.db, "wb") as file:
             file.write(data)
-        status, checks = self.check()
-        self.assertEqual((1, ["integrity"]), (status, list(checks)))
-        self.assertRegex(checks["integrity"], "^wrong  ")
+
+    def test_a_damaged_page_is_found_and_a_server_says_so_once(self):
+        self.made()
+        for index, part, said in (
+            ("job_queue", slice(-3, None), "missing from index job_queue"),
+            ("attempt_job", slice(None), "(malformed|error code 11)"),
+        ):
+            self.damage(index, part)
+            status, found = self.check()
+            self.assertEqual((1, ["integrity"]), (status, list(found)))
+            self.assertRegex(found["integrity"], "^wrong  .*" + said)
         server, client = self.server()
         for call in (lambda: client.job(1), lambda: client.job(2),
                      lambda: client.retry(all=True)):
