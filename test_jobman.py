@@ -649,7 +649,7 @@ class ContractTest(StoreCase):
         self.assertEqual(before, self.ok("/jobs", **reading))
         self.assertTrue(self.ok("/status", **reading)["readonly"])
         self.assertFalse(self.ok("/status")["readonly"])
-        self.assertIn("<td>0</td>", self.call("/get?plain=1", **reading).text)
+        self.assertIn(">0</td>", self.call("/get?plain=1", **reading).text)
         readable = {"/init", "/lifetime/<stage>", "/stages", "/submissions",
                     "/status", "/pace", "/workers", "/failures", "/stats",
                     "/jobs", "/job/<jobid>"}
@@ -1033,7 +1033,7 @@ class ContractTest(StoreCase):
             self.assertNotIn("77", reply.text)
         reply = self.call("/get?plain=1")
         self.assertEqual(200, reply.status)
-        self.assertIn("<td>77</td>", reply.text)
+        self.assertIn(">77</td>", reply.text)
 
     def test_a_page_uses_nothing_but_itself(self):
         for path in ("/get", "/get?plain=1", "/lifetime", "/"):
@@ -1057,15 +1057,15 @@ class ContractTest(StoreCase):
 
     def test_a_plain_page_stands_in_for_a_dashboard_that_is_not_there(self):
         self.set_jobs([1], stage=77)
-        self.assertNotIn("<td>77</td>", self.call("/get").text)
+        self.assertNotIn(">77</td>", self.call("/get").text)
         self.replace("beside", self.path)
-        self.assertIn("<td>77</td>", self.call("/get").text)
+        self.assertIn(">77</td>", self.call("/get").text)
         page = exchange(self.address, "GET", "/get").text
         self.assertIn('href="get?plain=1"', page)
         self.assertNotIn("77", page)
         with open(self.path("dashboard.html"), "wb") as file:
             file.write(b"\xff")
-        self.assertIn("<td>77</td>", self.call("/get").text)
+        self.assertIn(">77</td>", self.call("/get").text)
 
     def test_the_plain_page_shows_the_figures_and_renews_itself(self):
         def cells(*values):
@@ -1081,7 +1081,7 @@ class ContractTest(StoreCase):
         self.fail(claimed, exit_code=3, stderr="x\n<i>bad</i>\n")
         self.store.tick()
         self.ok("/pause/1", {})
-        page = self.call("/get?plain=1").text
+        page = re.sub(" title=.*?>", ">", self.call("/get?plain=1").text)
         for text in (
             '<meta http-equiv="refresh" content="10">',
             "33 %: 1 of 3 jobs done", "left, until 2020-",
@@ -1108,10 +1108,10 @@ class ContractTest(StoreCase):
         login = base64.b64encode(b"anybody:4711").decode()
         headers = {"Authorization": "Basic " + login}
         reply = exchange(self.address, "GET", "/get?plain=1", headers=headers)
-        self.assertIn("<td>77</td>", reply.text)
+        self.assertIn(">77</td>", reply.text)
         reply = exchange(self.address, "GET", "/lifetime?plain=1",
                          headers=headers)
-        self.assertNotIn("<td>", reply.text)
+        self.assertNotIn("<td", reply.text)
         for path in ("/status", "/get/77", "/check_stages"):
             reply = exchange(self.address, "GET", path, headers=headers)
             self.assertReply(403, reply)
@@ -1125,7 +1125,7 @@ class ContractTest(StoreCase):
         self.clock.advance(601)
         beat("<i>busy", host="node7", stages=[2, 0], slots=16, busy=3)
         self.ok("/drain/<i>busy", {})
-        page = self.call("/get?plain=1").text
+        page = re.sub(" title=.*?>", ">", self.call("/get?plain=1").text)
         self.assertNotIn("<td>None", page)
         for cells in (
             ("&lt;i&gt;busy", "node7", "[2, 0]", 16, "true", "",
@@ -1143,12 +1143,12 @@ class ContractTest(StoreCase):
         self.assertEqual(16, self.ok("/lifetime/3/16"))
         self.assertEqual(16, self.ok("/lifetime/3"))
         self.assertEqual(0, self.ok("/lifetime/3", jobix=1))
-        self.assertIn("<td>16</td>", self.call("/lifetime").text)
+        self.assertIn(">16</td>", self.call("/lifetime").text)
 
     def test_the_page_of_lifetimes_shows_them_to_their_owner_alone(self):
         self.ok("/init/15/0")
         link, none = 'href="lifetime?plain=1"', "<p>None."
-        table = "<td>0</td><td>15</td></tr>\n<tr><td>1</td><td>0</td>"
+        table = '<td title="stage">0</td><td title="minutes">15</td></tr>'
         asked = "The password is your jobix."
         basic = {
             who: {"Authorization": "Basic " + base64.b64encode(
@@ -19033,7 +19033,7 @@ class BrowserTest(StoreCase):
         for share in shares:
             self.assertAlmostEqual(0.4, share, delta=0.03)
         self.assertEqual(["image", (
-            "40 attempts took from 0.001 s to 8.2 s, most often about"
+            "40 attempts took 0.001 s to 8.2 s, most often about"
             " 0.001 s")], list(next(
                 pair for pair in self.browser.names() if "took" in pair[1])))
         looks = self.script(
