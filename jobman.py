@@ -4993,8 +4993,14 @@ PLAIN = """<!doctype html>
 <meta name="viewport" content="width=device-width">
 <title>jobman</title>
 <style>
-table { display: block; overflow-x: auto }
 th, td { text-align: left; vertical-align: top; padding-right: 1em }
+td { overflow-wrap: anywhere }
+@media (max-width: 50em) {  /* each row by itself, each value labelled */
+  th, td:empty { display: none }
+  td { display: inline }
+  td::before { content: attr(title) ": " }
+  tr { display: block; margin-bottom: .5em }
+}
 </style>
 %s
 </html>
@@ -5123,7 +5129,8 @@ def html_table(heading, names, rows):
     columns = [[name, *(cell(name, row) for row in rows)] for name in names]
     columns = [
         ['<th scope="col">%s</th>' % name]
-        + ["<td>%s</td>" % html.escape(text) for text in texts]
+        + ['<td title="%s">%s</td>' % (name, html.escape(text))
+           for text in texts]
         for name, *texts in columns if any(texts)]
     return "<h2>%s</h2>\n<table>\n<tr>%s</tr>\n</table>" % (
         heading, "</tr>\n<tr>".join(map("".join, zip(*columns))))
