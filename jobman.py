@@ -6651,21 +6651,22 @@ jobman %s listens at %s
   database     %s
   access file  %s
   page         %s
-Add a job, then run what waits, here or on any node that sees this home:
+Add a job, then run it, here or on any node that sees this home folder:
   python3 jobman.py submit%s hostname
   python3 worker.py --stage 0%s"""
 
 
-def page_address(access, stream):
-    """Return where the page is, to be shown on `stream`.
+def page_address(access, access_file, stream):
+    """Return the address of the page, to be shown on `stream`.
 
-    On a terminal it has the reading jobix, after #, which is sent to no
+    On a terminal it has the reading jobix, after #, which browsers send to no
     server; but browsers and terminals keep such links.
     """
     page = access["url"] + "/get"
     if stream.isatty():
         page += "#jobix=%d" % access["reading_jobix"]
-    return page + " (to act, give it the jobix in the access file)"
+    return "%s (to change jobs, sign in with the jobix in %s)" % (
+        page, access_file)
 
 
 def announcement(options, access_file, access):
@@ -6675,7 +6676,7 @@ def announcement(options, access_file, access):
         option = " --access " + shlex.quote(path)
     return ANNOUNCEMENT % (
         __version__, access["url"], os.path.abspath(options.db), path,
-        page_address(access, sys.stdout), option, option)
+        page_address(access, "the access file", sys.stdout), option, option)
 
 
 def serve(options):
@@ -7978,7 +7979,7 @@ def run(options):
     progress = Progress()
     served = argparse.Namespace(**dict(vars(options), **SERVED))
     with serving(served, access_file, ending) as (server, access):
-        say("Watch it at " + page_address(access, sys.stderr))
+        say("Watch it at " + page_address(access, access_file, sys.stderr))
         send_results(access_file)
         batch = Run(server.store, options)
         if options.names:
