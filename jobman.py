@@ -8887,8 +8887,8 @@ def read_name(text):
     """Return a name, of jobs or a stage; ArgumentTypeError for none."""
     if not is_stage_name(text):
         raise argparse.ArgumentTypeError(
-            "%.80r is no name: a name is a letter and up to 63 of A-Z a-z 0-9"
-            " _ . -, and neither all nor last" % text)
+            "%.80r can't be a name: a name is a letter and up to 63 of A-Z a-z"
+            " 0-9 _ . -, but not all or last" % text)
     return text
 
 
@@ -8911,7 +8911,7 @@ ACCESS = option(
     help="the server's access file (default ~/.jobman/access.json)")
 OUTPUT = option(
     "--output", choices=("table", "json", "quiet"), default="table",
-    help="how the answer is printed (default table)")
+    help="how to print the result (default table)")
 CLIENT = ACCESS, OUTPUT
 STATE_OPTION = state_option(*STATES)
 STAGE_OPTION = option(
@@ -8919,90 +8919,96 @@ STAGE_OPTION = option(
     help="only jobs in this stage: its number or name")
 YES = option(
     "--yes", action="store_true",
-    help="change more than %d without asking" % ASKED_FROM)
+    help="change more than %d jobs or workers without asking" % ASKED_FROM)
 DATABASE = option(
     "--db", default=home_file("jobman.db"), metavar="FILE",
     help="the database (default ~/.jobman/jobman.db)")
 ANY_DATABASE = option(
     "--db", metavar="FILE",
-    help="the database (default: ~/.jobman/jobman.db, if it is there)")
+    help="the database (default: ~/.jobman/jobman.db, if it exists)")
 A_STAGE = option("stage", type=read_stage, metavar="STAGE")
 A_JOB = option("jobid", type=argument(JOBID), metavar="JOBID")
-A_WORKER = option("worker", metavar="WORKER", help="its name, or all")
+A_WORKER = option("worker", metavar="WORKER",
+                  help="the name of a worker, or all")
 SELECTION = (
     option("ids", nargs="?", type=read_selection, metavar="IDS",
-           help="jobids, as 1,3,5-8, the name of a submission, last, or"
+           help="jobids such as 1,3,5-8, the name of a submission, last, or"
            " all"),
     STATE_OPTION, STAGE_OPTION, *CLIENT, YES)
 IDS = option(
     "ids", nargs="?", type=read_ids, metavar="IDS",
-    help="only these jobs: 1,3,5-8, the name of a submission, or last")
+    help="only these jobs: jobids such as 1,3,5-8, the name of a submission,"
+    " or last")
 JOBS = (
     IDS, state_option(*STATES, "expired"), STAGE_OPTION, ACCESS,
     option("--order", choices=("id", "time"), default="id",
-           help="by their ids (default), or longest in their stage first"),
+           help="sort by id (default), or longest in their stage first"),
     option("--limit", type=argument(integer(1, MAX_JOBID)), default=math.inf,
-           metavar="N", help="how many at most (default: all)"))
+           metavar="N", help="show at most N jobs (default: all)"))
 NAMES = option(
     "names", nargs="*", type=read_naming, metavar="STAGE=NAME",
-    help="a name for a stage, as 0=fetch; 0= takes it away")
+    help="name a stage, as in 0=fetch; 0= removes the name")
 MINUTES_OF_STAGES = option(
     "minutes", nargs="*", type=argument(MINUTES), metavar="MINUTES",
-    help="of stage 0, of stage 1, and so on; 0: no limit")
+    help="lifetimes of stage 0, stage 1, and so on; 0: no limit")
 LIFETIME = (
     option("stage", nargs="?", type=read_stage, metavar="STAGE"),
     option("minutes", nargs="?", type=argument(MINUTES), metavar="MINUTES",
            help="0: no limit"))
-FOLDER = option("folder", metavar="DIR", help="where status.html is written")
-COPY = option("file", metavar="FILE", help="where the copy goes")
+FOLDER = option("folder", metavar="DIR",
+                help="the folder to write status.html to")
+COPY = option("file", metavar="FILE", help="the file to copy to")
 MOVE = (option("old", type=read_stage, metavar="OLD"),
         option("new", type=read_stage, metavar="NEW"))
 VERIFY = (
     option("--lag", type=duration, default=10, metavar="TIME",
-           help="how long files from other nodes may take to appear here"
+           help="how long to wait for files of other nodes to appear here"
            " (default 10s)"),
-    option("--dry-run", action="store_true", help="only say what is damaged"))
+    option("--dry-run", action="store_true",
+           help="only print which files are damaged"))
 
 
 RETRIES = argument(integer(0, 999999))
 SERVE = (
     DATABASE,
     option("--host", default="127.0.0.1",
-           help="address to listen at (default 127.0.0.1)"),
+           help="the address to listen on (default 127.0.0.1)"),
     option("--port", type=argument(integer(0, 65535)), default=8642,
-           metavar="N", help="default 8642; 0: any that is free"),
+           metavar="N", help="the port (default 8642; 0: any free port)"),
     option("--access", metavar="FILE",
-           help="where workers find the server (~/.jobman/access.json)"),
-    option("--url", help="the address for the access file, if not our guess"),
+           help="the access file to write, by which workers find the server"
+           " (default ~/.jobman/access.json)"),
+    option("--url", help="the server's address for clients, if they can't use"
+           " its host name and port"),
     option("--jobix-file", metavar="FILE",
-           help="the jobix that is admitted, if not one that we make"),
+           help="accept the jobix in FILE (default: a random number)"),
     option("--new-jobix", action="store_true",
-           help="make both jobix anew and keep the jobs; the old ones are"
+           help="replace both jobix and keep the jobs; the old ones are"
            " refused from now on"),
     option("--open", action="store_true",
            default=os.environ.get("JOBMAN_OPEN") == "1",
-           help="admit any jobix"),
+           help="accept any jobix"),
     option("--share-output", action="store_true",
-           help="show the reading jobix what jobs have printed, too"),
+           help="show the output of jobs to the reading jobix, too"),
     option("--shared", action="store_true",
-           help="other servers of this host may serve the same database"),
+           help="allow other servers on this host to use the same database"),
     option("--tls", action="store_true",
-           help="speak HTTPS on loopback too, with the same certificate,"
-           " which openssl makes once"),
+           help="speak HTTPS at 127.0.0.1, too"),
     option("--plain", action="store_true",
-           help="speak plain HTTP beyond loopback too"),
+           help="speak plain HTTP at any --host"),
     option("--certfile", metavar="FILE",
-           help="speak HTTPS, with the certificate in FILE (PEM)"),
+           help="speak HTTPS, with the certificate in FILE (PEM; default: one"
+           " that openssl makes)"),
     option("--keyfile", metavar="FILE",
            help="the certificate's key, if it isn't in the same file"),
     option("--snapshot", metavar="DIR",
            help="write DIR/status.html, a page for colleagues, every minute"),
     option("--retries", type=RETRIES, default=MAX_ATTEMPTS - 1, metavar="N",
-           help="how often a job that fails is tried again in a stage, if it"
-           " doesn't say itself (default %d)" % (MAX_ATTEMPTS - 1)),
+           help="how often to try a failed job again in a stage, unless the"
+           " job has its own number (default %d)" % (MAX_ATTEMPTS - 1)),
     option("--lapses", type=argument(integer(1, 1000000)), default=MAX_LAPSES,
-           metavar="N", help="lapsed leases in a stage until a job is failed"
-           " (default %d)" % MAX_LAPSES),
+           metavar="N", help="how many leases may lapse in a stage before a"
+           " job is failed (default %d)" % MAX_LAPSES),
     option("--keep-days", type=argument(integer(1, 100000)), metavar="N",
            help="delete old attempts of jobs that were done or cancelled N"
            " days ago (default: keep all)"),
@@ -9011,81 +9017,89 @@ SERVE = (
 
 STEPS = (
     option("words", nargs=argparse.REMAINDER, metavar="COMMAND",
-           help="the command; {} is the item, at its end if not said"),
+           help="the command; {} is the item; without {} the item is added at"
+           " the end"),
     option("--then", action="append", default=[], metavar="COMMAND",
-           help="a command for the next stage, when the one before has"
-           " succeeded; as often as there are stages, also after the command"),
+           help="a command for the next stage, run when the command before it"
+           " has succeeded; repeat it for more stages"),
     option("--names", type=read_names, metavar="NAME,...",
-           help="names of the stages, one for each command"),
+           help="names for the stages, one for each command"),
     option("-a", "--each-line", "--arg-file", dest="arg_file", metavar="FILE",
-           help="a job for each line of FILE, as an item; -: standard input"),
+           help="read items from FILE, one on each line; -: standard input"),
     option("-0", "--null", action="store_true",
-           help="items end in a zero byte, as those of find -print0"),
+           help="items end in a zero byte, as find -print0 writes them"),
     option("--array", type=read_array, metavar="NUMBERS",
-           help="a job for each number, as an item: 1-1000, 1-9:2,12"),
+           help="use numbers as items: 1-1000, 1-9:2,12"),
     option("--timeout", type=duration, metavar="TIME",
            help="how long a command may take: 90, 90s, 2h30m (default: no"
            " limit)"),
     option("--dry-run", action="store_true",
-           help="print the commands, and run or add none"))
+           help="only print the commands"))
 RUN = (
     *STEPS,
     option("--db", default="jobman-run.db", metavar="FILE",
-           help="where the run is kept (default jobman-run.db)"),
+           help="the database of the run (default jobman-run.db)"),
     option("--slots", type=argument(integer(1, 100000)), metavar="N",
-           help="commands side by side (default: the cores we may use)"),
+           help="how many commands to run at a time (default: one for each"
+           " core)"),
     option("--retries", type=RETRIES, default=0, metavar="N",
-           help="how often a command that fails is tried again (default 0)"))
+           help="how often to try a failed command again (default 0)"))
 SUBMIT = (
     *STEPS,
     option("--commands", metavar="FILE",
-           help="a job for each line, as a command; -: standard input"),
+           help="add a job for each line of FILE, a command; -: standard"
+           " input"),
     option("--from-json", metavar="FILE",
-           help="jobs as /set or /submit take them, options being what they"
-           " have if they don't say; -: standard input"),
+           help="add the jobs in FILE, in the JSON of /set or /submit; other"
+           " options are defaults for them; -: standard input"),
     option("--stage", type=read_stage, metavar="STAGE",
-           help="where they wait, a number or a name (default 0)"),
+           help="the stage of the first command, a number or a name (default"
+           " 0)"),
     option("--laststage", type=read_stage, metavar="STAGE",
-           help="where they are done (default: two above their last"
-           " command)"),
+           help="the stage in which jobs are done (default: two above the"
+           " last command)"),
     option("--priority", type=argument(CARRIES["priority"]), metavar="N",
-           help="higher goes first (default 0)"),
+           help="jobs with a higher number go first (default 0)"),
     option("--retries", type=RETRIES, metavar="N",
-           help="how often a command that fails is tried again (default: the"
-           " server's, normally 2)"),
+           help="how often to try a failed command again (default: as the"
+           " server says, normally 2)"),
     option("--max-attempts", type=argument(CARRIES["max_attempts"]),
            help=argparse.SUPPRESS),  # one more
-    option("--cwd", metavar="DIR", help="where they run (default: here)"),
+    option("--cwd", metavar="DIR",
+           help="the folder to run commands in (default: this folder)"),
     option("--after", type=read_ids, action="append", default=[],
-           metavar="IDS", help="jobs that they wait for: 1,3,5-8, or the name"
-           " of a submission"),
+           metavar="IDS", help="wait until these jobs are done: 1,3,5-8, or"
+           " the name of a submission"),
     option("--name", "--key", type=read_name, metavar="NAME",
-           help="what to call these jobs in other commands; under one name"
-           " jobs are added once"),
+           help="the name of this submission in other commands; the same"
+           " command with the same name adds no job twice"),
     *CLIENT)
 WAIT = (
     IDS,
     option("--exit-code", action="store_true",
-           help="exit status 1 if one failed, was aborted or cancelled"),
+           help="exit with status 1 if a job failed, was aborted or was"
+           " cancelled"),
     option("--timeout", type=duration, metavar="TIME",
-           help="give up after 90, 90s, 2h30m or so, with exit status 124"),
+           help="give up after this time (90, 90s, 2h30m), with exit status"
+           " 124"),
     *CLIENT)
 LOGS = (
     IDS, STATE_OPTION, STAGE_OPTION, ACCESS,
     option("-f", "--follow", action="store_true",
-           help="go on as the jobs print, until they have ended"),
+           help="go on printing new output until the jobs have ended"),
     option("--prune", action="store_true",
-           help="remove the output of jobs that were forgotten"),
-    option("--logs", metavar="DIR", help="where workers keep output (default:"
-           " next to the access file)"))
+           help="remove the output of forgotten jobs"),
+    option("--logs", metavar="DIR", help="the folder where workers keep output"
+           " (default: logs, next to the access file)"))
 TOPIC = option("topic", nargs="?", metavar="TOPIC")
 BATCH = (
     option("--nodes", type=argument(integer(1, 100000)), default=1,
-           metavar="N", help="how many nodes, so workers (default 1)"),
+           metavar="N", help="how many nodes, with a worker on each (default"
+           " 1)"),
     option("--time", required=True, metavar="TIME",
-           help="how long at most: 1:00:00, 1-12:00:00, 90m, 2h30m"),
+           help="the time limit: 1:00:00, 1-12:00:00, 90m, 2h30m"),
     option("--worker", default="", metavar="'OPTIONS'",
-           help="options for worker.py, in one word"),
+           help="options for worker.py, quoted as one word"),
     ACCESS)
 
 
@@ -9093,7 +9107,7 @@ def jobs_output(default):
     """Return the option by which jobs are printed."""
     return option(
         "--output", "--format", choices=tuple(FORMATS), default=default,
-        help="how they are printed: %s (default %s)" % (
+        help="how to print them: %s (default %s)" % (
             ", ".join(FORMATS), default), metavar="FORM")
 
 
@@ -9102,11 +9116,11 @@ def check_serve(parser, options):
     if options.tls + options.plain + bool(options.certfile) > 1:
         parser.error("choose one of --tls, --plain and --certfile")
     if options.keyfile and not options.certfile:
-        parser.error("--keyfile goes with --certfile")
+        parser.error("--keyfile needs --certfile")
     given = options.jobix_file or "JOBMAN_JOBIX" in os.environ
     if options.new_jobix and (given or options.shared or options.open):
-        parser.error("--new-jobix makes the number itself, for one server:"
-                     " give no --jobix-file, JOBMAN_JOBIX, --shared or --open")
+        parser.error("--new-jobix can't be combined with --jobix-file,"
+                     " JOBMAN_JOBIX, --shared or --open")
 
 
 def check_steps(parser, options):
@@ -9159,7 +9173,8 @@ def check_run(parser, options):
     """End with exit status 2 when a run isn't described well."""
     if not check_sources(parser, options):
         if sys.stdin is None or sys.stdin.isatty():
-            parser.error("give items after :::, in a file, or on stdin")
+            parser.error("give items after :::, by -a FILE, or on standard"
+                         " input")
         options.arg_file = "-"
     check_steps(parser, options)
     if not "".join(options.steps).strip():
@@ -9173,7 +9188,7 @@ def check_submit(parser, options):
     has_command = bool("".join(options.steps).strip())
     whole = options.commands or options.from_json
     if has_command == bool(whole):  # an empty variable is none
-        parser.error("%s brings the commands: give no other" % sources[0]
+        parser.error("%s has the commands: give no other" % sources[0]
                      if whole else "submit needs a command")
     if options.retries is not None:
         options.max_attempts = options.retries + 1
@@ -9184,15 +9199,15 @@ def check_logs(parser, options):
     """End with exit status 2 when no jobs are named."""
     named = not (options.ids is options.stage is options.state is None)
     if named == options.prune:
-        parser.error("name jobs: by ids, as 1,3,5-8, by a submission, --state"
-                     " or --stage; --prune takes none")
+        parser.error("name jobs by ids such as 1,3,5-8, by a submission, by"
+                     " --state or by --stage; with --prune name none")
 
 
 def check_batch(parser, options):
     """End with exit status 2 when a script's options aren't good."""
     options.more = options.items or []
     if options.more and not options.more[0].startswith("-"):
-        parser.error("-- is followed by options, not by %r" % options.more[0])
+        parser.error("after -- come options, not %r" % options.more[0])
     for word in options.more:
         if UNQUOTABLE.search(word):
             parser.error("%r can't be a batch system's option: it has a quote,"
@@ -9207,29 +9222,29 @@ def check_batch(parser, options):
         worker.parse(options.worker)  # ends with exit status 2 if it's bad
 
 
-# Each command: its name, what it does, its options, and a text: a line that
-# says what it is for, and examples.
+# Each command: its name, its function, its options, and its help: one line,
+# then examples.
 COMMANDS = (
-    ("serve", serve, SERVE, """serve a database until a signal ends it
+    ("serve", serve, SERVE, """run a server, until Ctrl-C or a signal
   python3 jobman.py serve
   python3 jobman.py serve --db jobs.db --host 0.0.0.0"""),
-    ("run", run, RUN, """run a command for each item, and end
+    ("run", run, RUN, """run a command for each item, on this machine
   python3 jobman.py run 'gzip -k {}' ::: *.txt
   find . -name '*.png' -print0 | python3 jobman.py run -0 'optipng {}'
   python3 jobman.py run 'gzip -k {}' --then 'gzip -t {}.gz' ::: *.txt
 {} is the item as one shell word, {#} its number. Items come after :::, from a
-file, or from standard input, one a line. Options stand before the
+file, or from standard input, one on each line. Options come before the
 command."""),
-    ("submit", submit_jobs, SUBMIT, """add jobs
+    ("submit", submit_jobs, SUBMIT, """add jobs to the server
   python3 jobman.py submit 'gzip -k {}' ::: *.txt
   find . -name '*.png' | python3 jobman.py submit --each-line - 'optipng {}'
   python3 jobman.py submit --array 1-1000 ./simulate.sh --seed {}
   python3 jobman.py submit --commands todo.txt --priority 5
   python3 jobman.py submit --name run3 --array 1-9 'get {}' --then 'sum {}'
   python3 jobman.py submit --after run3 ./summarize.sh
-{} is the item as one shell word, {#} its number, as with run. Options stand
-before the command."""),
-    ("status", make_calls, (IDS, *CLIENT), """show how far the jobs are
+{} is the item as one shell word, {#} its number. Options come before the
+command."""),
+    ("status", make_calls, (IDS, *CLIENT), """show the progress of the jobs
   python3 jobman.py status
   python3 jobman.py status run3
   python3 jobman.py status --output json"""),
@@ -9239,39 +9254,39 @@ before the command."""),
   python3 jobman.py jobs --state waiting --output quiet
   python3 jobman.py jobs --output csv > jobs.csv"""),
     ("job", make_calls, (A_JOB, *CLIENT),
-     """show a job and why it isn't running
+     """show a job, its attempts, and why it isn't running
   python3 jobman.py job 17
   python3 jobman.py job 17 --output json"""),
     ("workers", make_calls, CLIENT, """show the workers
   python3 jobman.py workers"""),
-    ("watch", watch, (IDS, ACCESS), """show the status live
+    ("watch", watch, (IDS, ACCESS), """show the progress of the jobs, live
   python3 jobman.py watch
   python3 jobman.py watch run3
-Ctrl-C ends it. If its output isn't a terminal, it prints a line when there is
-news, at most every 10 seconds."""),
-    ("wait", wait, WAIT, """return when jobs have ended
+Ctrl-C ends it. If its output isn't a terminal, it prints a line when something
+has changed, at most every 10 seconds."""),
+    ("wait", wait, WAIT, """wait until jobs have ended
   python3 jobman.py wait --exit-code && echo all is well
   python3 jobman.py wait 1,3,5-8 --timeout 2h30m
   python3 jobman.py wait run3
-Exit status 124: the time was over."""),
-    ("logs", logs, LOGS, """print what the commands of jobs have printed
+Exit status 124: it timed out."""),
+    ("logs", logs, LOGS, """print the output of jobs
   python3 jobman.py logs 17
   python3 jobman.py logs 17 2>/dev/null > 17.txt
   python3 jobman.py logs last --state failed
   python3 jobman.py logs -f run3
   python3 jobman.py logs --prune"""),
-    ("export", print_jobs, (*JOBS, jobs_output("csv")), """jobs --output csv
+    ("export", print_jobs, (*JOBS, jobs_output("csv")), """list jobs as CSV
   python3 jobman.py export > jobs.csv
   python3 jobman.py export --format joblog > joblog.tsv"""),
     ("failures", make_calls, (IDS, *CLIENT), """group failed jobs by reason
   python3 jobman.py failures
 Below each group is the command that retries its jobs."""),
-    ("stats", make_calls, CLIENT, """show what time the jobs took
+    ("stats", make_calls, CLIENT, """show run times and waiting times
   python3 jobman.py stats"""),
-    ("retry", change_jobs, SELECTION, """run ended jobs again
+    ("retry", change_jobs, SELECTION, """run jobs again that have ended
   python3 jobman.py retry 17
   python3 jobman.py retry --state failed --stage align"""),
-    ("cancel", change_jobs, SELECTION, """cancel jobs that aren't done
+    ("cancel", change_jobs, SELECTION, """cancel jobs, and kill running ones
   python3 jobman.py cancel 1,3,5-8
   python3 jobman.py cancel --state working
   python3 jobman.py cancel all --yes"""),
@@ -9284,7 +9299,7 @@ Below each group is the command that retries its jobs."""),
     ("pause", make_calls, (A_STAGE, *CLIENT),
      """stop handing out the jobs of a stage
   python3 jobman.py pause align"""),
-    ("resume", make_calls, (A_STAGE, *CLIENT), """end the pause of a stage
+    ("resume", make_calls, (A_STAGE, *CLIENT), """hand out its jobs again
   python3 jobman.py resume align"""),
     ("drain", change_workers, (A_WORKER, *CLIENT, YES),
      """tell workers to claim no more jobs
@@ -9306,38 +9321,38 @@ Below each group is the command that retries its jobs."""),
      """set the first lifetimes
   python3 jobman.py init 0 60 0 90 0"""),
     ("snapshot", snapshot, (FOLDER, *CLIENT),
-     """write a page that needs no server
+     """write a status page that needs no server
   python3 jobman.py snapshot /shared/www"""),
     ("verify", verify, (*VERIFY, *CLIENT), """check the files of all done jobs
   python3 jobman.py verify --dry-run"""),
     ("backup", backup, (COPY, DATABASE, OUTPUT),
-     """copy a database, even while it is served
+     """copy a database, even while its server runs
   python3 jobman.py backup --db jobs.db copy.db"""),
     ("check", check, (DATABASE, OUTPUT),
      """check that a database is intact
   python3 jobman.py check --db jobs.db"""),
-    ("help", show_help, (TOPIC,), """explain a topic, or list the topics
+    ("help", show_help, (TOPIC,), """explain a topic, or list all topics
   python3 jobman.py help
   python3 jobman.py help http"""),
     ("doctor", doctor, (ANY_DATABASE, *CLIENT),
-     """check that all that is needed is there
+     """check Python, the access file, the server and the database
   python3 jobman.py doctor
   python3 jobman.py doctor --db /scratch/me/jobs.db
-Without a server it checks the rest. It changes nothing."""),
+It changes nothing. Without a server it checks the rest."""),
     ("sbatch", sbatch, BATCH, """print a script for Slurm
   python3 jobman.py sbatch --nodes 4 --time 8h -- --partition=long | sbatch
-What follows -- becomes #SBATCH lines."""),
+Options after -- become #SBATCH lines."""),
     ("pbs", pbs, BATCH, """print a script for PBS
   python3 jobman.py pbs --time 8h -- -l select=4:ncpus=64 | qsub
-What follows -- becomes #PBS lines."""),
+Options after -- become #PBS lines."""),
 )
-# What follows the names of those whose arguments end in items or options.
+# The usage of commands whose arguments end in items or options.
 USAGES = {
     "run": "[options] 'COMMAND {}' [--then COMMAND] [::: ITEM ...]",
     "submit": "[options] ['COMMAND {}' [--then COMMAND] [::: ITEM ...]]",
     "sbatch": "[options] [-- OPTION ...]", "pbs": "[options] [-- OPTION ...]",
 }
-# How the options of some are checked, beyond what argparse does.
+# The checks of options that argparse can't make.
 CHECKS = {
     "serve": check_serve, "run": check_run, "submit": check_submit,
     "logs": check_logs, "sbatch": check_batch, "pbs": check_batch,
@@ -9380,9 +9395,9 @@ def parse(arguments):
     """Return the command line's options; end with exit status 2 or 0."""
     parser = argparse.ArgumentParser(
         prog="jobman.py",
-        description="Hand out jobs to any number of workers.",
+        description="Run many commands, here or by workers on other nodes.",
         epilog="python3 jobman.py COMMAND --help shows options and examples."
-        "\npython3 jobman.py help explains all else, such as the HTTP calls.",
+        "\npython3 jobman.py help lists the topics of the manual.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = "jobman %s" % __version__

@@ -8782,8 +8782,8 @@ class WorkerTest(WorkerCase):
         for text in ("?", "", "0,", "a,", "-1", "0x1", "999999"):
             status, out, err = self.command(WORKER, "--stage=" + text)
             self.assertEqual((2, ""), (status, out))
-            self.assertIn("--stage: %r is no list such as 0 or 2,0, of stages"
-                          " up to 999998" % text, err)
+            self.assertIn("--stage: %r isn't a list of stages up to 999998"
+                          % text, err)
 
     def test_string_is_run_by_the_shell_and_a_list_as_it_is(self):
         self.add('echo "$0" $((1 + 1))', ["printf", "%s|", "a b", "$HOME"])
@@ -8808,7 +8808,7 @@ class WorkerTest(WorkerCase):
         self.assertEqual(["failed"] * 4, self.states())
         for jobid in (1, 2, 3, 4):
             error = self.attempts(jobid)[0]["error"]
-            self.assertIn("jobcmd is no command", error)
+            self.assertIn("jobcmd isn't a command", error)
             self.assertIn("--command", error)
 
     def test_command_option_reads_the_job_as_json(self):
@@ -9101,7 +9101,7 @@ class WorkerTest(WorkerCase):
         self.assertGreater(self.attempts(2)[0]["started"], undrained)
         process.terminate()
         _, _, err = self.finish(process)
-        self.assertEqual("worker.py: It claims jobs again.\n", err)
+        self.assertEqual("worker.py: Undrained: it claims jobs again.\n", err)
 
     def test_drained_worker_gives_back_what_a_long_poll_still_brings(self):
         process = self.start("--lease", "1", "--idle-timeout", "60",
@@ -9328,7 +9328,7 @@ class WorkerTest(WorkerCase):
         for text in ("", "x", "-1", "nan", "1e10", "1:00"):
             status, _, err = self.command(WORKER, "--lease=" + text)
             self.assertEqual(2, status)
-            self.assertIn("--lease: %r is no duration such as 90 (seconds),"
+            self.assertIn("--lease: %r isn't a duration; write 90 (seconds),"
                           " 90s, 2h30m or 1:00:00" % text, err)
 
     # Whether more jobs may come
@@ -10127,7 +10127,7 @@ class OutageTest(WorkerCase):
         stranger = self.client.__class__(self.client.access)
         self.addCleanup(stranger.close)
         stranger.set({1: {"jobstage": 0, "jobcmd": "true", "laststage": 2}})
-        with self.assertRaisesRegex(Exception, "another server's now"):
+        with self.assertRaisesRegex(Exception, "to another server now"):
             self.client.locate()
         worker.terminate()
         self.finish(worker)
@@ -10264,8 +10264,8 @@ class OutageTest(WorkerCase):
             os.close(spool.fd)
             status, out, err = self.command(WORKER, "--send-spool")
             self.assertEqual((0, "0 results were delivered.\n"), (status, out))
-            self.assertEqual("worker.py: Job 1: its result is malformed and is"
-                             " dropped.\n", err)
+            self.assertEqual("worker.py: Job 1: its result in the spool is"
+                             " malformed and is dropped.\n", err)
             self.assertFalse(os.path.exists(folder))
         self.assertEqual(["waiting"], self.states())
 
@@ -10280,8 +10280,8 @@ class OutageTest(WorkerCase):
                     WORKER, "--idle-timeout", "0.05", *argv)
                 self.assertEqual((1, ""), (status, out))
                 self.assertRegex(
-                    err, r"\Aworker\.py: The folder %s can be written by"
-                    r" other users: .*mkdir -m 700[^\n]*\n\Z" % folder)
+                    err, r"\Aworker\.py: Other users can write to the folder"
+                    r" %s: .*mkdir -m 700[^\n]*\n\Z" % folder)
 
     def test_a_folder_that_others_make_meanwhile_is_not_used(self):
         def fail(reason):
@@ -10392,7 +10392,7 @@ class EndTest(WorkerCase):
         self.add(forge, "echo $JOBMAN_RESULT >> log", max_attempts=1)
         self.work()
         self.assertEqual(["failed", "done"], self.states())
-        self.assertIn("another user's", self.attempts()[0]["error"])
+        self.assertIn("to another user", self.attempts()[0]["error"])
         made = os.path.dirname(read(self.path("log")).decode())
         self.assertFalse(os.path.exists(made))
         left, = self.temporary()
@@ -10402,7 +10402,7 @@ class EndTest(WorkerCase):
     def test_result_that_is_a_pipe_fails_the_attempt(self):
         self.add('mkfifo "$JOBMAN_RESULT"', max_attempts=1)
         self.work()
-        self.assertIn("no file", self.attempts()[0]["error"])
+        self.assertIn("isn't a file", self.attempts()[0]["error"])
 
     def test_limit_of_a_month_is_no_trouble(self):
         self.add("true", timeout=3000000)
@@ -10583,8 +10583,8 @@ class EndTest(WorkerCase):
         self.assertEqual([8, 0, 4, 4], [
             self.job(i)["stage"] for i in (1, 2, 3, 4)])
         _, err = self.work("--stage", "0", "--time-limit", "5m")
-        self.assertRegex(err, r"\Aworker\.py: No job here is known to end in"
-                         r" the 2\d\d seconds that are left\.\n\Z")
+        self.assertRegex(err, r"\Aworker\.py: No job is known to be short"
+                         r" enough for the 2\d\d seconds that are left\.\n\Z")
         self.work("--stage", "0", "--time-limit", "2h")
         self.assertEqual(2, self.job(2)["stage"])
 
@@ -11824,7 +11824,7 @@ class LibraryTest(WorkerCase):
         self.client.cancel(ids=[1])
         status, _, err = self.finish(process)
         self.assertEqual(0, status)
-        self.assertIn("Job 1: its result came too late and is dropped", err)
+        self.assertIn("Job 1: its result is too late and is dropped", err)
         self.assertEqual(["cancelled"], self.outcomes())
         self.assertIsNone(self.job()["filename"])
 
@@ -14488,7 +14488,7 @@ class StartTest(TemporaryFolder):
                 JOBMAN, "serve", "--new-jobix", *options,
                 env=dict(self.environment, **variables))
             self.assertEqual(2, status)
-            self.assertIn("--new-jobix makes", err)
+            self.assertIn("--new-jobix can't be combined", err)
         self.serve("--shared")
         self.assertIn("Another server", self.refused("--new-jobix"))
 
@@ -17140,14 +17140,14 @@ class TlsTest(Certified, TemporaryFolder):
             ("127.0.0.1", {"JOBMAN_FINGERPRINT": colons}, "ok\n"),
             ("localhost", {"JOBMAN_FINGERPRINT": digest(self.other[0]),
                            "SSL_CERT_FILE": self.certfile}, "another server"),
-            ("localhost", {"JOBMAN_FINGERPRINT": "1234"}, "not a SHA-256"),
+            ("localhost", {"JOBMAN_FINGERPRINT": "1234"}, "isn't a SHA-256"),
         ):
             self.environment["JOBMAN_URL"] = "https://%s:%d" % (host, port)
             environment = dict(self.environment, **more)
             status, out, err = self.command("-c", code, env=environment)
             self.assertEqual((0, ""), (status, err))
             self.assertIn(expected, out)
-        with self.assertRaisesRegex(worker.Trouble, "must be at https"):
+        with self.assertRaisesRegex(worker.Trouble, "needs an https"):
             worker.Client(url="http://h", jobix=1, fingerprint=colons)
 
     # Who else is there
@@ -17346,7 +17346,7 @@ class DoctorTest(Certified, CommandCase):
         self.assertOk("access", "JOBMAN_URL names the server", found)
         self.assertOk("jobix", "taken", found)
         del self.environment["JOBMAN_JOBIX"]
-        self.assertWrong("access", "needs a jobix too", self.examine())
+        self.assertWrong("access", "give a jobix", self.examine())
 
     # The way to the server
 

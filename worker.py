@@ -143,13 +143,13 @@ def read_access(path):
                 raise ValueError("others can read it: chmod 600 it")
             access = json.load(file)
         if not re.match(r"\d+\Z", str(access["jobix"]), re.A):
-            raise ValueError("its jobix is no number")
+            raise ValueError("its jobix isn't a number")
         url, fingerprint = str(access["url"]), access.get("fingerprint")
         return url, int(access["jobix"]), fingerprint
     except FileNotFoundError:
         raise Trouble(
             "There is no access file %s: start a server with `python3"
-            " jobman.py serve`, or name its file with --access." % path
+            " jobman.py serve`, or name its access file with --access." % path
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Trouble("Can't read %s: %s." % (path, error)) from None
@@ -176,9 +176,9 @@ def read_fingerprint(text, scheme):
         return None
     digits = str(text).replace(":", "").lower()
     if not re.match(r"[0-9a-f]{64}\Z", digits):
-        raise Trouble("The server's fingerprint is not a SHA-256.")
+        raise Trouble("The server's fingerprint isn't a SHA-256 in hex.")
     if scheme != "https":
-        raise Trouble("A server with a fingerprint must be at https://...")
+        raise Trouble("A server with a fingerprint needs an https:// address.")
     return digits
 
 
@@ -214,7 +214,8 @@ def connect(connection):
     except (OSError, ValueError) as error:  # ValueError: Python 3.6
         reason = getattr(error, "reason", None)
         if reason == "WRONG_VERSION_NUMBER":
-            raise OSError("it doesn't speak TLS; is it at http://?") from None
+            raise OSError(
+                "it doesn't speak TLS; is its address http://?") from None
         if reason != "CERTIFICATE_VERIFY_FAILED" and isinstance(
                 error, OSError):
             raise
@@ -315,9 +316,9 @@ class Client:
             fingerprint = os.environ.get("JOBMAN_FINGERPRINT")
         known = re.match(r"\d{1,19}\Z", str(jobix), re.A)
         if not known and url is not None:
-            raise Trouble("A url needs a jobix too ($JOBMAN_JOBIX), a number.")
+            raise Trouble("With a url give a jobix ($JOBMAN_JOBIX), a number.")
         if not known and jobix is not None:
-            raise Trouble("A jobix ($JOBMAN_JOBIX) must be a number.")
+            raise Trouble("The jobix ($JOBMAN_JOBIX) must be a number.")
         self.own_jobix = int(jobix) if known else None
         self.fixed = url and (url, self.own_jobix, fingerprint)
         self.patience = patience
@@ -348,11 +349,11 @@ class Client:
             parts = None
         if parts is None or parts.scheme not in PORTS or not parts.hostname:
             raise Trouble(
-                "The server's address %r is neither http://... nor https://..."
+                "The server's address %r must begin with http:// or https://."
                 % url)
         fingerprint = read_fingerprint(fingerprint, parts.scheme)
         if self.jobix not in (None, jobix):
-            raise Trouble("The access file is another server's now.")
+            raise Trouble("The access file belongs to another server now.")
         tls = tls_context(fingerprint) if parts.scheme == "https" else None
         self.url, self.jobix, self.address = url, jobix, address
         self.tls, self.fingerprint = tls, fingerprint
@@ -596,7 +597,7 @@ class Client:
         if text is not None:
             body = zlib.compress(text.encode("ascii"), 1)
             if len(body) > MAX_BODY:
-                raise Refused(413, "That is too much for one call.")
+                raise Refused(413, "The body is too large; use several calls.")
         with self.mutex:
             status, answer = self.persist(method, path, body, repeat, timeout)
         if status != 200:
@@ -677,7 +678,7 @@ class Client:
                 return response.status, json.loads(text)
         elif response.status >= 500 or kind.startswith("text/plain"):
             return response.status, text
-        raise OSError("what answers there is no jobman server")
+        raise OSError("the program there isn't a jobman server")
 
     def has_input(self, seconds):
         """Return whether the server sends something within so many seconds."""
@@ -756,7 +757,7 @@ def describe(path):
     """
     digest, size = hashlib.sha256(), 0
     if not stat.S_ISREG(os.stat(to_bytes(path)).st_mode):
-        raise ValueError("%s is no file" % path)
+        raise ValueError("%s isn't a file" % path)
     with open(to_bytes(path), "rb", buffering=0) as file:
         for block in iter(lambda: file.read(2**20), b""):
             digest.update(block)
@@ -875,8 +876,8 @@ def check_folder(folder):
         status = os.stat(folder)
         if status.st_mode & 0o022 or not is_ours(status.st_uid, folder):
             raise OSError(
-                "The folder %s can be written by other users: keep jobman's"
-                " files in a folder of your own (mkdir -m 700 FOLDER)."
+                "Other users can write to the folder %s: keep jobman's files"
+                " in a folder of your own (mkdir -m 700 FOLDER)."
                 % folder)
 
 
@@ -996,7 +997,7 @@ def read_outcomes(lines, space):
         elif not (outcome.claim and outcome.verb in VERBS
                   and type(outcome.jobid) is int
                   and type(outcome.values) is dict):
-            say("Job %s: its result is malformed and is dropped."
+            say("Job %s: its result in the spool is malformed and is dropped."
                 % outcome.jobid)
         else:
             found.append(outcome)
@@ -1130,7 +1131,7 @@ def deliver(client, outcomes):
             client, updates[0]._replace(verb="fail", values=values))
     for answer in answers:
         if answer["status"] != 200:
-            say("Job %(jobid)d: its result came too late and is dropped"
+            say("Job %(jobid)d: its result is too late and is dropped"
                 " (%(status)d)." % answer)
     return len(updates), sum(answer["status"] == 200 for answer in answers)
 
@@ -1224,7 +1225,8 @@ class Claims:
             self.client.abort(socket.SHUT_RDWR)
             self.thread.join()
         if self.unsafe():
-            say("%s lost: the server is away and %s can't be written." % (
+            say("%s lost: the server can't be reached and %s can't be written."
+                % (
                 number_of(self.unsafe(), "result"), self.spool.path))
         if not self.away:
             with contextlib.suppress(Trouble):
@@ -1309,7 +1311,8 @@ class Claims:
             return say("%s can't be written: %s" % (
                 self.spool.path, error.strerror or error))
         if not self.spooled:
-            say("Results wait on disk, in %s." % self.spool.folder)
+            say("Results are kept in %s until the server is back."
+                % self.spool.folder)
         with self.news:
             self.spooled = len(self.waiting)
             self.news.notify_all()
@@ -1480,9 +1483,9 @@ def read_left(path, owner, limit):
         with open(os.open(path, flags), "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise ValueError("it is no file")
+                raise ValueError("it isn't a file")
             if found.st_uid not in (owner, 0):
-                raise ValueError("it is another user's")
+                raise ValueError("it belongs to another user")
             text = file.read(limit + 1)
     except FileNotFoundError:
         return b""
@@ -1523,12 +1526,12 @@ def read_result(path, owner):
         raise ValueError("it is nested too deeply") from None
     keys = {"filename", "jobcmd", "outputs"}
     if not isinstance(result, dict) or set(result) - keys:
-        raise ValueError("it is no object with filename, jobcmd and outputs")
+        raise ValueError("it isn't an object with filename, jobcmd or outputs")
     if not isinstance(result.get("filename"), (str, type(None))):
-        raise ValueError("its filename is no string")
+        raise ValueError("its filename isn't a string")
     outputs = result.get("outputs") or []
     if not isinstance(outputs, list) or {type(o) for o in outputs} - {str}:
-        raise ValueError("its outputs are no list of strings")
+        raise ValueError("its outputs aren't a list of strings")
     return result
 
 
@@ -1566,7 +1569,7 @@ def allow_open_files(slots):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
         if hard < needed - 64:
-            raise Trouble("%d files may be open, too few: %s." % (
+            raise Trouble("Only %d files may be open, too few: %s." % (
                 hard, REMEDIES[errno.EMFILE]))
         needed = min(needed, hard)
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -1718,7 +1721,7 @@ def read_span(text):
     span = ((days * 24 + hours) * 60 + minutes) * 60 + rest
     if not 0 < span <= 10**9:
         raise ValueError(
-            "%r is no time such as 1:00:00, 1-12:00:00, 90s or 2h30m" % text
+            "%r isn't a time; write 1:00:00, 1-12:00:00, 90s or 2h30m" % text
         )
     return span
 
@@ -1906,8 +1909,8 @@ class Claimer:
         """Claim nothing while the server says so."""
         if drained != self.drained and not self.ending.is_set():
             self.drained = drained
-            say("Drained: it claims no more for now." if drained
-                else "It claims jobs again.")
+            say("Drained: it claims no more jobs for now." if drained
+                else "Undrained: it claims jobs again.")
 
     def label(self, stage):
         """Return a stage's name, else its number, as text."""
@@ -2005,8 +2008,8 @@ class Claimer:
         left = self.options.until - now
         stages = [s for s in self.stages if self.run_times.get(s, 0) <= left]
         if not stages:
-            say("No job here is known to end in the %s seconds that are left."
-                % int(max(0, left)))
+            say("No job is known to be short enough for the %s seconds that"
+                " are left." % int(max(0, left)))
         return stages
 
 
@@ -2464,8 +2467,8 @@ class Worker:
             if str(job["jobstage"]) not in jobcmd["steps"]:
                 raise ValueError(
                     "The job has no command for stage %d; start the worker"
-                    " with --command, or with the stages that it has commands"
-                    " for: %s" % (job["jobstage"], ", ".join(jobcmd["steps"])))
+                    " with --command, or with --stage for the stages that have"
+                    " one: %s" % (job["jobstage"], ", ".join(jobcmd["steps"])))
             jobcmd = jobcmd["steps"][str(job["jobstage"])]
         if isinstance(jobcmd, str):
             return ["/bin/sh", "-c", jobcmd], b""
@@ -2473,8 +2476,8 @@ class Worker:
         if words and all(isinstance(word, str) for word in words):
             return words, b""
         raise ValueError(
-            "The job's jobcmd is no command; start the worker with --command"
-            " to say what is to be done with it."
+            "The job's jobcmd isn't a command; start the worker with --command"
+            " to give it one."
         )
 
     def not_started(self, attempt, error):
@@ -2649,7 +2652,7 @@ class Worker:
                 os.dup2(null, stream.fileno())
             self.call(self.drain, signal.SIGTERM, 128 + signal.SIGPIPE, None)
         except OSError as error:
-            say("The output can't be written: %s" % error)
+            say("The output of commands can't be written: %s" % error)
             self.call(self.drain, signal.SIGTERM, 1, None)
         finally:
             self.printing = False
@@ -2940,7 +2943,7 @@ def stage_list(text):
            else stage <= most for stage in stages):
         return stages
     raise argparse.ArgumentTypeError(
-        "%r is no list such as 0 or 2,0, of stages up to %d, or of their names"
+        "%r isn't a list of stages up to %d; write 0, 2,0 or their names"
         % (text, most))
 
 
@@ -2961,46 +2964,49 @@ def duration(text):
         return read_span(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            "%r is no duration such as 90 (seconds), 90s, 2h30m or 1:00:00"
+            "%r isn't a duration; write 90 (seconds), 90s, 2h30m or 1:00:00"
             % text) from None
 
 
 def parse(arguments):
     """Return the command line's options."""
     parser = argparse.ArgumentParser(
-        description="Work through the jobs of a jobman server.",
+        description="Run the jobs of a jobman server.",
         epilog="example: python3 worker.py --stage 0,2 --slots 4",
     )
     add = parser.add_argument
     add("--stage", default=[0], type=stage_list, metavar="S[,S...]",
-        help="stages to claim from, the highest first, by number or name"
-        " (default 0)")
+        help="stages to serve, by number or name; jobs of the highest stage"
+        " go first (default 0)")
     add("--slots", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-        help="commands side by side (default: the cores we may use)")
+        help="how many commands to run at a time (default: one for each core)")
     add("--command", metavar="CMD",
-        help="run CMD for each job, the job as JSON on its standard input")
+        help="run CMD for each job, with the job as JSON on standard input")
     add("--idle-timeout", type=duration, default=60, metavar="TIME",
-        help="end after so long with nothing to do (default 60s)")
+        help="end after this time without work (default 60s)")
     add("--lease", type=duration, default=120, metavar="TIME",
-        help="a job goes to others when its worker is silent so long"
-        " (default 2m)")
+        help="give the jobs of this worker to others after it was silent for"
+        " this time (default 2m)")
     add("--time-limit", type=span, metavar="TIME",
         help="end after 1:00:00, 90s, 2h30m (default: with the batch job)")
     add("--grace", type=duration, default=10, metavar="TIME",
-        help="time between a signal to commands and KILL (default 10s)")
+        help="time between a signal to commands and SIGKILL (default 10s)")
     add("--lag", type=duration, default=10, metavar="TIME",
-        help="how late files of other nodes may be seen here (default 10s)")
+        help="how long to wait for files of other nodes to appear here"
+        " (default 10s)")
     add("--logs", metavar="DIR",
-        help="keep output there (default: logs, next to the access file)")
+        help="the folder for the output of commands (default: logs, next to"
+        " the access file)")
     add("--log-limit", type=int, default=2**20, metavar="BYTES",
-        help="of output kept of one attempt (default 1048576)")
-    add("--print", action="store_true", help="print output, keep none")
-    add("--quiet", action="store_true", help="say only what is wrong")
+        help="how much output of an attempt to keep (default 1048576)")
+    add("--print", action="store_true",
+        help="print the output of commands instead of keeping it")
+    add("--quiet", action="store_true", help="print only problems")
     add("--spool", metavar="DIR",
-        help="results wait there for a server that is away (default: spool,"
-        " next to the access file)")
+        help="the folder for results while the server can't be reached"
+        " (default: spool, next to the access file)")
     add("--send-spool", action="store_true",
-        help="deliver what ended workers left there, do nothing else")
+        help="only deliver the results that ended workers left in the spool")
     add("--access", metavar="FILE",
         help="the server's access file (default ~/.jobman/access.json)")
     add("--name", help="the worker's name (default HOST-PID, with the number"
