@@ -187,7 +187,7 @@ def unique(pairs):
     """Return the object of a JSON text, whose keys stand there once each."""
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise Error(400, "An object has a key twice.")
+        raise Error(400, "An object has the same key twice.")
     return value
 
 
@@ -937,7 +937,7 @@ def inspect(path):
     if head[:16] != b"SQLite format 3\0":
         raise CommandError("%s is not a database." % path)
     if int.from_bytes(head[68:72], "big") != APPLICATION_ID:
-        raise CommandError("%s is a database of another program." % path)
+        raise CommandError("%s is the database of another program." % path)
     version = int.from_bytes(head[60:64], "big")
     if version > SCHEMA_VERSION:
         raise CommandError(
@@ -951,7 +951,7 @@ def refuse_leftovers(*paths):
     """Raise CommandError if SQLite would take some file for ours."""
     for path in filter(os.path.lexists, paths):
         raise CommandError(
-            "%s is there already; move it away, or name a new file."
+            "%s exists already; move it away, or name a new file."
             % path)
 
 
@@ -2073,9 +2073,9 @@ class Store:
         if secrets.compare_digest(given, str(self.jobix)):
             return self.namespace, False
         if not self.open_to_all:
-            raise Error(403, "This server takes only the jobix in its access"
+            raise Error(403, "This server accepts only the jobix in its access"
                         " file: start it with yours by --jobix-file or"
-                        " JOBMAN_JOBIX, or with --open to take any.")
+                        " JOBMAN_JOBIX, or with --open to accept any.")
         if jobix not in self.namespaces:
             found = self.find_namespace(jobix)
             if found is None:
@@ -2308,7 +2308,7 @@ class Store:
                 new += some
             given.append(ids)
         if first - 1 > MAX_JOBID:
-            raise Error(409, "The numbers of jobs are used up.")
+            raise Error(409, "There are no jobids left.")
         groups = group_jobs(range(last + 1, first), new)
         self.insert_jobs(tx, namespace, *groups)
         return given
@@ -3346,7 +3346,7 @@ class Request:
         """
         jobix = read_jobix(self.headers.get("jobix", ""))
         if jobix is None:
-            raise Error(403, "The header jobix must hold your number.")
+            raise Error(403, "The header jobix must contain your number.")
         try:
             self.namespace, self.readonly = store.admit(jobix)
         except Error:
@@ -3569,7 +3569,7 @@ def read_files(value, name):
 def bounded(items):
     """Return `items`, of a request; raise Error 413 for too many."""
     if len(items) > MAX_JOBS:
-        raise Error(413, "A request may have %d jobs." % MAX_JOBS)
+        raise Error(413, "A request can have up to %d jobs." % MAX_JOBS)
     return items
 
 
@@ -3582,8 +3582,8 @@ def read_ranges(text, name):
         if ends:
             first, last = int(ends[1]), int(ends[2] or ends[1])
         if not first <= last <= MAX_JOBID:
-            raise Error(400, "%.80r names no jobs; write ids as 1,3,5-8, up to"
-                        " %d." % (part, MAX_JOBID))
+            raise Error(400, "%.80r names no jobs; write ids such as 1,3,5-8,"
+                        " up to %d." % (part, MAX_JOBID))
         ranges.append(range(first, last + 1))
     return joined(ranges)
 
@@ -3668,7 +3668,7 @@ def read_jobs(entries, stage=STAGE):
     readers = dict(CARRIES, jobstage=stage, laststage=stage)
     jobs = [read_job(entry, readers) for entry in entries]
     if sum(len(job["after"]) for job in jobs if job["after"]) > MAX_JOBS:
-        raise Error(413, "The jobs of a request may wait for %d others in all."
+        raise Error(413, "The jobs of a request can wait for %d jobs in all."
                     % MAX_JOBS)
     return jobs
 
@@ -3710,7 +3710,7 @@ def read_fields(given, readers):
 def read_news(value):
     """Return what a claim in a heartbeat tells of its attempt."""
     if type(value) is not dict or set(value) - set(NEWS):
-        raise Error(400, "A claim can tell only %s." % ", ".join(NEWS))
+        raise Error(400, "A claim can have only %s." % ", ".join(NEWS))
     return {name: read_optional(value, name, reader)
             for name, reader in NEWS.items()}
 
@@ -4097,7 +4097,7 @@ def read_stage_values(given):
         raise Error(400, "A stage must be an object with name or minutes.")
     for name in given:
         if name not in STAGE_VALUES:
-            raise Error(400, "A stage can't be given %.80r." % name)
+            raise Error(400, "A stage can't have %.80r." % name)
     return {name: read_optional(given, name, STAGE_VALUES[name])
             for name in given}
 
@@ -4551,7 +4551,7 @@ def read_selector(store, request):
     given = read_object(request)
     unknown = set(given) - {"ids", "stage", "state", "all", "submission"}
     if unknown:
-        raise Error(400, "Jobs can't be named by %.80r." % min(unknown))
+        raise Error(400, "Jobs can't be selected by %.80r." % min(unknown))
     selector = {
         "stage": read_optional(given, "stage", request.stage),
         "state": read_optional(given, "state", one_of(*STATES)),
@@ -4567,8 +4567,8 @@ def read_selector(store, request):
         selector["ranges"] = found["ids"]
     named = any(value is not None for value in selector.values())
     if named == ("all" in given):
-        raise Error(400, "Name jobs by ids, submission, stage and state, or by"
-                    " all.")
+        raise Error(400, "Select jobs by ids, submission, stage and state, or"
+                    " by all.")
     return selector
 
 
@@ -4683,8 +4683,8 @@ def get_output(store, request, jobid):
     """
     size = request.options(bytes=from_query(integer(1, MAX_LOG)))["bytes"]
     if request.readonly and not store.shares_output:
-        raise Error(403, "This jobix doesn't see output: start the server with"
-                         " --share-output.")
+        raise Error(403, "The reading jobix can't see output: start the server"
+                         " with --share-output.")
     found = store.job(request.namespace, jobid)
     if found is None:
         raise Error(404, "There is no job %d." % jobid)
@@ -4700,8 +4700,8 @@ def get_output(store, request, jobid):
                 store.logs, jobix, last["worker"],
                 (jobid, last["stage"], last["attempt"]), size or 2**16)
     if shown is None:
-        raise Error(404, "This server sees no output of it; on a host that"
-                         " does: python3 jobman.py logs %d" % jobid)
+        raise Error(404, "The server can't see its output; on a host that can,"
+                         " type python3 jobman.py logs %d" % jobid)
     return Response.json(dict(shown, running=running), 200,
                          [("X-Content-Type-Options", "nosniff")])
 
@@ -4714,7 +4714,7 @@ def read_place(text, order):
     try:
         return float(since), JOBID(number(jobid), "after")
     except ValueError:
-        raise Error(400, "after must be that of an earlier answer.") from None
+        raise Error(400, "after must come from an earlier answer.") from None
 
 
 def get_jobs(store, request):
@@ -5612,7 +5612,7 @@ def find_route(request):
     Raises Error 404 for an unknown path, 405 for a wrong method.
     """
     if not request.path.startswith("/"):
-        raise Error(400, "An address begins with a slash.")
+        raise Error(400, "An address must begin with a slash.")
     first, *texts = request.path[1:].split("/")
     allowed = []
     for method, names, endless, endpoint in ROUTES_BY_FIRST.get(first, ()):
@@ -5765,8 +5765,8 @@ def own_certificate(path):
         return key
     if shutil.which("openssl") is None:
         raise CommandError(
-            "TLS needs the program openssl, which isn't here: give a"
-            " certificate by --certfile, or speak plain HTTP by --plain.")
+            "TLS needs the program openssl, which isn't installed: give a"
+            " certificate with --certfile, or use plain HTTP with --plain.")
     try:
         pem = subprocess.run(
             ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-sha256",
@@ -5807,8 +5807,8 @@ def tls_context(certfile, keyfile):
         import ssl
     except ImportError:
         raise CommandError(
-            "This Python has no ssl module, so it can't speak TLS: speak plain"
-            " HTTP by --plain, or use another Python.") from None
+            "This Python has no ssl module, so it can't speak TLS: use plain"
+            " HTTP with --plain, or another Python.") from None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if hasattr(context, "minimum_version"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -5832,7 +5832,8 @@ def credentials(options, *, local):
         return None, None
     if options.url and not options.url.lower().startswith("https://"):
         raise CommandError(
-            "With TLS the --url begins with https://; --plain speaks HTTP.")
+            "With TLS, --url must begin with https://; for plain HTTP use"
+            " --plain.")
     certfile = options.certfile or own_certificate(options.db)
     try:
         context = tls_context(certfile, options.keyfile)
@@ -5868,7 +5869,7 @@ def body_length(method, headers):
             raise Error(411, "Send a Content-Length.")
         return 0
     if not re.fullmatch("[0-9]{1,25}", text):
-        raise Error(400, "The Content-Length is no number of bytes.")
+        raise Error(400, "The Content-Length isn't a number of bytes.")
     length = int(text)
     if length > MAX_BODY:
         raise Error(413, "The body is over %d bytes." % MAX_BODY)
@@ -5978,10 +5979,10 @@ def read_head(head):
     """
     found = REQUEST_LINE.match(head)
     if not found:
-        raise Error(400, "This is no HTTP.")
+        raise Error(400, "This isn't HTTP.")
     method, target, version = found.groups()
     if version[0] != "1":
-        raise Error(505, "Speak HTTP/1.1.")
+        raise Error(505, "Use HTTP/1.1.")
     lines = HEADER_LINE.findall(head, found.end())
     if len(lines) != head.count("\n") - 1:
         raise Error(400, "A header line is malformed.")
@@ -6031,8 +6032,8 @@ def check_host(host, names):
     """
     name = name_of(host)
     if not NUMERIC_OR_LOCAL.fullmatch(name) and name not in names:
-        raise Error(421, "%s is not a name of this server: start it with that"
-                    " name in --url, or use another." % name)
+        raise Error(421, "%s isn't a name of this server: start it with that"
+                    " name in --url, or use another name." % name)
 
 
 @functools.lru_cache(maxsize=99)
@@ -6404,13 +6405,14 @@ def given_jobix(path=None):
             raise CommandError("%s: %s." % (path, error.strerror)) from None
         if exposed:
             raise CommandError(
-                "Others can read %s: chmod 600 it, and replace the number if"
-                " somebody may have read it." % path)
+                "Other users can read %s: chmod 600 it, and replace the number"
+                " if somebody may have read it." % path)
     if text is None:
         return None
     jobix = read_jobix(text)
     if jobix is None:
-        raise CommandError("%s holds no number from 0 to 2^63-1." % source)
+        raise CommandError(
+            "%s must contain a number from 0 to 2^63-1." % source)
     return jobix
 
 
@@ -6565,7 +6567,7 @@ def listen(host, port):
     except (OSError, OverflowError) as error:
         raise CommandError(
             "Can't listen on port %d of %s: %s. Give another --host or --port;"
-            " port 0 is any that is free." % (port, host, cause(error))
+            " port 0 is any free port." % (port, host, cause(error))
         ) from None
 
 
@@ -6584,7 +6586,8 @@ def serving(options, access_file, ending, jobix=None):
     """
     def pause(seconds):
         if ending.wait(seconds):
-            raise CommandError("A signal ended it before it had the database.")
+            raise CommandError(
+                "A signal ended the server before it had the database.")
 
     if connections_bound() < LEAST_CONNECTIONS:
         raise CommandError(
@@ -6599,9 +6602,8 @@ def serving(options, access_file, ending, jobix=None):
         keep_days=options.keep_days, outage=OUTAGE, pause=pause,
     )
     if server.store.location.exclusive:
-        say("jobman.py: %s: so only this server may have it, its reads wait"
-            " for writes, and it keeps a rollback journal instead of a WAL."
-            % server.store.location.describe())
+        say("jobman.py: %s: so no other server can use it (see python3"
+            " jobman.py help network)." % server.store.location.describe())
     host = options.host
     if host in ("", "0.0.0.0"):
         host = socket.gethostname()
@@ -6780,7 +6782,7 @@ def duration(text):
         value = ((days * 24 + hours) * 60 + minutes) * 60 + rest
     if value > MAX_SECONDS:
         raise argparse.ArgumentTypeError(
-            "%.80r is no duration; write 90 (seconds), 90s, 2h30m or 1:00:00"
+            "%.80r isn't a duration; write 90 (seconds), 90s, 2h30m or 1:00:00"
             % text)
     return int(value) if value == int(value) else value
 
@@ -6792,7 +6794,7 @@ def read_stage(text):
         return text if is_stage_name(text) else STAGE(number(text), "it")
     except Error:
         raise argparse.ArgumentTypeError(
-            "%.80r is no stage; write its number, 0 to %d, or its name"
+            "%.80r isn't a stage; write its number, 0 to %d, or its name"
             % (text, MAX_STAGE)) from None
 
 
@@ -6811,7 +6813,7 @@ def read_array(text):
             step = int(ends[3] or 1)
         if last < first or not step:
             raise argparse.ArgumentTypeError(
-                "%.80r names no numbers; write 1-1000, 1-9:2,12" % part)
+                "%.80r isn't numbers; write 1-1000 or 1-9:2,12" % part)
         found.append(range(first, last + 1, step))
     return found
 
@@ -7593,8 +7595,7 @@ def logs(options):
             return 0
     pieces = new_pieces(folder, space, wanted, {})
     if not pieces:
-        raise CommandError(
-            "Nothing that these jobs have printed is in %s." % folder)
+        raise CommandError("There is no output of these jobs in %s." % folder)
     print_pieces(pieces, None)
     return 0
 
@@ -7925,12 +7926,12 @@ def follow(batch, worker, progress, ending):
         unread = status == 128 + signal.SIGPIPE
         if ending.number or unread:
             progress.end()
-            say("%s; the same command goes on where it was." % (
+            say("%s; run the same command again to continue." % (
                 "Nobody reads the output" if unread else "Interrupted"))
             return figures, signal.SIGPIPE if unread else ending.number
         if status is not None and not over:
             raise CommandError(
-                "The worker has ended; start the run once more.")
+                "The worker has ended; run the same command again.")
         progress.show(*figures)
     return figures, None
 
@@ -7941,13 +7942,13 @@ def sum_up(batch, figures, progress, database):
     for failure in batch.failures():
         say(failure)
     if failed > batch.NAMED:
-        say("... and %d more. All of them: python3 jobman.py serve --db %s,"
-            " then python3 jobman.py failures" % (
+        say("... and %d more. To see them all: python3 jobman.py serve --db"
+            " %s, then python3 jobman.py failures" % (
                 failed - batch.NAMED, shlex.quote(database)))
     before = done + failed - fresh
     if before > 0:
-        say("%s done before and not run again; for that use another --db, or"
-            " remove the old one."
+        say("%s done before and not run again; to run everything, use another"
+            " --db, or remove the old one."
             % ("1 was" if before == 1 else "%d were" % before))
     say("%d of %d done, %d failed, in %s." % (
         done, items, failed, span(time.monotonic() - progress.began)))
@@ -8008,7 +8009,7 @@ def confirm(options, n, things):
         return
     what = "%s %d %s" % (options.command, n, things)
     if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
-        raise CommandError("That would %s; say --yes to do it." % what)
+        raise CommandError("That would %s; add --yes to do it." % what)
     sys.stderr.write("%s? [y/N] " % (what[0].upper() + what[1:]))
     sys.stderr.flush()
     if sys.stdin.buffer.readline().strip().lower() not in (b"y", b"yes"):
@@ -8198,7 +8199,7 @@ def set_lifetimes(options):
     report(options, found, lifetime_lines(found))
     if options.minutes and found != dict(enumerate(options.minutes)):
         raise CommandError(
-            "There were lifetimes already, and they stay: change one"
+            "There are lifetimes already, and they are unchanged: change one"
             " with `lifetime STAGE MINUTES`.")
     return 0
 
@@ -8222,7 +8223,8 @@ def jobs_to_submit(options, stage, laststage):
     try:
         options.cwd = options.cwd or os.getcwd()
     except FileNotFoundError:
-        raise CommandError("This folder is gone; say --cwd DIR.") from None
+        raise CommandError(
+            "The current folder is gone; use --cwd DIR.") from None
     common = submit_carries(options, stage, laststage)
     if has_items(options):
         lists = read_items(options, open_items(options))
@@ -8292,7 +8294,7 @@ def set_from_json(client, jobs):
     Returns ranges of their ids.
     """
     if not all(re.match("[0-9]{1,16}$", jobid) for jobid in jobs):
-        raise CommandError("Jobs in a JSON object need numbers for names.")
+        raise CommandError("The keys of a JSON object of jobs must be jobids.")
     waits = any(type(job) is dict and job.get("after")
                 for job in jobs.values())
     if waits and len(jobs) <= MAX_JOBS:
@@ -8315,7 +8317,7 @@ def submit_parts(client, name, jobs):
                 ids = client.submit(name, part, part=done)
                 if not 0 < len(ids) <= len(part):
                     raise CommandError("The name %s was used for other jobs;"
-                                       " take another one." % name)
+                                       " use another name." % name)
                 ranges = joined([*ranges, range(ids[0], ids[-1] + 1)])
                 done += len(ids)
                 part = part[len(ids) :]
@@ -8324,7 +8326,7 @@ def submit_parts(client, name, jobs):
         refused = isinstance(error, CommandError) or hasattr(error, "status")
         if done or not refused:  # if not, it may be in
             say("%s known to be added; the same command with --name %s adds"
-                " the rest, and none twice." % (
+                " the rest, and nothing twice." % (
                     "1 job is" if done == 1 else "%d jobs are" % done, name))
         raise
     finally:
@@ -8339,8 +8341,8 @@ def name_stages(client, known, stage, names):
         before = known.get(number, {}).get("name", name)
         if before != name:
             raise CommandError(
-                "Stage %d has the name %s already: choose it, or other stages"
-                " by --stage." % (number, before))
+                "Stage %d has the name %s already: use that name, or other"
+                " stages with --stage." % (number, before))
         changes[str(number)] = {"name": name}
     client.stages(changes)
 
@@ -8674,7 +8676,8 @@ def check_program(found):
     """Return the versions of Python, SQLite and jobman."""
     if found.worker.__version__ != __version__:
         raise CommandError(
-            "worker.py is %s and jobman.py %s; copy both of one version here"
+            "worker.py is version %s and jobman.py %s; copy both files of the"
+            " same version"
             % (found.worker.__version__, __version__))
     return "jobman.py and worker.py %s, Python %s, SQLite %s" % (
         __version__, sys.version.split()[0], sqlite3.sqlite_version)
@@ -8701,7 +8704,7 @@ def check_address(found):
     if host in ("127.0.0.1", "::1", "localhost") and home not in (
             None, socket.gethostname()):
         raise CommandError(
-            "The server listens to its own host %s alone; start it with --host"
+            "The server listens only on its own host %s; start it with --host"
             " 0.0.0.0" % home)
     return "%s, port %d" % (host, port)
 
@@ -8712,8 +8715,8 @@ def check_connection(found):
     try:
         client.connect(4)
     except found.worker.Impostor as error:
-        raise CommandError("It is another server than ours (%s); end it, or"
-                           " use its access file" % error) from None
+        raise CommandError("It is not the server of the access file (%s); end"
+                           " it, or use its access file" % error) from None
     except (OSError, http.client.InvalidURL) as error:
         advice = "look for a firewall, or start serve with another --url"
         if isinstance(error, ConnectionRefusedError):
@@ -8736,11 +8739,11 @@ def check_server(found):
         raise CommandError("%s Look at its standard error" % error) from None
     except (LookupError, TypeError, ValueError):
         raise CommandError(
-            "What answers at %s:%d is no jobman server; look at the address in"
-            " the access file" % client.address) from None
+            "The program at %s:%d is not a jobman server; look at the address"
+            " in the access file" % client.address) from None
     if version != __version__:
         raise CommandError(
-            "The server is jobman %s, this is %s; run the same files on both"
+            "The server is jobman %s, this is %s; use the same version on both"
             " sides" % (version, __version__))
     return "it answers, and so does its database"
 
@@ -8752,9 +8755,9 @@ def check_jobix(found):
     except found.worker.Refused as refused:
         if refused.status != 403:
             raise
-        raise CommandError("The server takes another jobix than ours; use the"
+        raise CommandError("The server doesn't accept our jobix; use the"
                            " access file that it wrote") from None
-    return "it is taken" + ", but only to look" * figures["readonly"]
+    return "it is accepted" + ", for reading only" * figures["readonly"]
 
 
 def check_database(found):
@@ -8770,7 +8773,7 @@ def check_database(found):
     if version == 0:
         return "%s isn't there yet; serve makes it" % path
     if not os.access(path, os.W_OK):
-        raise CommandError("%s can't be written; chmod u+w it" % path)
+        raise CommandError("%s isn't writable; chmod u+w it" % path)
     return "%s, schema %d" % (path, version)
 
 
@@ -8779,7 +8782,7 @@ def check_locks(found):
     location = found.location
     if not location.locks_work:
         raise CommandError("%s; use a disk of this host" % location.describe())
-    only = " (a network file system, so only one server may have it)"
+    only = " (a network file system, so only one server can use it)"
     return "%s, where locks work%s" % (
         location.describe(), only if location.exclusive else "")
 
@@ -8800,7 +8803,7 @@ def check_holder(found):
             holder.get("host"), holder.get("pid")]:
         raise CommandError(
             "%s serves %s, but the access file is of process %s on %s; name"
-            " the one that goes with it" % (
+            " the access file of that server" % (
                 name, location.path, ours[1], ours[0]))
     return "%s serves %s%s" % (
         name, location.path, "" if running else ", if it is still alive there")
@@ -8870,7 +8873,7 @@ def one_of_words(*words):
     """Return a reader of one of some words, for argparse."""
     def read(text):
         if text not in words:
-            raise argparse.ArgumentTypeError("%.80r is none of %s%s" % (
+            raise argparse.ArgumentTypeError("%.80r isn't one of %s%s" % (
                 text, ", ".join(words), did_you_mean(text, words)))
         return text
 

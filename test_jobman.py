@@ -5762,7 +5762,7 @@ class ApplicationTest(TemporaryFolder):
         with contextlib.redirect_stderr(io.StringIO()) as log:
             _, (status, _) = self.open(JOBMAN_JOBIX="7x")
         self.assertEqual("503", status[:3])
-        self.assertIn("JOBMAN_JOBIX holds no number", log.getvalue())
+        self.assertIn("JOBMAN_JOBIX must contain a number", log.getvalue())
         self.assertNotIn("7x", log.getvalue())
 
     def test_it_writes_an_access_file_when_it_knows_its_address(self):
@@ -9253,8 +9253,8 @@ class WorkerTest(WorkerCase):
         self.assertEqual(b"up\n", other.stdout.readline())
         status, _, err = self.finish(self.start())
         self.assertEqual(1, status)
-        self.assertRegex(err, r"\Aworker\.py: At 127\.0\.0\.1:\d+ is another"
-                         r" server than ours: a program of another user")
+        self.assertRegex(err, r"\Aworker\.py: Another server than ours is at"
+                         r" 127\.0\.0\.1:\d+: a program of another user")
         self.assertEqual(b"b''\n", other.stdout.readline())
 
     def test_worker_goes_on_with_a_server_started_anew(self):
@@ -9974,7 +9974,7 @@ class OutageTest(WorkerCase):
         self.find_server()
         status, _, err = self.finish(worker)
         self.assertEqual(0, status)
-        self.assertRegex(err, r"can't be reached.*\n.*wait on disk, in .*\n"
+        self.assertRegex(err, r"can't be reached.*\n.*are kept in .*\n"
                          r"worker\.py: The server is back\.\n\Z")
         self.check_delivered(2)
 
@@ -12252,7 +12252,7 @@ class ActingTest(CommandCase):
         for named in (("all",), ("0-100",), ("--stage", "0"),
                       ("--state", "waiting")):
             self.does("cancel", *named, status=1,
-                      err=r"jobman.py: That would cancel 1\d\d jobs; say"
+                      err=r"jobman.py: That would cancel 1\d\d jobs; add"
                       r" --yes to do it.\n")
         self.does("cancel", "--stage", "2")
         self.does("cancel", "0-99")
@@ -12276,7 +12276,7 @@ class ActingTest(CommandCase):
         ours, theirs = pty.openpty()
         self.addCleanup(os.close, ours)
         self.addCleanup(os.close, theirs)
-        refusal = "jobman.py: That would cancel 101 jobs; say --yes .*\n"
+        refusal = "jobman.py: That would cancel 101 jobs; add --yes .*\n"
         os.write(ours, b"y\n")
         self.does("cancel", "all", status=1, err=refusal, stdin=theirs)
         self.does("cancel", "all", status=1, err=refusal, stdin=None,
@@ -12400,7 +12400,7 @@ class ActingTest(CommandCase):
         self.assertEqual({"0": 5, "1": 90}, json.loads(
             self.does("lifetime", "--output", "json")))
         self.assertIn("90", self.does("init", "1", status=1, err=(
-            "jobman.py: There were lifetimes already.*\n")))
+            "jobman.py: There are lifetimes already.*\n")))
         self.assertIn("90", self.does("init"))
         for bad in ("x", "-1", "1.5", str(10**9 + 1)):
             self.does("lifetime", "1", bad, status=2, err=USAGE)
@@ -12623,7 +12623,7 @@ class SubmitTest(CommandCase):
         for argv, status in (((), 1), (("--cwd", "/tmp"), 0)):
             folder = self.make_folder()
             self.does("submit", *argv, "true", status=status, cwd=folder,
-                      err="jobman.py: This folder is gone; .*\n" * status,
+                      err="jobman.py: The current .* is gone; .*\n" * status,
                       preexec_fn=lambda folder=folder: os.rmdir(folder))
 
     def test_what_others_have_read_of_standard_input_is_left_out(self):
@@ -13545,13 +13545,13 @@ a       node1  0           4     0     9       1  3:21 ago  silent
     def test_wrong_usage_is_exit_status_2(self):
         for line, word in (
             ("serve --port 65536", "--port: .*from 0 to 65535"),
-            ("jobs --state fialed", "--state: 'fialed' is none of waiting.*;"
+            ("jobs --state fialed", "--state: 'fialed' isn't one of waiting.*;"
              " did you mean failed"),
             ("jbos", "there is no command 'jbos'; did you mean jobs"),
             ("retry failed", "'failed' is a state: write --state failed"),
             ("submit --prioritty 5 x", "(?s)usage: jobman.py submit .*"
              "--prioritty; did you mean --priority"),
-            ("jobs --stage -", "--stage: '-' is no stage; write its number"),
+            ("jobs --stage -", "--stage: '-' isn't a stage; write its number"),
             ("jobs --limit 0", "--limit: '0': it must be"),
             ("jobs --order size", "--order"),
             ("job", "JOBID"), ("job x", "JOBID: .*it must be an integer"),
@@ -14123,7 +14123,7 @@ class RunTest(TemporaryFolder):
         process.send_signal(signal.SIGINT)
         status, _, err = self.finish(process)
         self.assertEqual(130, status)
-        self.assertIn("the same command goes on", err)
+        self.assertIn("run the same command again", err)
         out, err = self.over("echo other {}", ":::", "x")
         self.assertEqual("other x\n", out)
         self.assertIn("1 of 1 done, 0 failed", err)
@@ -14231,7 +14231,7 @@ class RunTest(TemporaryFolder):
         process.wait(PATIENCE)  # its standard input is still open
         err = process.stderr.read().decode()
         self.assertEqual(130, process.returncode, err)
-        self.assertIn("the same command goes on", err)
+        self.assertIn("run the same command again", err)
 
     def test_bar_without_items(self):
         status, shown = self.watch("echo")
@@ -14260,7 +14260,7 @@ class RunTest(TemporaryFolder):
         process.stdout.close()
         self.assertEqual(141, process.wait(PATIENCE))
         err = process.stderr.read().decode()
-        self.assertIn("the same command goes on", err)
+        self.assertIn("run the same command again", err)
         self.assertNotIn("Traceback", err)
         ran = read(self.path("ran")).split()
         self.assertLess(len(ran), 50)
@@ -14830,7 +14830,7 @@ class StartTest(TemporaryFolder):
             port = other.getsockname()[1]
             said = self.check_untouched(port=port)
         self.assertIn("port %d of " % port, said)
-        self.assertIn("port 0 is any that is free.", said)
+        self.assertIn("port 0 is any free port.", said)
 
     def test_a_database_whose_name_is_not_utf8(self):
         name = b"\xff?#%.db"
@@ -15359,7 +15359,7 @@ class CareTest(TemporaryFolder):
                 file.write("mine")
             done = self.command(JOBMAN, *BACKUP, "copy")
             self.assertEqual((1, ""), done[:2])
-            self.assertIn("%s is there already" % name, done[2])
+            self.assertIn("%s exists already" % name, done[2])
             self.assertEqual(b"mine", read(self.path(name)))
             os.unlink(self.path(name))
         self.assertOnly("jobman.db")
@@ -17073,7 +17073,7 @@ class TlsTest(Certified, TemporaryFolder):
             self.assertEqual(2, status, err)
         for words in (["--tls"], ["--certfile", self.certfile],
                       ["--host", "0.0.0.0"]):
-            self.assertIn("https://; --plain", self.told(
+            self.assertIn("https://; for plain HTTP", self.told(
                 JOBMAN, "serve", "--port", "0", "--url", "http://h", *words))
         self.assertEqual([".jobman"], os.listdir(self.folder))
 
@@ -17364,7 +17364,7 @@ class DoctorTest(Certified, CommandCase):
     def test_a_server_for_its_own_host_alone_is_not_reached(self):
         self.name_server(host="login1")
         found = self.examine()
-        self.assertWrong("address", "own host login1 alone; start it with"
+        self.assertWrong("address", "own host login1; start it with"
                          " --host 0.0.0.0", found)
         self.assertNotIn("connection", found)
         self.name_server(url="http://0.0.0.0:%d" % self.address[1])
@@ -17404,7 +17404,7 @@ class DoctorTest(Certified, CommandCase):
         self.name_server(fingerprint="0" * 64)
         found = self.examine()
         self.assertWrong(
-            "connection", "another server than ours.*its fingerprint is [a-f"
+            "connection", "not the server of.*its fingerprint is [a-f"
             "0-9]{64}.*; end it, or use", found)
         self.assertNotIn("server", found)
         self.name_server(fingerprint=None)
@@ -17454,12 +17454,11 @@ class DoctorTest(Certified, CommandCase):
     def test_a_server_answers_and_so_does_its_database(self):
         self.assertOk("server", "and so does its database", self.examine())
         for status, kind, body, said in (
-            (b"404 No", b"text/html", b"<p>", "is no jobman server.*Look at"),
-            (b"200 OK", b"text/html", b"<p>", "is no jobman server.*Look at"),
-            (b"200 OK", b"application/json", b"[7", "is no jobman server"),
-            (b"200 OK", b"application/json", b"{}", "is no jobman server; look"
-             " at"
-             " the address in the access file$"),
+            (b"404 No", b"text/html", b"<p>", "not a jobman server.*Look at"),
+            (b"200 OK", b"text/html", b"<p>", "not a jobman server.*Look at"),
+            (b"200 OK", b"application/json", b"[7", "not a jobman server"),
+            (b"200 OK", b"application/json", b"{}", "not a jobman server; look"
+             " at the address in the access file$"),
             (b"421 No", b"application/json", b'{"error": "Not mine."}',
              "^Not mine$"),
             (b"503 No", b"text/html", b"", r"\(503\).*its standard error"),
@@ -17481,14 +17480,14 @@ class DoctorTest(Certified, CommandCase):
     def test_a_jobix_is_taken(self):
         self.open_to_all = False
         self.serve("--db", "own.db")
-        self.assertOk("jobix", "^it is taken$", self.examine())
+        self.assertOk("jobix", "^it is accepted$", self.examine())
         with open(self.path(".jobman", "access.json")) as file:
             reading = json.load(file)["reading_jobix"]
         self.name_server(jobix=reading)
-        self.assertOk("jobix", "only to look", self.examine())
+        self.assertOk("jobix", "for reading only", self.examine())
         self.name_server(jobix=self.jobix)
         found = self.examine()
-        self.assertWrong("jobix", "takes another jobix than ours; use", found)
+        self.assertWrong("jobix", "doesn't accept our jobix; use", found)
 
     def test_the_server_is_of_the_same_version(self):
         with open(JOBMAN, encoding="utf-8") as file:
@@ -17532,7 +17531,7 @@ class DoctorTest(Certified, CommandCase):
             self.assertWrong("database", said, found)
         found = self.examine("--db", "jobs.db", start=changed(
             "jobman", "jobman.os.access = lambda path, mode: mode & 1"))
-        self.assertWrong("database", "can't be written; chmod u", found)
+        self.assertWrong("database", "isn't writable; chmod u", found)
 
     def test_the_file_system_is_named(self):
         found = self.examine("--db", "jobs.db")
@@ -19699,7 +19698,7 @@ class BrowserTest(StoreCase):
         self.browser.open(self.origin + "get")
         self.see("#login", "Your jobix", "access.json")
         self.assertEqual("", self.browser.text("#main"))
-        for wrong, said in (("77", "This server takes only the jobix in"),
+        for wrong, said in (("77", "This server accepts only the jobix in"),
                             ("x", "A jobix is a number"),
                             ("1" * 30, "A jobix is a number")):
             self.browser.type("#login-jobix", wrong)

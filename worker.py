@@ -621,7 +621,7 @@ class Client:
                 error = str(trouble)
             except Impostor as lost:
                 self.close()
-                error = "At %s:%d is another server than ours: %s." % (
+                error = "Another server than ours is at %s:%d: %s." % (
                     *self.address, lost)
                 settled = time.monotonic() >= began + self.SETTLE
                 if settled and not self.met:  # ours was never there
