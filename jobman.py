@@ -184,7 +184,7 @@ def read_integer(text):
 
 
 def unique(pairs):
-    """Return the object of a JSON text, whose keys stand there once each."""
+    """Return the object of a JSON text, in which no key occurs twice."""
     value = dict(pairs)
     if len(value) != len(pairs):
         raise Error(400, "An object has the same key twice.")
@@ -391,7 +391,7 @@ class SQL:
         update namespace set last_jobid = :jobid
         where id = :namespace and last_jobid < :jobid"""
 
-    # what a move needs to know of a job; `final` is its last stage
+    # the columns that a move needs; `final` is the last stage
     STATE = """
         select id, namespace, jobid, stage, state, expired, entered_at,
             expires_at, lease, claimed_from, claimed_to, claim, worker,
@@ -1032,7 +1032,7 @@ def read_holder(location):
     """Return what the lock file of a database says of its holder, a dict.
 
     It is empty if there is no such file, or nothing sensible in it. The file
-    is opened anew each time, as NFS looks for changes only then.
+    is opened again each time, as NFS looks for changes only then.
     """
     try:
         with open(location.file + ".lock", "rb") as file:
@@ -1068,7 +1068,7 @@ class ServerLock:
     On a local file system an flock on the file `<database>.lock` decides; it
     ends with the process. On a network file system an flock may hold on one
     host only, or fail. There the file also has a heartbeat: a counter that
-    the holder increments. A server that sees it stand still for STALE seconds
+    the holder increments. A server that sees no change for STALE seconds
     takes the file over. A holder that couldn't confirm for LIMIT seconds that
     the file is its own changes nothing until it can.
 
@@ -1373,7 +1373,7 @@ class Transaction:
         self.now = now
         self.left = 0
         self.late = False  # more leases and delays are over
-        self.sums = {}  # what to add to two columns, by (table, *key)
+        self.sums = {}  # sums to add to two columns, by (table, *key)
         self.freed = Counter()  # jobs set free, by (namespace, stage)
         self.stages = {}  # sets of those in their table, by namespace
         self.unused = {}  # sets of those without jobs, by namespace
@@ -1874,7 +1874,7 @@ def quantiles(buckets, counted, *names):
 
 
 class Spent:
-    """What was spent on the jobs of one stage: rows of SQL.SPENT summed up.
+    """The times of the jobs of one stage: rows of SQL.SPENT summed up.
 
     `attempts` and `seconds` are sums by kind, `buckets` lists of (bucket, n)
     by kind.
@@ -1949,7 +1949,7 @@ class Store:
         self.shared = shared
         self.open_to_all = open_to_all
         self.namespaces = {}  # ids of those in use, by jobix
-        self.unfinished = {}  # what propagate() left for the next commit
+        self.unfinished = {}  # ends that propagate() left for the next commit
         self.alive = -math.inf, 0  # when workers were counted, how many
         self.known_stages = {}  # sets of those in their table, by namespace
         self.late = False  # more is overdue than the last commit has lapsed
@@ -2009,7 +2009,7 @@ class Store:
             self.unfinished[parent] = dependency_end(state), -1
 
     def after_commit(self, tx):
-        """Keep what is unfinished, wake long polls for freed jobs."""
+        """Keep the unfinished ends, wake long polls for freed jobs."""
         self.unfinished, self.late = tx.ended, tx.late
         self.committed_at = tx.now
         self.known_stages.update(tx.stages)
@@ -2038,7 +2038,7 @@ class Store:
     def own_namespace(self, tx, jobix, *, renew):
         """Return the server's own row of namespace; make it at first.
 
-        `renew` makes both of its numbers anew.
+        `renew` replaces both of its numbers.
         """
         key = {"name": "namespace"}
         made = tx.execute(SQL.SETTING, key).fetchone()
@@ -2116,7 +2116,7 @@ class Store:
     ):
         """Write how the attempt under the job's claim ended.
 
-        `given` is what its update replaces: see replace().
+        `given` has the values that its update replaces: see replace().
         """
         if job["claim"] is None:
             return
@@ -2434,7 +2434,7 @@ class Store:
             tx.count_ends(namespace, jobs=1)
 
     def replace(self, tx, job, new):
-        """Give a job new content; return, in JSON, what that replaces."""
+        """Give a job new content; return the old content, in JSON."""
         if "files" in new:
             new["files_stage"] = job["claimed_from"]
         old = as_dict(tx.execute(SQL.CONTENT, job).fetchone())
@@ -2481,7 +2481,7 @@ class Store:
         return self.outcome(tx, job, "state", "failures", "delay")
 
     def outcome(self, tx, job, *names):
-        """Return what an answer says of a job after its attempt ended.
+        """Return the answer on a job after its attempt ended.
 
         That is its jobid, and the columns `names`; `delay` is in seconds.
         """
@@ -2536,10 +2536,11 @@ class Store:
             raise Error(409, "Job %d has other files now." % job["jobid"])
 
     def restore(self, tx, job, stage):
-        """Give a job back what `stage` was given, as it returns there.
+        """Restore a job's content as it was in `stage`, to return there.
 
-        That is what the stage's own update replaced, or the first one after
-        it. Files that were made in the stage were not given to it.
+        That is the content which the stage's own update replaced, or the
+        first update after it. Files that were made in the stage were not
+        given to it.
         """
         before = as_dict(tx.execute(SQL.CONTENT, job).fetchone())
         if before["files_stage"] == stage:
@@ -2554,7 +2555,7 @@ class Store:
 
     @change
     def release_job(self, tx, namespace, jobid, *, claim=None, note=None):
-        """Give a claim back unharmed, with a note for the next attempt.
+        """Give a claim back, uncounted, with a note for the next attempt.
 
         Raises the errors of fail_job().
         """
@@ -2796,7 +2797,7 @@ class Store:
         return tx.left == 0
 
     def check_stages(self, namespace, gone=never):
-        """Mark what has expired; return whether nothing is marked."""
+        """Mark the expired jobs; return True if no job is marked."""
         self.mark_expired(namespace, gone)
         return not self.marked_stages(namespace) & set(
             self.lifetimes(namespace))
@@ -2808,7 +2809,7 @@ class Store:
         return {row["stage"] for row in rows if row["expired"]}
 
     def move_expired(self, namespace, old, new, gone=never):
-        """Mark what has expired, then move the marked jobs of stage `old`.
+        """Mark the expired jobs, then move those of stage `old`.
 
         Failed, cancelled and aborted jobs stay: only a retry brings them
         back. Returns whether nothing was marked in `old`, and how many jobs
@@ -3242,7 +3243,7 @@ class Store:
                 traceback.print_exc()
 
     def tick(self):
-        """Do what time alone brings about.
+        """Do the work that time brings: lapses, expiry, pruning.
 
         A commit marks some of the expired and, as any does, lapses overdue
         leases and goes on with what propagate() left: one at least, and more
@@ -3313,7 +3314,7 @@ def read_jobix(text):
 
 
 class Request:
-    """What a front door makes of a call, whatever its protocol.
+    """A call, as both front doors pass it on.
 
     `path` is percent-decoded, and its leading slashes count as one; `headers`
     have lower-case names. `receive()` returns the body of `length` bytes, or
@@ -3628,7 +3629,7 @@ CARRIES = {
 }
 BLANK = dict(dict.fromkeys(CARRIES), priority=0)
 
-# What a heartbeat tells of an attempt, each with its reader.
+# Fields of an attempt in a heartbeat, each with its reader.
 NEWS = {"progress": progress, "note": note_text}
 
 # Fields of a heartbeat, each with its reader.
@@ -3700,7 +3701,7 @@ def read_optional(given, name, reader):
 
 
 def read_fields(given, readers):
-    """Return what a JSON object has of some fields, read; null is nothing."""
+    """Return some fields of a JSON object, read; null counts as missing."""
     return {
         name: read(given[name], name)
         for name, read in readers.items() if given.get(name) is not None
@@ -3708,7 +3709,7 @@ def read_fields(given, readers):
 
 
 def read_news(value):
-    """Return what a claim in a heartbeat tells of its attempt."""
+    """Return the news of an attempt in a heartbeat's claim."""
     if type(value) is not dict or set(value) - set(NEWS):
         raise Error(400, "A claim can have only %s." % ", ".join(NEWS))
     return {name: read_optional(value, name, reader)
@@ -3738,7 +3739,7 @@ RESULTS = {"filename": string, "jobcmd": anything, "files": read_files}
 
 
 def read_result(given):
-    """Return what an update brings beside its stage."""
+    """Return the fields of an update except its stage."""
     result = read_fields(given, RESULTS)
     result["report"] = read_fields(given, REPORTS)
     return result
@@ -3796,7 +3797,7 @@ def fault(worker, now):
 
 
 def note(worker, now):
-    """Return what is wrong with a worker, None if nothing is."""
+    """Return the fault of a worker, None if it has none."""
     words = fault(worker, now), worker["quarantine"]
     return ": ".join(filter(None, words)) or None
 
@@ -3850,7 +3851,7 @@ def command_text(job):
 
 
 def last_attempt(job):
-    """Return what is known of the last attempt at a job, {} if nothing."""
+    """Return the last attempt at a job, {} if there is none."""
     return job["attempts"][-1] if job["attempts"] else {}
 
 
@@ -4011,7 +4012,7 @@ def logs_of(folder, jobix, worker):
 
 
 def read_output(folder, jobix, worker, attempt, size):
-    """Return what an attempt has printed: None, or its last `size` bytes.
+    """Return the last `size` bytes of an attempt's output, or None.
 
     `attempt` are its first columns in an index: job, stage and number. A dict
     of `stdout`, `stderr`, and whether they are `truncated`.
@@ -4052,7 +4053,7 @@ def get_init(store, request, *minutes):
     """Set the lifetimes of stages 0 … n, in minutes, where none are set yet.
 
     Stage n becomes the last stage of all jobs that have no laststage of their
-    own: jobs that wait there or beyond are done. If this jobix has a lifetime
+    own: jobs that wait there or beyond are done. If there is a lifetime
     already, nothing changes. Answer: the lifetimes in force, as GET /init.
     """
     store.init(request.namespace, minutes)
@@ -4087,12 +4088,12 @@ def get_stages(store, request):
     return Response.json(store.stages(request.namespace))
 
 
-# What a stage may be given, each with its reader.
+# Fields of a stage, each with its reader.
 STAGE_VALUES = {"name": stage_name, "minutes": MINUTES}
 
 
 def read_stage_values(given):
-    """Return what /stages gives a stage, null as None; raise Error 400."""
+    """Return a stage's values in /stages, null as None; raise Error 400."""
     if type(given) is not dict:
         raise Error(400, "A stage must be an object with name or minutes.")
     for name in given:
@@ -4106,8 +4107,8 @@ def post_stages(store, request):
     """Give stages names and lifetimes, all or none.
 
     Body: {"0": {"name": "align", "minutes": 60}, …}. A stage or key that is
-    missing stays as it is; null takes a value away. Answer: as GET /stages.
-    400: a stage is given twice. 409: two stages would have one name.
+    missing stays unchanged; null removes a value. Answer: as GET /stages.
+    400: a stage is given twice. 409: two stages would have the same name.
     """
     given = read_entries(request)
     stages = [request.stage(number(stage), "stage") for stage in given]
@@ -4142,8 +4143,8 @@ def post_set(store, request):
     """Add jobs, all or none.
 
     Body: {"<jobid>": {"jobstage": 0, "jobcmd": "gzip a.txt"}, …}; help job
-    lists all that a job may carry. A jobid that exists already is left as it
-    is, so the call can be repeated.
+    lists what a job may carry. A job that exists already is left unchanged,
+    so the call can be repeated.
     Answer, text: Accepted to <jobix>!
     400: an unknown key, a jobid that is given twice, or a job that waits for
     itself or for a job that does not exist.
@@ -4167,9 +4168,9 @@ def post_submit(store, request):
     """Add jobs under ids that the server gives.
 
     Body: {"key": "run3", "jobs": [{"jobstage": 0, "jobcmd": "gzip a.txt"},
-    …]}. The key is the name of the submission; without one the server makes
-    one, and answers with it too. More jobs can be added under the same key
-    with part, the number of jobs that it has already.
+    …]}. The key is the name of the submission; without a key the server
+    makes one, and returns it, too. To add more jobs under the same key, give
+    part, the number of jobs that it has already.
     Answer: {"ids": [1, …]}, in the order of jobs, above all ids that this
     jobix ever had. The same key and part give the same ids and add nothing.
     400: as /set; a job can only wait for jobs that exist already. 409: there
@@ -4190,7 +4191,8 @@ def post_submit(store, request):
 def get_submissions(store, request):
     """Show the latest 100 submissions, the latest first.
 
-    Option: submission, the name of the only one to show; last is the latest.
+    Option: submission, to show only the submission of this name; last is the
+    latest.
     Answer: [{"key": "run3", "ids": "1-1000", "jobs": 1000, "time": …}, …];
     time is when its first jobs were added. 404: no submission has that name.
     """
@@ -4215,7 +4217,7 @@ def read_selected(store, request, **readers):
 
 
 def claim_in_time(store, request, stages, claim, wait):
-    """Return what `claim()` gives; wait up to `wait` seconds for a job.
+    """Return the result of `claim()`; wait up to `wait` seconds for a job.
 
     It joins the queue first and looks then, so that no job is missed.
     """
@@ -4258,7 +4260,7 @@ def splice(values, texts):
     return to_json(values)[:-1] + kept + "}"
 
 
-# What else a claim's reply says of a job that has it: a name, its column.
+# Optional keys of a claim's reply: a name, its column.
 ALSO_CLAIMED = {
     "laststage": "laststage", "max_attempts": "max_attempts",
     "timeout": "timeout", "made": "files_stage", "cwd": "cwd",
@@ -4298,12 +4300,12 @@ def get_job_claim(store, request, stages, nextstage=None):
 
     The job moves to <nextstage>, or else one stage up, and is working there.
     Of several stages, as in /get/2,0, the first that has a job is used. Jobs
-    of a higher priority go first, then those of a lower jobid. Options:
+    with a higher priority go first, then jobs with a lower jobid. Options:
 
       worker  the name of the caller
       lease   seconds until the claim lapses, unless it is renewed
       wait    seconds to wait for a job, at most 60; less if too many wait
-      n       how many jobs to claim, at most 10000; then a list is answered
+      n       how many jobs to claim, at most 10000; the answer is a list
 
     Without a lease the job is not reserved: the next claim of the stage that
     it moved to gets it.
@@ -4340,17 +4342,17 @@ def get_update_job(store, request, jobid, stage):
 
       filename, jobcmd, files     replace those of the job; files lists files
                                   that were made, as help job has them
-      exit_code, error, stderr    kept with the attempt; of the texts the last
-                                  4096 characters
-      seconds                     how long the command ran; if not given,
-                                  the time since the claim
+      exit_code, error, stderr    kept with the attempt; only the last 4096
+                                  characters of a text
+      seconds                     how long the command ran (default: the time
+                                  since the claim)
 
-    Other keys are ignored, and wrong types in the last four.
+    Other keys are ignored, and so are wrong types in the last four.
     Answer, text: Success, job <jobid> was updated to stage <stage>!
     An update that is repeated with its token changes nothing.
-    404: there is no such job. 409: the token is no longer the job's: it was
+    404: there is no such job. 409: the token is no longer valid: the job was
     claimed again, updated, released, failed, rejected, cancelled or moved
-    since. A lapse alone is no reason.
+    since. A lapse alone doesn't make it invalid.
     """
     update = request.options(claim=token)
     update.update(jobid=jobid, stage=stage)
@@ -4379,10 +4381,11 @@ def post_update_jobs(store, request):
     """Put many jobs into stages, in one transaction.
 
     Body: [{"jobid": 1, "jobstage": 2, "claim": "gKyHzpdDUDr1"}, …]; claim is
-    optional, and so is all that a POST to /update_job takes.
+    optional, and so are the keys in the body of /update_job.
     Answer: [{"jobid": 1, "status": 200}, …], in the same order. A refused
     update has the status 400, 404 or 409, and does not affect the others.
-    400: an entry is malformed. 404: no stage has the name. No job was updated.
+    400: an entry is malformed. 404: no stage has a given name. Then no job is
+    updated.
     """
     given = request.json()
     if type(given) is not list:
@@ -4405,9 +4408,9 @@ def post_fail_job(store, request, jobid):
     the next attempt, as in /heartbeat. An exit_code of 75 defers the job: it
     is tried again, and no failure is counted.
     Answer: {"jobid": 1, "state": "delayed", "failures": 1, "delay": 2}: it
-    waits again in delay seconds. After max_attempts failures in a stage the
-    state is failed, and delay is 0. A repetition with the token changes
-    nothing. 404, 409: as /update_job; 409 too if nobody has claimed the job.
+    waits again after delay seconds. After max_attempts failures in a stage
+    the state is failed, and delay is 0. A repetition with the token changes
+    nothing. 404, 409: as /update_job; also 409 if the job isn't claimed.
     """
     given = request.options(claim=token)
     body = read_object(request)
@@ -4419,14 +4422,14 @@ def post_fail_job(store, request, jobid):
 def post_reject_job(store, request, jobid):
     """Send a job back because its files are missing or have changed.
 
-    It goes to the stage that made them, and gets back what that stage was
-    given. Option: claim, the token; without it only a job that is waiting,
-    delayed, done or failed is taken. Body, all optional: files, the list that
-    was looked for, as the claim has it; exit_code, error, stderr and seconds,
-    as in /update_job.
+    It goes to the stage that made them, and gets back the jobcmd and filename
+    that it had there. Option: claim, the token; without it the job must be
+    waiting, delayed, done or failed. Body, all optional: files, the list that
+    was checked, as in the claim; exit_code, error, stderr and seconds, as in
+    /update_job.
     Answer: {"jobid": 1, "state": "delayed", "stage": 0, "rejects": 1,
     "delay": 2}, as /fail_job; the state is failed after max_attempts
-    rejections. 404, 409: as /update_job; 409 too if the job has no files, or
+    rejections. 404, 409: as /update_job; also 409 if the job has no files, or
     other files than those in the body.
     """
     given = request.options(claim=token)
@@ -4437,7 +4440,7 @@ def post_reject_job(store, request, jobid):
 
 
 def post_release_job(store, request, jobid):
-    """Give a claim back: the job waits where it was claimed, nothing counted.
+    """Give a claim back: the job waits again, and no failure is counted.
 
     Option: claim, the token; without it the current claim is meant. Body,
     optional: a note for the next attempt, as in /heartbeat.
@@ -4449,7 +4452,7 @@ def post_release_job(store, request, jobid):
 
 
 def read_worker(given, stage=STAGE):
-    """Return what a worker says of itself, as columns, and if it `ended`.
+    """Return a worker's report on itself, as columns, and if it `ended`.
 
     `stage` reads its stages.
     """
@@ -4463,27 +4466,27 @@ def read_worker(given, stage=STAGE):
 
 
 def post_heartbeat(store, request):
-    """Renew the claims of a worker, and say that it is there.
+    """Renew the claims of a worker, and report that it is alive.
 
     Body: {"worker": "node7-4711", "lease": 120, "claims":
-    [[1, "gKyHzpdDUDr1"], …]}; claims may be empty. Each claim holds for
-    lease seconds from now, also a lapsed one if nobody else has claimed the
-    job. A claim may also tell how its attempt goes: [1, "gKyHzpdDUDr1",
+    [[1, "gKyHzpdDUDr1"], …]}; claims may be empty. Each claim lasts lease
+    seconds from now; a lapsed claim is renewed, too, if the job wasn't claimed
+    again. A claim may also report on its attempt: [1, "gKyHzpdDUDr1",
     {"progress": [0.4, "epoch 3"], "note": "saved/3"}], with a number from 0
-    to 1 and a word, and up to 4096 characters for the next attempt; a key
-    that is missing stays as it is.
+    to 1 and a word, and up to 4096 characters for the next attempt; a missing
+    key stays unchanged.
     These keys are optional, and shown by GET /workers:
 
       host                 the name of the host
       stages               list of the stages that it claims from
-      slots, busy          how many jobs it can run, and runs
-      done, failed         how many jobs are done, and attempts failed
+      slots, busy          how many jobs it can run, and is running
+      done, failed         how many jobs it has done, and attempts failed
       quarantine           why it takes no more work
       ended                true: the worker has ended and is forgotten
 
-    Answer: {"lost": [<jobid>, …], "drain": false, "beat": 5}. lost are jobs
-    that are no longer this worker's: end what runs for them. With drain it
-    should claim no more. beat is the seconds until its next heartbeat.
+    Answer: {"lost": [<jobid>, …], "drain": false, "beat": 5}. lost lists
+    jobs that the worker no longer has: end their commands. If drain is true,
+    it should claim no more. beat is the seconds until its next heartbeat.
     """
     given = read_object(request, "worker", "lease", "claims")
     claims = given["claims"]
@@ -4509,9 +4512,9 @@ def post_heartbeat(store, request):
 def post_drain(store, request, *name):
     """Tell a worker to claim no more, or, as /undrain, to go on.
 
-    The worker learns of it by its next heartbeat. A name with slashes in it
-    comes as several parts. Answer: {"worker": "node7-4711", "drain": true}.
-    404: no worker of that name was heard of.
+    The answer to its next heartbeat tells the worker. A name with slashes is
+    several parts of the path. Answer: {"worker": "node7-4711", "drain": true}.
+    404: there is no worker of that name.
     """
     name, drained = "/".join(name), request.path.startswith("/drain/")
     store.drain(request.namespace, name, drain=drained)
@@ -4533,9 +4536,9 @@ def get_check_stages(store, request, old=None, new=None):
 
     Answer: {"Are all simulations within time frame?": 1}, or 0 if a job of
     stage <old>, or of any stage, was marked; with stages also
-    "n_bad_jobs were degraded:", the number of jobs that were moved. Claims of
-    these are lost; failed and cancelled jobs stay. The server marks expired
-    jobs by itself every second.
+    "n_bad_jobs were degraded:", the number of moved jobs. Their claims are
+    lost. Failed and cancelled jobs stay. The server marks expired jobs by
+    itself every second.
     """
     name = "Are all simulations within time frame?"
     if old is None:
@@ -4575,19 +4578,19 @@ def read_selector(store, request):
 def post_sweep(store, request):
     """Retry, cancel, release or forget jobs, as the path says.
 
-      /retry    runs done, failed, cancelled and aborted jobs again, from the
-                stage that they were claimed from, with what it was given
+      /retry    runs done, failed, cancelled and aborted jobs again, in the
+                stage that they were claimed from, with its jobcmd and filename
       /cancel   cancels all jobs that are not done
-      /release  takes working jobs from their workers, nothing counted
-      /forget   deletes done jobs and their attempts; /submit gives their
-                ids to no other job
+      /release  takes working jobs from their workers; no failure is counted
+      /forget   deletes done jobs and their attempts; /submit never gives
+                their ids to other jobs
 
-    Body: ids (a list) or submission (a name), stage and state, of which all
-    that are given must fit; or {"all": true} alone.
+    Body: ids (a list) or submission (a name), stage and state, which select
+    the jobs that match all of them; or only {"all": true}.
     Answer: {"retried": 5}, or cancelled, released, forgotten; jobs in other
-    states are not counted. It goes in steps, ends when the caller hangs up,
-    and can be repeated. 400: no jobs are named. 404: one of ids does not
-    exist; nothing was changed.
+    states are not counted. The call goes in steps, ends when the caller hangs
+    up, and can be repeated. 400: no jobs are selected. 404: one of ids does
+    not exist; nothing was changed.
     """
     action = request.path[1:]
     n = store.sweep(request.namespace, action, gone=request.gone,
@@ -4609,7 +4612,7 @@ def tagged(request, text, now=None):
     return Response.json_text(text, headers=[("ETag", tag)])
 
 
-# What /job and /jobs show of a job: each name with its column.
+# The keys of a job in /job and /jobs, each with its column.
 SHOWN = {
     "jobid": "jobid", "stage": "stage", "stage_name": "stage_name",
     "state": "state", "since": "entered_at", "due": "expires_at",
@@ -4633,7 +4636,7 @@ class Describer:
         self.found = None
 
     def around(self):
-        """Return what /status and /workers say, as it was at first."""
+        """Return the answers of /status and /workers, asked for once."""
         if self.found is None:
             now, workers = self.store.workers(self.namespace, within=86400)
             self.found = self.store.status(self.namespace), {
@@ -4673,11 +4676,11 @@ def get_job(store, request, jobid):
 
 
 def get_output(store, request, jobid):
-    """Show the end of what the last attempt at a job has printed.
+    """Show the end of the output of the last attempt at a job.
 
-    Option: bytes, how many of each stream, 65536 if not given, at most
-    1048576. Answer: {"stdout": "…", "stderr": "…", "truncated": false,
-    "running": true}. 403: the reading jobix needs serve --share-output.
+    Option: bytes, how many of each stream, at most 1048576 (default 65536).
+    Answer: {"stdout": "…", "stderr": "…", "truncated": false, "running":
+    true}. 403: the reading jobix needs serve --share-output.
     404: there is no such job, or its worker's logs are not in the folder logs
     beside the access file.
     """
@@ -4725,13 +4728,13 @@ def get_jobs(store, request):
       match            only jobs with this text in jobcmd or filename
       worker           only jobs that this worker has claimed
       order            id, time (the longest in their stage first), -id, -time
-      limit            how many; 100 if not given, at most 1000
-      after            where to go on: after in the answer before
+      limit            how many, at most 1000 (default 100)
+      after            where to go on: after in the previous answer
       attempts         how many attempts of each job to show, at most 100
 
     Answer: {"jobs": [{…}, …], "after": …}; the jobs are as in GET /job,
-    without waits_for. after is null on the last page. A page may be short
-    and not the last.
+    without waits_for. after is null on the last page. Other pages may be
+    short, too.
     """
     given = read_selected(
         store, request,
@@ -4763,25 +4766,25 @@ def get_jobs(store, request):
 
 
 def get_workers(store, request):
-    """Show the workers that were heard of in the last day.
+    """Show the workers that sent a heartbeat in the last day.
 
     Answer: {"time": …, "workers": [{"name": "node7-4711", "host": "node7",
     "stages": [0], "stage_names": ["align"], "slots": 16, "busy": 2, "holds":
     [[35, 12.5]], "done": 90, "failed": 1, "heard": …, "quarantine": null,
-    "drain": false}, …]}, the latest first. holds lists the jobs that it has,
-    each with its seconds since the claim. heard is when its last heartbeat
-    came, from which the rest is; null is what it did not say.
+    "drain": false}, …]}, the latest first. holds lists its jobs, each with
+    the seconds since the claim. heard is the time of its last heartbeat,
+    which gave the other values; null means not given.
     """
     now, heard = store.workers(request.namespace, within=86400)
     return tagged(request, to_json({"workers": heard}), now)
 
 
-# What differs between two messages of one fault: quoted parts, paths, numbers.
+# Parts that differ in messages of the same fault: quotes, paths, numbers.
 DIFFERS = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|[0-9]+""")
 
 
 def get_failures(store, request):
-    """Show the latest failed jobs in groups of one reason each.
+    """Show the latest failed jobs, grouped by reason.
 
     Options: ids, as 1,3,5-8, or submission, a name: only these jobs.
     Answer: {"failed": 300, "looked_at": 300, "groups": [{"stage": 0,
@@ -4812,13 +4815,13 @@ def get_failures(store, request):
 
 
 def get_pace(store, request):
-    """Show how fast jobs became done, over time.
+    """Show how many jobs were done over time.
 
-    Option: minutes, how far to look back; all the time if not given.
+    Option: minutes, how far to look back (default: to the start).
     Answer: {"time": …, "start": …, "step": 60, "updates": [12, 3], "done":
-    [10, 3], "failed": [0, 1]}: in each step of so many seconds from start,
-    the attempts that became done, the jobs that became done, and the attempts
-    that failed. The last step is not over.
+    [10, 3], "failed": [0, 1]}: for each step of so many seconds from
+    start, how many attempts were done, jobs were done, and attempts failed.
+    The last step is not over.
     """
     given = request.options(minutes=from_query(integer(1, 10**7)))
     pace = store.throughput(request.namespace, given["minutes"])
@@ -4835,10 +4838,10 @@ def get_status(store, request):
     "states": {"waiting": 2, …}, "runtime": {"attempts": 9, "median": 1.2,
     "p90": 4.8}}, …], "totals": {"jobs": 3, "expired": 0, "states": {…}},
     "rate": 0.5, "seconds_left": 6.0, "readonly": false}.
-    runtime is how long attempts ran that became done, in seconds, up to a
-    fifth too high, or null. rate is how many jobs became done a second, in
-    the last two minutes, null with options. seconds_left is the number of
-    unfinished jobs divided by rate, or null. readonly: by the reading jobix.
+    runtime is how long done attempts took, in seconds, up to a fifth too high,
+    or null. rate is how many jobs were done per second in the last two
+    minutes, null with options. seconds_left is the number of unfinished jobs
+    divided by rate, or null. readonly is true with the reading jobix.
     """
     figures = store.status(
         request.namespace, **read_selected(store, request))
@@ -4853,7 +4856,7 @@ CUT_OFF = "released", "lapsed", "cancelled", "expired", "superseded"
 
 
 def stage_stats(stage, spent):
-    """Return what was spent on jobs claimed from a stage: see GET /stats."""
+    """Return the times of jobs claimed from a stage: see GET /stats."""
     ran, waited = spent.buckets["done"], spent.buckets["claimed"]
     run = quantiles(ran, "attempts", *PARTS) if ran else None
     return {
@@ -4873,7 +4876,7 @@ def stage_stats(stage, spent):
 
 
 def get_stats(store, request):
-    """Show what time the attempts have taken, and what was lost.
+    """Show how much time the attempts took, and how much was lost.
 
     Answer: {"time": …, "stages": [{"stage": 0, "claims": 100, "retries": 3,
     "run": {"attempts": 97, "median": 1.2, "p90": …, "p95": …, "p99": …},
@@ -4882,11 +4885,11 @@ def get_stats(store, request):
     "advised": 1}, …], "totals": {"claims": 100, "retries": 3,
     "useful": 150.2, "lost": 0}}, by the stage that jobs were claimed from.
     retries are claims that were not the first in the stage. run is how long
-    attempts ran that became done, wait how long jobs waited for a claim, in
-    seconds, up to a fifth too high. useful are the seconds of attempts that
-    became done, lost those of attempts that were cut off. An attempt that
-    lapsed and ended after all counts as both. advised is a lifetime in
-    minutes for the stage one up: twice the p95 of run.
+    done attempts took, wait how long jobs waited for a claim, in seconds, up
+    to a fifth too high. useful is the seconds of done attempts, lost that of
+    attempts that were cut off. An attempt that lapsed and was done later
+    counts as both. advised is a lifetime in minutes for the stage one up:
+    twice the p95 of run.
     """
     now, stages = store.stats(request.namespace)
     stages = [stage_stats(*pair) for pair in sorted(stages.items())]
@@ -4962,7 +4965,7 @@ def get_metrics(store, request):
 
 
 def get_health(store, request):
-    """Say whether the database can be read.
+    """Report whether the database can be read.
 
     Answer: {"status": "ok", "version": "0.1.0"}. 503: it can't be read.
     """
@@ -4972,7 +4975,7 @@ def get_health(store, request):
 
 # ----------------------------------------------------------------- pages ---
 
-# What a page may do: only what is in itself, named by its hash.
+# A page may run only its own script and style, named by their hashes.
 POLICY = (
     "default-src 'none'; script-src %s; style-src %s; "
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'"
@@ -5017,7 +5020,7 @@ def page_response(page, status=200, headers=()):
     return Response(status, page.encode(), kind, [*guards, *headers])
 
 
-# What a page shows of jobs: a name, the call that returns it, its options.
+# The parts of an overview: a name, the call that returns it, its options.
 OVERVIEW = (
     ("status", get_status, {}),
     ("hour", get_pace, {"minutes": 60}),
@@ -5032,7 +5035,7 @@ OVERVIEW = (
 
 
 def overview(store, namespace):
-    """Return what OVERVIEW names of the jobs of a namespace."""
+    """Return the parts of OVERVIEW for the jobs of a namespace."""
     seen = {}
     for name, endpoint, options in OVERVIEW:
         request = Request("GET", "", urlencode(options), {}, None, None)
@@ -5163,7 +5166,7 @@ def get_dashboard(store, request):
 
 
 def get_greeting(store, request):
-    """Say which program this is: a line of text, or the page for a browser."""
+    """Show name and version, as text; show the page to a browser."""
     if "text/html" in request.headers.get("accept", ""):
         return get_dashboard(store, request)
     return Response.text("This is jobman %s, a job manager." % __version__)
@@ -5182,7 +5185,7 @@ def get_lifetime_page(store, request):
 
 # ------------------------------------------------------------------ help ---
 
-# What the keys of a job mean, in calls and in CSV, and those of an attempt.
+# The meanings of the keys of a job and of an attempt, in calls and in CSV.
 JOB_FIELDS = {
     "jobstage": "the stage where it waits, a number or a name; required",
     "jobcmd": "its command, or any other JSON, at most 200 levels deep",
@@ -5191,12 +5194,12 @@ JOB_FIELDS = {
     " of /init; without that it is never done)",
     "priority": "a number from -2^31 to 2^31-1; jobs with a higher one are"
     " claimed first (default 0)",
-    "max_attempts": "it is failed after so many failures in a stage (default"
+    "max_attempts": "after so many failures in a stage it is failed (default"
     " 3; see serve --retries)",
-    "timeout": "seconds that its command may take (default: no limit)",
-    "cwd": "the folder that its command runs in (default: the worker's)",
-    "outputs": "paths of files that its commands make, a list; a worker checks"
-    " them before the next stage",
+    "timeout": "how many seconds its command may take (default: no limit)",
+    "cwd": "the folder to run its command in (default: the worker's)",
+    "outputs": "a list of paths of files that its command makes; a worker"
+    " checks them before the next stage",
     "after": "ids of jobs that must be done before it can be claimed",
     "jobid": "its number",
     "stage": "the stage that it is in",
@@ -5207,8 +5210,8 @@ JOB_FIELDS = {
     "since": "when it came into its stage",
     "due": "when its lease or its delay ends",
     "worker": "the worker that claimed it last",
-    "attempt": "the number of its latest attempt in the stage that it is"
-    " claimed from",
+    "attempt": "the number of its latest attempt in the stage it was claimed"
+    " from",
     "failures": "how many attempts failed in that stage",
     "lapses": "how many leases lapsed in that stage",
     "rejects": "how often its files were rejected, since it was added or"
@@ -5219,14 +5222,13 @@ JOB_FIELDS = {
     "waits": "how many jobs it waits for",
     "waits_for": "the ids of the first 100 of them",
     "aborted_by": "the job whose end aborted it",
-    "progress": "how far its attempt is, {\"part\": 0.4, \"word\": \"epoch"
-    " 3\"}, if its command tells",
-    "note": "what an attempt has left for the next one",
+    "progress": "the progress that its command reports, such as"
+    ' {"part": 0.4, "word": "epoch 3"}',
+    "note": "the note of an attempt for the next attempt",
     "command": "the command of its stage, as a person would write it",
     "item": "the item of that command, in CSV only",
     "why": "a sentence: why it is not running, or how it ended",
-    "attempts": "the last 100 of its attempts that have ended, the oldest"
-    " first",
+    "attempts": "its last 100 ended attempts, the oldest first",
 }
 ATTEMPT_FIELDS = {
     "attempt": "its number in the stage, from 1",
@@ -5258,27 +5260,28 @@ def only(names, meanings):
     return {name: meanings[name] for name in names}
 
 
-# What help has on each topic: its line in the list, then paragraphs, and
-# dicts of names and what they mean.
+# Each topic of help: its line in the list, then paragraphs, and dicts of
+# names and their meanings.
 TOPICS = {
     "http": (
         "the HTTP calls: options, bodies, answers and errors", """\
 A call is HTTP/1.1 or 1.0 and has the header jobix: <number>. Calls marked
-(no jobix) need none; calls marked (reading) take the reading jobix too.
-Answers are JSON, unless a call says text or page. An error is answered with
-{"error": "<one sentence>"}, and has changed nothing: see help errors.""", """\
-A body is JSON, plain or as zlib or gzip data: its first bytes say which, not
-its headers. It may have 64 MiB, and as much when inflated. NaN and Infinity
-are not JSON. An optional key may be null. Where all keys are optional the
-body may be empty.""", """\
+(no jobix) need none; calls marked (reading) accept the reading jobix, too.
+Answers are JSON, unless a call says text or page. A call that fails changes
+nothing; its answer is {"error": "<one sentence>"}: see help errors.""", """\
+A body is JSON, plain or as zlib or gzip data; its first bytes decide, not its
+headers. It may have up to 64 MiB, also when inflated. NaN and Infinity are
+not JSON. An optional key may be null. If all keys are optional, the body may
+be empty.""", """\
 Options are in the query: /get/0?wait=20&n=5. A call with options refuses
 unknown ones; a call without options ignores the query. Slashes at the start
 of a path count as one. HEAD works where GET changes nothing.""", """\
 Times are seconds since 1970, by the server's clock. Answers that show jobs,
-workers or figures have an ETag: with it in the header If-None-Match the
-answer is 304 if nothing has changed but the time.""", """\
+workers or figures have an ETag. If it is in the header If-None-Match and only
+the time has changed, the answer is 304.""", """\
 A connection is closed after 20 seconds without a first request, after 300
-without another one, and after a 401 or 403. TLS is version 1.2 or later.""", {
+seconds without another request, and after a 401 or 403. TLS is version 1.2 or
+later.""", {
             "jobix": "0 to 2^63-1",
             "jobid": "0 to 2^53-1",
             "stage": "0 to 1000000, or the name of a stage: a letter and up to"
@@ -5292,11 +5295,11 @@ without another one, and after a 401 or 403. TLS is version 1.2 or later.""", {
         }),
     "job": (
         "what a job carries, and what is shown of it", """\
-A job in /set, in /submit and in the file of submit --from-json may have:""",
+A job in /set, /submit and the file of submit --from-json may have:""",
         only(CARRIES, JOB_FIELDS), """\
 worker.py runs a jobcmd that is a string by /bin/sh, and a list of strings
 as argv. Of {"steps": {"0": "fetch", "2": ["align", "-v"]}, "item": "a"} it
-runs the command for the job's stage, with a in $JOBMAN_ITEM.""", """\
+runs the command for the job's stage, with "a" in $JOBMAN_ITEM.""", """\
 GET /job and GET /jobs show all of these but jobstage and after. They also
 show the following; null means that there is none.""",
         only([name for name in JOB_FIELDS if name not in CARRIES], JOB_FIELDS),
@@ -5308,8 +5311,8 @@ show the following; null means that there is none.""",
             " rejected: it waits again after 2, 8, 32, 128, 512, and then"
             " always 600 seconds",
             "blocked": "it waits for other jobs (after) that are not done",
-            "working": "it was claimed, and is in the stage that the claim"
-            " moved it to",
+            "working": "a worker has claimed it; it is in the stage that the"
+            " claim moved it to",
             "done": "it has reached its laststage",
             "failed": "in one stage max_attempts attempts failed or 5 leases"
             " lapsed (see serve --lapses), or its files were rejected"
@@ -5321,10 +5324,10 @@ show the following; null means that there is none.""",
 A job that failed, lapsed or was released goes back to the stage that it
 was claimed from, a rejected one to the stage that made its files. Done,
 failed, cancelled and aborted jobs stay as they are until /retry. Attempts,
-failures and lapses are counted anew when an update, a rejection, /retry or
-/check_stages puts a job into a stage. A job that has been done once blocks
-no others, even if it runs again. A job over its stage's lifetime is marked
-as expired, whatever its state is, until it moves.""", """\
+failures and lapses are counted from zero when an update, a rejection, /retry
+or /check_stages puts a job into a stage. Once a job is done, it never again
+blocks the jobs that wait for it. A job over its stage's lifetime is marked as
+expired, whatever its state is, until it moves.""", """\
 A claim without a lease reserves nothing: the job can be claimed again in the
 stage that the claim moved it to. A done job can be claimed from the stage
 that it is in.""", "The outcome of an attempt says what ended it:", {
@@ -5344,22 +5347,22 @@ that it is in.""", "The outcome of an attempt says what ended it:", {
             " of range in the path, query or body, or in the HTTP itself",
             401: "a page needs the jobix as the password",
             403: "the header jobix is missing or malformed; or this server"
-            " doesn't take that jobix: the right one is in its access file; or"
-            " it is the reading jobix, and the call is not for reading",
+            " doesn't accept that jobix: the right one is in its access file;"
+            " or it is the reading jobix, and the call is not for reading",
             404: "there is no such call, or this jobix has no such job, stage,"
             " worker or submission",
-            405: "use the method that the header Allow names",
+            405: "use a method that the header Allow names",
             408: "the head of the request took over 20 seconds, or the body"
-            " over a minute and came at under 64 KiB a second",
-            409: "the claim is no longer the job's, so drop the result; or"
-            " what the call itself says",
+            " over a minute at less than 64 KiB a second",
+            409: "the job has another claim now, or none, so drop the result;"
+            " or a reason that the call names",
             411: "send a Content-Length, and no Transfer-Encoding",
-            413: "the body has over 64 MiB, as it is or inflated, over 250000"
-            " jobs or over 4000000 values: send it in parts",
+            413: "the body has over 64 MiB, before or after inflating, over"
+            " 250000 jobs or over 4000000 values: send it in parts",
             414: "the request line has over 64 KiB",
             421: "with serve --open: the name in the header Host is not this"
             " server's; give it as --url, or use its address",
-            431: "the headers have over 64 KiB, or are over 100",
+            431: "the headers have over 64 KiB, or there are over 100",
             500: "jobman has a fault: see the server's standard error",
             503: "the server can't do that now: its disk is full, it is"
             " ending, or it has too many connections; repeat the call after"
@@ -5375,98 +5378,97 @@ The checks come in this order: the head of the request, path and method (404,
          for name, kind, meaning in METRICS}),
     "export": (
         "the columns of jobs --output csv, and joblog", """\
-The CSV is that of RFC 4180, in UTF-8, with a line of heads. Times are
+The CSV follows RFC 4180, in UTF-8, with a line of column names. Times are
 seconds since 1970. Null is empty. A jobcmd that is not a string is JSON.
-Names of files that are not UTF-8 are written byte by byte as they are.""",
+File names that are not UTF-8 are written unchanged, byte by byte.""",
         only(JOB_COLUMNS, JOB_FIELDS),
-        "These are of the last attempt that has ended:",
+        "These columns describe the last attempt that has ended:",
         only(ATTEMPT_COLUMNS, ATTEMPT_FIELDS), """\
-joblog is the format of GNU parallel's --joblog, with a line for each job of
-which an attempt has ended. Seq is the jobid, Host the host or the worker,
+joblog is the format of GNU parallel's --joblog, with a line for each job that
+has an ended attempt. Seq is the jobid, Host the host or the worker,
 JobRuntime the time from the claim to the end. Exitval is 0 for a done
 attempt and -1 for one without an exit status; for 128+n it is 0, and Signal
 is n. A newline in a command is a NUL, as parallel --retry-failed wants."""),
     "files": (
         "the files beside a database, and in ~/.jobman", """\
-These are beside a database FILE while a server has it open. Copy it with
+These files are beside a database FILE while a server uses it. Copy it with
 python3 jobman.py backup, not with cp.""", {
             "FILE-wal, FILE-shm": "SQLite's log, a part of the database",
             "FILE-journal": "SQLite's log on a network file system",
             "FILE.lock": "names the server that has the database; do not"
             " remove it",
-            "FILE.gate, FILE.turn": "with serve --shared: locks by which"
-            " servers take turns",
+            "FILE.gate, FILE.turn": "locks with which servers take turns, with"
+            " serve --shared",
             "FILE.crt, FILE.key": "the certificate for HTTPS and its key;"
-            " remove both, and the next start makes others",
+            " if you remove both, the next start makes new ones",
         }, "In ~/.jobman, unless an option names another place:", {
             "jobman.db": "the database of serve",
             "access.json": "the url, fingerprint, jobix, reading_jobix, host"
             " and pid of the server, by which clients find it",
-            "logs/": "what commands have printed, a file for each worker, with"
-            " at most 1 MiB of each attempt; python3 jobman.py logs reads it",
+            "logs/": "the output of commands, a file for each worker, with at"
+            " most 1 MiB of each attempt; python3 jobman.py logs reads it",
             "spool/": "results that a worker could not deliver; the next"
             " worker delivers them, or worker.py --send-spool",
         }, """\
-Use folders that only you can write to, as mkdir -m 700 makes them; others
-are refused. An access file that others can read is refused, too."""),
+Use folders that only you can write to, as mkdir -m 700 makes them; other
+folders are refused. An access file that others can read is refused, too."""),
     "environment": (
-        "the variables JOBMAN_...", """\
-These are read, where no option or argument says otherwise. Clients are
+        "the environment variables JOBMAN_...", """\
+These variables are read; options and arguments take precedence. Clients are
 worker.py, its Client, and the commands that ask a server.""", {
             "JOBMAN_ACCESS": "the access file",
-            "JOBMAN_URL": "clients: the server's address, so that no access"
-            " file is needed; WSGI: its own address, for the access file",
+            "JOBMAN_URL": "clients: the server's address, instead of an access"
+            " file; WSGI: its own address, for the access file",
             "JOBMAN_JOBIX": "clients: the jobix, with JOBMAN_URL or instead of"
-            " the access file's; serve, WSGI: the jobix that is admitted",
+            " the access file's; serve, WSGI: the jobix to accept",
             "JOBMAN_FINGERPRINT": "clients, with JOBMAN_URL: the SHA-256 of"
             " the server's certificate, in hex",
-            "JOBMAN_OPEN": "serve, WSGI: 1 admits any jobix",
+            "JOBMAN_OPEN": "serve, WSGI: 1 to accept any jobix",
             "JOBMAN_DB": "WSGI: the database",
-            "JOBMAN_WAITERS": "WSGI: how many calls of a process may wait for"
-            " jobs at a time (default 2)",
-        }, "These are set by worker.py for each command:", {
+            "JOBMAN_WAITERS": "WSGI: how many calls may wait for jobs in a"
+            " process at a time (default 2)",
+        }, "worker.py sets these variables for each command:", {
             "JOBMAN_JOBID": "the job's number",
             "JOBMAN_STAGE": "the stage that it was claimed from",
             "JOBMAN_ATTEMPT": "the number of this attempt, from 1",
             "JOBMAN_FILENAME": "the job's filename, or empty",
             "JOBMAN_ITEM": "the job's item, if it has one",
-            "JOBMAN_RESULT": "a file into which the command may write a JSON"
+            "JOBMAN_RESULT": "a file to which the command may write a JSON"
             " object with filename, jobcmd or outputs, for the next stage",
-            "JOBMAN_PROGRESS": "a file into which it may write how far it is:"
-            " a number from 0 to 1, and a word",
-            "JOBMAN_NOTE": "a file for the next attempt at this job, of up to"
-            " 4096 bytes, such as the path of a checkpoint: what an attempt"
-            " leaves in it is in it again when the job is tried anew, until an"
-            " attempt is done",
+            "JOBMAN_PROGRESS": "a file to which it may write its progress: a"
+            " number from 0 to 1, and a word",
+            "JOBMAN_NOTE": "a file for a note of up to 4096 bytes to the next"
+            " attempt, such as the path of a checkpoint; the next attempt"
+            " finds the note in its own file, until an attempt is done",
         }),
     "network": (
         "databases on network file systems", """\
-A server that starts looks up the file system of its database, and tries
-locks there. It works alone, and says so on standard error, wherever locks do
-not work, on any kind of FUSE, and on these kinds:""",
+When a server starts, it looks up the file system of its database, and tries
+locks there. If locks don't work, on any FUSE file system, and on the following
+kinds, it must be the only server, and says so on standard error:""",
         textwrap.fill(
             ", ".join(sorted(NETWORK_FILE_SYSTEMS)), 79,
             initial_indent="  ", subsequent_indent="  "), """\
-There no other server can have the database: --shared and WSGI are refused,
-and backup and check need the server to be ended. Reads wait for writes, and
-there is a rollback journal instead of a WAL. Changes are on disk before they
-are answered, as on any file system.""", """\
+Then --shared and WSGI are refused, and backup and check work only when the
+server has ended. Reads wait for writes, and SQLite keeps a rollback journal
+instead of a WAL. Changes are on disk before they are answered, as on any file
+system.""", """\
 The FILE.lock beside the database has a heartbeat, written every %d seconds.
 A server that finds the FILE.lock of another host watches it for %d seconds:
 it ends if there is a heartbeat, otherwise it takes over. So end a server
-before you start one on another host. A server that could not write its
-heartbeat for %d seconds, or was paused for so long, answers 503 until it
-has written one. A server that has lost its database ends with status 1.""" % (
+before you start one on another host. If a server could not write its
+heartbeat for %d seconds, or was paused for that long, it answers 503 until
+it has written one. If it has lost its database, it ends with status 1.""" % (
             ServerLock.BEAT, ServerLock.STALE, ServerLock.LIMIT), """\
 A host that crashes may leave locks on its NFS server: for about 90 seconds
-with NFSv4, until it is up again with NFSv3. Meanwhile no other host can use
-the database. A local file system is faster, as in a folder of your own in
-/tmp, or in /dev/shm, which is empty after a reboot."""),
+with NFSv4, or until it is up again with NFSv3. Meanwhile no other host can use
+the database. A local file system is faster: use a folder of your own in /tmp,
+or in /dev/shm, which is empty after a reboot."""),
 }
 
 
 def definitions(meanings):
-    """Return the text of names and what they mean, in two columns."""
+    """Return the text of names and their meanings, in two columns."""
     width = max(len(str(name)) for name in meanings) + 4
     return "\n".join(
         textwrap.fill(
@@ -5493,7 +5495,7 @@ def help_text(topic=None):
         parts = [
             "python3 jobman.py help TOPIC explains one of these:",
             {name: line for name, (line, *_) in TOPICS.items()},
-            "python3 jobman.py COMMAND --help has the options of a command.\n"
+            "python3 jobman.py COMMAND --help explains a command.\n"
             "python3 -m pydoc worker explains the library for Python.",
         ]
     else:
@@ -5914,11 +5916,11 @@ def limit_calls(connection, seconds):
 
 
 class SocketInput:
-    """What a client sends until `end`, a moment of time.monotonic().
+    """The input from a client until `end`, a moment of time.monotonic().
 
-    The timeout of a socket starts anew with every byte: a client that sends
-    one now and then could keep its thread for ever. `data` has been received
-    and isn't used yet.
+    The timeout of a socket restarts with every byte: a client that sends
+    a byte now and then could keep its thread forever. `data` has been
+    received and isn't used yet.
     """
 
     def __init__(self, connection):
@@ -5965,7 +5967,7 @@ class SocketInput:
         return self.take(end + 4)[:-2].decode("latin-1")
 
     def body(self, length):
-        """Receive so many bytes; raise OSError, or Error if there are less."""
+        """Receive so many bytes; raise OSError, or Error for too few."""
         while len(self.data) < length and self.receive():
             pass
         return require_length(self.take(length), length)
@@ -5974,8 +5976,8 @@ class SocketInput:
 def read_head(head):
     """Return method, target, version and headers; or raise Error.
 
-    It is strict: what others may read in another way is refused (RFC 9112,
-    section 11.2).
+    It is strict: input that others may read in another way is refused (RFC
+    9112, section 11.2).
     """
     found = REQUEST_LINE.match(head)
     if not found:
@@ -6163,7 +6165,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def write(self, data):
         """Send bytes, all of them within their time; raise OSError.
 
-        SSLSocket.sendall() starts its timeout anew with every record.
+        SSLSocket.sendall() restarts its timeout with every record.
         """
         end = time.monotonic() + self.PATIENCE + len(data) / self.SLOWEST
         left = memoryview(data)
@@ -6355,7 +6357,7 @@ class Server(ThreadingHTTPServer):
     def stop(self):
         """Answer the requests that have come, and close the Store.
 
-        Clients that go on asking are told that an answer is the last; then
+        Busy clients get a last answer that says "close"; then
         idle connections are closed.
         """
         self.ending, end = True, time.monotonic() + self.END
@@ -6672,7 +6674,7 @@ def page_address(access, access_file, stream):
 
 
 def announcement(options, access_file, access):
-    """Return what serve says when it is ready."""
+    """Return the lines that serve prints when it is ready."""
     path, option = os.path.abspath(access_file), ""
     if access_file != access_path():
         option = " --access " + shlex.quote(path)
@@ -6937,7 +6939,7 @@ class Progress:
         self.mutex = threading.Lock()  # one writes to the terminal at a time
         self.began = self.said = time.monotonic()
         self.line = ""
-        self.midway = False  # whether the output stands in mid-line
+        self.midway = False  # whether the output is in mid-line
 
     def show(self, items, done, failed, fresh):
         """Show the figures, if it is time to; `fresh`: ended in this run."""
@@ -7267,10 +7269,10 @@ def print_jobs(options):
 
 
 def poll_status(client, selector, patience=30):
-    """Yield what /status says of jobs until they have ended, and once then.
+    """Yield the status of jobs until they have ended, and once then.
 
-    Tells the user what keeps them when that is so for `patience` seconds, and
-    again when a reason has changed, not a number of jobs.
+    When nothing can run for `patience` seconds, print why, and again when
+    the reasons change.
     """
     since, reasons, told, pause = time.monotonic(), [], [], 0.05
     while True:
@@ -7396,7 +7398,7 @@ def stats_lines(figures, names):
 
 
 def snapshot(options):
-    """Write a page of how the jobs stand that needs no server."""
+    """Write a status page that needs no server."""
     with speaking(options) as client:
         paths = {endpoint: path for _, path, endpoint in ROUTES}
         seen = {
@@ -7494,7 +7496,7 @@ def indexes(folder, space):
 
 
 def new_pieces(folder, space, wanted, places):
-    """Return what the jobs `wanted` have printed, as the logs have it.
+    """Return new output of the jobs `wanted`, from the logs.
 
     A list of (line of the index, path of the output), by job and in order.
     `places` has how far each index was read, and is brought up to date.
@@ -7544,7 +7546,7 @@ def ids_selected(client, options):
 
 
 def prune_logs(client, worker, folder=None):
-    """Remove logs that have no output but of jobs that are gone.
+    """Remove logs that have only output of deleted jobs.
 
     Those of workers that may still write to them are left alone. Returns how
     many bytes that freed.
@@ -7575,14 +7577,14 @@ def freed_text(size):
 
 
 def follow_logs(client, options, folder, space, wanted):
-    """Print what the jobs print as it comes, until they have ended."""
+    """Print the output of jobs as it comes, until they have ended."""
     places, shown = {}, None
     for _ in poll_status(client, selector_of(client, options.ids), patience=5):
         shown = print_pieces(new_pieces(folder, space, wanted, places), shown)
 
 
 def logs(options):
-    """Print what the commands of jobs have printed, attempt by attempt."""
+    """Print the output of jobs, attempt by attempt."""
     with using_worker() as worker, speaking(options) as client:
         if options.prune:
             print(freed_text(prune_logs(client, worker, options.logs)))
@@ -7634,7 +7636,7 @@ def shell_script(command, number):
     """Return `command` as a script in which the shell fills in the item.
 
     It takes the item from a variable, so that nothing in an item is ever
-    executed. `{}` becomes one word in any quotes that it stands in; `{#}`
+    executed. `{}` becomes one word, in quotes or not; `{#}`
     becomes `number`. Raises ValueError for `{.}`, `{/}`, `{1}` and the like
     outside of single quotes.
     """
@@ -7782,12 +7784,12 @@ def read_items(options, source):
 
 
 def run_carries(options):
-    """Return what each job of a run carries, but its commands."""
+    """Return what all jobs of a run have in common, except commands."""
     return {"jobstage": 0, "laststage": 2 * len(options.steps),
             "timeout": options.timeout or None}
 
 
-# What `run` has of the options of `serve`, beside its own.
+# Options of `serve` that `run` sets by itself.
 SERVED = {
     "host": "127.0.0.1", "port": 0, "url": None, "shared": False,
     "lapses": MAX_LAPSES, "keep_days": None, "open": False, "tls": False,
@@ -7806,9 +7808,9 @@ class Run:
     NAMED = 10  # failures told one by one at the end
 
     def __init__(self, store, options):
-        """Cancel what isn't done of other runs and earlier starts.
+        """Cancel the unfinished jobs of other runs and earlier starts.
 
-        What belongs to this one is brought back as it is added.
+        Jobs of this run are retried when they are added.
         """
         self.store, self.namespace = store, store.namespace
         self.steps = steps_in(options)
@@ -7937,7 +7939,7 @@ def follow(batch, worker, progress, ending):
 
 
 def sum_up(batch, figures, progress, database):
-    """Say what came of a run; return its exit status."""
+    """Print the result of a run; return its exit status."""
     items, done, failed, fresh = figures
     for failure in batch.failures():
         say(failure)
@@ -8017,7 +8019,7 @@ def confirm(options, n, things):
 
 
 def read_selection(text):
-    """Return what IDS names: "all", or what read_ids() returns."""
+    """Return the jobs that IDS names: "all", or as read_ids()."""
     if text in STATES:
         raise argparse.ArgumentTypeError(
             "%r is a state: write --state %s" % (text, text))
@@ -8038,7 +8040,7 @@ def count_selected(client, options, states):
 
 
 def selections(options):
-    """Yield what each call of a selection names; ids go in parts."""
+    """Yield the selector of each call; ids go in parts."""
     narrowed = {"stage": options.stage, "state": options.state}
     if type(options.ids) is str and options.ids != "all":
         yield dict(narrowed, submission=options.ids)
@@ -8173,7 +8175,7 @@ CALLS = {
         lambda client, given: (client.resume(given.stage), given.stage),
         lambda answer, stage: ["stage %s goes on" % stage], PATIENCE),
 }
-# What --output quiet prints of the first answer.
+# The part of the first answer that --output quiet prints.
 QUIET = {
     "job": lambda job: [job["jobid"]],
     "workers": lambda heard: [worker["name"] for worker in heard["workers"]],
@@ -8183,7 +8185,7 @@ QUIET = {
 
 
 def make_calls(options):
-    """Make the calls of a command in CALLS, and print what they answer."""
+    """Make the calls of a command in CALLS, and print their answers."""
     call, lines, patience = CALLS[options.command]
     with speaking(options, patience) as client:
         answers = call(client, options)
@@ -8205,7 +8207,7 @@ def set_lifetimes(options):
 
 
 def submit_carries(options, stage=None, laststage=None):
-    """Return what each job that is submitted carries, where options say so."""
+    """Return the fields of submitted jobs that options give."""
     entry = {
         "jobstage": stage, "laststage": laststage,
         "priority": options.priority, "max_attempts": options.max_attempts,
@@ -8267,10 +8269,10 @@ def read_json(name):
 
 
 def jobs_from_json(jobs, common):
-    """Return jobs, of JSON, that carry what is `common` unless they say else.
+    """Return jobs of JSON; `common` has defaults for their fields.
 
-    One in a list is done two stages above its last command, if it doesn't say
-    where.
+    A job in a list without laststage is done two stages above its last
+    command.
     """
     def complete(job):
         if type(job) is not dict:
@@ -8288,7 +8290,7 @@ def jobs_from_json(jobs, common):
 
 
 def set_from_json(client, jobs):
-    """Add jobs under their own ids, those that there aren't yet.
+    """Add jobs under their own ids, if they don't exist yet.
 
     In one call where they wait for each other, unless they are too many.
     Returns ranges of their ids.
@@ -8307,8 +8309,8 @@ def set_from_json(client, jobs):
 def submit_parts(client, name, jobs):
     """Submit jobs in parts; return ranges of the ids that they are given.
 
-    The parts of one name are added once. Where input had broken off in a part
-    the first of its jobs are there.
+    Each part of a submission is added once. If an earlier call broke off in
+    a part, its first jobs exist already.
     """
     ranges, done = [], 0
     try:
@@ -8541,7 +8543,7 @@ WRONG_COUNTS = """
 
 
 def check_pages(execute):
-    """Yield what SQLite finds wrong."""
+    """Yield the faults that SQLite finds."""
     for found, in execute("pragma integrity_check(5)"):
         if found != "ok":
             yield found
@@ -8556,14 +8558,14 @@ def check_schema(execute):
 
 
 def check_counts(execute):
-    """Yield where the kept counts aren't those of the jobs."""
+    """Yield the stored counts that don't match the jobs."""
     for row in execute(WRONG_COUNTS):
         yield ("stage %s, %s: counted %s, there %s; expired %s, there %s"
                % tuple(row))
 
 
 def check_all(path):
-    """Yield what each check says of a database: name, whether ok, a line."""
+    """Yield the result of each check: its name, whether ok, a line."""
     with open_snapshot(path) as execute:
         for name, look in (("integrity", check_pages),
                            ("schema", check_schema), ("counts", check_counts)):
@@ -8684,7 +8686,7 @@ def check_program(found):
 
 
 def check_access(found):
-    """Return what the access file is like."""
+    """Return the path, mode and age of the access file."""
     client = found.client = found.worker.Client(found.access, patience=0)
     client.CONNECT_TIMEOUT = 4
     if client.fixed:
@@ -8710,7 +8712,7 @@ def check_address(found):
 
 
 def check_connection(found):
-    """Return that the port takes connections, and how the server is known."""
+    """Return how the server is known, if its port takes connections."""
     client = found.client
     try:
         client.connect(4)
@@ -8731,7 +8733,7 @@ def check_connection(found):
 
 
 def check_server(found):
-    """Return that the server and its database are well."""
+    """Return a line if the server and its database answer."""
     client = found.client
     try:
         version = client.call("GET", "/health", timeout=4)["version"]
@@ -8749,7 +8751,7 @@ def check_server(found):
 
 
 def check_jobix(found):
-    """Return whether the server takes our jobix."""
+    """Return a line if the server accepts our jobix."""
     try:
         figures = found.client.call("GET", "/status", timeout=4)
     except found.worker.Refused as refused:
@@ -8761,7 +8763,7 @@ def check_jobix(found):
 
 
 def check_database(found):
-    """Return which database there is, None where none is named."""
+    """Return the database and its schema, None if there is none."""
     path = found.db or home_file("jobman.db")
     if not (found.db or os.path.lexists(path)):
         return None
@@ -8821,7 +8823,7 @@ DOCTOR_CHECKS = (
 
 
 def examine(options):
-    """Yield what doctor finds: a name, whether it is all right, and a line."""
+    """Yield the result of each check: a name, whether ok, and a line."""
     with using_worker() as worker:
         found = argparse.Namespace(
             worker=worker, access=options.access, db=options.db, client=None,
@@ -8842,7 +8844,7 @@ def examine(options):
 
 
 def doctor(options):
-    """Check that all that jobman needs is there, here and now."""
+    """Check Python, the access file, the server and the database."""
     return report_findings(options, examine(options))
 
 
@@ -9440,8 +9442,8 @@ def parse(arguments):
 
 
 def tolerate(stream):
-    """Return `stream` so that what its encoding lacks becomes escapes."""
-    if stream is None:  # closed by who started us
+    """Return `stream`, with escapes for characters that it can't encode."""
+    if stream is None:  # closed by our parent process
         return open(os.devnull, "w")
     return io.TextIOWrapper(
         stream.detach(), stream.encoding, "backslashreplace",
@@ -9450,7 +9452,7 @@ def tolerate(stream):
 
 
 def give_up_output():
-    """Let go of what can't be printed, so that our exit doesn't try again."""
+    """Drop output that can't be printed, so that exit doesn't retry it."""
     try:
         sys.stdout.flush()
     except OSError:
