@@ -16311,7 +16311,7 @@ class LockTest(TemporaryFolder):
         for suffix in ("-wal", "-journal"):
             with open(self.path("jobs.db" + suffix), "wb") as file:
                 file.write(b"x")
-            self.assertIn("jobs.db%s is there" % suffix, self.refused_start())
+            self.assertIn("jobs.db%s exists" % suffix, self.refused_start())
             self.assertFalse(os.path.exists(self.path("jobs.db")))
             os.unlink(self.path("jobs.db" + suffix))
 
