@@ -92,7 +92,7 @@ LEAST_CONNECTIONS = 8  # a worker needs two, a page some more
 FILES_KEPT = 100  # descriptors that connections leave to everything else
 LARGE_BODY = 2**14  # bytes from which a body counts as large
 LARGE_BODIES = 4  # large bodies that are parsed at a time
-RECEIVED_FIRST = 2**20  # bytes of a body that is received before its turn
+RECEIVED_FIRST = 2**20  # bytes of a body that are received before its turn
 WRONG_JOBIX_PAUSE = 0.2  # seconds until a wrong jobix is refused
 MAX_NAME = 255  # characters of a worker's name or a submission's key
 BEAT = 5  # seconds between a worker's heartbeats, while workers are few
@@ -140,7 +140,7 @@ def cause(error):
 
 
 def printable(text):
-    """Return `text` with what could draw on a terminal as escapes."""
+    """Return `text` with control characters as escapes."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -169,14 +169,14 @@ def to_json(value):
 
 
 def refuse_constant(name):
-    """Refuse NaN and Infinity, which Python reads but JSON doesn't have."""
+    """Refuse NaN and Infinity, which Python accepts but JSON doesn't."""
     raise ValueError("%s is not JSON" % name)
 
 
 def read_integer(text):
-    """Read an integer of JSON, where Python has no bound of its own.
+    """Read an integer of JSON, with a bound on its length.
 
-    Long ones would take quadratic time; the bound is that of Python 3.11.
+    Long integers take quadratic time; the bound is that of Python 3.11.
     """
     if len(text) > 4300:
         raise ValueError("an integer is too long")
@@ -198,7 +198,7 @@ DECODER = json.JSONDecoder(
 
 
 def from_json(text):
-    """Return the value of JSON `text`; raise Error 400 when it has none."""
+    """Return the value of JSON `text`; raise Error 400 for invalid text."""
     try:
         return DECODER.decode(text)
     except (ValueError, RecursionError):
@@ -435,7 +435,7 @@ class SQL:
             entered_at, jobid, priority, jobcmd, filename, max_attempts,
             timeout, cwd, outputs) values """
     NEW_JOB = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-    # the one way in which a job moves: as it was read, or not at all
+    # every move of a job: only if the job is as it was read
     MOVE = """
         update job set stage = :stage, state = :state, free = :free,
             expired = 0, entered_at = :entered_at, expires_at = :expires_at,
@@ -457,7 +457,7 @@ class SQL:
         update job set progress = coalesce(:progress, progress),
             note = coalesce(:note, note)
         where namespace = :namespace and jobid = :jobid"""
-    # at a server's start and after a pause: an outage costs no lease
+    # at a server's start and after a pause, so that an outage costs no lease
     RENEW_ALL = """
         update job set expires_at = :now + lease
         where expires_at > 0 and state = 'working'"""
@@ -501,7 +501,7 @@ class SQL:
         select jobid from dependency cross join job on job.id = parent
         where child = :id and met = 0
             and state in ('failed', 'cancelled', 'aborted') limit 1"""
-    # at a start: parents whose end a killed server has told to some only
+    # at a start: parents whose end a killed server told only to some children
     UNFINISHED_PARENTS = """
         select distinct parent, job.state from dependency
         cross join job on job.id = parent
@@ -543,7 +543,7 @@ class SQL:
         where job = :id and id >= first and given is not null
         order by id desc"""
     LAST_ATTEMPT_ID = "select max(id) from attempt"
-    # those of jobs that ended long ago, less what Store.restore() needs
+    # those of jobs that ended long ago, except those for Store.restore()
     PRUNE = """
         delete from attempt where id > :after and id <= :last
         and exists (select 1 from job where job.id = attempt.job
@@ -557,7 +557,7 @@ class SQL:
         values (:namespace, :name, :host, :stages, :slots, :busy, :done,
             :failed, :now, :quarantine, coalesce((select drain from worker
                 where namespace = :namespace and name = :name), 0))"""
-    # one in quarantine stays, for a person to look at it
+    # workers in quarantine stay, for a person to see
     FORGET_WORKER = """
         delete from worker where namespace = :namespace and name = :name
         and quarantine is null"""
@@ -618,7 +618,7 @@ class SQL:
             and expired = :expired and jobid >= :first and jobid <= :last"""
     GROUP_IDS = "select jobid" + GROUP + " order by jobid"
     HELD = "select jobid, worker, entered_at" + GROUP
-    # the places of a page of jobs: what they are, those after one, the order
+    # a page of jobs: what its places are, those after a place, the order
     PLACES = {
         "id": ("jobid", "", "jobid"),
         "-id": ("jobid", "", "jobid desc"),
@@ -716,7 +716,7 @@ def page_sql(source, order):
 
 MOUNTINFO = "/proc/self/mountinfo"  # described in proc(5)
 # File systems that other hosts may write to, or where a lock may hold on one
-# host only. All FUSE file systems ("fuse.sshfs") are taken for such, too.
+# host only. All FUSE file systems ("fuse.sshfs") count as such.
 NETWORK_FILE_SYSTEMS = {
     "9p", "afs", "beegfs", "ceph", "cifs", "fhgfs", "fuse", "glusterfs",
     "gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "smb3",
@@ -758,9 +758,9 @@ def is_ours(owner, folder):
 def check_folder(folder, *, warn=False):
     """Raise CommandError if others can write in a folder of jobman's files.
 
-    A journal that they put there would be taken for ours, and they could run
-    commands as us. With `warn`, a group that can write is only reported on
-    standard error.
+    SQLite would use a journal that they put there, so they could run commands
+    as us. With `warn`, a folder that its group can write to is only reported
+    on standard error.
     """
     status = os.stat(folder)
     if not is_ours(status.st_uid, folder):
@@ -837,10 +837,10 @@ def try_locks(file):
 
 
 class DatabaseLocation:
-    """Where a database lies, and how it can be used there.
+    """The location of a database, and how it can be used there.
 
-    `kind` and `source` are those of the file system. `locks_work` tells
-    whether POSIX locks, which SQLite uses, can be trusted there. If
+    `kind` and `source` describe the file system. `locks_work` is whether
+    POSIX locks, which SQLite uses, can be trusted there. If
     `exclusive`, only one server, with one connection, can use the database.
     """
 
@@ -874,15 +874,15 @@ class DatabaseLocation:
 # --------------------------------------- opening and copying the database ---
 
 
-# Bytes of the WAL that stay. Some 9 MiB come between two checkpoints, and to
-# cut it each time would cost a tenth of all claims.
+# Bytes of the WAL that aren't truncated. It grows to some 9 MiB between two
+# checkpoints, and truncating it each time would cost a tenth of all claims.
 WAL_KEPT = 32 * 2**20
 
 
 def file_uri(path, *, readonly, vfs="unix"):
     """Return the URI by which SQLite opens the database at `path`.
 
-    It names the VFS, as an attached database would use that of the main one.
+    It names the VFS: an attached database would use that of the main one.
     """
     mode = "ro" if readonly else "rw"
     name = quote(os.fsencode(os.path.realpath(path)))
@@ -948,7 +948,7 @@ def inspect(path):
 
 
 def refuse_leftovers(*paths):
-    """Raise CommandError if SQLite would take some file for ours."""
+    """Raise CommandError if SQLite would use a leftover file as ours."""
     for path in filter(os.path.lexists, paths):
         raise CommandError(
             "%s exists already; move it away, or name a new file."
@@ -1029,9 +1029,9 @@ def identity(path):
 
 
 def read_holder(location):
-    """Return what the lock file of a database says of its holder, a dict.
+    """Return the record in the lock file of a database, a dict.
 
-    It is empty if there is no such file, or nothing sensible in it. The file
+    It is empty if there is no such file, or no valid record in it. The file
     is opened again each time, as NFS looks for changes only then.
     """
     try:
@@ -1099,7 +1099,7 @@ class ServerLock:
         self.clock, self.pause = clock, pause
         self.key = secrets.token_hex(8)
         self.beats = 0
-        self.lost = None  # why, once the database isn't ours any more
+        self.lost = None  # the reason, once the database isn't ours any more
         self.database_id = None  # of the file to be watched, once it is open
         self.file = self.file_id = None  # the id once the file is taken
         self.ending = threading.Event()
@@ -1134,7 +1134,7 @@ class ServerLock:
         self.file_id, self.confirmed_at = file_id, self.clock()
         self.write()
         if waits:
-            self.pause(self.LOOK)  # another that waited may take it, too
+            self.pause(self.LOOK)  # another waiting server may take it, too
             if not self.holds_file():
                 raise self.refusal()
 
@@ -1159,7 +1159,7 @@ class ServerLock:
                 advice))
 
     def await_silence(self):
-        """Return when the last holder is known to have ended.
+        """Wait until the last holder is known to have ended.
 
         Raise CommandError if it shows a sign of life within STALE seconds.
         """
@@ -1195,7 +1195,7 @@ class ServerLock:
         return identity(self.path) == self.file_id
 
     def look(self):
-        """Note if the database isn't ours any more, and why."""
+        """Record if the database isn't ours any more, and why."""
         ours = self.holds_file()
         here = self.database_id in (None, identity(self.location.file))
         if self.lost or (ours and here):
@@ -1212,7 +1212,7 @@ class ServerLock:
                 self.confirm()
 
     def confirm(self):
-        """Look whether the database is still ours; if so, send a heartbeat.
+        """Check that the database is still ours; if so, send a heartbeat.
         """
         began = self.clock()
         self.look()
@@ -1262,8 +1262,8 @@ class FairLock:
     """Make the processes that share a database take turns.
 
     SQLite's own lock is unfair: it may starve a process for minutes. Here a
-    process holds the gate while it waits for its turn. One that wants another
-    turn finds the gate closed, and queues behind the waiting process.
+    process holds the gate while it waits for its turn. A process that wants
+    another turn finds the gate closed, and queues behind it.
     """
 
     def __init__(self, path):
@@ -1291,7 +1291,7 @@ class FairLock:
 UNENDED = ("waiting", "delayed", "blocked", "working")
 PUT_ASIDE = ("failed", "cancelled", "aborted")  # until a retry
 STATES = (*UNENDED, "done", *PUT_ASIDE)
-SWEEPS = {  # of many jobs: what an answer calls it, and the states it is for
+SWEEPS = {  # of many jobs: the key in the answer, and the states of the jobs
     "retry": ("retried", ("done", *PUT_ASIDE)),
     "cancel": ("cancelled", (*UNENDED, "failed", "aborted")),
     "release": ("released", ("working",)),
@@ -1361,7 +1361,7 @@ SUMS = {  # tables of sums: how to add to both of a row, and its first ones
 class Transaction:
     """The connection, the time and the sums of one commit.
 
-    `now` is in seconds since 1970. What the operations count is summed up
+    `now` is in seconds since 1970. The counts of the operations are summed up
     here and written once, just before the commit. `left` is how many jobs the
     steps of this commit may still take: see Store.in_steps().
     """
@@ -1389,19 +1389,19 @@ class Transaction:
             a + b for a, b in zip(sums, values)]
 
     def count(self, jobs, expired, *group):
-        """Count jobs that come to a group, or leave it.
+        """Count jobs that join a group, or leave it.
 
         A group is a namespace, stage and state.
         """
         self.add(("tally", *group), jobs, expired)
 
     def count_ends(self, namespace, *, jobs=0, updates=0, failed=0):
-        """Count jobs that become done, attempts that do, and failed ones."""
+        """Count jobs and attempts that are done, and failed attempts."""
         key = "pace", namespace, int(self.now // 60)
         self.add(key, jobs, updates, failed)
 
     def add_time(self, job, stage, kind, seconds):
-        """Add seconds that an attempt of a job took, or a claim waited for."""
+        """Add the seconds of an attempt, or of the wait for a claim."""
         key = "spent", job["namespace"], stage, kind, time_bucket(seconds)
         self.add(key, 1, seconds)
 
@@ -1442,7 +1442,7 @@ class Transaction:
 class Operation:
     """A change on its way through the Writer, and its result or error.
 
-    `ready` is released when it is over, or when its thread must lead.
+    `ready` is released when it is over, or when its thread becomes the leader.
     """
 
     __slots__ = ("act", "error", "over", "partial", "ready", "result")
@@ -1492,7 +1492,7 @@ class Writer:
         self.finish = finish  # called last in every transaction
         self.committed = committed  # called with each Transaction, on disk
         self.mutex = threading.Lock()
-        self.idle = threading.Condition(self.mutex)  # nobody leads
+        self.idle = threading.Condition(self.mutex)  # no thread leads
         self.queue = []
         self.leading = False
         self.closed = False
@@ -1549,9 +1549,9 @@ class Writer:
 
         Operations raise before they write. When one has written and raises
         all the same, everything is rolled back and the answer is False: the
-        others are to run again without it. That is rare, and cheaper than a
+        others run again without it. That is rare, and cheaper than a
         savepoint for each. The server lock is checked once more before the
-        commit, for until then nothing of this is in the database.
+        commit, because until then the database is unchanged.
         """
         with self.fair_lock:
             self.lock.check()
@@ -1589,7 +1589,7 @@ class Writer:
                 self.connection.execute("pragma wal_checkpoint(passive)")
 
     def close(self):
-        """Finish the commits under way, refuse all others, close."""
+        """Finish the current commits, refuse all others, close."""
         with self.idle:
             self.closed = True
             self.idle.wait_for(lambda: not self.leading)
@@ -1618,7 +1618,7 @@ class Waiter:
 
     def __init__(self):
         self.woken = False
-        self.used = False  # its wake-up need not be passed on
+        self.used = False  # its wake-up isn't passed on
         self.lock = threading.Lock()  # released by the wake-up
         self.lock.acquire()
 
@@ -1656,7 +1656,7 @@ class WaitQueue:
     def join(self, keys):
         """Add a Waiter for `keys` and yield it; yield None beyond the limit.
 
-        If it was woken and hasn't used that, the next waiter is woken.
+        If it was woken but took no job, the next waiter is woken.
         """
         with self.mutex:
             full = self.closed or self.waiting >= self.limit
@@ -1774,7 +1774,7 @@ def delay_after(failures):
 
 
 def never():
-    """Return False: a caller that can't hang up is never gone."""
+    """Return False, for a caller that can't hang up."""
     return False
 
 
@@ -1818,7 +1818,7 @@ class Readers:
 
     @contextlib.contextmanager
     def reading(self):
-        """Hand out a connection with a snapshot of the database."""
+        """Yield a connection with a snapshot of the database."""
         with self.free:
             try:
                 connection = self.idle.pop()
@@ -1841,7 +1841,7 @@ class Readers:
 
 
 def random_jobix():
-    """Return a number that nobody can guess."""
+    """Return a random number that can't be guessed."""
     return secrets.randbelow(MAX_JOBIX) + 1
 
 
@@ -1867,7 +1867,7 @@ PARTS = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 
 
 def quantiles(buckets, counted, *names):
-    """Return how many a list of (bucket, n) has, and some of its PARTS."""
+    """Return the sum of a list of (bucket, n), and its percentiles."""
     found = {counted: sum(n for _, n in buckets)}
     found.update((name, percentile(buckets, PARTS[name])) for name in names)
     return found
@@ -1897,7 +1897,7 @@ class Spent:
 
 
 def group_jobs(ids, jobs):
-    """Return new jobs in groups, and the parents of each that has some.
+    """Return new jobs in groups, and the parents of those with parents.
 
     A group is (jobstage, laststage, whether its jobs have parents); its rows
     are the last columns of ADD_JOBS.
@@ -1916,18 +1916,17 @@ def group_jobs(ids, jobs):
 class Store:
     """The jobs, and all operations on them.
 
-    Methods speak the contract's words; `namespace` is the id that admit()
-    returns for a jobix. Those marked `change` go through the Writer, are on
-    disk when they return, and raise Error when refused; those marked `query`
-    only read. `clock` gives seconds since 1970. `jobix` is the server's own
-    one, None for the one that the database has made, which `new_jobix`
-    replaces, and the reading one with it. A job fails after its
-    `max_attempts` failures, if it doesn't say another number, or after
-    `max_lapses`. Attempts of jobs that ended `keep_days` ago are pruned;
-    None: never. No commit for `outage` seconds, where the Store ticks, means
-    that the server was paused, or the clock set. `pause` is that of
-    ServerLock. `logs` is the folder of the workers' logs, where they can be
-    read, and `shares_output` whether the reading jobix sees them.
+    Methods are named by the contract's words; `namespace` is the id that
+    admit() returns for a jobix. Methods marked `change` go through the Writer,
+    are on disk when they return, and raise Error when refused; methods marked
+    `query` only read. `clock` returns seconds since 1970. `jobix` is the
+    server's own, or None for the database's; `new_jobix` replaces that, and
+    the reading jobix. A job is failed after `max_attempts` failures, unless
+    it has its own number, or after `max_lapses`. Attempts of jobs that ended
+    `keep_days` ago are pruned; None: never. If a ticking Store has no commit
+    for `outage` seconds, the server was paused, or the clock set. `pause` is
+    that of ServerLock. `logs` is the folder of the workers' logs, if it is
+    known, and `shares_output` whether the reading jobix sees them.
     """
 
     TICK = {False: 1, True: 0.2}  # seconds between ticks, by `shared`
@@ -1952,12 +1951,12 @@ class Store:
         self.unfinished = {}  # ends that propagate() left for the next commit
         self.alive = -math.inf, 0  # when workers were counted, how many
         self.known_stages = {}  # sets of those in their table, by namespace
-        self.late = False  # more is overdue than the last commit has lapsed
+        self.late = False  # the last commit left some overdue leases
         self.wait_queue = WaitQueue(waiters)
         self.large_bodies = threading.BoundedSemaphore(LARGE_BODIES)
         self.ending = threading.Event()
         self.ticker = None
-        self.damaged = False  # and we have said so
+        self.damaged = False  # and it was reported
         self.logs, self.shares_output = None, False
         inspect(path)  # before a lock file is made beside it
         with translate_errors(path), contextlib.ExitStack() as undo:
@@ -2001,8 +2000,8 @@ class Store:
     def resume(self, execute):
         """Resume where the last server ended.
 
-        Every live lease gets its full time again, and propagation goes on for
-        parents whose children a killed server hasn't all told.
+        Every live lease gets its full time again. Propagation goes on for
+        parents whose end a killed server hadn't told to all children.
         """
         execute(SQL.RENEW_ALL, {"now": self.clock()})
         for parent, state in execute(SQL.UNFINISHED_PARENTS).fetchall():
@@ -2023,9 +2022,9 @@ class Store:
                 or abs(now - self.committed_at) > self.outage)
 
     def explain(self, error):
-        """Return the Error that answers a request which met `error`.
+        """Return the Error to answer a request that failed by `error`.
 
-        Say it once on standard error when the database is damaged.
+        A damaged database is reported once on standard error.
         """
         reason = getattr(error, "reason", error)
         if type(reason) is sqlite3.DatabaseError and not self.damaged:
@@ -2036,7 +2035,7 @@ class Store:
     # Namespaces
 
     def own_namespace(self, tx, jobix, *, renew):
-        """Return the server's own row of namespace; make it at first.
+        """Return the server's own namespace, a row; make it if needed.
 
         `renew` replaces both of its numbers.
         """
@@ -2054,7 +2053,7 @@ class Store:
         return tx.execute(SQL.NAMESPACE, {"id": own}).fetchone()
 
     def add_namespace(self, tx, jobix):
-        """Return the id of the namespace of a jobix, new if need be."""
+        """Return the id of a jobix's namespace; make it if needed."""
         tx.execute(SQL.ADD_NAMESPACE, {"jobix": jobix})
         return tx.execute(SQL.NAMESPACE_OF, {"jobix": jobix}).fetchone()["id"]
 
@@ -2064,8 +2063,8 @@ class Store:
         """Return the namespace of a caller's jobix, and whether it may only
         read; raise Error 403.
 
-        The server takes its own numbers alone, or any. The namespace is None
-        when there is nothing in it yet.
+        The server accepts its own numbers, or any. The namespace is None when
+        there is nothing in it yet.
         """
         given = str(jobix)
         if secrets.compare_digest(given, str(self.reading_jobix)):
@@ -2096,7 +2095,7 @@ class Store:
         tx.move([after_move(job, tx.now, **after)])
 
     def settled_state(self, tx, job, stage):
-        """Return the state of a job that comes to rest in `stage`."""
+        """Return the state of a job in `stage` that nobody works on."""
         state = stage_state(stage, job["final"])
         if state == "waiting" and job["unmet"]:
             aborted = tx.execute(SQL.ABORTED_BY, job).fetchone()
@@ -2136,16 +2135,16 @@ class Store:
                       failed=int(outcome == "failed"))
 
     def interrupt(self, tx, job, outcome):
-        """End the attempt of a job that is taken away while it runs."""
+        """End the attempt of a job that is taken from its worker."""
         if job["state"] == "working":
             self.end_attempt(tx, job, outcome)
 
     def begin(self, tx):
         """Begin a commit: lapse overdue leases, end delays that are over.
 
-        After an outage every live lease gets its full time first. What
-        propagate() has left is taken up again. Steps take fewer jobs
-        then, so that it doesn't pile up.
+        After an outage every live lease gets its full time first. Unfinished
+        work of propagate() goes on. Steps take fewer jobs then, so that it
+        doesn't pile up.
         """
         if abs(tx.now - self.committed_at) > self.outage:
             tx.execute(SQL.RENEW_ALL, {"now": tx.now})
@@ -2163,7 +2162,7 @@ class Store:
                 self.move(tx, job, state=state, entered_at=job["entered_at"])
 
     def lapse(self, tx, job):
-        """Take a job back from a worker that was not heard of in time.
+        """Take a job back from a worker that was silent for too long.
 
         The claim stays: until the job is claimed again, a late result is
         taken.
@@ -2185,8 +2184,8 @@ class Store:
     def propagate(self, tx):
         """Propagate the ends of the parents in `tx.ended` to their children.
 
-        An edge is met once and for all when the parent is done. While a
-        parent is put aside its blocked children are aborted, and theirs.
+        When a parent is done, the edge is met forever. When it has failed or
+        was cancelled, its blocked children are aborted, and theirs, too.
         After CHUNK children the rest stays in `tx.ended`, for the next commit.
         """
         left = CHUNK
@@ -2212,8 +2211,8 @@ class Store:
     def settle(self, tx, child, ends=()):
         """Block, abort or free a job, as the jobs that it waits for are now.
 
-        `ends` are those of parents that it was told: where they can't matter,
-        the others are not looked at, for there may be thousands.
+        `ends` are the new ends of parents. If they make no difference, the
+        other parents are not read: there may be thousands.
         """
         job = as_dict(tx.execute(SQL.JOB_BY_ID, {"id": child}).fetchone())
         stays = (
@@ -2268,7 +2267,7 @@ class Store:
     add_jobs = change(insert_jobs)
 
     def insert_rows(self, tx, shared, rows):
-        """Insert jobs, many by each statement; return how many are new."""
+        """Insert jobs, many in each statement; return how many are new."""
         new = 0
         for i in range(0, len(rows), ROWS_AT_ONCE):
             some, values = rows[i : i + ROWS_AT_ONCE], []
@@ -2284,8 +2283,8 @@ class Store:
         """Add jobs under ids that the server gives.
 
         `submissions` is a list of (key, part, number of jobs). Returns a
-        range of ids for each; a part of a key that is known has its ids from
-        then, and its jobs are not added again.
+        range of ids for each. A part that was added before keeps its ids, and
+        its jobs are not added again.
         """
         key = {"namespace": namespace}
         last = tx.execute(SQL.LAST_JOBID, key).fetchone()[0]
@@ -2318,8 +2317,8 @@ class Store:
         """Return the latest submissions, or the one of a name.
 
         Dicts of `key`, `ids` (a list of ranges), `jobs` and `time`, the
-        latest first. Raises Error 404 for a name that none has; `last` is
-        the latest.
+        latest first. Raises Error 404 for an unknown name; `last` is the
+        latest.
         """
         keys = [to_json(name)]
         if name in (None, "last"):
@@ -2445,8 +2444,8 @@ class Store:
         """Return whether the attempt of `claim` has ended this way before.
 
         Then the call is a repetition, whose first reply was lost. Raises
-        Error 409 when the claim is no longer the job's. None means
-        whatever claim is current.
+        Error 409 when the claim is no longer the job's. None means the
+        current claim.
         """
         if claim is None or claim == job["claim"]:
             return False
@@ -2460,7 +2459,7 @@ class Store:
     def fail_job(
         self, tx, namespace, jobid, *, claim=None, report=None, note=None
     ):
-        """Put a job back where it was claimed: delayed, at last failed.
+        """Put a job back where it was claimed, delayed or failed.
 
         Exit status 75 asks to try later: that isn't counted as a failure.
         `note` is for the next attempt.
@@ -2491,9 +2490,9 @@ class Store:
         return {name: job[name] for name in ("jobid", *names)}
 
     def delay_or_fail(self, tx, job, tries, *, counted=True, **after):
-        """Delay a job, longer after more `tries`; fail it after its last.
+        """Delay a job, longer after more `tries`; fail it after the last.
 
-        There is no last one of tries that aren't `counted`.
+        Tries that aren't `counted` have no last.
         """
         if counted and tries >= (job["max_attempts"] or self.max_attempts):
             self.move(tx, job, state="failed", **after)
@@ -2505,10 +2504,10 @@ class Store:
     def reject_job(
         self, tx, namespace, jobid, *, claim=None, files=None, report=None
     ):
-        """Send a job back to the stage that made its files: they are gone.
+        """Send a job back to the stage that made its damaged files.
 
-        Without `claim` it is for jobs that nobody works on; `files`, as JSON
-        text, are those that the caller looked for. Returns the job's state,
+        Without `claim` nobody may be working on the job; `files`, as JSON
+        text, are the files that the caller checked. Returns the job's state,
         stage, rejections and delay in seconds. Raises the errors of
         fail_job(); 409 too when the job has no files, or others.
         """
@@ -2586,10 +2585,10 @@ class Store:
         """Renew `claims`, a list of (jobid, token), for `lease` seconds.
 
         A third item is news of the attempt: `progress` and `note`, or None.
-        `worker` is what it says of itself: the columns of its table, and
-        whether it has `ended`. One in quarantine stays listed, for a person
-        to look at. Returns a list of the jobids whose claim is lost, whether
-        the worker should drain, and in how many seconds it should beat again.
+        `worker` is its report on itself: the columns of its table, and whether
+        it has `ended`. A worker in quarantine stays listed, for a person to
+        see. Returns a list of the jobids whose claim is lost, whether the
+        worker should drain, and the seconds until its next heartbeat.
         """
         worker = dict(worker, namespace=namespace, now=tx.now)
         if worker["ended"] and worker["quarantine"] is None:
@@ -2617,7 +2616,7 @@ class Store:
         return alive
 
     def renew(self, tx, namespace, jobid, claim, lease):
-        """Give a claim more time, also a lapsed one that nobody took over.
+        """Renew a claim, also a lapsed one if the job wasn't claimed again.
 
         That takes back the lapse. Returns False when the claim is lost.
         """
@@ -2643,7 +2642,7 @@ class Store:
     def drain(self, tx, namespace, name, *, drain):
         """Tell a worker at its next heartbeat to claim no more, or again.
 
-        Raises Error 404 when no worker of that name was heard of.
+        Raises Error 404 when there is no worker of that name.
         """
         values = {"namespace": namespace, "name": name, "drain": int(drain)}
         if not tx.execute(SQL.DRAIN, values).rowcount:
@@ -2652,10 +2651,9 @@ class Store:
     # Stages
 
     def add_stages(self, tx, namespace, stages):
-        """Make sure that a set of stages is in their table.
+        """Add stages to their table, unless they are there.
 
-        Raises Error 400, before anything is written, for more than a
-        namespace may have.
+        Raises Error 400, before anything is written, for too many stages.
         """
         if stages <= self.known_stages.get(namespace, set()):
             return
@@ -2716,8 +2714,8 @@ class Store:
     def init(self, namespace, minutes):
         """Set the lifetimes of stages 0 … n, and n as the last stage.
 
-        Only if the namespace has no lifetime yet. Then jobs that have got
-        into their last stage are done, also those that a killed server left.
+        Only if the namespace has no lifetime yet. Then jobs in their last
+        stage are done, also those that a killed server left.
         """
         self.set_up(namespace, minutes)
         self.in_steps(namespace, self.finish_one, self.newly_done(namespace),
@@ -2735,7 +2733,7 @@ class Store:
 
     @query
     def newly_done(self, execute, namespace):
-        """Return the ids of the jobs that are done by a new last stage."""
+        """Return the ids of jobs that a new last stage makes done."""
         rows = execute(SQL.NEWLY_DONE, {"namespace": namespace})
         return array("q", (jobid for jobid, in rows))
 
@@ -2763,9 +2761,9 @@ class Store:
     def set_stages(self, namespace, changes, gone=never):
         """Change names and lifetimes of stages, and mark jobs accordingly.
 
-        `changes` is {stage: {"name", "minutes"}}: None takes a value away, a
+        `changes` is {stage: {"name", "minutes"}}: None removes a value, a
         missing one stays. Raises Error 400 for too many stages, 409 for a
-        name that two would have. Returns what stage_values() does.
+        name that two would have. Returns stage_values().
         """
         stages = self.put_stages(namespace, changes)
         if any("minutes" in values for values in changes.values()):
@@ -2775,8 +2773,8 @@ class Store:
     def mark_expired(self, namespace, gone=never):
         """Mark the jobs of a namespace that are over their lifetime.
 
-        Others lose the mark. In steps, and no further once `gone()`: the tick
-        does the rest.
+        Other jobs lose the mark. It goes in steps, and stops when `gone()`:
+        the tick does the rest.
         """
         while self.mark_some(namespace) and not gone():
             pass
@@ -2862,7 +2860,8 @@ class Store:
     def ids_in(self, execute, namespace, states, stage, ranges, **marks):
         """Return the ids of all jobs in `states`, a stage and `ranges`.
 
-        Of one snapshot: a job that moves while a sweep goes on isn't missed.
+        They are of one snapshot, so that no job is missed because it moves
+        during a sweep.
         """
         found = self.in_groups(execute, SQL.GROUP_IDS, namespace, states,
                                stage, ranges, **marks)
@@ -2947,7 +2946,7 @@ class Store:
         return 1
 
     def forget_one(self, tx, job):
-        """Delete a done job; return 0 if a child is still to be told."""
+        """Delete a done job; return 0 if a child doesn't know its end yet."""
         key = {"parent": job["id"], "after": -1, "limit": 1}
         if tx.execute(SQL.CHILDREN, key).fetchone():
             return 0
@@ -3052,11 +3051,11 @@ class Store:
 
     @query
     def throughput(self, execute, namespace, minutes):
-        """Return how many attempts and jobs ended, as time went.
+        """Return how many attempts and jobs ended over time.
 
-        Of the last `minutes`, None: of all. A dict: the `time`, `start` and
-        `step` (seconds) of the points, and lists of what was counted in each:
-        attempts done (`updates`), jobs `done`, attempts `failed`.
+        Of the last `minutes`, None: of all time. Returns a dict: the `time`,
+        `start` and `step` (seconds) of the points, and the counts for each
+        point: attempts done (`updates`), jobs `done`, attempts `failed`.
         """
         now = self.clock()
         this = int(now // 60)
@@ -3221,7 +3220,7 @@ class Store:
 
     @query
     def health(self, execute):
-        """Raise Unavailable or sqlite3.Error when the database is ill."""
+        """Raise Unavailable or sqlite3.Error if the database can't be read."""
         self.lock.check()
         execute(SQL.NAMESPACE, {"id": self.namespace}).fetchone()
 

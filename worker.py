@@ -1469,7 +1469,7 @@ REMEDIES = {  # what to do about an errno for which a command can't start
 
 
 def refuse_constant(name):
-    """Refuse NaN and Infinity, which Python reads but JSON doesn't have."""
+    """Refuse NaN and Infinity, which Python accepts but JSON doesn't."""
     raise ValueError("%s is not JSON" % name)
 
 
