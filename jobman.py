@@ -8399,8 +8399,8 @@ def submit_jobs(options):
             name_stages(client, known, stage or 0, options.names)
         if options.name and name in (
                 found["key"] for found in client.submissions()):
-            say("jobman.py: There are jobs named %s already: only what"
-                " is missing is added." % name)
+            say("jobman.py: The submission %s exists already: only missing"
+                " jobs are added." % name)
         if type(jobs) is dict:
             name, ranges = None, set_from_json(client, jobs)
         else:

@@ -9448,7 +9448,7 @@ class WorkerTest(WorkerCase):
             for call in client.status, client.workers, client.jobs:
                 with self.assertRaisesRegex(worker.Unreachable, "timed out"):
                     call()
-            self.assertRegex(told[0], "doesn't answer. Waiting for it.")
+            self.assertRegex(told[0], "hasn't answered yet. Waiting for it.")
             self.assertEqual(3, len(told))
 
     def test_stale_words_in_a_clients_call_are_refused_by_the_server(self):
@@ -12453,7 +12453,7 @@ class ActingTest(CommandCase):
         self.addCleanup(server.send_signal, signal.SIGCONT)
         began = time.monotonic()
         self.does("status", status=1, err=(
-            "jobman.py: The server at .* doesn't answer. Waiting for it.\n"
+            "jobman.py: The server at .* hasn't answered yet. .*\n"
             "jobman.py: The server at .* can't be reached.*\n"))
         self.assertLess(time.monotonic() - began, 14)
 
@@ -12676,7 +12676,7 @@ class SubmitTest(CommandCase):
     def test_a_name_is_for_the_same_jobs(self):
         named = "submit", "--name", "run3"
         self.does(*named, "--array", "1-3", "true")
-        known = "jobman.py: There are jobs named run3 already: .*\n"
+        known = "jobman.py: The submission run3 exists already: .*\n"
         self.does("submit", "--key", "run3", "--array", "1-3", "true",
                   err=known)
         self.does(*named, "--array", "1-2", "true", status=1, err=(

@@ -667,7 +667,7 @@ class Client:
         self.connection.request(method, self.prefix + path, body, headers)
         if not self.told and not self.has_input(self.LATE):
             self.tell_once(
-                "The server at %s:%d doesn't answer." % self.address)
+                "The server at %s:%d hasn't answered yet." % self.address)
             self.connection.sock.settimeout(max(1, timeout - self.LATE))
         response = self.connection.getresponse()
         text = response.read().decode("utf-8", "replace")
