@@ -7078,7 +7078,7 @@ def status_lines(figures, heard, *, bars=False):
     reasons = why_nothing_moves(figures, heard)
     yield from reasons[:3]
     if len(reasons) > 3:
-        yield "... and so in %s." % number_of(len(reasons) - 3, "more stage")
+        yield "... and %s." % number_of(len(reasons) - 3, "more reason")
 
 
 def watch_lines(figures, heard, height):
@@ -7108,7 +7108,7 @@ def watch(options):
                 figures = client.status(**selector)
                 heard = client.workers()
             except worker.Unreachable as lost:
-                trouble = "Still asking: " + printable(str(lost))
+                trouble = "Trying again: " + printable(str(lost))
             if live:
                 width, height = screen_size(sys.stdout)
                 if not trouble:
@@ -7332,7 +7332,7 @@ def details(job, names):
             for attempt in job["attempts"]])
         said = (job["attempts"][-1]["stderr"] or "").splitlines()
         if len(said) > 1:
-            yield "\nThe end of what the last one said:"
+            yield "\nThe end of its standard error:"
             yield from ("  " + printable(line) for line in said)
 
 
@@ -7365,7 +7365,7 @@ def failure_lines(found, names):
         yield printable("%s of stage %s%s%s: %s" % (
             number_of(group["jobs"], "job"),
             names.get(group["stage"], group["stage"]), how, where,
-            group["message"] or "nothing was said"))
+            group["message"] or "no message"))
         yield "    python3 jobman.py retry " + ids_text(joined(
             range(jobid, jobid + 1) for jobid in group["ids"]))
     left = found["failed"] - found["looked_at"]
@@ -7572,7 +7572,7 @@ def prune_logs(client, worker, folder=None):
 def freed_text(size):
     """Return a sentence on how many bytes of output were removed."""
     text = "%d bytes" % size if size < 10**4 else "%.3g MB" % (size / 1e6)
-    return "Freed %s: the output of jobs that are gone." % text
+    return "Freed %s: the output of deleted jobs." % text
 
 
 def follow_logs(client, options, folder, space, wanted):
@@ -8172,7 +8172,7 @@ CALLS = {
         lambda answer, stage: ["stage %s is paused" % stage], PATIENCE),
     "resume": (
         lambda client, given: (client.resume(given.stage), given.stage),
-        lambda answer, stage: ["stage %s goes on" % stage], PATIENCE),
+        lambda answer, stage: ["stage %s is resumed" % stage], PATIENCE),
 }
 # The part of the first answer that --output quiet prints.
 QUIET = {
@@ -8726,9 +8726,9 @@ def check_connection(found):
             cause(error), advice)) from None
     if client.tls is None:
         return "it takes connections, plain HTTP"
-    return "it takes connections, with the %s" % (
-        "right fingerprint" if client.fingerprint
-        else "word of certificate authorities")
+    return "it takes connections, with %s" % (
+        "the right fingerprint" if client.fingerprint
+        else "a certificate from a trusted authority")
 
 
 def check_server(found):
@@ -8793,7 +8793,7 @@ def check_holder(found):
     location = found.location
     holder = read_holder(location)
     if not holder:
-        return "no server has %s" % location.path
+        return "no server uses %s" % location.path
     name, running = name_holder(holder), is_running(holder)
     if running is False:
         return "%s had %s and has ended; serve would take it" % (

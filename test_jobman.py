@@ -12837,7 +12837,7 @@ class SubmitTest(CommandCase):
         self.assertTrue(found, err)
         self.assertEqual("5000 jobs: 1-5000\n", self.does(
             *submit, "--name", found.group(1), given=b"".join(lines),
-            err="jobman.py: There are jobs named .*\n"))
+            err="jobman.py: The submission .*\n"))
         self.assertEqual({(0, "waiting"): 5000}, self.states())
 
     def test_memory_is_bounded_and_a_line_shows_how_far_it_is(self):
@@ -13420,7 +13420,7 @@ max_attempts  1
 attempt  stage  worker  started                    took  outcome  exit  said
       1      0  node7   2020-09-13 12:26:40 +0000  2 s   failed      3  last
 
-The end of what the last one said:
+The end of its standard error:
   first
   last
 """, self.look("job", "1"))
@@ -13499,7 +13499,7 @@ a       node1  0           4     0     9       1  3:21 ago  silent
         self.assertEqual(
             "3 jobs of stage align, exit status 3 on w: no space\n"
             "    python3 jobman.py retry 1-3\n"
-            "1 job of stage align, exit status 3 on w: nothing was said\n"
+            "1 job of stage align, exit status 3 on w: no message\n"
             "    python3 jobman.py retry 4\n", self.look("failures"))
         self.assertEqual(self.ok("/failures"), self.seen("failures"))
 
@@ -13934,7 +13934,7 @@ class WatchTest(LookCase):
         process, screen, shown = self.screen_of()
         self.assertIn("0 of 0 jobs done", shown)
         self.reap(server)
-        self.drawn_until(screen, "Still asking: ")
+        self.drawn_until(screen, "Trying again: ")
         self.serve()  # on another port
         self.drawn_until(screen, "\033[K\r\n\033[K\r\n\033[J")
         self.end_it(process)
@@ -17417,7 +17417,7 @@ class DoctorTest(Certified, CommandCase):
                    "--db", "tls.db", "--host", "localhost")
         self.name_server(fingerprint=None)
         self.environment["SSL_CERT_FILE"] = self.certfile
-        self.assertOk("connection", "word of cert", self.examine())
+        self.assertOk("connection", "trusted authority", self.examine())
 
     def test_who_speaks_no_tls_is_named(self):
         self.lead_to("https://127.0.0.1:%d" % self.address[1])
@@ -17513,7 +17513,7 @@ class DoctorTest(Certified, CommandCase):
         for path in ("new.db", "nowhere/new.db"):
             found = self.examine("--db", path)
             self.assertOk("database", "new.db isn't there yet; serve", found)
-            self.assertOk("holder", "no server has .*new.db", found)
+            self.assertOk("holder", "no server uses .*new.db", found)
             self.assertFalse(os.path.exists(self.path(path)))
 
     def test_a_database_can_be_used(self):
