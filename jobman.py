@@ -4785,12 +4785,12 @@ DIFFERS = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|[0-9]+""")
 def get_failures(store, request):
     """Show the latest failed jobs, grouped by reason.
 
-    Options: ids, as 1,3,5-8, or submission, a name: only these jobs.
+    Options: ids, such as 1,3,5-8, or submission, a name: only these jobs.
     Answer: {"failed": 300, "looked_at": 300, "groups": [{"stage": 0,
     "exit_code": 1, "message": "no such file", "host": "node7", "hosts": 12,
     "jobs": 290, "ids": [4, …]}, …]}, the largest group first. Messages of
     a group may differ in numbers, quoted parts and paths. message and host
-    are those of the latest job; hosts counts the hosts. The latest 1000
+    are those of the latest job; hosts counts the hosts. Only the latest 1000
     failed jobs are looked at.
     """
     failed, rows = store.failures(
@@ -4820,7 +4820,7 @@ def get_pace(store, request):
     Answer: {"time": …, "start": …, "step": 60, "updates": [12, 3], "done":
     [10, 3], "failed": [0, 1]}: for each step of so many seconds from
     start, how many attempts were done, jobs were done, and attempts failed.
-    The last step is not over.
+    The last step is not over yet.
     """
     given = request.options(minutes=from_query(integer(1, 10**7)))
     pace = store.throughput(request.namespace, given["minutes"])
@@ -4831,7 +4831,7 @@ def get_pace(store, request):
 def get_status(store, request):
     """Show how many jobs are in each stage and state.
 
-    Options: ids, as 1,3,5-8, or submission, a name: only these jobs.
+    Options: ids, such as 1,3,5-8, or submission, a name: only these jobs.
     Answer: {"version": "0.1.0", "time": …, "stages": [{"stage": 0, "name":
     "align", "lifetime": 10, "paused": false, "jobs": 3, "expired": 0,
     "states": {"waiting": 2, …}, "runtime": {"attempts": 9, "median": 1.2,
