@@ -3428,8 +3428,8 @@ def from_query(reader):
 def reader(is_valid, needed, convert=None):
     """Return a function that reads a value, named for its error.
 
-    It raises Error 400, which says what is `needed`, unless the value
-    `is_valid`. `convert`, if given, returns what is kept of it.
+    It raises Error 400, which names the `needed` form, unless the value
+    `is_valid`. `convert`, if given, converts the value.
     """
 
     def read(value, name):
@@ -3518,7 +3518,7 @@ COUNT = integer(0, 2**53)
 
 
 def is_stage_name(value):
-    """Return whether a value could be the name of a stage."""
+    """Return whether a value can be the name of a stage."""
     return is_text(value) and STAGE_NAME.fullmatch(value)
 
 
@@ -3751,7 +3751,7 @@ SILENT = 120  # seconds without a heartbeat until a worker counts as silent
 
 
 def span(period):
-    """Return a number of seconds as a person says it: 4:05, 1:00:00."""
+    """Return a number of seconds as a clock shows it: 4:05, 1:00:00."""
     minutes, rest = divmod(int(period + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -3770,7 +3770,7 @@ def shorten(text, width):
 
 
 def number_of(n, thing):
-    """Return how many there are of a thing: 1 job, 2 jobs."""
+    """Return a number and its noun: 1 job, 2 jobs."""
     return "%d %s%s" % (n, thing, "" if n == 1 else "s")
 
 
@@ -3899,7 +3899,7 @@ def why_waiting(job, figures, heard):
 
 
 def why_delayed(job, now):
-    """Return until when a job is delayed, and what for."""
+    """Return until when a job is delayed, and why."""
     after = "failure %d" % job["failures"]
     last = last_attempt(job).get("outcome")
     if last == "deferred":
@@ -3923,7 +3923,7 @@ def why_blocked(job):
 
 
 def why_working(job, now):
-    """Return which worker has a job, since when, how far, and until when."""
+    """Return the worker of a job, its start, progress and lease."""
     end = "has no lease"
     if job["due"] is not None:
         end = "has a lease until " + moment(job["due"], now)
@@ -4626,8 +4626,8 @@ SHOWN = {
 class Describer:
     """Describes jobs of a namespace, in JSON, with a command and a reason.
 
-    What it says of waiting jobs depends on all stages and workers: they are
-    looked up for the first one.
+    The reasons of waiting jobs depend on all stages and workers, which are
+    looked up for the first waiting job.
     """
 
     def __init__(self, store, namespace):
@@ -4709,7 +4709,7 @@ def get_output(store, request, jobid):
 
 
 def read_place(text, order):
-    """Return where a page goes on, as an earlier answer's `after` says."""
+    """Return the place of a page from the `after` of an earlier answer."""
     if order.endswith("id"):
         return JOBID(number(text), "after")
     since, _, jobid = text.partition(",")
@@ -5044,7 +5044,7 @@ def overview(store, namespace):
 
 
 def rate_text(rate):
-    """Return a number of jobs a second as a person says it: 2 per minute."""
+    """Return a number of jobs per second in words: 2 per minute."""
     unit, seconds = next((pair for pair in (("second", 1), ("minute", 60))
                           if rate * pair[1] >= 1), ("hour", 3600))
     n = rate * seconds
@@ -5052,7 +5052,7 @@ def rate_text(rate):
 
 
 def progress_line(figures):
-    """Return a sentence on how far all jobs are."""
+    """Return a sentence on the progress of all jobs."""
     totals = figures["totals"]
     jobs, done = totals["jobs"], totals["states"]["done"]
     line = "%d of %d jobs done" % (done, jobs)
@@ -5674,9 +5674,9 @@ def receive_body(store, request):
 def respond(store, request):
     """Return the Response to a Request: the one place where errors become one.
 
-    The order is that of the checks: path, jobix, what the path names, and
-    only then the body. After an outage a caller that has gone gets nothing
-    done: it asks again, if it is still there.
+    The order of the checks is: path, jobix, parameters of the path, and then
+    the body. After an outage, calls of callers that hung up are not carried
+    out: a caller that is still there asks again.
     """
     try:
         endpoint, given = find_route(request)
@@ -6917,7 +6917,7 @@ def report_findings(options, findings):
 
 
 def took(period):
-    """Return how long something took: 41 ms, 3.2 s, 4:05."""
+    """Return a duration in words: 41 ms, 3.2 s, 4:05."""
     if period < 0.9995:
         return "%d ms" % round(1000 * period)
     return "%.3g s" % period if period < 59.95 else span(period)
@@ -6930,7 +6930,7 @@ def bar(part, width=20):
 
 
 class Progress:
-    """Show how far jobs are: a bar on a terminal, else a line at times."""
+    """Show progress: a bar on a terminal, else a line now and then."""
 
     def __init__(self, period=10):
         self.period = period  # seconds between two lines
@@ -6977,7 +6977,7 @@ class Progress:
                     draw(self.line)
 
     def end(self):
-        """Take the bar away."""
+        """Remove the bar."""
         if self.bar:
             self.draw("")
 
@@ -7798,7 +7798,7 @@ SERVED = {
 
 
 class Run:
-    """Commands over many items: their jobs, and how far they are.
+    """Commands for many items: their jobs, and their progress.
 
     A job is known by its commands, its item and how often that item came
     before: the same run, started again, finds its jobs.
@@ -7878,7 +7878,7 @@ def worker_of_run(access_file, options, progress):
     """Run worker.py in a process of its own while the body runs; yield it.
 
     It ends when our end of the pipe to it closes, so also when we are
-    killed. What it prints on a terminal comes through us, above the bar.
+    killed. Its output to a terminal comes through us, above the bar.
     """
     stages = (str(2 * i) for i in range(len(options.steps)))
     command = [sys.executable, worker_script(), "--access", access_file]
@@ -7904,7 +7904,7 @@ def worker_of_run(access_file, options, progress):
         try:
             yield process
         finally:
-            process.stdin.close()  # it gives back what it has
+            process.stdin.close()  # it gives its jobs back
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(20)
             process.kill()
@@ -8336,7 +8336,7 @@ def submit_parts(client, name, jobs):
 
 
 def name_stages(client, known, stage, names):
-    """Give names to the stages of commands; refuse to give others."""
+    """Name the stages of commands; refuse to rename a stage."""
     changes = {}
     for number, name in zip(itertools.count(stage, 2), names):
         before = known.get(number, {}).get("name", name)
@@ -8513,7 +8513,7 @@ def copy_database(location, target, show=lambda size: None):
 
 
 def backup(options):
-    """Copy a database into a new file, also while a server has it."""
+    """Copy a database into a new file, also while a server uses it."""
     with exclusive_access(options.db) as location:
         total = os.path.getsize(location.file)
         try:
@@ -8579,7 +8579,7 @@ def check_all(path):
 
 
 def check(options):
-    """Check whether a database is whole, also while a server has it."""
+    """Check whether a database is intact, also while a server uses it."""
     return report_findings(options, check_all(options.db))
 
 
@@ -8789,7 +8789,7 @@ def check_locks(found):
 
 
 def check_holder(found):
-    """Return which server has the database."""
+    """Return which server uses the database."""
     location = found.location
     holder = read_holder(location)
     if not holder:
@@ -9116,7 +9116,7 @@ def jobs_output(default):
 
 
 def check_serve(parser, options):
-    """End with exit status 2 when a server isn't described well."""
+    """End with exit status 2 for bad options of serve."""
     if options.tls + options.plain + bool(options.certfile) > 1:
         parser.error("choose one of --tls, --plain and --certfile")
     if options.keyfile and not options.certfile:
@@ -9128,7 +9128,7 @@ def check_serve(parser, options):
 
 
 def check_steps(parser, options):
-    """Split commands into stages; end with exit status 2 when it can't be."""
+    """Split commands into stages; end with exit status 2 for bad ones."""
     meant = options.words[:1] == ["--"]
     words = options.words[meant:]
     steps = [[]]
@@ -9162,7 +9162,7 @@ def check_steps(parser, options):
 
 
 def check_sources(parser, options):
-    """Return by which options jobs come; end with status 2 if by several."""
+    """Return the options that give jobs; end with status 2 for several."""
     found = ["items after :::"] if options.items is not None else []
     found += [name for name, value in (
         ("--each-line", options.arg_file), ("--array", options.array),
@@ -9174,7 +9174,7 @@ def check_sources(parser, options):
 
 
 def check_run(parser, options):
-    """End with exit status 2 when a run isn't described well."""
+    """End with exit status 2 for bad options of run."""
     if not check_sources(parser, options):
         if sys.stdin is None or sys.stdin.isatty():
             parser.error("give items after :::, by -a FILE, or on standard"
@@ -9186,7 +9186,7 @@ def check_run(parser, options):
 
 
 def check_submit(parser, options):
-    """End with exit status 2 when jobs aren't described well."""
+    """End with exit status 2 for bad options of submit."""
     check_steps(parser, options)
     sources = check_sources(parser, options)
     has_command = bool("".join(options.steps).strip())
@@ -9208,7 +9208,7 @@ def check_logs(parser, options):
 
 
 def check_batch(parser, options):
-    """End with exit status 2 when a script's options aren't good."""
+    """End with exit status 2 for bad options of sbatch or pbs."""
     options.more = options.items or []
     if options.more and not options.more[0].startswith("-"):
         parser.error("after -- come options, not %r" % options.more[0])

@@ -110,7 +110,7 @@ def printable(text):
 
 
 def number_of(n, thing):
-    """Return how many things there are: 1 job, 2 jobs."""
+    """Return a number and its noun: 1 job, 2 jobs."""
     return "%d %s%s" % (n, thing, "" if n == 1 else "s")
 
 
@@ -300,7 +300,7 @@ class Client:
     READ_TIMEOUT = 10  # seconds without an answer, for calls that only read
     TIMEOUT = 60  # the same, for calls that change something
     SWEEP_TIMEOUT = 3600  # for a call that may be about millions of jobs
-    LATE = 5  # seconds after which a call says what it waits for
+    LATE = 5  # seconds after which a call reports why it waits
     SETTLE = 1  # seconds until a server that starts has its access file
     PART = 2000  # jobs in one call of many
     PART_SIZE = 2**20  # characters of them
@@ -972,7 +972,7 @@ class PrintedOutput:
     def close(self):
         """Free its memory, or its disk space; drop what comes later."""
         for file in self.files:
-            with contextlib.suppress(OSError):  # what it still has to write
+            with contextlib.suppress(OSError):  # unwritten output
                 file.close()
         self.files = []
 
@@ -1593,7 +1593,7 @@ class Attempt:
         self.status = None  # of its command, as a shell gives it
         self.began = self.seconds = None
         self.reason = None  # why it is cut off: timeout, output, lost or end
-        self.kill_at = None  # when what is left of it is killed
+        self.kill_at = None  # when its remaining processes are killed
         self.inputs = {}  # path: touched(path), of files that were checked
         self.events = []  # of the scheduler
 
@@ -1628,7 +1628,7 @@ class Attempt:
 
         Raises OSError, or ValueError for words that no command can have.
         Both ends of its pipes stay open here, so nothing ends when the
-        command closes them: what it has printed is in the pipe by then.
+        command closes them: by then all its output is in the pipe.
         """
         argv, cwd = [to_bytes(word) for word in argv], self.job.get("cwd")
         for _ in "12":
@@ -1754,7 +1754,7 @@ def slurm_left(environment):
 def pbs_left(environment):
     """Return the seconds left in a PBS allocation, None if unknown.
 
-    Torque says `Walltime.Remaining`; PBS Pro says what was asked for, and
+    Torque prints `Walltime.Remaining`; PBS Pro prints the requested time, and
     when the job started.
     """
     told = output_of("qstat", "-f", environment["PBS_JOBID"])
@@ -1843,7 +1843,7 @@ class NodeCheck:
         """Return how many of the failed jobs were done by other workers.
 
         Jobs that fail elsewhere, too, are forgotten. A job done before it
-        failed here says nothing of the node: its command, or what it reads,
+        failed here proves nothing about the node: its command or its input
         may have changed.
         """
         told = self.client.workers()
