@@ -9065,8 +9065,8 @@ SUBMIT = (
     option("--priority", type=argument(CARRIES["priority"]), metavar="N",
            help="jobs with a higher number go first (default 0)"),
     option("--retries", type=RETRIES, metavar="N",
-           help="how often to try a failed command again (default: as the"
-           " server says, normally 2)"),
+           help="how often to try a failed command again (default: that"
+           " of serve --retries)"),
     option("--max-attempts", type=argument(CARRIES["max_attempts"]),
            help=argparse.SUPPRESS),  # one more
     option("--cwd", metavar="DIR",
@@ -9287,10 +9287,10 @@ Exit status 124: it timed out."""),
 Below each group is the command that retries its jobs."""),
     ("stats", make_calls, CLIENT, """show run times and waiting times
   python3 jobman.py stats"""),
-    ("retry", change_jobs, SELECTION, """run jobs again that have ended
+    ("retry", change_jobs, SELECTION, """run ended jobs again
   python3 jobman.py retry 17
   python3 jobman.py retry --state failed --stage align"""),
-    ("cancel", change_jobs, SELECTION, """cancel jobs, and kill running ones
+    ("cancel", change_jobs, SELECTION, """cancel jobs that aren't done
   python3 jobman.py cancel 1,3,5-8
   python3 jobman.py cancel --state working
   python3 jobman.py cancel all --yes"""),
@@ -9303,7 +9303,7 @@ Below each group is the command that retries its jobs."""),
     ("pause", make_calls, (A_STAGE, *CLIENT),
      """stop handing out the jobs of a stage
   python3 jobman.py pause align"""),
-    ("resume", make_calls, (A_STAGE, *CLIENT), """hand out its jobs again
+    ("resume", make_calls, (A_STAGE, *CLIENT), """end the pause of a stage
   python3 jobman.py resume align"""),
     ("drain", change_workers, (A_WORKER, *CLIENT, YES),
      """tell workers to claim no more jobs
