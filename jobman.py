@@ -92,7 +92,7 @@ LEAST_CONNECTIONS = 8  # a worker needs two, a page some more
 FILES_KEPT = 100  # descriptors that connections leave to everything else
 LARGE_BODY = 2**14  # bytes from which a body counts as large
 LARGE_BODIES = 4  # large bodies that are parsed at a time
-RECEIVED_FIRST = 2**20  # bytes of a body that is received before its turn
+RECEIVED_FIRST = 2**20  # bytes of a body that are received before its turn
 WRONG_JOBIX_PAUSE = 0.2  # seconds until a wrong jobix is refused
 MAX_NAME = 255  # characters of a worker's name or a submission's key
 BEAT = 5  # seconds between a worker's heartbeats, while workers are few
@@ -140,7 +140,7 @@ def cause(error):
 
 
 def printable(text):
-    """Return `text` with what could draw on a terminal as escapes."""
+    """Return `text` with control characters as escapes."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -169,14 +169,14 @@ def to_json(value):
 
 
 def refuse_constant(name):
-    """Refuse NaN and Infinity, which Python reads but JSON doesn't have."""
+    """Refuse NaN and Infinity, which Python accepts but JSON doesn't."""
     raise ValueError("%s is not JSON" % name)
 
 
 def read_integer(text):
-    """Read an integer of JSON, where Python has no bound of its own.
+    """Read an integer of JSON, with a bound on its length.
 
-    Long ones would take quadratic time; the bound is that of Python 3.11.
+    Long integers take quadratic time; the bound is that of Python 3.11.
     """
     if len(text) > 4300:
         raise ValueError("an integer is too long")
@@ -184,10 +184,10 @@ def read_integer(text):
 
 
 def unique(pairs):
-    """Return the object of a JSON text, whose keys stand there once each."""
+    """Return the object of a JSON text, in which no key occurs twice."""
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise Error(400, "An object has a key twice.")
+        raise Error(400, "An object has the same key twice.")
     return value
 
 
@@ -198,7 +198,7 @@ DECODER = json.JSONDecoder(
 
 
 def from_json(text):
-    """Return the value of JSON `text`; raise Error 400 when it has none."""
+    """Return the value of JSON `text`; raise Error 400 for invalid text."""
     try:
         return DECODER.decode(text)
     except (ValueError, RecursionError):
@@ -391,7 +391,7 @@ class SQL:
         update namespace set last_jobid = :jobid
         where id = :namespace and last_jobid < :jobid"""
 
-    # what a move needs to know of a job; `final` is its last stage
+    # the columns that a move needs; `final` is the last stage
     STATE = """
         select id, namespace, jobid, stage, state, expired, entered_at,
             expires_at, lease, claimed_from, claimed_to, claim, worker,
@@ -435,7 +435,7 @@ class SQL:
             entered_at, jobid, priority, jobcmd, filename, max_attempts,
             timeout, cwd, outputs) values """
     NEW_JOB = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-    # the one way in which a job moves: as it was read, or not at all
+    # every move of a job: only if the job is as it was read
     MOVE = """
         update job set stage = :stage, state = :state, free = :free,
             expired = 0, entered_at = :entered_at, expires_at = :expires_at,
@@ -457,7 +457,7 @@ class SQL:
         update job set progress = coalesce(:progress, progress),
             note = coalesce(:note, note)
         where namespace = :namespace and jobid = :jobid"""
-    # at a server's start and after a pause: an outage costs no lease
+    # at a server's start and after a pause, so that an outage costs no lease
     RENEW_ALL = """
         update job set expires_at = :now + lease
         where expires_at > 0 and state = 'working'"""
@@ -501,7 +501,7 @@ class SQL:
         select jobid from dependency cross join job on job.id = parent
         where child = :id and met = 0
             and state in ('failed', 'cancelled', 'aborted') limit 1"""
-    # at a start: parents whose end a killed server has told to some only
+    # at a start: parents whose end a killed server told only to some children
     UNFINISHED_PARENTS = """
         select distinct parent, job.state from dependency
         cross join job on job.id = parent
@@ -543,7 +543,7 @@ class SQL:
         where job = :id and id >= first and given is not null
         order by id desc"""
     LAST_ATTEMPT_ID = "select max(id) from attempt"
-    # those of jobs that ended long ago, less what Store.restore() needs
+    # those of jobs that ended long ago, except those for Store.restore()
     PRUNE = """
         delete from attempt where id > :after and id <= :last
         and exists (select 1 from job where job.id = attempt.job
@@ -557,7 +557,7 @@ class SQL:
         values (:namespace, :name, :host, :stages, :slots, :busy, :done,
             :failed, :now, :quarantine, coalesce((select drain from worker
                 where namespace = :namespace and name = :name), 0))"""
-    # one in quarantine stays, for a person to look at it
+    # workers in quarantine stay, for a person to see
     FORGET_WORKER = """
         delete from worker where namespace = :namespace and name = :name
         and quarantine is null"""
@@ -618,7 +618,7 @@ class SQL:
             and expired = :expired and jobid >= :first and jobid <= :last"""
     GROUP_IDS = "select jobid" + GROUP + " order by jobid"
     HELD = "select jobid, worker, entered_at" + GROUP
-    # the places of a page of jobs: what they are, those after one, the order
+    # a page of jobs: what its places are, those after a place, the order
     PLACES = {
         "id": ("jobid", "", "jobid"),
         "-id": ("jobid", "", "jobid desc"),
@@ -716,7 +716,7 @@ def page_sql(source, order):
 
 MOUNTINFO = "/proc/self/mountinfo"  # described in proc(5)
 # File systems that other hosts may write to, or where a lock may hold on one
-# host only. All FUSE file systems ("fuse.sshfs") are taken for such, too.
+# host only. All FUSE file systems ("fuse.sshfs") count as such.
 NETWORK_FILE_SYSTEMS = {
     "9p", "afs", "beegfs", "ceph", "cifs", "fhgfs", "fuse", "glusterfs",
     "gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "smb3",
@@ -758,9 +758,9 @@ def is_ours(owner, folder):
 def check_folder(folder, *, warn=False):
     """Raise CommandError if others can write in a folder of jobman's files.
 
-    A journal that they put there would be taken for ours, and they could run
-    commands as us. With `warn`, a group that can write is only reported on
-    standard error.
+    SQLite would use a journal that they put there, so they could run commands
+    as us. With `warn`, a folder that its group can write to is only reported
+    on standard error.
     """
     status = os.stat(folder)
     if not is_ours(status.st_uid, folder):
@@ -837,10 +837,10 @@ def try_locks(file):
 
 
 class DatabaseLocation:
-    """Where a database lies, and how it can be used there.
+    """The location of a database, and how it can be used there.
 
-    `kind` and `source` are those of the file system. `locks_work` tells
-    whether POSIX locks, which SQLite uses, can be trusted there. If
+    `kind` and `source` describe the file system. `locks_work` is whether
+    POSIX locks, which SQLite uses, can be trusted there. If
     `exclusive`, only one server, with one connection, can use the database.
     """
 
@@ -874,15 +874,15 @@ class DatabaseLocation:
 # --------------------------------------- opening and copying the database ---
 
 
-# Bytes of the WAL that stay. Some 9 MiB come between two checkpoints, and to
-# cut it each time would cost a tenth of all claims.
+# Bytes of the WAL that aren't truncated. It grows to some 9 MiB between two
+# checkpoints, and truncating it each time would cost a tenth of all claims.
 WAL_KEPT = 32 * 2**20
 
 
 def file_uri(path, *, readonly, vfs="unix"):
     """Return the URI by which SQLite opens the database at `path`.
 
-    It names the VFS, as an attached database would use that of the main one.
+    It names the VFS: an attached database would use that of the main one.
     """
     mode = "ro" if readonly else "rw"
     name = quote(os.fsencode(os.path.realpath(path)))
@@ -937,7 +937,7 @@ def inspect(path):
     if head[:16] != b"SQLite format 3\0":
         raise CommandError("%s is not a database." % path)
     if int.from_bytes(head[68:72], "big") != APPLICATION_ID:
-        raise CommandError("%s is a database of another program." % path)
+        raise CommandError("%s is the database of another program." % path)
     version = int.from_bytes(head[60:64], "big")
     if version > SCHEMA_VERSION:
         raise CommandError(
@@ -948,10 +948,10 @@ def inspect(path):
 
 
 def refuse_leftovers(*paths):
-    """Raise CommandError if SQLite would take some file for ours."""
+    """Raise CommandError if SQLite would use a leftover file as ours."""
     for path in filter(os.path.lexists, paths):
         raise CommandError(
-            "%s is there already; move it away, or name a new file."
+            "%s exists already; move it away, or name a new file."
             % path)
 
 
@@ -1029,10 +1029,10 @@ def identity(path):
 
 
 def read_holder(location):
-    """Return what the lock file of a database says of its holder, a dict.
+    """Return the record in the lock file of a database, a dict.
 
-    It is empty if there is no such file, or nothing sensible in it. The file
-    is opened anew each time, as NFS looks for changes only then.
+    It is empty if there is no such file, or no valid record in it. The file
+    is opened again each time, as NFS looks for changes only then.
     """
     try:
         with open(location.file + ".lock", "rb") as file:
@@ -1068,7 +1068,7 @@ class ServerLock:
     On a local file system an flock on the file `<database>.lock` decides; it
     ends with the process. On a network file system an flock may hold on one
     host only, or fail. There the file also has a heartbeat: a counter that
-    the holder increments. A server that sees it stand still for STALE seconds
+    the holder increments. A server that sees no change for STALE seconds
     takes the file over. A holder that couldn't confirm for LIMIT seconds that
     the file is its own changes nothing until it can.
 
@@ -1099,7 +1099,7 @@ class ServerLock:
         self.clock, self.pause = clock, pause
         self.key = secrets.token_hex(8)
         self.beats = 0
-        self.lost = None  # why, once the database isn't ours any more
+        self.lost = None  # the reason, once the database isn't ours any more
         self.database_id = None  # of the file to be watched, once it is open
         self.file = self.file_id = None  # the id once the file is taken
         self.ending = threading.Event()
@@ -1134,7 +1134,7 @@ class ServerLock:
         self.file_id, self.confirmed_at = file_id, self.clock()
         self.write()
         if waits:
-            self.pause(self.LOOK)  # another that waited may take it, too
+            self.pause(self.LOOK)  # another waiting server may take it, too
             if not self.holds_file():
                 raise self.refusal()
 
@@ -1159,7 +1159,7 @@ class ServerLock:
                 advice))
 
     def await_silence(self):
-        """Return when the last holder is known to have ended.
+        """Wait until the last holder is known to have ended.
 
         Raise CommandError if it shows a sign of life within STALE seconds.
         """
@@ -1195,7 +1195,7 @@ class ServerLock:
         return identity(self.path) == self.file_id
 
     def look(self):
-        """Note if the database isn't ours any more, and why."""
+        """Record if the database isn't ours any more, and why."""
         ours = self.holds_file()
         here = self.database_id in (None, identity(self.location.file))
         if self.lost or (ours and here):
@@ -1212,7 +1212,7 @@ class ServerLock:
                 self.confirm()
 
     def confirm(self):
-        """Look whether the database is still ours; if so, send a heartbeat.
+        """Check that the database is still ours; if so, send a heartbeat.
         """
         began = self.clock()
         self.look()
@@ -1262,8 +1262,8 @@ class FairLock:
     """Make the processes that share a database take turns.
 
     SQLite's own lock is unfair: it may starve a process for minutes. Here a
-    process holds the gate while it waits for its turn. One that wants another
-    turn finds the gate closed, and queues behind the waiting process.
+    process holds the gate while it waits for its turn. A process that wants
+    another turn finds the gate closed, and queues behind it.
     """
 
     def __init__(self, path):
@@ -1291,7 +1291,7 @@ class FairLock:
 UNENDED = ("waiting", "delayed", "blocked", "working")
 PUT_ASIDE = ("failed", "cancelled", "aborted")  # until a retry
 STATES = (*UNENDED, "done", *PUT_ASIDE)
-SWEEPS = {  # of many jobs: what an answer calls it, and the states it is for
+SWEEPS = {  # of many jobs: the key in the answer, and the states of the jobs
     "retry": ("retried", ("done", *PUT_ASIDE)),
     "cancel": ("cancelled", (*UNENDED, "failed", "aborted")),
     "release": ("released", ("working",)),
@@ -1366,7 +1366,7 @@ SUMS = {  # tables of sums: how to add to both of a row, and its first ones
 class Transaction:
     """The connection, the time and the sums of one commit.
 
-    `now` is in seconds since 1970. What the operations count is summed up
+    `now` is in seconds since 1970. The counts of the operations are summed up
     here and written once, just before the commit. `left` is how many jobs the
     steps of this commit may still take: see Store.in_steps().
     """
@@ -1378,7 +1378,7 @@ class Transaction:
         self.now = now
         self.left = 0
         self.late = False  # more leases and delays are over
-        self.sums = {}  # what to add to two columns, by (table, *key)
+        self.sums = {}  # sums to add to two columns, by (table, *key)
         self.freed = Counter()  # jobs set free, by (namespace, stage)
         self.stages = {}  # sets of those in their table, by namespace
         self.unused = {}  # sets of those without jobs, by namespace
@@ -1394,19 +1394,19 @@ class Transaction:
             a + b for a, b in zip(sums, values)]
 
     def count(self, jobs, expired, *group):
-        """Count jobs that come to a group, or leave it.
+        """Count jobs that join a group, or leave it.
 
         A group is a namespace, stage and state.
         """
         self.add(("tally", *group), jobs, expired)
 
     def count_ends(self, namespace, *, jobs=0, updates=0, failed=0):
-        """Count jobs that become done, attempts that do, and failed ones."""
+        """Count jobs and attempts that are done, and failed attempts."""
         key = "pace", namespace, int(self.now // 60)
         self.add(key, jobs, updates, failed)
 
     def add_time(self, job, stage, kind, seconds):
-        """Add seconds that an attempt of a job took, or a claim waited for."""
+        """Add the seconds of an attempt, or of the wait for a claim."""
         key = "spent", job["namespace"], stage, kind, time_bucket(seconds)
         self.add(key, 1, seconds)
 
@@ -1447,7 +1447,7 @@ class Transaction:
 class Operation:
     """A change on its way through the Writer, and its result or error.
 
-    `ready` is released when it is over, or when its thread must lead.
+    `ready` is released when it is over, or when its thread becomes the leader.
     """
 
     __slots__ = ("act", "error", "over", "partial", "ready", "result")
@@ -1497,7 +1497,7 @@ class Writer:
         self.finish = finish  # called last in every transaction
         self.committed = committed  # called with each Transaction, on disk
         self.mutex = threading.Lock()
-        self.idle = threading.Condition(self.mutex)  # nobody leads
+        self.idle = threading.Condition(self.mutex)  # no thread leads
         self.queue = []
         self.leading = False
         self.closed = False
@@ -1554,9 +1554,9 @@ class Writer:
 
         Operations raise before they write. When one has written and raises
         all the same, everything is rolled back and the answer is False: the
-        others are to run again without it. That is rare, and cheaper than a
+        others run again without it. That is rare, and cheaper than a
         savepoint for each. The server lock is checked once more before the
-        commit, for until then nothing of this is in the database.
+        commit, because until then the database is unchanged.
         """
         with self.fair_lock:
             self.lock.check()
@@ -1594,7 +1594,7 @@ class Writer:
                 self.connection.execute("pragma wal_checkpoint(passive)")
 
     def close(self):
-        """Finish the commits under way, refuse all others, close."""
+        """Finish the current commits, refuse all others, close."""
         with self.idle:
             self.closed = True
             self.idle.wait_for(lambda: not self.leading)
@@ -1623,7 +1623,7 @@ class Waiter:
 
     def __init__(self):
         self.woken = False
-        self.used = False  # its wake-up need not be passed on
+        self.used = False  # its wake-up isn't passed on
         self.lock = threading.Lock()  # released by the wake-up
         self.lock.acquire()
 
@@ -1661,7 +1661,7 @@ class WaitQueue:
     def join(self, keys):
         """Add a Waiter for `keys` and yield it; yield None beyond the limit.
 
-        If it was woken and hasn't used that, the next waiter is woken.
+        If it was woken but took no job, the next waiter is woken.
         """
         with self.mutex:
             full = self.closed or self.waiting >= self.limit
@@ -1779,7 +1779,7 @@ def delay_after(failures):
 
 
 def never():
-    """Return False: a caller that can't hang up is never gone."""
+    """Return False, for a caller that can't hang up."""
     return False
 
 
@@ -1823,7 +1823,7 @@ class Readers:
 
     @contextlib.contextmanager
     def reading(self):
-        """Hand out a connection with a snapshot of the database."""
+        """Yield a connection with a snapshot of the database."""
         with self.free:
             try:
                 connection = self.idle.pop()
@@ -1846,7 +1846,7 @@ class Readers:
 
 
 def random_jobix():
-    """Return a number that nobody can guess."""
+    """Return a random number that can't be guessed."""
     return secrets.randbelow(MAX_JOBIX) + 1
 
 
@@ -1872,14 +1872,14 @@ PARTS = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 
 
 def quantiles(buckets, counted, *names):
-    """Return how many a list of (bucket, n) has, and some of its PARTS."""
+    """Return the sum of a list of (bucket, n), and its percentiles."""
     found = {counted: sum(n for _, n in buckets)}
     found.update((name, percentile(buckets, PARTS[name])) for name in names)
     return found
 
 
 class Spent:
-    """What was spent on the jobs of one stage: rows of SQL.SPENT summed up.
+    """The times of the jobs of one stage: rows of SQL.SPENT summed up.
 
     `attempts` and `seconds` are sums by kind, `buckets` lists of (bucket, n)
     by kind.
@@ -1902,7 +1902,7 @@ class Spent:
 
 
 def group_jobs(ids, jobs):
-    """Return new jobs in groups, and the parents of each that has some.
+    """Return new jobs in groups, and the parents of those with parents.
 
     A group is (jobstage, laststage, whether its jobs have parents); its rows
     are the last columns of ADD_JOBS.
@@ -1921,18 +1921,17 @@ def group_jobs(ids, jobs):
 class Store:
     """The jobs, and all operations on them.
 
-    Methods speak the contract's words; `namespace` is the id that admit()
-    returns for a jobix. Those marked `change` go through the Writer, are on
-    disk when they return, and raise Error when refused; those marked `query`
-    only read. `clock` gives seconds since 1970. `jobix` is the server's own
-    one, None for the one that the database has made, which `new_jobix`
-    replaces, and the reading one with it. A job fails after its
-    `max_attempts` failures, if it doesn't say another number, or after
-    `max_lapses`. Attempts of jobs that ended `keep_days` ago are pruned;
-    None: never. No commit for `outage` seconds, where the Store ticks, means
-    that the server was paused, or the clock set. `pause` is that of
-    ServerLock. `logs` is the folder of the workers' logs, where they can be
-    read, and `shares_output` whether the reading jobix sees them.
+    Methods are named by the contract's words; `namespace` is the id that
+    admit() returns for a jobix. Methods marked `change` go through the Writer,
+    are on disk when they return, and raise Error when refused; methods marked
+    `query` only read. `clock` returns seconds since 1970. `jobix` is the
+    server's own, or None for the database's; `new_jobix` replaces that, and
+    the reading jobix. A job is failed after `max_attempts` failures, unless
+    it has its own number, or after `max_lapses`. Attempts of jobs that ended
+    `keep_days` ago are pruned; None: never. If a ticking Store has no commit
+    for `outage` seconds, the server was paused, or the clock set. `pause` is
+    that of ServerLock. `logs` is the folder of the workers' logs, if it is
+    known, and `shares_output` whether the reading jobix sees them.
     """
 
     TICK = {False: 1, True: 0.2}  # seconds between ticks, by `shared`
@@ -1954,15 +1953,15 @@ class Store:
         self.shared = shared
         self.open_to_all = open_to_all
         self.namespaces = {}  # ids of those in use, by jobix
-        self.unfinished = {}  # what propagate() left for the next commit
+        self.unfinished = {}  # ends that propagate() left for the next commit
         self.alive = -math.inf, 0  # when workers were counted, how many
         self.known_stages = {}  # sets of those in their table, by namespace
-        self.late = False  # more is overdue than the last commit has lapsed
+        self.late = False  # the last commit left some overdue leases
         self.wait_queue = WaitQueue(waiters)
         self.large_bodies = threading.BoundedSemaphore(LARGE_BODIES)
         self.ending = threading.Event()
         self.ticker = None
-        self.damaged = False  # and we have said so
+        self.damaged = False  # and it was reported
         self.logs, self.shares_output = None, False
         inspect(path)  # before a lock file is made beside it
         with translate_errors(path), contextlib.ExitStack() as undo:
@@ -2006,15 +2005,15 @@ class Store:
     def resume(self, execute):
         """Resume where the last server ended.
 
-        Every live lease gets its full time again, and propagation goes on for
-        parents whose children a killed server hasn't all told.
+        Every live lease gets its full time again. Propagation goes on for
+        parents whose end a killed server hadn't told to all children.
         """
         execute(SQL.RENEW_ALL, {"now": self.clock()})
         for parent, state in execute(SQL.UNFINISHED_PARENTS).fetchall():
             self.unfinished[parent] = dependency_end(state), -1
 
     def after_commit(self, tx):
-        """Keep what is unfinished, wake long polls for freed jobs."""
+        """Keep the unfinished ends, wake long polls for freed jobs."""
         self.unfinished, self.late = tx.ended, tx.late
         self.committed_at = tx.now
         self.known_stages.update(tx.stages)
@@ -2028,9 +2027,9 @@ class Store:
                 or abs(now - self.committed_at) > self.outage)
 
     def explain(self, error):
-        """Return the Error that answers a request which met `error`.
+        """Return the Error to answer a request that failed by `error`.
 
-        Say it once on standard error when the database is damaged.
+        A damaged database is reported once on standard error.
         """
         reason = getattr(error, "reason", error)
         if type(reason) is sqlite3.DatabaseError and not self.damaged:
@@ -2041,9 +2040,9 @@ class Store:
     # Namespaces
 
     def own_namespace(self, tx, jobix, *, renew):
-        """Return the server's own row of namespace; make it at first.
+        """Return the server's own namespace, a row; make it if needed.
 
-        `renew` makes both of its numbers anew.
+        `renew` replaces both of its numbers.
         """
         key = {"name": "namespace"}
         made = tx.execute(SQL.SETTING, key).fetchone()
@@ -2059,7 +2058,7 @@ class Store:
         return tx.execute(SQL.NAMESPACE, {"id": own}).fetchone()
 
     def add_namespace(self, tx, jobix):
-        """Return the id of the namespace of a jobix, new if need be."""
+        """Return the id of a jobix's namespace; make it if needed."""
         tx.execute(SQL.ADD_NAMESPACE, {"jobix": jobix})
         return tx.execute(SQL.NAMESPACE_OF, {"jobix": jobix}).fetchone()["id"]
 
@@ -2069,8 +2068,8 @@ class Store:
         """Return the namespace of a caller's jobix, and whether it may only
         read; raise Error 403.
 
-        The server takes its own numbers alone, or any. The namespace is None
-        when there is nothing in it yet.
+        The server accepts its own numbers, or any. The namespace is None when
+        there is nothing in it yet.
         """
         given = str(jobix)
         if secrets.compare_digest(given, str(self.reading_jobix)):
@@ -2078,9 +2077,9 @@ class Store:
         if secrets.compare_digest(given, str(self.jobix)):
             return self.namespace, False
         if not self.open_to_all:
-            raise Error(403, "This server takes only the jobix in its access"
+            raise Error(403, "This server accepts only the jobix in its access"
                         " file: start it with yours by --jobix-file or"
-                        " JOBMAN_JOBIX, or with --open to take any.")
+                        " JOBMAN_JOBIX, or with --open to accept any.")
         if jobix not in self.namespaces:
             found = self.find_namespace(jobix)
             if found is None:
@@ -2101,7 +2100,7 @@ class Store:
         tx.move([after_move(job, tx.now, **after)])
 
     def settled_state(self, tx, job, stage):
-        """Return the state of a job that comes to rest in `stage`."""
+        """Return the state of a job in `stage` that nobody works on."""
         state = stage_state(stage, job["final"])
         if state == "waiting" and job["unmet"]:
             aborted = tx.execute(SQL.ABORTED_BY, job).fetchone()
@@ -2121,7 +2120,7 @@ class Store:
     ):
         """Write how the attempt under the job's claim ended.
 
-        `given` is what its update replaces: see replace().
+        `given` has the values that its update replaces: see replace().
         """
         if job["claim"] is None:
             return
@@ -2141,16 +2140,16 @@ class Store:
                       failed=int(outcome == "failed"))
 
     def interrupt(self, tx, job, outcome):
-        """End the attempt of a job that is taken away while it runs."""
+        """End the attempt of a job that is taken from its worker."""
         if job["state"] == "working":
             self.end_attempt(tx, job, outcome)
 
     def begin(self, tx):
         """Begin a commit: lapse overdue leases, end delays that are over.
 
-        After an outage every live lease gets its full time first. What
-        propagate() has left is taken up again. Steps take fewer jobs
-        then, so that it doesn't pile up.
+        After an outage every live lease gets its full time first. Unfinished
+        work of propagate() goes on. Steps take fewer jobs then, so that it
+        doesn't pile up.
         """
         if abs(tx.now - self.committed_at) > self.outage:
             tx.execute(SQL.RENEW_ALL, {"now": tx.now})
@@ -2168,7 +2167,7 @@ class Store:
                 self.move(tx, job, state=state, entered_at=job["entered_at"])
 
     def lapse(self, tx, job):
-        """Take a job back from a worker that was not heard of in time.
+        """Take a job back from a worker that was silent for too long.
 
         The claim stays: until the job is claimed again, a late result is
         taken.
@@ -2190,8 +2189,8 @@ class Store:
     def propagate(self, tx):
         """Propagate the ends of the parents in `tx.ended` to their children.
 
-        An edge is met once and for all when the parent is done. While a
-        parent is put aside its blocked children are aborted, and theirs.
+        When a parent is done, the edge is met forever. When it has failed or
+        was cancelled, its blocked children are aborted, and theirs, too.
         After CHUNK children the rest stays in `tx.ended`, for the next commit.
         """
         left = CHUNK
@@ -2217,8 +2216,8 @@ class Store:
     def settle(self, tx, child, ends=()):
         """Block, abort or free a job, as the jobs that it waits for are now.
 
-        `ends` are those of parents that it was told: where they can't matter,
-        the others are not looked at, for there may be thousands.
+        `ends` are the new ends of parents. If they make no difference, the
+        other parents are not read: there may be thousands.
         """
         job = as_dict(tx.execute(SQL.JOB_BY_ID, {"id": child}).fetchone())
         stays = (
@@ -2273,7 +2272,7 @@ class Store:
     add_jobs = change(insert_jobs)
 
     def insert_rows(self, tx, shared, rows):
-        """Insert jobs, many by each statement; return how many are new."""
+        """Insert jobs, many in each statement; return how many are new."""
         new = 0
         for i in range(0, len(rows), ROWS_AT_ONCE):
             some, values = rows[i : i + ROWS_AT_ONCE], []
@@ -2289,8 +2288,8 @@ class Store:
         """Add jobs under ids that the server gives.
 
         `submissions` is a list of (key, part, number of jobs). Returns a
-        range of ids for each; a part of a key that is known has its ids from
-        then, and its jobs are not added again.
+        range of ids for each. A part that was added before keeps its ids, and
+        its jobs are not added again.
         """
         key = {"namespace": namespace}
         last = tx.execute(SQL.LAST_JOBID, key).fetchone()[0]
@@ -2313,7 +2312,7 @@ class Store:
                 new += some
             given.append(ids)
         if first - 1 > MAX_JOBID:
-            raise Error(409, "The numbers of jobs are used up.")
+            raise Error(409, "There are no jobids left.")
         groups = group_jobs(range(last + 1, first), new)
         self.insert_jobs(tx, namespace, *groups)
         return given
@@ -2323,8 +2322,8 @@ class Store:
         """Return the latest submissions, or the one of a name.
 
         Dicts of `key`, `ids` (a list of ranges), `jobs` and `time`, the
-        latest first. Raises Error 404 for a name that none has; `last` is
-        the latest.
+        latest first. Raises Error 404 for an unknown name; `last` is the
+        latest.
         """
         keys = [to_json(name)]
         if name in (None, "last"):
@@ -2439,7 +2438,7 @@ class Store:
             tx.count_ends(namespace, jobs=1)
 
     def replace(self, tx, job, new):
-        """Give a job new content; return, in JSON, what that replaces."""
+        """Give a job new content; return the old content, in JSON."""
         if "files" in new:
             new["files_stage"] = job["claimed_from"]
         old = as_dict(tx.execute(SQL.CONTENT, job).fetchone())
@@ -2450,8 +2449,8 @@ class Store:
         """Return whether the attempt of `claim` has ended this way before.
 
         Then the call is a repetition, whose first reply was lost. Raises
-        Error 409 when the claim is no longer the job's. None means
-        whatever claim is current.
+        Error 409 when the claim is no longer the job's. None means the
+        current claim.
         """
         if claim is None or claim == job["claim"]:
             return False
@@ -2465,7 +2464,7 @@ class Store:
     def fail_job(
         self, tx, namespace, jobid, *, claim=None, report=None, note=None
     ):
-        """Put a job back where it was claimed: delayed, at last failed.
+        """Put a job back where it was claimed, delayed or failed.
 
         Exit status 75 asks to try later: that isn't counted as a failure.
         `note` is for the next attempt.
@@ -2486,7 +2485,7 @@ class Store:
         return self.outcome(tx, job, "state", "failures", "delay")
 
     def outcome(self, tx, job, *names):
-        """Return what an answer says of a job after its attempt ended.
+        """Return the answer on a job after its attempt ended.
 
         That is its jobid, and the columns `names`; `delay` is in seconds.
         """
@@ -2496,9 +2495,9 @@ class Store:
         return {name: job[name] for name in ("jobid", *names)}
 
     def delay_or_fail(self, tx, job, tries, *, counted=True, **after):
-        """Delay a job, longer after more `tries`; fail it after its last.
+        """Delay a job, longer after more `tries`; fail it after the last.
 
-        There is no last one of tries that aren't `counted`.
+        Tries that aren't `counted` have no last.
         """
         if counted and tries >= (job["max_attempts"] or self.max_attempts):
             self.move(tx, job, state="failed", **after)
@@ -2510,10 +2509,10 @@ class Store:
     def reject_job(
         self, tx, namespace, jobid, *, claim=None, files=None, report=None
     ):
-        """Send a job back to the stage that made its files: they are gone.
+        """Send a job back to the stage that made its damaged files.
 
-        Without `claim` it is for jobs that nobody works on; `files`, as JSON
-        text, are those that the caller looked for. Returns the job's state,
+        Without `claim` nobody may be working on the job; `files`, as JSON
+        text, are the files that the caller checked. Returns the job's state,
         stage, rejections and delay in seconds. Raises the errors of
         fail_job(); 409 too when the job has no files, or others.
         """
@@ -2541,10 +2540,11 @@ class Store:
             raise Error(409, "Job %d has other files now." % job["jobid"])
 
     def restore(self, tx, job, stage):
-        """Give a job back what `stage` was given, as it returns there.
+        """Restore a job's content as it was in `stage`, to return there.
 
-        That is what the stage's own update replaced, or the first one after
-        it. Files that were made in the stage were not given to it.
+        That is the content which the stage's own update replaced, or the
+        first update after it. Files that were made in the stage were not
+        given to it.
         """
         before = as_dict(tx.execute(SQL.CONTENT, job).fetchone())
         if before["files_stage"] == stage:
@@ -2559,7 +2559,7 @@ class Store:
 
     @change
     def release_job(self, tx, namespace, jobid, *, claim=None, note=None):
-        """Give a claim back unharmed, with a note for the next attempt.
+        """Give a claim back, uncounted, with a note for the next attempt.
 
         Raises the errors of fail_job().
         """
@@ -2590,10 +2590,10 @@ class Store:
         """Renew `claims`, a list of (jobid, token), for `lease` seconds.
 
         A third item is news of the attempt: `progress` and `note`, or None.
-        `worker` is what it says of itself: the columns of its table, and
-        whether it has `ended`. One in quarantine stays listed, for a person
-        to look at. Returns a list of the jobids whose claim is lost, whether
-        the worker should drain, and in how many seconds it should beat again.
+        `worker` is its report on itself: the columns of its table, and whether
+        it has `ended`. A worker in quarantine stays listed, for a person to
+        see. Returns a list of the jobids whose claim is lost, whether the
+        worker should drain, and the seconds until its next heartbeat.
         """
         worker = dict(worker, namespace=namespace, now=tx.now)
         if worker["ended"] and worker["quarantine"] is None:
@@ -2621,7 +2621,7 @@ class Store:
         return alive
 
     def renew(self, tx, namespace, jobid, claim, lease):
-        """Give a claim more time, also a lapsed one that nobody took over.
+        """Renew a claim, also a lapsed one if the job wasn't claimed again.
 
         That takes back the lapse. Returns False when the claim is lost.
         """
@@ -2647,7 +2647,7 @@ class Store:
     def drain(self, tx, namespace, name, *, drain):
         """Tell a worker at its next heartbeat to claim no more, or again.
 
-        Raises Error 404 when no worker of that name was heard of.
+        Raises Error 404 when there is no worker of that name.
         """
         values = {"namespace": namespace, "name": name, "drain": int(drain)}
         if not tx.execute(SQL.DRAIN, values).rowcount:
@@ -2656,10 +2656,9 @@ class Store:
     # Stages
 
     def add_stages(self, tx, namespace, stages):
-        """Make sure that a set of stages is in their table.
+        """Add stages to their table, unless they are there.
 
-        Raises Error 400, before anything is written, for more than a
-        namespace may have.
+        Raises Error 400, before anything is written, for too many stages.
         """
         if stages <= self.known_stages.get(namespace, set()):
             return
@@ -2720,8 +2719,8 @@ class Store:
     def init(self, namespace, minutes):
         """Set the lifetimes of stages 0 … n, and n as the last stage.
 
-        Only if the namespace has no lifetime yet. Then jobs that have got
-        into their last stage are done, also those that a killed server left.
+        Only if the namespace has no lifetime yet. Then jobs in their last
+        stage are done, also those that a killed server left.
         """
         self.set_up(namespace, minutes)
         self.in_steps(namespace, self.finish_one, self.newly_done(namespace),
@@ -2739,7 +2738,7 @@ class Store:
 
     @query
     def newly_done(self, execute, namespace):
-        """Return the ids of the jobs that are done by a new last stage."""
+        """Return the ids of jobs that a new last stage makes done."""
         rows = execute(SQL.NEWLY_DONE, {"namespace": namespace})
         return array("q", (jobid for jobid, in rows))
 
@@ -2767,9 +2766,9 @@ class Store:
     def set_stages(self, namespace, changes, gone=never):
         """Change names and lifetimes of stages, and mark jobs accordingly.
 
-        `changes` is {stage: {"name", "minutes"}}: None takes a value away, a
+        `changes` is {stage: {"name", "minutes"}}: None removes a value, a
         missing one stays. Raises Error 400 for too many stages, 409 for a
-        name that two would have. Returns what stage_values() does.
+        name that two would have. Returns stage_values().
         """
         stages = self.put_stages(namespace, changes)
         if any("minutes" in values for values in changes.values()):
@@ -2779,8 +2778,8 @@ class Store:
     def mark_expired(self, namespace, gone=never):
         """Mark the jobs of a namespace that are over their lifetime.
 
-        Others lose the mark. In steps, and no further once `gone()`: the tick
-        does the rest.
+        Other jobs lose the mark. It goes in steps, and stops when `gone()`:
+        the tick does the rest.
         """
         while self.mark_some(namespace) and not gone():
             pass
@@ -2801,7 +2800,7 @@ class Store:
         return tx.left == 0
 
     def check_stages(self, namespace, gone=never):
-        """Mark what has expired; return whether nothing is marked."""
+        """Mark the expired jobs; return True if no job is marked."""
         self.mark_expired(namespace, gone)
         return not self.marked_stages(namespace) & set(
             self.lifetimes(namespace))
@@ -2813,7 +2812,7 @@ class Store:
         return {row["stage"] for row in rows if row["expired"]}
 
     def move_expired(self, namespace, old, new, gone=never):
-        """Mark what has expired, then move the marked jobs of stage `old`.
+        """Mark the expired jobs, then move those of stage `old`.
 
         Failed, cancelled and aborted jobs stay: only a retry brings them
         back. Returns whether nothing was marked in `old`, and how many jobs
@@ -2866,7 +2865,8 @@ class Store:
     def ids_in(self, execute, namespace, states, stage, ranges, **marks):
         """Return the ids of all jobs in `states`, a stage and `ranges`.
 
-        Of one snapshot: a job that moves while a sweep goes on isn't missed.
+        They are of one snapshot, so that no job is missed because it moves
+        during a sweep.
         """
         found = self.in_groups(execute, SQL.GROUP_IDS, namespace, states,
                                stage, ranges, **marks)
@@ -2951,7 +2951,7 @@ class Store:
         return 1
 
     def forget_one(self, tx, job):
-        """Delete a done job; return 0 if a child is still to be told."""
+        """Delete a done job; return 0 if a child doesn't know its end yet."""
         key = {"parent": job["id"], "after": -1, "limit": 1}
         if tx.execute(SQL.CHILDREN, key).fetchone():
             return 0
@@ -3059,11 +3059,11 @@ class Store:
 
     @query
     def throughput(self, execute, namespace, minutes):
-        """Return how many attempts and jobs ended, as time went.
+        """Return how many attempts and jobs ended over time.
 
-        Of the last `minutes`, None: of all. A dict: the `time`, `start` and
-        `step` (seconds) of the points, and lists of what was counted in each:
-        attempts done (`updates`), jobs `done`, attempts `failed`.
+        Of the last `minutes`, None: of all time. Returns a dict: the `time`,
+        `start` and `step` (seconds) of the points, and the counts for each
+        point: attempts done (`updates`), jobs `done`, attempts `failed`.
         """
         now = self.clock()
         this = int(now // 60)
@@ -3228,7 +3228,7 @@ class Store:
 
     @query
     def health(self, execute):
-        """Raise Unavailable or sqlite3.Error when the database is ill."""
+        """Raise Unavailable or sqlite3.Error if the database can't be read."""
         self.lock.check()
         execute(SQL.NAMESPACE, {"id": self.namespace}).fetchone()
 
@@ -3250,7 +3250,7 @@ class Store:
                 traceback.print_exc()
 
     def tick(self):
-        """Do what time alone brings about.
+        """Do the work that time brings: lapses, expiry, pruning.
 
         A commit marks some of the expired and, as any does, lapses overdue
         leases and goes on with what propagate() left: one at least, and more
@@ -3321,7 +3321,7 @@ def read_jobix(text):
 
 
 class Request:
-    """What a front door makes of a call, whatever its protocol.
+    """A call, as both front doors pass it on.
 
     `path` is percent-decoded, and its leading slashes count as one; `headers`
     have lower-case names. `receive()` returns the body of `length` bytes, or
@@ -3354,7 +3354,7 @@ class Request:
         """
         jobix = read_jobix(self.headers.get("jobix", ""))
         if jobix is None:
-            raise Error(403, "The header jobix must hold your number.")
+            raise Error(403, "The header jobix must contain your number.")
         try:
             self.namespace, self.readonly = store.admit(jobix)
         except Error:
@@ -3436,8 +3436,8 @@ def from_query(reader):
 def reader(is_valid, needed, convert=None):
     """Return a function that reads a value, named for its error.
 
-    It raises Error 400, which says what is `needed`, unless the value
-    `is_valid`. `convert`, if given, returns what is kept of it.
+    It raises Error 400, which names the `needed` form, unless the value
+    `is_valid`. `convert`, if given, converts the value.
     """
 
     def read(value, name):
@@ -3526,7 +3526,7 @@ COUNT = integer(0, 2**53)
 
 
 def is_stage_name(value):
-    """Return whether a value could be the name of a stage."""
+    """Return whether a value can be the name of a stage."""
     return is_text(value) and STAGE_NAME.fullmatch(value)
 
 
@@ -3577,7 +3577,7 @@ def read_files(value, name):
 def bounded(items):
     """Return `items`, of a request; raise Error 413 for too many."""
     if len(items) > MAX_JOBS:
-        raise Error(413, "A request may have %d jobs." % MAX_JOBS)
+        raise Error(413, "A request can have up to %d jobs." % MAX_JOBS)
     return items
 
 
@@ -3590,8 +3590,8 @@ def read_ranges(text, name):
         if ends:
             first, last = int(ends[1]), int(ends[2] or ends[1])
         if not first <= last <= MAX_JOBID:
-            raise Error(400, "%.80r names no jobs; write ids as 1,3,5-8, up to"
-                        " %d." % (part, MAX_JOBID))
+            raise Error(400, "%.80r names no jobs; write ids such as 1,3,5-8,"
+                        " up to %d." % (part, MAX_JOBID))
         ranges.append(range(first, last + 1))
     return joined(ranges)
 
@@ -3636,7 +3636,7 @@ CARRIES = {
 }
 BLANK = dict(dict.fromkeys(CARRIES), priority=0)
 
-# What a heartbeat tells of an attempt, each with its reader.
+# Fields of an attempt in a heartbeat, each with its reader.
 NEWS = {"progress": progress, "note": note_text}
 
 # Fields of a heartbeat, each with its reader.
@@ -3676,7 +3676,7 @@ def read_jobs(entries, stage=STAGE):
     readers = dict(CARRIES, jobstage=stage, laststage=stage)
     jobs = [read_job(entry, readers) for entry in entries]
     if sum(len(job["after"]) for job in jobs if job["after"]) > MAX_JOBS:
-        raise Error(413, "The jobs of a request may wait for %d others in all."
+        raise Error(413, "The jobs of a request can wait for %d jobs in all."
                     % MAX_JOBS)
     return jobs
 
@@ -3708,7 +3708,7 @@ def read_optional(given, name, reader):
 
 
 def read_fields(given, readers):
-    """Return what a JSON object has of some fields, read; null is nothing."""
+    """Return some fields of a JSON object, read; null counts as missing."""
     return {
         name: read(given[name], name)
         for name, read in readers.items() if given.get(name) is not None
@@ -3716,9 +3716,9 @@ def read_fields(given, readers):
 
 
 def read_news(value):
-    """Return what a claim in a heartbeat tells of its attempt."""
+    """Return the news of an attempt in a heartbeat's claim."""
     if type(value) is not dict or set(value) - set(NEWS):
-        raise Error(400, "A claim can tell only %s." % ", ".join(NEWS))
+        raise Error(400, "A claim can have only %s." % ", ".join(NEWS))
     return {name: read_optional(value, name, reader)
             for name, reader in NEWS.items()}
 
@@ -3746,7 +3746,7 @@ RESULTS = {"filename": string, "jobcmd": anything, "files": read_files}
 
 
 def read_result(given):
-    """Return what an update brings beside its stage."""
+    """Return the fields of an update except its stage."""
     result = read_fields(given, RESULTS)
     result["report"] = read_fields(given, REPORTS)
     return result
@@ -3759,7 +3759,7 @@ SILENT = 120  # seconds without a heartbeat until a worker counts as silent
 
 
 def span(period):
-    """Return a number of seconds as a person says it: 4:05, 1:00:00."""
+    """Return a number of seconds as a clock shows it: 4:05, 1:00:00."""
     minutes, rest = divmod(int(period + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -3778,7 +3778,7 @@ def shorten(text, width):
 
 
 def number_of(n, thing):
-    """Return how many there are of a thing: 1 job, 2 jobs."""
+    """Return a number and its noun: 1 job, 2 jobs."""
     return "%d %s%s" % (n, thing, "" if n == 1 else "s")
 
 
@@ -3804,7 +3804,7 @@ def fault(worker, now):
 
 
 def note(worker, now):
-    """Return what is wrong with a worker, None if nothing is."""
+    """Return the fault of a worker, None if it has none."""
     words = fault(worker, now), worker["quarantine"]
     return ": ".join(filter(None, words)) or None
 
@@ -3858,7 +3858,7 @@ def command_text(job):
 
 
 def last_attempt(job):
-    """Return what is known of the last attempt at a job, {} if nothing."""
+    """Return the last attempt at a job, {} if there is none."""
     return job["attempts"][-1] if job["attempts"] else {}
 
 
@@ -3907,7 +3907,7 @@ def why_waiting(job, figures, heard):
 
 
 def why_delayed(job, now):
-    """Return until when a job is delayed, and what for."""
+    """Return until when a job is delayed, and why."""
     after = "failure %d" % job["failures"]
     last = last_attempt(job).get("outcome")
     if last == "deferred":
@@ -3931,7 +3931,7 @@ def why_blocked(job):
 
 
 def why_working(job, now):
-    """Return which worker has a job, since when, how far, and until when."""
+    """Return the worker of a job, its start, progress and lease."""
     end = "has no lease"
     if job["due"] is not None:
         end = "has a lease until " + moment(job["due"], now)
@@ -4019,7 +4019,7 @@ def logs_of(folder, jobix, worker):
 
 
 def read_output(folder, jobix, worker, attempt, size):
-    """Return what an attempt has printed: None, or its last `size` bytes.
+    """Return the last `size` bytes of an attempt's output, or None.
 
     `attempt` are its first columns in an index: job, stage and number. A dict
     of `stdout`, `stderr`, and whether they are `truncated`.
@@ -4060,7 +4060,7 @@ def get_init(store, request, *minutes):
     """Set the lifetimes of stages 0 … n, in minutes, where none are set yet.
 
     Stage n becomes the last stage of all jobs that have no laststage of their
-    own: jobs that wait there or beyond are done. If this jobix has a lifetime
+    own: jobs that wait there or beyond are done. If there is a lifetime
     already, nothing changes. Answer: the lifetimes in force, as GET /init.
     """
     store.init(request.namespace, minutes)
@@ -4095,17 +4095,17 @@ def get_stages(store, request):
     return Response.json(store.stages(request.namespace))
 
 
-# What a stage may be given, each with its reader.
+# Fields of a stage, each with its reader.
 STAGE_VALUES = {"name": stage_name, "minutes": MINUTES}
 
 
 def read_stage_values(given):
-    """Return what /stages gives a stage, null as None; raise Error 400."""
+    """Return a stage's values in /stages, null as None; raise Error 400."""
     if type(given) is not dict:
         raise Error(400, "A stage must be an object with name or minutes.")
     for name in given:
         if name not in STAGE_VALUES:
-            raise Error(400, "A stage can't be given %.80r." % name)
+            raise Error(400, "A stage can't have %.80r." % name)
     return {name: read_optional(given, name, STAGE_VALUES[name])
             for name in given}
 
@@ -4114,8 +4114,8 @@ def post_stages(store, request):
     """Give stages names and lifetimes, all or none.
 
     Body: {"0": {"name": "align", "minutes": 60}, …}. A stage or key that is
-    missing stays as it is; null takes a value away. Answer: as GET /stages.
-    400: a stage is given twice. 409: two stages would have one name.
+    missing stays unchanged; null removes a value. Answer: as GET /stages.
+    400: a stage is given twice. 409: two stages would have the same name.
     """
     given = read_entries(request)
     stages = [request.stage(number(stage), "stage") for stage in given]
@@ -4150,8 +4150,8 @@ def post_set(store, request):
     """Add jobs, all or none.
 
     Body: {"<jobid>": {"jobstage": 0, "jobcmd": "gzip a.txt"}, …}; help job
-    lists all that a job may carry. A jobid that exists already is left as it
-    is, so the call can be repeated.
+    lists what a job may carry. A job that exists already is left unchanged,
+    so the call can be repeated.
     Answer, text: Accepted to <jobix>!
     400: an unknown key, a jobid that is given twice, or a job that waits for
     itself or for a job that does not exist.
@@ -4175,9 +4175,9 @@ def post_submit(store, request):
     """Add jobs under ids that the server gives.
 
     Body: {"key": "run3", "jobs": [{"jobstage": 0, "jobcmd": "gzip a.txt"},
-    …]}. The key is the name of the submission; without one the server makes
-    one, and answers with it too. More jobs can be added under the same key
-    with part, the number of jobs that it has already.
+    …]}. The key is the name of the submission; without a key the server
+    makes one, and returns it, too. To add more jobs under the same key, give
+    part, the number of jobs that it has already.
     Answer: {"ids": [1, …]}, in the order of jobs, above all ids that this
     jobix ever had. The same key and part give the same ids and add nothing.
     400: as /set; a job can only wait for jobs that exist already. 409: there
@@ -4198,7 +4198,8 @@ def post_submit(store, request):
 def get_submissions(store, request):
     """Show the latest 100 submissions, the latest first.
 
-    Option: submission, the name of the only one to show; last is the latest.
+    Option: submission, to show only the submission of this name; last is the
+    latest.
     Answer: [{"key": "run3", "ids": "1-1000", "jobs": 1000, "time": …}, …];
     time is when its first jobs were added. 404: no submission has that name.
     """
@@ -4223,7 +4224,7 @@ def read_selected(store, request, **readers):
 
 
 def claim_in_time(store, request, stages, claim, wait):
-    """Return what `claim()` gives; wait up to `wait` seconds for a job.
+    """Return the result of `claim()`; wait up to `wait` seconds for a job.
 
     It joins the queue first and looks then, so that no job is missed.
     """
@@ -4266,7 +4267,7 @@ def splice(values, texts):
     return to_json(values)[:-1] + kept + "}"
 
 
-# What else a claim's reply says of a job that has it: a name, its column.
+# Optional keys of a claim's reply: a name, its column.
 ALSO_CLAIMED = {
     "laststage": "laststage", "max_attempts": "max_attempts",
     "timeout": "timeout", "made": "files_stage", "cwd": "cwd",
@@ -4306,12 +4307,12 @@ def get_job_claim(store, request, stages, nextstage=None):
 
     The job moves to <nextstage>, or else one stage up, and is working there.
     Of several stages, as in /get/2,0, the first that has a job is used. Jobs
-    of a higher priority go first, then those of a lower jobid. Options:
+    with a higher priority go first, then jobs with a lower jobid. Options:
 
       worker  the name of the caller
       lease   seconds until the claim lapses, unless it is renewed
       wait    seconds to wait for a job, at most 60; less if too many wait
-      n       how many jobs to claim, at most 10000; then a list is answered
+      n       how many jobs to claim, at most 10000; the answer is a list
 
     Without a lease the job is not reserved: the next claim of the stage that
     it moved to gets it.
@@ -4348,17 +4349,17 @@ def get_update_job(store, request, jobid, stage):
 
       filename, jobcmd, files     replace those of the job; files lists files
                                   that were made, as help job has them
-      exit_code, error, stderr    kept with the attempt; of the texts the last
-                                  4096 characters
-      seconds                     how long the command ran; if not given,
-                                  the time since the claim
+      exit_code, error, stderr    kept with the attempt; only the last 4096
+                                  characters of a text
+      seconds                     how long the command ran (default: the time
+                                  since the claim)
 
-    Other keys are ignored, and wrong types in the last four.
+    Other keys are ignored, and so are wrong types in the last four.
     Answer, text: Success, job <jobid> was updated to stage <stage>!
     An update that is repeated with its token changes nothing.
-    404: there is no such job. 409: the token is no longer the job's: it was
+    404: there is no such job. 409: the token is no longer valid: the job was
     claimed again, updated, released, failed, rejected, cancelled or moved
-    since. A lapse alone is no reason.
+    since. A lapse alone doesn't make it invalid.
     """
     update = request.options(claim=token)
     update.update(jobid=jobid, stage=stage)
@@ -4387,10 +4388,11 @@ def post_update_jobs(store, request):
     """Put many jobs into stages, in one transaction.
 
     Body: [{"jobid": 1, "jobstage": 2, "claim": "gKyHzpdDUDr1"}, …]; claim is
-    optional, and so is all that a POST to /update_job takes.
+    optional, and so are the keys in the body of /update_job.
     Answer: [{"jobid": 1, "status": 200}, …], in the same order. A refused
     update has the status 400, 404 or 409, and does not affect the others.
-    400: an entry is malformed. 404: no stage has the name. No job was updated.
+    400: an entry is malformed. 404: no stage has a given name. Then no job is
+    updated.
     """
     given = request.json()
     if type(given) is not list:
@@ -4413,9 +4415,9 @@ def post_fail_job(store, request, jobid):
     the next attempt, as in /heartbeat. An exit_code of 75 defers the job: it
     is tried again, and no failure is counted.
     Answer: {"jobid": 1, "state": "delayed", "failures": 1, "delay": 2}: it
-    waits again in delay seconds. After max_attempts failures in a stage the
-    state is failed, and delay is 0. A repetition with the token changes
-    nothing. 404, 409: as /update_job; 409 too if nobody has claimed the job.
+    waits again after delay seconds. After max_attempts failures in a stage
+    the state is failed, and delay is 0. A repetition with the token changes
+    nothing. 404, 409: as /update_job; also 409 if the job isn't claimed.
     """
     given = request.options(claim=token)
     body = read_object(request)
@@ -4427,14 +4429,14 @@ def post_fail_job(store, request, jobid):
 def post_reject_job(store, request, jobid):
     """Send a job back because its files are missing or have changed.
 
-    It goes to the stage that made them, and gets back what that stage was
-    given. Option: claim, the token; without it only a job that is waiting,
-    delayed, done or failed is taken. Body, all optional: files, the list that
-    was looked for, as the claim has it; exit_code, error, stderr and seconds,
-    as in /update_job.
+    It goes to the stage that made them, and gets back the jobcmd and filename
+    that it had there. Option: claim, the token; without it the job must be
+    waiting, delayed, done or failed. Body, all optional: files, the list that
+    was checked, as in the claim; exit_code, error, stderr and seconds, as in
+    /update_job.
     Answer: {"jobid": 1, "state": "delayed", "stage": 0, "rejects": 1,
     "delay": 2}, as /fail_job; the state is failed after max_attempts
-    rejections. 404, 409: as /update_job; 409 too if the job has no files, or
+    rejections. 404, 409: as /update_job; also 409 if the job has no files, or
     other files than those in the body.
     """
     given = request.options(claim=token)
@@ -4445,7 +4447,7 @@ def post_reject_job(store, request, jobid):
 
 
 def post_release_job(store, request, jobid):
-    """Give a claim back: the job waits where it was claimed, nothing counted.
+    """Give a claim back: the job waits again, and no failure is counted.
 
     Option: claim, the token; without it the current claim is meant. Body,
     optional: a note for the next attempt, as in /heartbeat.
@@ -4457,7 +4459,7 @@ def post_release_job(store, request, jobid):
 
 
 def read_worker(given, stage=STAGE):
-    """Return what a worker says of itself, as columns, and if it `ended`.
+    """Return a worker's report on itself, as columns, and if it `ended`.
 
     `stage` reads its stages.
     """
@@ -4471,27 +4473,27 @@ def read_worker(given, stage=STAGE):
 
 
 def post_heartbeat(store, request):
-    """Renew the claims of a worker, and say that it is there.
+    """Renew the claims of a worker, and report that it is alive.
 
     Body: {"worker": "node7-4711", "lease": 120, "claims":
-    [[1, "gKyHzpdDUDr1"], …]}; claims may be empty. Each claim holds for
-    lease seconds from now, also a lapsed one if nobody else has claimed the
-    job. A claim may also tell how its attempt goes: [1, "gKyHzpdDUDr1",
+    [[1, "gKyHzpdDUDr1"], …]}; claims may be empty. Each claim lasts lease
+    seconds from now; a lapsed claim is renewed, too, if the job wasn't claimed
+    again. A claim may also report on its attempt: [1, "gKyHzpdDUDr1",
     {"progress": [0.4, "epoch 3"], "note": "saved/3"}], with a number from 0
-    to 1 and a word, and up to 4096 characters for the next attempt; a key
-    that is missing stays as it is.
+    to 1 and a word, and up to 4096 characters for the next attempt; a missing
+    key stays unchanged.
     These keys are optional, and shown by GET /workers:
 
       host                 the name of the host
       stages               list of the stages that it claims from
-      slots, busy          how many jobs it can run, and runs
-      done, failed         how many jobs are done, and attempts failed
+      slots, busy          how many jobs it can run, and is running
+      done, failed         how many jobs it has done, and attempts failed
       quarantine           why it takes no more work
       ended                true: the worker has ended and is forgotten
 
-    Answer: {"lost": [<jobid>, …], "drain": false, "beat": 5}. lost are jobs
-    that are no longer this worker's: end what runs for them. With drain it
-    should claim no more. beat is the seconds until its next heartbeat.
+    Answer: {"lost": [<jobid>, …], "drain": false, "beat": 5}. lost lists
+    jobs that the worker no longer has: end their commands. If drain is true,
+    it should claim no more. beat is the seconds until its next heartbeat.
     """
     given = read_object(request, "worker", "lease", "claims")
     claims = given["claims"]
@@ -4517,9 +4519,9 @@ def post_heartbeat(store, request):
 def post_drain(store, request, *name):
     """Tell a worker to claim no more, or, as /undrain, to go on.
 
-    The worker learns of it by its next heartbeat. A name with slashes in it
-    comes as several parts. Answer: {"worker": "node7-4711", "drain": true}.
-    404: no worker of that name was heard of.
+    The answer to its next heartbeat tells the worker. A name with slashes is
+    several parts of the path. Answer: {"worker": "node7-4711", "drain": true}.
+    404: there is no worker of that name.
     """
     name, drained = "/".join(name), request.path.startswith("/drain/")
     store.drain(request.namespace, name, drain=drained)
@@ -4541,9 +4543,9 @@ def get_check_stages(store, request, old=None, new=None):
 
     Answer: {"Are all simulations within time frame?": 1}, or 0 if a job of
     stage <old>, or of any stage, was marked; with stages also
-    "n_bad_jobs were degraded:", the number of jobs that were moved. Claims of
-    these are lost; failed and cancelled jobs stay. The server marks expired
-    jobs by itself every second.
+    "n_bad_jobs were degraded:", the number of moved jobs. Their claims are
+    lost. Failed and cancelled jobs stay. The server marks expired jobs by
+    itself every second.
     """
     name = "Are all simulations within time frame?"
     if old is None:
@@ -4559,7 +4561,7 @@ def read_selector(store, request):
     given = read_object(request)
     unknown = set(given) - {"ids", "stage", "state", "all", "submission"}
     if unknown:
-        raise Error(400, "Jobs can't be named by %.80r." % min(unknown))
+        raise Error(400, "Jobs can't be selected by %.80r." % min(unknown))
     selector = {
         "stage": read_optional(given, "stage", request.stage),
         "state": read_optional(given, "state", one_of(*STATES)),
@@ -4575,27 +4577,27 @@ def read_selector(store, request):
         selector["ranges"] = found["ids"]
     named = any(value is not None for value in selector.values())
     if named == ("all" in given):
-        raise Error(400, "Name jobs by ids, submission, stage and state, or by"
-                    " all.")
+        raise Error(400, "Select jobs by ids, submission, stage and state, or"
+                    " by all.")
     return selector
 
 
 def post_sweep(store, request):
     """Retry, cancel, release or forget jobs, as the path says.
 
-      /retry    runs done, failed, cancelled and aborted jobs again, from the
-                stage that they were claimed from, with what it was given
+      /retry    runs done, failed, cancelled and aborted jobs again, in the
+                stage that they were claimed from, with its jobcmd and filename
       /cancel   cancels all jobs that are not done
-      /release  takes working jobs from their workers, nothing counted
-      /forget   deletes done jobs and their attempts; /submit gives their
-                ids to no other job
+      /release  takes working jobs from their workers; no failure is counted
+      /forget   deletes done jobs and their attempts; /submit never gives
+                their ids to other jobs
 
-    Body: ids (a list) or submission (a name), stage and state, of which all
-    that are given must fit; or {"all": true} alone.
+    Body: ids (a list) or submission (a name), stage and state, which select
+    the jobs that match all of them; or only {"all": true}.
     Answer: {"retried": 5}, or cancelled, released, forgotten; jobs in other
-    states are not counted. It goes in steps, ends when the caller hangs up,
-    and can be repeated. 400: no jobs are named. 404: one of ids does not
-    exist; nothing was changed.
+    states are not counted. The call goes in steps, ends when the caller hangs
+    up, and can be repeated. 400: no jobs are selected. 404: one of ids does
+    not exist; nothing was changed.
     """
     action = request.path[1:]
     n = store.sweep(request.namespace, action, gone=request.gone,
@@ -4617,7 +4619,7 @@ def tagged(request, text, now=None):
     return Response.json_text(text, headers=[("ETag", tag)])
 
 
-# What /job and /jobs show of a job: each name with its column.
+# The keys of a job in /job and /jobs, each with its column.
 SHOWN = {
     "jobid": "jobid", "stage": "stage", "stage_name": "stage_name",
     "state": "state", "since": "entered_at", "due": "expires_at",
@@ -4632,8 +4634,8 @@ SHOWN = {
 class Describer:
     """Describes jobs of a namespace, in JSON, with a command and a reason.
 
-    What it says of waiting jobs depends on all stages and workers: they are
-    looked up for the first one.
+    The reasons of waiting jobs depend on all stages and workers, which are
+    looked up for the first waiting job.
     """
 
     def __init__(self, store, namespace):
@@ -4641,7 +4643,7 @@ class Describer:
         self.found = None
 
     def around(self):
-        """Return what /status and /workers say, as it was at first."""
+        """Return the answers of /status and /workers, asked for once."""
         if self.found is None:
             now, workers = self.store.workers(self.namespace, within=86400)
             self.found = self.store.status(self.namespace), {
@@ -4681,18 +4683,18 @@ def get_job(store, request, jobid):
 
 
 def get_output(store, request, jobid):
-    """Show the end of what the last attempt at a job has printed.
+    """Show the end of the output of the last attempt at a job.
 
-    Option: bytes, how many of each stream, 65536 if not given, at most
-    1048576. Answer: {"stdout": "…", "stderr": "…", "truncated": false,
-    "running": true}. 403: the reading jobix needs serve --share-output.
+    Option: bytes, how many of each stream, at most 1048576 (default 65536).
+    Answer: {"stdout": "…", "stderr": "…", "truncated": false, "running":
+    true}. 403: the reading jobix needs serve --share-output.
     404: there is no such job, or its worker's logs are not in the folder logs
     beside the access file.
     """
     size = request.options(bytes=from_query(integer(1, MAX_LOG)))["bytes"]
     if request.readonly and not store.shares_output:
-        raise Error(403, "This jobix doesn't see output: start the server with"
-                         " --share-output.")
+        raise Error(403, "The reading jobix can't see output: start the server"
+                         " with --share-output.")
     found = store.job(request.namespace, jobid)
     if found is None:
         raise Error(404, "There is no job %d." % jobid)
@@ -4708,21 +4710,21 @@ def get_output(store, request, jobid):
                 store.logs, jobix, last["worker"],
                 (jobid, last["stage"], last["attempt"]), size or 2**16)
     if shown is None:
-        raise Error(404, "This server sees no output of it; on a host that"
-                         " does: python3 jobman.py logs %d" % jobid)
+        raise Error(404, "The server can't see its output; on a host that can,"
+                         " type python3 jobman.py logs %d" % jobid)
     return Response.json(dict(shown, running=running), 200,
                          [("X-Content-Type-Options", "nosniff")])
 
 
 def read_place(text, order):
-    """Return where a page goes on, as an earlier answer's `after` says."""
+    """Return the place of a page from the `after` of an earlier answer."""
     if order.endswith("id"):
         return JOBID(number(text), "after")
     since, _, jobid = text.partition(",")
     try:
         return float(since), JOBID(number(jobid), "after")
     except ValueError:
-        raise Error(400, "after must be that of an earlier answer.") from None
+        raise Error(400, "after must come from an earlier answer.") from None
 
 
 def get_jobs(store, request):
@@ -4733,13 +4735,13 @@ def get_jobs(store, request):
       match            only jobs with this text in jobcmd or filename
       worker           only jobs that this worker has claimed
       order            id, time (the longest in their stage first), -id, -time
-      limit            how many; 100 if not given, at most 1000
-      after            where to go on: after in the answer before
+      limit            how many, at most 1000 (default 100)
+      after            where to go on: after in the previous answer
       attempts         how many attempts of each job to show, at most 100
 
     Answer: {"jobs": [{…}, …], "after": …}; the jobs are as in GET /job,
-    without waits_for. after is null on the last page. A page may be short
-    and not the last.
+    without waits_for. after is null on the last page. Other pages may be
+    short, too.
     """
     given = read_selected(
         store, request,
@@ -4771,32 +4773,32 @@ def get_jobs(store, request):
 
 
 def get_workers(store, request):
-    """Show the workers that were heard of in the last day.
+    """Show the workers that sent a heartbeat in the last day.
 
     Answer: {"time": …, "workers": [{"name": "node7-4711", "host": "node7",
     "stages": [0], "stage_names": ["align"], "slots": 16, "busy": 2, "holds":
     [[35, 12.5]], "done": 90, "failed": 1, "heard": …, "quarantine": null,
-    "drain": false}, …]}, the latest first. holds lists the jobs that it has,
-    each with its seconds since the claim. heard is when its last heartbeat
-    came, from which the rest is; null is what it did not say.
+    "drain": false}, …]}, the latest first. holds lists its jobs, each with
+    the seconds since the claim. heard is the time of its last heartbeat,
+    which gave the other values; null means not given.
     """
     now, heard = store.workers(request.namespace, within=86400)
     return tagged(request, to_json({"workers": heard}), now)
 
 
-# What differs between two messages of one fault: quoted parts, paths, numbers.
+# Parts that differ in messages of the same fault: quotes, paths, numbers.
 DIFFERS = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S*|[0-9]+""")
 
 
 def get_failures(store, request):
-    """Show the latest failed jobs in groups of one reason each.
+    """Show the latest failed jobs, grouped by reason.
 
-    Options: ids, as 1,3,5-8, or submission, a name: only these jobs.
+    Options: ids, such as 1,3,5-8, or submission, a name: only these jobs.
     Answer: {"failed": 300, "looked_at": 300, "groups": [{"stage": 0,
     "exit_code": 1, "message": "no such file", "host": "node7", "hosts": 12,
     "jobs": 290, "ids": [4, …]}, …]}, the largest group first. Messages of
     a group may differ in numbers, quoted parts and paths. message and host
-    are those of the latest job; hosts counts the hosts. The latest 1000
+    are those of the latest job; hosts counts the hosts. Only the latest 1000
     failed jobs are looked at.
     """
     failed, rows = store.failures(
@@ -4820,13 +4822,13 @@ def get_failures(store, request):
 
 
 def get_pace(store, request):
-    """Show how fast jobs became done, over time.
+    """Show how many jobs were done over time.
 
-    Option: minutes, how far to look back; all the time if not given.
+    Option: minutes, how far to look back (default: to the start).
     Answer: {"time": …, "start": …, "step": 60, "updates": [12, 3], "done":
-    [10, 3], "failed": [0, 1]}: in each step of so many seconds from start,
-    the attempts that became done, the jobs that became done, and the attempts
-    that failed. The last step is not over.
+    [10, 3], "failed": [0, 1]}: for each step of so many seconds from
+    start, how many attempts were done, jobs were done, and attempts failed.
+    The last step is not over yet.
     """
     given = request.options(minutes=from_query(integer(1, 10**7)))
     pace = store.throughput(request.namespace, given["minutes"])
@@ -4837,18 +4839,19 @@ def get_pace(store, request):
 def get_status(store, request):
     """Show how many jobs are in each stage and state.
 
-    Options: ids, as 1,3,5-8, or submission, a name: only these jobs.
+    Options: ids, such as 1,3,5-8, or submission, a name: only these jobs.
     Answer: {"version": "0.1.0", "time": …, "stages": [{"stage": 0, "name":
     "align", "lifetime": 10, "paused": false, "jobs": 3, "expired": 0,
     "states": {"waiting": 2, …}, "runtime": {"attempts": 9, "median": 1.2,
     "p90": 4.8, "buckets": [[1.2, 7], [4.8, 2]]}}, …], "totals": {"jobs": 3,
     "expired": 0, "states": {…}}, "rate": 0.5, "seconds_left": 6.0,
     "readonly": false}.
-    runtime is how long attempts ran that became done, in seconds, up to a
-    fifth too high, or null; its buckets say how many took how long at most,
-    four to a doubling. rate is how many jobs became done a second, in
+    runtime is how long done attempts took, in seconds, up to a fifth too high,
+    or null; each of its buckets has the longest time and how many took it,
+    four buckets to a doubling. rate is how many jobs were done per second in
     the last two minutes, null with options. seconds_left is the number of
-    unfinished jobs divided by rate, or null. readonly: by the reading jobix.
+    unfinished jobs divided by rate, or null. readonly is true with the reading
+    jobix.
     """
     figures = store.status(
         request.namespace, **read_selected(store, request))
@@ -4863,7 +4866,7 @@ CUT_OFF = "released", "lapsed", "cancelled", "expired", "superseded"
 
 
 def stage_stats(stage, spent):
-    """Return what was spent on jobs claimed from a stage: see GET /stats."""
+    """Return the times of jobs claimed from a stage: see GET /stats."""
     ran, waited = spent.buckets["done"], spent.buckets["claimed"]
     run = quantiles(ran, "attempts", *PARTS) if ran else None
     return {
@@ -4883,7 +4886,7 @@ def stage_stats(stage, spent):
 
 
 def get_stats(store, request):
-    """Show what time the attempts have taken, and what was lost.
+    """Show how much time the attempts took, and how much was lost.
 
     Answer: {"time": …, "stages": [{"stage": 0, "claims": 100, "retries": 3,
     "run": {"attempts": 97, "median": 1.2, "p90": …, "p95": …, "p99": …},
@@ -4892,11 +4895,11 @@ def get_stats(store, request):
     "advised": 1}, …], "totals": {"claims": 100, "retries": 3,
     "useful": 150.2, "lost": 0}}, by the stage that jobs were claimed from.
     retries are claims that were not the first in the stage. run is how long
-    attempts ran that became done, wait how long jobs waited for a claim, in
-    seconds, up to a fifth too high. useful are the seconds of attempts that
-    became done, lost those of attempts that were cut off. An attempt that
-    lapsed and ended after all counts as both. advised is a lifetime in
-    minutes for the stage one up: twice the p95 of run.
+    done attempts took, wait how long jobs waited for a claim, in seconds, up
+    to a fifth too high. useful is the seconds of done attempts, lost that of
+    attempts that were cut off. An attempt that lapsed and was done later
+    counts as both. advised is a lifetime in minutes for the stage one up:
+    twice the p95 of run.
     """
     now, stages = store.stats(request.namespace)
     stages = [stage_stats(*pair) for pair in sorted(stages.items())]
@@ -4972,7 +4975,7 @@ def get_metrics(store, request):
 
 
 def get_health(store, request):
-    """Say whether the database can be read.
+    """Report whether the database can be read.
 
     Answer: {"status": "ok", "version": "0.1.0"}. 503: it can't be read.
     """
@@ -4982,7 +4985,7 @@ def get_health(store, request):
 
 # ----------------------------------------------------------------- pages ---
 
-# What a page may do: only what is in itself, named by its hash.
+# A page may run only its own script and style, named by their hashes.
 POLICY = (
     "default-src 'none'; script-src %s; style-src %s; "
     "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'"
@@ -5037,7 +5040,7 @@ def page_response(page, status=200, headers=()):
     return Response(status, page.encode(), kind, [*guards, *headers])
 
 
-# What a page shows of jobs: a name, the call that returns it, its options.
+# The parts of an overview: a name, the call that returns it, its options.
 OVERVIEW = (
     ("status", get_status, {}),
     ("hour", get_pace, {"minutes": 60}),
@@ -5052,7 +5055,7 @@ OVERVIEW = (
 
 
 def overview(store, namespace):
-    """Return what OVERVIEW names of the jobs of a namespace."""
+    """Return the parts of OVERVIEW for the jobs of a namespace."""
     seen = {}
     for name, endpoint, options in OVERVIEW:
         request = Request("GET", "", urlencode(options), {}, None, None)
@@ -5062,7 +5065,7 @@ def overview(store, namespace):
 
 
 def rate_text(rate):
-    """Return a number of jobs a second as a person says it: 2 per minute."""
+    """Return a number of jobs per second in words: 2 per minute."""
     unit, seconds = next((pair for pair in (("second", 1), ("minute", 60))
                           if rate * pair[1] >= 1), ("hour", 3600))
     n = rate * seconds
@@ -5070,7 +5073,7 @@ def rate_text(rate):
 
 
 def progress_line(figures):
-    """Return a sentence on how far all jobs are."""
+    """Return a sentence on the progress of all jobs."""
     totals = figures["totals"]
     jobs, done = totals["jobs"], totals["states"]["done"]
     line = "%d of %d jobs done" % (done, jobs)
@@ -5192,7 +5195,7 @@ def get_dashboard(store, request):
 
 
 def get_greeting(store, request):
-    """Say which program this is: a line of text, or the page for a browser."""
+    """Show name and version, as text; show the page to a browser."""
     if "text/html" in request.headers.get("accept", ""):
         return get_dashboard(store, request)
     return Response.text("This is jobman %s, a job manager." % __version__)
@@ -5211,7 +5214,7 @@ def get_lifetime_page(store, request):
 
 # ------------------------------------------------------------------ help ---
 
-# What the keys of a job mean, in calls and in CSV, and those of an attempt.
+# The meanings of the keys of a job and of an attempt, in calls and in CSV.
 JOB_FIELDS = {
     "jobstage": "the stage where it waits, a number or a name; required",
     "jobcmd": "its command, or any other JSON, at most 200 levels deep",
@@ -5220,12 +5223,12 @@ JOB_FIELDS = {
     " of /init; without that it is never done)",
     "priority": "a number from -2^31 to 2^31-1; jobs with a higher one are"
     " claimed first (default 0)",
-    "max_attempts": "it is failed after so many failures in a stage (default"
+    "max_attempts": "after so many failures in a stage it is failed (default"
     " 3; see serve --retries)",
-    "timeout": "seconds that its command may take (default: no limit)",
-    "cwd": "the folder that its command runs in (default: the worker's)",
-    "outputs": "paths of files that its commands make, a list; a worker checks"
-    " them before the next stage",
+    "timeout": "how many seconds its command may take (default: no limit)",
+    "cwd": "the folder to run its command in (default: the worker's)",
+    "outputs": "a list of paths of files that its command makes; a worker"
+    " checks them before the next stage",
     "after": "ids of jobs that must be done before it can be claimed",
     "jobid": "its number",
     "stage": "the stage that it is in",
@@ -5236,8 +5239,8 @@ JOB_FIELDS = {
     "since": "when it came into its stage",
     "due": "when its lease or its delay ends",
     "worker": "the worker that claimed it last",
-    "attempt": "the number of its latest attempt in the stage that it is"
-    " claimed from",
+    "attempt": "the number of its latest attempt in the stage it was claimed"
+    " from",
     "failures": "how many attempts failed in that stage",
     "lapses": "how many leases lapsed in that stage",
     "rejects": "how often its files were rejected, since it was added or"
@@ -5248,14 +5251,13 @@ JOB_FIELDS = {
     "waits": "how many jobs it waits for",
     "waits_for": "the ids of the first 100 of them",
     "aborted_by": "the job whose end aborted it",
-    "progress": "how far its attempt is, {\"part\": 0.4, \"word\": \"epoch"
-    " 3\"}, if its command tells",
-    "note": "what an attempt has left for the next one",
+    "progress": "the progress that its command reports, such as"
+    ' {"part": 0.4, "word": "epoch 3"}',
+    "note": "the note of an attempt for the next attempt",
     "command": "the command of its stage, as a person would write it",
     "item": "the item of that command, in CSV only",
     "why": "a sentence: why it is not running, or how it ended",
-    "attempts": "the last 100 of its attempts that have ended, the oldest"
-    " first",
+    "attempts": "its last 100 ended attempts, the oldest first",
 }
 ATTEMPT_FIELDS = {
     "attempt": "its number in the stage, from 1",
@@ -5287,27 +5289,28 @@ def only(names, meanings):
     return {name: meanings[name] for name in names}
 
 
-# What help has on each topic: its line in the list, then paragraphs, and
-# dicts of names and what they mean.
+# Each topic of help: its line in the list, then paragraphs, and dicts of
+# names and their meanings.
 TOPICS = {
     "http": (
         "the HTTP calls: options, bodies, answers and errors", """\
 A call is HTTP/1.1 or 1.0 and has the header jobix: <number>. Calls marked
-(no jobix) need none; calls marked (reading) take the reading jobix too.
-Answers are JSON, unless a call says text or page. An error is answered with
-{"error": "<one sentence>"}, and has changed nothing: see help errors.""", """\
-A body is JSON, plain or as zlib or gzip data: its first bytes say which, not
-its headers. It may have 64 MiB, and as much when inflated. NaN and Infinity
-are not JSON. An optional key may be null. Where all keys are optional the
-body may be empty.""", """\
+(no jobix) need none; calls marked (reading) accept the reading jobix, too.
+Answers are JSON, unless a call says text or page. A call that fails changes
+nothing; its answer is {"error": "<one sentence>"}: see help errors.""", """\
+A body is JSON, plain or as zlib or gzip data; its first bytes decide, not its
+headers. It may have up to 64 MiB, also when inflated. NaN and Infinity are
+not JSON. An optional key may be null. If all keys are optional, the body may
+be empty.""", """\
 Options are in the query: /get/0?wait=20&n=5. A call with options refuses
 unknown ones; a call without options ignores the query. Slashes at the start
 of a path count as one. HEAD works where GET changes nothing.""", """\
 Times are seconds since 1970, by the server's clock. Answers that show jobs,
-workers or figures have an ETag: with it in the header If-None-Match the
-answer is 304 if nothing has changed but the time.""", """\
+workers or figures have an ETag. If it is in the header If-None-Match and only
+the time has changed, the answer is 304.""", """\
 A connection is closed after 20 seconds without a first request, after 300
-without another one, and after a 401 or 403. TLS is version 1.2 or later.""", {
+seconds without another request, and after a 401 or 403. TLS is version 1.2 or
+later.""", {
             "jobix": "0 to 2^63-1",
             "jobid": "0 to 2^53-1",
             "stage": "0 to 1000000, or the name of a stage: a letter and up to"
@@ -5321,11 +5324,11 @@ without another one, and after a 401 or 403. TLS is version 1.2 or later.""", {
         }),
     "job": (
         "what a job carries, and what is shown of it", """\
-A job in /set, in /submit and in the file of submit --from-json may have:""",
+A job in /set, /submit and the file of submit --from-json may have:""",
         only(CARRIES, JOB_FIELDS), """\
 worker.py runs a jobcmd that is a string by /bin/sh, and a list of strings
 as argv. Of {"steps": {"0": "fetch", "2": ["align", "-v"]}, "item": "a"} it
-runs the command for the job's stage, with a in $JOBMAN_ITEM.""", """\
+runs the command for the job's stage, with "a" in $JOBMAN_ITEM.""", """\
 GET /job and GET /jobs show all of these but jobstage and after. They also
 show the following; null means that there is none.""",
         only([name for name in JOB_FIELDS if name not in CARRIES], JOB_FIELDS),
@@ -5337,8 +5340,8 @@ show the following; null means that there is none.""",
             " rejected: it waits again after 2, 8, 32, 128, 512, and then"
             " always 600 seconds",
             "blocked": "it waits for other jobs (after) that are not done",
-            "working": "it was claimed, and is in the stage that the claim"
-            " moved it to",
+            "working": "a worker has claimed it; it is in the stage that the"
+            " claim moved it to",
             "done": "it has reached its laststage",
             "failed": "in one stage max_attempts attempts failed or 5 leases"
             " lapsed (see serve --lapses), or its files were rejected"
@@ -5350,10 +5353,10 @@ show the following; null means that there is none.""",
 A job that failed, lapsed or was released goes back to the stage that it
 was claimed from, a rejected one to the stage that made its files. Done,
 failed, cancelled and aborted jobs stay as they are until /retry. Attempts,
-failures and lapses are counted anew when an update, a rejection, /retry or
-/check_stages puts a job into a stage. A job that has been done once blocks
-no others, even if it runs again. A job over its stage's lifetime is marked
-as expired, whatever its state is, until it moves.""", """\
+failures and lapses are counted from zero when an update, a rejection, /retry
+or /check_stages puts a job into a stage. Once a job is done, it never again
+blocks the jobs that wait for it. A job over its stage's lifetime is marked as
+expired, whatever its state is, until it moves.""", """\
 A claim without a lease reserves nothing: the job can be claimed again in the
 stage that the claim moved it to. A done job can be claimed from the stage
 that it is in.""", "The outcome of an attempt says what ended it:", {
@@ -5373,22 +5376,22 @@ that it is in.""", "The outcome of an attempt says what ended it:", {
             " of range in the path, query or body, or in the HTTP itself",
             401: "a page needs the jobix as the password",
             403: "the header jobix is missing or malformed; or this server"
-            " doesn't take that jobix: the right one is in its access file; or"
-            " it is the reading jobix, and the call is not for reading",
+            " doesn't accept that jobix: the right one is in its access file;"
+            " or it is the reading jobix, and the call is not for reading",
             404: "there is no such call, or this jobix has no such job, stage,"
             " worker or submission",
-            405: "use the method that the header Allow names",
+            405: "use a method that the header Allow names",
             408: "the head of the request took over 20 seconds, or the body"
-            " over a minute and came at under 64 KiB a second",
-            409: "the claim is no longer the job's, so drop the result; or"
-            " what the call itself says",
+            " over a minute at less than 64 KiB a second",
+            409: "the job has another claim now, or none, so drop the result;"
+            " or a reason that the call names",
             411: "send a Content-Length, and no Transfer-Encoding",
-            413: "the body has over 64 MiB, as it is or inflated, over 250000"
-            " jobs or over 4000000 values: send it in parts",
+            413: "the body has over 64 MiB, before or after inflating, over"
+            " 250000 jobs or over 4000000 values: send it in parts",
             414: "the request line has over 64 KiB",
             421: "with serve --open: the name in the header Host is not this"
             " server's; give it as --url, or use its address",
-            431: "the headers have over 64 KiB, or are over 100",
+            431: "the headers have over 64 KiB, or there are over 100",
             500: "jobman has a fault: see the server's standard error",
             503: "the server can't do that now: its disk is full, it is"
             " ending, or it has too many connections; repeat the call after"
@@ -5404,98 +5407,97 @@ The checks come in this order: the head of the request, path and method (404,
          for name, kind, meaning in METRICS}),
     "export": (
         "the columns of jobs --output csv, and joblog", """\
-The CSV is that of RFC 4180, in UTF-8, with a line of heads. Times are
+The CSV follows RFC 4180, in UTF-8, with a line of column names. Times are
 seconds since 1970. Null is empty. A jobcmd that is not a string is JSON.
-Names of files that are not UTF-8 are written byte by byte as they are.""",
+File names that are not UTF-8 are written unchanged, byte by byte.""",
         only(JOB_COLUMNS, JOB_FIELDS),
-        "These are of the last attempt that has ended:",
+        "These columns describe the last attempt that has ended:",
         only(ATTEMPT_COLUMNS, ATTEMPT_FIELDS), """\
-joblog is the format of GNU parallel's --joblog, with a line for each job of
-which an attempt has ended. Seq is the jobid, Host the host or the worker,
+joblog is the format of GNU parallel's --joblog, with a line for each job that
+has an ended attempt. Seq is the jobid, Host the host or the worker,
 JobRuntime the time from the claim to the end. Exitval is 0 for a done
 attempt and -1 for one without an exit status; for 128+n it is 0, and Signal
 is n. A newline in a command is a NUL, as parallel --retry-failed wants."""),
     "files": (
         "the files beside a database, and in ~/.jobman", """\
-These are beside a database FILE while a server has it open. Copy it with
+These files are beside a database FILE while a server uses it. Copy it with
 python3 jobman.py backup, not with cp.""", {
             "FILE-wal, FILE-shm": "SQLite's log, a part of the database",
             "FILE-journal": "SQLite's log on a network file system",
             "FILE.lock": "names the server that has the database; do not"
             " remove it",
-            "FILE.gate, FILE.turn": "with serve --shared: locks by which"
-            " servers take turns",
+            "FILE.gate, FILE.turn": "locks with which servers take turns, with"
+            " serve --shared",
             "FILE.crt, FILE.key": "the certificate for HTTPS and its key;"
-            " remove both, and the next start makes others",
+            " if you remove both, the next start makes new ones",
         }, "In ~/.jobman, unless an option names another place:", {
             "jobman.db": "the database of serve",
             "access.json": "the url, fingerprint, jobix, reading_jobix, host"
             " and pid of the server, by which clients find it",
-            "logs/": "what commands have printed, a file for each worker, with"
-            " at most 1 MiB of each attempt; python3 jobman.py logs reads it",
+            "logs/": "the output of commands, a file for each worker, with at"
+            " most 1 MiB of each attempt; python3 jobman.py logs reads it",
             "spool/": "results that a worker could not deliver; the next"
             " worker delivers them, or worker.py --send-spool",
         }, """\
-Use folders that only you can write to, as mkdir -m 700 makes them; others
-are refused. An access file that others can read is refused, too."""),
+Use folders that only you can write to, as mkdir -m 700 makes them; other
+folders are refused. An access file that others can read is refused, too."""),
     "environment": (
-        "the variables JOBMAN_...", """\
-These are read, where no option or argument says otherwise. Clients are
+        "the environment variables JOBMAN_...", """\
+These variables are read; options and arguments take precedence. Clients are
 worker.py, its Client, and the commands that ask a server.""", {
             "JOBMAN_ACCESS": "the access file",
-            "JOBMAN_URL": "clients: the server's address, so that no access"
-            " file is needed; WSGI: its own address, for the access file",
+            "JOBMAN_URL": "clients: the server's address, instead of an access"
+            " file; WSGI: its own address, for the access file",
             "JOBMAN_JOBIX": "clients: the jobix, with JOBMAN_URL or instead of"
-            " the access file's; serve, WSGI: the jobix that is admitted",
+            " the access file's; serve, WSGI: the jobix to accept",
             "JOBMAN_FINGERPRINT": "clients, with JOBMAN_URL: the SHA-256 of"
             " the server's certificate, in hex",
-            "JOBMAN_OPEN": "serve, WSGI: 1 admits any jobix",
+            "JOBMAN_OPEN": "serve, WSGI: 1 to accept any jobix",
             "JOBMAN_DB": "WSGI: the database",
-            "JOBMAN_WAITERS": "WSGI: how many calls of a process may wait for"
-            " jobs at a time (default 2)",
-        }, "These are set by worker.py for each command:", {
+            "JOBMAN_WAITERS": "WSGI: how many calls may wait for jobs in a"
+            " process at a time (default 2)",
+        }, "worker.py sets these variables for each command:", {
             "JOBMAN_JOBID": "the job's number",
             "JOBMAN_STAGE": "the stage that it was claimed from",
             "JOBMAN_ATTEMPT": "the number of this attempt, from 1",
             "JOBMAN_FILENAME": "the job's filename, or empty",
             "JOBMAN_ITEM": "the job's item, if it has one",
-            "JOBMAN_RESULT": "a file into which the command may write a JSON"
+            "JOBMAN_RESULT": "a file to which the command may write a JSON"
             " object with filename, jobcmd or outputs, for the next stage",
-            "JOBMAN_PROGRESS": "a file into which it may write how far it is:"
-            " a number from 0 to 1, and a word",
-            "JOBMAN_NOTE": "a file for the next attempt at this job, of up to"
-            " 4096 bytes, such as the path of a checkpoint: what an attempt"
-            " leaves in it is in it again when the job is tried anew, until an"
-            " attempt is done",
+            "JOBMAN_PROGRESS": "a file to which it may write its progress: a"
+            " number from 0 to 1, and a word",
+            "JOBMAN_NOTE": "a file for a note of up to 4096 bytes to the next"
+            " attempt, such as the path of a checkpoint; the next attempt"
+            " finds the note in its own file, until an attempt is done",
         }),
     "network": (
         "databases on network file systems", """\
-A server that starts looks up the file system of its database, and tries
-locks there. It works alone, and says so on standard error, wherever locks do
-not work, on any kind of FUSE, and on these kinds:""",
+When a server starts, it looks up the file system of its database, and tries
+locks there. If locks don't work, on any FUSE file system, and on the following
+kinds, it must be the only server, and says so on standard error:""",
         textwrap.fill(
             ", ".join(sorted(NETWORK_FILE_SYSTEMS)), 79,
             initial_indent="  ", subsequent_indent="  "), """\
-There no other server can have the database: --shared and WSGI are refused,
-and backup and check need the server to be ended. Reads wait for writes, and
-there is a rollback journal instead of a WAL. Changes are on disk before they
-are answered, as on any file system.""", """\
+Then --shared and WSGI are refused, and backup and check work only when the
+server has ended. Reads wait for writes, and SQLite keeps a rollback journal
+instead of a WAL. Changes are on disk before they are answered, as on any file
+system.""", """\
 The FILE.lock beside the database has a heartbeat, written every %d seconds.
 A server that finds the FILE.lock of another host watches it for %d seconds:
 it ends if there is a heartbeat, otherwise it takes over. So end a server
-before you start one on another host. A server that could not write its
-heartbeat for %d seconds, or was paused for so long, answers 503 until it
-has written one. A server that has lost its database ends with status 1.""" % (
+before you start one on another host. If a server could not write its
+heartbeat for %d seconds, or was paused for that long, it answers 503 until
+it has written one. If it has lost its database, it ends with status 1.""" % (
             ServerLock.BEAT, ServerLock.STALE, ServerLock.LIMIT), """\
 A host that crashes may leave locks on its NFS server: for about 90 seconds
-with NFSv4, until it is up again with NFSv3. Meanwhile no other host can use
-the database. A local file system is faster, as in a folder of your own in
-/tmp, or in /dev/shm, which is empty after a reboot."""),
+with NFSv4, or until it is up again with NFSv3. Meanwhile no other host can use
+the database. A local file system is faster: use a folder of your own in /tmp,
+or in /dev/shm, which is empty after a reboot."""),
 }
 
 
 def definitions(meanings):
-    """Return the text of names and what they mean, in two columns."""
+    """Return the text of names and their meanings, in two columns."""
     width = max(len(str(name)) for name in meanings) + 4
     return "\n".join(
         textwrap.fill(
@@ -5522,7 +5524,7 @@ def help_text(topic=None):
         parts = [
             "python3 jobman.py help TOPIC explains one of these:",
             {name: line for name, (line, *_) in TOPICS.items()},
-            "python3 jobman.py COMMAND --help has the options of a command.\n"
+            "python3 jobman.py COMMAND --help explains a command.\n"
             "python3 -m pydoc worker explains the library for Python.",
         ]
     else:
@@ -5641,7 +5643,7 @@ def find_route(request):
     Raises Error 404 for an unknown path, 405 for a wrong method.
     """
     if not request.path.startswith("/"):
-        raise Error(400, "An address begins with a slash.")
+        raise Error(400, "An address must begin with a slash.")
     first, *texts = request.path[1:].split("/")
     allowed = []
     for method, names, endless, endpoint in ROUTES_BY_FIRST.get(first, ()):
@@ -5702,9 +5704,9 @@ def receive_body(store, request):
 def respond(store, request):
     """Return the Response to a Request: the one place where errors become one.
 
-    The order is that of the checks: path, jobix, what the path names, and
-    only then the body. After an outage a caller that has gone gets nothing
-    done: it asks again, if it is still there.
+    The order of the checks is: path, jobix, parameters of the path, and then
+    the body. After an outage, calls of callers that hung up are not carried
+    out: a caller that is still there asks again.
     """
     try:
         endpoint, given = find_route(request)
@@ -5794,8 +5796,8 @@ def own_certificate(path):
         return key
     if shutil.which("openssl") is None:
         raise CommandError(
-            "TLS needs the program openssl, which isn't here: give a"
-            " certificate by --certfile, or speak plain HTTP by --plain.")
+            "TLS needs the program openssl, which isn't installed: give a"
+            " certificate with --certfile, or use plain HTTP with --plain.")
     try:
         pem = subprocess.run(
             ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-sha256",
@@ -5836,8 +5838,8 @@ def tls_context(certfile, keyfile):
         import ssl
     except ImportError:
         raise CommandError(
-            "This Python has no ssl module, so it can't speak TLS: speak plain"
-            " HTTP by --plain, or use another Python.") from None
+            "This Python has no ssl module, so it can't speak TLS: use plain"
+            " HTTP with --plain, or another Python.") from None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if hasattr(context, "minimum_version"):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -5861,7 +5863,8 @@ def credentials(options, *, local):
         return None, None
     if options.url and not options.url.lower().startswith("https://"):
         raise CommandError(
-            "With TLS the --url begins with https://; --plain speaks HTTP.")
+            "With TLS, --url must begin with https://; for plain HTTP use"
+            " --plain.")
     certfile = options.certfile or own_certificate(options.db)
     try:
         context = tls_context(certfile, options.keyfile)
@@ -5897,7 +5900,7 @@ def body_length(method, headers):
             raise Error(411, "Send a Content-Length.")
         return 0
     if not re.fullmatch("[0-9]{1,25}", text):
-        raise Error(400, "The Content-Length is no number of bytes.")
+        raise Error(400, "The Content-Length isn't a number of bytes.")
     length = int(text)
     if length > MAX_BODY:
         raise Error(413, "The body is over %d bytes." % MAX_BODY)
@@ -5942,11 +5945,11 @@ def limit_calls(connection, seconds):
 
 
 class SocketInput:
-    """What a client sends until `end`, a moment of time.monotonic().
+    """The input from a client until `end`, a moment of time.monotonic().
 
-    The timeout of a socket starts anew with every byte: a client that sends
-    one now and then could keep its thread for ever. `data` has been received
-    and isn't used yet.
+    The timeout of a socket restarts with every byte: a client that sends
+    a byte now and then could keep its thread forever. `data` has been
+    received and isn't used yet.
     """
 
     def __init__(self, connection):
@@ -5993,7 +5996,7 @@ class SocketInput:
         return self.take(end + 4)[:-2].decode("latin-1")
 
     def body(self, length):
-        """Receive so many bytes; raise OSError, or Error if there are less."""
+        """Receive so many bytes; raise OSError, or Error for too few."""
         while len(self.data) < length and self.receive():
             pass
         return require_length(self.take(length), length)
@@ -6002,15 +6005,15 @@ class SocketInput:
 def read_head(head):
     """Return method, target, version and headers; or raise Error.
 
-    It is strict: what others may read in another way is refused (RFC 9112,
-    section 11.2).
+    It is strict: input that others may read in another way is refused (RFC
+    9112, section 11.2).
     """
     found = REQUEST_LINE.match(head)
     if not found:
-        raise Error(400, "This is no HTTP.")
+        raise Error(400, "This isn't HTTP.")
     method, target, version = found.groups()
     if version[0] != "1":
-        raise Error(505, "Speak HTTP/1.1.")
+        raise Error(505, "Use HTTP/1.1.")
     lines = HEADER_LINE.findall(head, found.end())
     if len(lines) != head.count("\n") - 1:
         raise Error(400, "A header line is malformed.")
@@ -6060,8 +6063,8 @@ def check_host(host, names):
     """
     name = name_of(host)
     if not NUMERIC_OR_LOCAL.fullmatch(name) and name not in names:
-        raise Error(421, "%s is not a name of this server: start it with that"
-                    " name in --url, or use another." % name)
+        raise Error(421, "%s isn't a name of this server: start it with that"
+                    " name in --url, or use another name." % name)
 
 
 @functools.lru_cache(maxsize=99)
@@ -6191,7 +6194,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def write(self, data):
         """Send bytes, all of them within their time; raise OSError.
 
-        SSLSocket.sendall() starts its timeout anew with every record.
+        SSLSocket.sendall() restarts its timeout with every record.
         """
         end = time.monotonic() + self.PATIENCE + len(data) / self.SLOWEST
         left = memoryview(data)
@@ -6383,7 +6386,7 @@ class Server(ThreadingHTTPServer):
     def stop(self):
         """Answer the requests that have come, and close the Store.
 
-        Clients that go on asking are told that an answer is the last; then
+        Busy clients get a last answer that says "close"; then
         idle connections are closed.
         """
         self.ending, end = True, time.monotonic() + self.END
@@ -6433,13 +6436,14 @@ def given_jobix(path=None):
             raise CommandError("%s: %s." % (path, error.strerror)) from None
         if exposed:
             raise CommandError(
-                "Others can read %s: chmod 600 it, and replace the number if"
-                " somebody may have read it." % path)
+                "Other users can read %s: chmod 600 it, and replace the number"
+                " if somebody may have read it." % path)
     if text is None:
         return None
     jobix = read_jobix(text)
     if jobix is None:
-        raise CommandError("%s holds no number from 0 to 2^63-1." % source)
+        raise CommandError(
+            "%s must contain a number from 0 to 2^63-1." % source)
     return jobix
 
 
@@ -6594,7 +6598,7 @@ def listen(host, port):
     except (OSError, OverflowError) as error:
         raise CommandError(
             "Can't listen on port %d of %s: %s. Give another --host or --port;"
-            " port 0 is any that is free." % (port, host, cause(error))
+            " port 0 is any free port." % (port, host, cause(error))
         ) from None
 
 
@@ -6613,7 +6617,8 @@ def serving(options, access_file, ending, jobix=None):
     """
     def pause(seconds):
         if ending.wait(seconds):
-            raise CommandError("A signal ended it before it had the database.")
+            raise CommandError(
+                "A signal ended the server before it had the database.")
 
     if connections_bound() < LEAST_CONNECTIONS:
         raise CommandError(
@@ -6628,9 +6633,8 @@ def serving(options, access_file, ending, jobix=None):
         keep_days=options.keep_days, outage=OUTAGE, pause=pause,
     )
     if server.store.location.exclusive:
-        say("jobman.py: %s: so only this server may have it, its reads wait"
-            " for writes, and it keeps a rollback journal instead of a WAL."
-            % server.store.location.describe())
+        say("jobman.py: %s: so no other server can use it (see python3"
+            " jobman.py help network)." % server.store.location.describe())
     host = options.host
     if host in ("", "0.0.0.0"):
         host = socket.gethostname()
@@ -6680,31 +6684,32 @@ jobman %s listens at %s
   database     %s
   access file  %s
   page         %s
-Add a job, then run what waits, here or on any node that sees this home:
+Add a job, then run it, here or on any node that sees this home folder:
   python3 jobman.py submit%s hostname
   python3 worker.py --stage 0%s"""
 
 
-def page_address(access, stream):
-    """Return where the page is, to be shown on `stream`.
+def page_address(access, access_file, stream):
+    """Return the address of the page, to be shown on `stream`.
 
-    On a terminal it has the reading jobix, after #, which is sent to no
+    On a terminal it has the reading jobix, after #, which browsers send to no
     server; but browsers and terminals keep such links.
     """
     page = access["url"] + "/get"
     if stream.isatty():
         page += "#jobix=%d" % access["reading_jobix"]
-    return page + " (to act, give it the jobix in the access file)"
+    return "%s (to change jobs, sign in with the jobix in %s)" % (
+        page, access_file)
 
 
 def announcement(options, access_file, access):
-    """Return what serve says when it is ready."""
+    """Return the lines that serve prints when it is ready."""
     path, option = os.path.abspath(access_file), ""
     if access_file != access_path():
         option = " --access " + shlex.quote(path)
     return ANNOUNCEMENT % (
         __version__, access["url"], os.path.abspath(options.db), path,
-        page_address(access, sys.stdout), option, option)
+        page_address(access, "the access file", sys.stdout), option, option)
 
 
 def serve(options):
@@ -6808,7 +6813,7 @@ def duration(text):
         value = ((days * 24 + hours) * 60 + minutes) * 60 + rest
     if value > MAX_SECONDS:
         raise argparse.ArgumentTypeError(
-            "%.80r is no duration; write 90 (seconds), 90s, 2h30m or 1:00:00"
+            "%.80r isn't a duration; write 90 (seconds), 90s, 2h30m or 1:00:00"
             % text)
     return int(value) if value == int(value) else value
 
@@ -6820,7 +6825,7 @@ def read_stage(text):
         return text if is_stage_name(text) else STAGE(number(text), "it")
     except Error:
         raise argparse.ArgumentTypeError(
-            "%.80r is no stage; write its number, 0 to %d, or its name"
+            "%.80r isn't a stage; write its number, 0 to %d, or its name"
             % (text, MAX_STAGE)) from None
 
 
@@ -6839,7 +6844,7 @@ def read_array(text):
             step = int(ends[3] or 1)
         if last < first or not step:
             raise argparse.ArgumentTypeError(
-                "%.80r names no numbers; write 1-1000, 1-9:2,12" % part)
+                "%.80r isn't numbers; write 1-1000 or 1-9:2,12" % part)
         found.append(range(first, last + 1, step))
     return found
 
@@ -6942,7 +6947,7 @@ def report_findings(options, findings):
 
 
 def took(period):
-    """Return how long something took: 41 ms, 3.2 s, 4:05."""
+    """Return a duration in words: 41 ms, 3.2 s, 4:05."""
     if period < 0.9995:
         return "%d ms" % round(1000 * period)
     return "%.3g s" % period if period < 59.95 else span(period)
@@ -6955,7 +6960,7 @@ def bar(part, width=20):
 
 
 class Progress:
-    """Show how far jobs are: a bar on a terminal, else a line at times."""
+    """Show progress: a bar on a terminal, else a line now and then."""
 
     def __init__(self, period=10):
         self.period = period  # seconds between two lines
@@ -6963,7 +6968,7 @@ class Progress:
         self.mutex = threading.Lock()  # one writes to the terminal at a time
         self.began = self.said = time.monotonic()
         self.line = ""
-        self.midway = False  # whether the output stands in mid-line
+        self.midway = False  # whether the output is in mid-line
 
     def show(self, items, done, failed, fresh):
         """Show the figures, if it is time to; `fresh`: ended in this run."""
@@ -7002,7 +7007,7 @@ class Progress:
                     draw(self.line)
 
     def end(self):
-        """Take the bar away."""
+        """Remove the bar."""
         if self.bar:
             self.draw("")
 
@@ -7103,7 +7108,7 @@ def status_lines(figures, heard, *, bars=False):
     reasons = why_nothing_moves(figures, heard)
     yield from reasons[:3]
     if len(reasons) > 3:
-        yield "... and so in %s." % number_of(len(reasons) - 3, "more stage")
+        yield "... and %s." % number_of(len(reasons) - 3, "more reason")
 
 
 def watch_lines(figures, heard, height):
@@ -7133,7 +7138,7 @@ def watch(options):
                 figures = client.status(**selector)
                 heard = client.workers()
             except worker.Unreachable as lost:
-                trouble = "Still asking: " + printable(str(lost))
+                trouble = "Trying again: " + printable(str(lost))
             if live:
                 width, height = screen_size(sys.stdout)
                 if not trouble:
@@ -7293,10 +7298,10 @@ def print_jobs(options):
 
 
 def poll_status(client, selector, patience=30):
-    """Yield what /status says of jobs until they have ended, and once then.
+    """Yield the status of jobs until they have ended, and once then.
 
-    Tells the user what keeps them when that is so for `patience` seconds, and
-    again when a reason has changed, not a number of jobs.
+    When nothing can run for `patience` seconds, print why, and again when
+    the reasons change.
     """
     since, reasons, told, pause = time.monotonic(), [], [], 0.05
     while True:
@@ -7357,7 +7362,7 @@ def details(job, names):
             for attempt in job["attempts"]])
         said = (job["attempts"][-1]["stderr"] or "").splitlines()
         if len(said) > 1:
-            yield "\nThe end of what the last one said:"
+            yield "\nThe end of its standard error:"
             yield from ("  " + printable(line) for line in said)
 
 
@@ -7390,7 +7395,7 @@ def failure_lines(found, names):
         yield printable("%s of stage %s%s%s: %s" % (
             number_of(group["jobs"], "job"),
             names.get(group["stage"], group["stage"]), how, where,
-            group["message"] or "nothing was said"))
+            group["message"] or "no message"))
         yield "    python3 jobman.py retry " + ids_text(joined(
             range(jobid, jobid + 1) for jobid in group["ids"]))
     left = found["failed"] - found["looked_at"]
@@ -7422,7 +7427,7 @@ def stats_lines(figures, names):
 
 
 def snapshot(options):
-    """Write a page of how the jobs stand that needs no server."""
+    """Write a status page that needs no server."""
     with speaking(options) as client:
         paths = {endpoint: path for _, path, endpoint in ROUTES}
         seen = {
@@ -7520,7 +7525,7 @@ def indexes(folder, space):
 
 
 def new_pieces(folder, space, wanted, places):
-    """Return what the jobs `wanted` have printed, as the logs have it.
+    """Return new output of the jobs `wanted`, from the logs.
 
     A list of (line of the index, path of the output), by job and in order.
     `places` has how far each index was read, and is brought up to date.
@@ -7570,7 +7575,7 @@ def ids_selected(client, options):
 
 
 def prune_logs(client, worker, folder=None):
-    """Remove logs that have no output but of jobs that are gone.
+    """Remove logs that have only output of deleted jobs.
 
     Those of workers that may still write to them are left alone. Returns how
     many bytes that freed.
@@ -7597,18 +7602,18 @@ def prune_logs(client, worker, folder=None):
 def freed_text(size):
     """Return a sentence on how many bytes of output were removed."""
     text = "%d bytes" % size if size < 10**4 else "%.3g MB" % (size / 1e6)
-    return "Freed %s: the output of jobs that are gone." % text
+    return "Freed %s: the output of deleted jobs." % text
 
 
 def follow_logs(client, options, folder, space, wanted):
-    """Print what the jobs print as it comes, until they have ended."""
+    """Print the output of jobs as it comes, until they have ended."""
     places, shown = {}, None
     for _ in poll_status(client, selector_of(client, options.ids), patience=5):
         shown = print_pieces(new_pieces(folder, space, wanted, places), shown)
 
 
 def logs(options):
-    """Print what the commands of jobs have printed, attempt by attempt."""
+    """Print the output of jobs, attempt by attempt."""
     with using_worker() as worker, speaking(options) as client:
         if options.prune:
             print(freed_text(prune_logs(client, worker, options.logs)))
@@ -7621,8 +7626,7 @@ def logs(options):
             return 0
     pieces = new_pieces(folder, space, wanted, {})
     if not pieces:
-        raise CommandError(
-            "Nothing that these jobs have printed is in %s." % folder)
+        raise CommandError("There is no output of these jobs in %s." % folder)
     print_pieces(pieces, None)
     return 0
 
@@ -7661,7 +7665,7 @@ def shell_script(command, number):
     """Return `command` as a script in which the shell fills in the item.
 
     It takes the item from a variable, so that nothing in an item is ever
-    executed. `{}` becomes one word in any quotes that it stands in; `{#}`
+    executed. `{}` becomes one word, in quotes or not; `{#}`
     becomes `number`. Raises ValueError for `{.}`, `{/}`, `{1}` and the like
     outside of single quotes.
     """
@@ -7809,12 +7813,12 @@ def read_items(options, source):
 
 
 def run_carries(options):
-    """Return what each job of a run carries, but its commands."""
+    """Return what all jobs of a run have in common, except commands."""
     return {"jobstage": 0, "laststage": 2 * len(options.steps),
             "timeout": options.timeout or None}
 
 
-# What `run` has of the options of `serve`, beside its own.
+# Options of `serve` that `run` sets by itself.
 SERVED = {
     "host": "127.0.0.1", "port": 0, "url": None, "shared": False,
     "lapses": MAX_LAPSES, "keep_days": None, "open": False, "tls": False,
@@ -7824,7 +7828,7 @@ SERVED = {
 
 
 class Run:
-    """Commands over many items: their jobs, and how far they are.
+    """Commands for many items: their jobs, and their progress.
 
     A job is known by its commands, its item and how often that item came
     before: the same run, started again, finds its jobs.
@@ -7833,9 +7837,9 @@ class Run:
     NAMED = 10  # failures told one by one at the end
 
     def __init__(self, store, options):
-        """Cancel what isn't done of other runs and earlier starts.
+        """Cancel the unfinished jobs of other runs and earlier starts.
 
-        What belongs to this one is brought back as it is added.
+        Jobs of this run are retried when they are added.
         """
         self.store, self.namespace = store, store.namespace
         self.steps = steps_in(options)
@@ -7904,7 +7908,7 @@ def worker_of_run(access_file, options, progress):
     """Run worker.py in a process of its own while the body runs; yield it.
 
     It ends when our end of the pipe to it closes, so also when we are
-    killed. What it prints on a terminal comes through us, above the bar.
+    killed. Its output to a terminal comes through us, above the bar.
     """
     stages = (str(2 * i) for i in range(len(options.steps)))
     command = [sys.executable, worker_script(), "--access", access_file]
@@ -7930,7 +7934,7 @@ def worker_of_run(access_file, options, progress):
         try:
             yield process
         finally:
-            process.stdin.close()  # it gives back what it has
+            process.stdin.close()  # it gives its jobs back
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(20)
             process.kill()
@@ -7953,29 +7957,29 @@ def follow(batch, worker, progress, ending):
         unread = status == 128 + signal.SIGPIPE
         if ending.number or unread:
             progress.end()
-            say("%s; the same command goes on where it was." % (
+            say("%s; run the same command again to continue." % (
                 "Nobody reads the output" if unread else "Interrupted"))
             return figures, signal.SIGPIPE if unread else ending.number
         if status is not None and not over:
             raise CommandError(
-                "The worker has ended; start the run once more.")
+                "The worker has ended; run the same command again.")
         progress.show(*figures)
     return figures, None
 
 
 def sum_up(batch, figures, progress, database):
-    """Say what came of a run; return its exit status."""
+    """Print the result of a run; return its exit status."""
     items, done, failed, fresh = figures
     for failure in batch.failures():
         say(failure)
     if failed > batch.NAMED:
-        say("... and %d more. All of them: python3 jobman.py serve --db %s,"
-            " then python3 jobman.py failures" % (
+        say("... and %d more. To see them all: python3 jobman.py serve --db"
+            " %s, then python3 jobman.py failures" % (
                 failed - batch.NAMED, shlex.quote(database)))
     before = done + failed - fresh
     if before > 0:
-        say("%s done before and not run again; for that use another --db, or"
-            " remove the old one."
+        say("%s done before and not run again; to run everything, use another"
+            " --db, or remove the old one."
             % ("1 was" if before == 1 else "%d were" % before))
     say("%d of %d done, %d failed, in %s." % (
         done, items, failed, span(time.monotonic() - progress.began)))
@@ -8007,7 +8011,7 @@ def run(options):
     progress = Progress()
     served = argparse.Namespace(**dict(vars(options), **SERVED))
     with serving(served, access_file, ending) as (server, access):
-        say("Watch it at " + page_address(access, sys.stderr))
+        say("Watch it at " + page_address(access, access_file, sys.stderr))
         send_results(access_file)
         batch = Run(server.store, options)
         if options.names:
@@ -8036,7 +8040,7 @@ def confirm(options, n, things):
         return
     what = "%s %d %s" % (options.command, n, things)
     if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
-        raise CommandError("That would %s; say --yes to do it." % what)
+        raise CommandError("That would %s; add --yes to do it." % what)
     sys.stderr.write("%s? [y/N] " % (what[0].upper() + what[1:]))
     sys.stderr.flush()
     if sys.stdin.buffer.readline().strip().lower() not in (b"y", b"yes"):
@@ -8044,7 +8048,7 @@ def confirm(options, n, things):
 
 
 def read_selection(text):
-    """Return what IDS names: "all", or what read_ids() returns."""
+    """Return the jobs that IDS names: "all", or as read_ids()."""
     if text in STATES:
         raise argparse.ArgumentTypeError(
             "%r is a state: write --state %s" % (text, text))
@@ -8065,7 +8069,7 @@ def count_selected(client, options, states):
 
 
 def selections(options):
-    """Yield what each call of a selection names; ids go in parts."""
+    """Yield the selector of each call; ids go in parts."""
     narrowed = {"stage": options.stage, "state": options.state}
     if type(options.ids) is str and options.ids != "all":
         yield dict(narrowed, submission=options.ids)
@@ -8198,9 +8202,9 @@ CALLS = {
         lambda answer, stage: ["stage %s is paused" % stage], PATIENCE),
     "resume": (
         lambda client, given: (client.resume(given.stage), given.stage),
-        lambda answer, stage: ["stage %s goes on" % stage], PATIENCE),
+        lambda answer, stage: ["stage %s is resumed" % stage], PATIENCE),
 }
-# What --output quiet prints of the first answer.
+# The part of the first answer that --output quiet prints.
 QUIET = {
     "job": lambda job: [job["jobid"]],
     "workers": lambda heard: [worker["name"] for worker in heard["workers"]],
@@ -8210,7 +8214,7 @@ QUIET = {
 
 
 def make_calls(options):
-    """Make the calls of a command in CALLS, and print what they answer."""
+    """Make the calls of a command in CALLS, and print their answers."""
     call, lines, patience = CALLS[options.command]
     with speaking(options, patience) as client:
         answers = call(client, options)
@@ -8226,13 +8230,13 @@ def set_lifetimes(options):
     report(options, found, lifetime_lines(found))
     if options.minutes and found != dict(enumerate(options.minutes)):
         raise CommandError(
-            "There were lifetimes already, and they stay: change one"
+            "There are lifetimes already, and they are unchanged: change one"
             " with `lifetime STAGE MINUTES`.")
     return 0
 
 
 def submit_carries(options, stage=None, laststage=None):
-    """Return what each job that is submitted carries, where options say so."""
+    """Return the fields of submitted jobs that options give."""
     entry = {
         "jobstage": stage, "laststage": laststage,
         "priority": options.priority, "max_attempts": options.max_attempts,
@@ -8250,7 +8254,8 @@ def jobs_to_submit(options, stage, laststage):
     try:
         options.cwd = options.cwd or os.getcwd()
     except FileNotFoundError:
-        raise CommandError("This folder is gone; say --cwd DIR.") from None
+        raise CommandError(
+            "The current folder is gone; use --cwd DIR.") from None
     common = submit_carries(options, stage, laststage)
     if has_items(options):
         lists = read_items(options, open_items(options))
@@ -8293,10 +8298,10 @@ def read_json(name):
 
 
 def jobs_from_json(jobs, common):
-    """Return jobs, of JSON, that carry what is `common` unless they say else.
+    """Return jobs of JSON; `common` has defaults for their fields.
 
-    One in a list is done two stages above its last command, if it doesn't say
-    where.
+    A job in a list without laststage is done two stages above its last
+    command.
     """
     def complete(job):
         if type(job) is not dict:
@@ -8314,13 +8319,13 @@ def jobs_from_json(jobs, common):
 
 
 def set_from_json(client, jobs):
-    """Add jobs under their own ids, those that there aren't yet.
+    """Add jobs under their own ids, if they don't exist yet.
 
     In one call where they wait for each other, unless they are too many.
     Returns ranges of their ids.
     """
     if not all(re.match("[0-9]{1,16}$", jobid) for jobid in jobs):
-        raise CommandError("Jobs in a JSON object need numbers for names.")
+        raise CommandError("The keys of a JSON object of jobs must be jobids.")
     waits = any(type(job) is dict and job.get("after")
                 for job in jobs.values())
     if waits and len(jobs) <= MAX_JOBS:
@@ -8333,8 +8338,8 @@ def set_from_json(client, jobs):
 def submit_parts(client, name, jobs):
     """Submit jobs in parts; return ranges of the ids that they are given.
 
-    The parts of one name are added once. Where input had broken off in a part
-    the first of its jobs are there.
+    Each part of a submission is added once. If an earlier call broke off in
+    a part, its first jobs exist already.
     """
     ranges, done = [], 0
     try:
@@ -8343,7 +8348,7 @@ def submit_parts(client, name, jobs):
                 ids = client.submit(name, part, part=done)
                 if not 0 < len(ids) <= len(part):
                     raise CommandError("The name %s was used for other jobs;"
-                                       " take another one." % name)
+                                       " use another name." % name)
                 ranges = joined([*ranges, range(ids[0], ids[-1] + 1)])
                 done += len(ids)
                 part = part[len(ids) :]
@@ -8352,7 +8357,7 @@ def submit_parts(client, name, jobs):
         refused = isinstance(error, CommandError) or hasattr(error, "status")
         if done or not refused:  # if not, it may be in
             say("%s known to be added; the same command with --name %s adds"
-                " the rest, and none twice." % (
+                " the rest, and nothing twice." % (
                     "1 job is" if done == 1 else "%d jobs are" % done, name))
         raise
     finally:
@@ -8361,14 +8366,14 @@ def submit_parts(client, name, jobs):
 
 
 def name_stages(client, known, stage, names):
-    """Give names to the stages of commands; refuse to give others."""
+    """Name the stages of commands; refuse to rename a stage."""
     changes = {}
     for number, name in zip(itertools.count(stage, 2), names):
         before = known.get(number, {}).get("name", name)
         if before != name:
             raise CommandError(
-                "Stage %d has the name %s already: choose it, or other stages"
-                " by --stage." % (number, before))
+                "Stage %d has the name %s already: use that name, or other"
+                " stages with --stage." % (number, before))
         changes[str(number)] = {"name": name}
     client.stages(changes)
 
@@ -8424,8 +8429,8 @@ def submit_jobs(options):
             name_stages(client, known, stage or 0, options.names)
         if options.name and name in (
                 found["key"] for found in client.submissions()):
-            say("jobman.py: There are jobs named %s already: only what"
-                " is missing is added." % name)
+            say("jobman.py: The submission %s exists already: only missing"
+                " jobs are added." % name)
         if type(jobs) is dict:
             name, ranges = None, set_from_json(client, jobs)
         else:
@@ -8538,7 +8543,7 @@ def copy_database(location, target, show=lambda size: None):
 
 
 def backup(options):
-    """Copy a database into a new file, also while a server has it."""
+    """Copy a database into a new file, also while a server uses it."""
     with exclusive_access(options.db) as location:
         total = os.path.getsize(location.file)
         try:
@@ -8567,7 +8572,7 @@ WRONG_COUNTS = """
 
 
 def check_pages(execute):
-    """Yield what SQLite finds wrong."""
+    """Yield the faults that SQLite finds."""
     for found, in execute("pragma integrity_check(5)"):
         if found != "ok":
             yield found
@@ -8582,14 +8587,14 @@ def check_schema(execute):
 
 
 def check_counts(execute):
-    """Yield where the kept counts aren't those of the jobs."""
+    """Yield the stored counts that don't match the jobs."""
     for row in execute(WRONG_COUNTS):
         yield ("stage %s, %s: counted %s, there %s; expired %s, there %s"
                % tuple(row))
 
 
 def check_all(path):
-    """Yield what each check says of a database: name, whether ok, a line."""
+    """Yield the result of each check: its name, whether ok, a line."""
     with open_snapshot(path) as execute:
         for name, look in (("integrity", check_pages),
                            ("schema", check_schema), ("counts", check_counts)):
@@ -8604,7 +8609,7 @@ def check_all(path):
 
 
 def check(options):
-    """Check whether a database is whole, also while a server has it."""
+    """Check whether a database is intact, also while a server uses it."""
     return report_findings(options, check_all(options.db))
 
 
@@ -8894,14 +8899,15 @@ def check_program(found):
     """Return the versions of Python, SQLite and jobman."""
     if found.worker.__version__ != __version__:
         raise CommandError(
-            "worker.py is %s and jobman.py %s; copy both of one version here"
+            "worker.py is version %s and jobman.py %s; copy both files of the"
+            " same version"
             % (found.worker.__version__, __version__))
     return "jobman.py and worker.py %s, Python %s, SQLite %s" % (
         __version__, sys.version.split()[0], sqlite3.sqlite_version)
 
 
 def check_access(found):
-    """Return what the access file is like."""
+    """Return the path, mode and age of the access file."""
     client = found.client = found.worker.Client(found.access, patience=0)
     client.CONNECT_TIMEOUT = 4
     if client.fixed:
@@ -8921,19 +8927,19 @@ def check_address(found):
     if host in ("127.0.0.1", "::1", "localhost") and home not in (
             None, socket.gethostname()):
         raise CommandError(
-            "The server listens to its own host %s alone; start it with --host"
+            "The server listens only on its own host %s; start it with --host"
             " 0.0.0.0" % home)
     return "%s, port %d" % (host, port)
 
 
 def check_connection(found):
-    """Return that the port takes connections, and how the server is known."""
+    """Return how the server is known, if its port takes connections."""
     client = found.client
     try:
         client.connect(4)
     except found.worker.Impostor as error:
-        raise CommandError("It is another server than ours (%s); end it, or"
-                           " use its access file" % error) from None
+        raise CommandError("It is not the server of the access file (%s); end"
+                           " it, or use its access file" % error) from None
     except (OSError, http.client.InvalidURL) as error:
         advice = "look for a firewall, or start serve with another --url"
         if isinstance(error, ConnectionRefusedError):
@@ -8942,13 +8948,13 @@ def check_connection(found):
             cause(error), advice)) from None
     if client.tls is None:
         return "it takes connections, plain HTTP"
-    return "it takes connections, with the %s" % (
-        "right fingerprint" if client.fingerprint
-        else "word of certificate authorities")
+    return "it takes connections, with %s" % (
+        "the right fingerprint" if client.fingerprint
+        else "a certificate from a trusted authority")
 
 
 def check_server(found):
-    """Return that the server and its database are well."""
+    """Return a line if the server and its database answer."""
     client = found.client
     try:
         version = client.call("GET", "/health", timeout=4)["version"]
@@ -8956,29 +8962,29 @@ def check_server(found):
         raise CommandError("%s Look at its standard error" % error) from None
     except (LookupError, TypeError, ValueError):
         raise CommandError(
-            "What answers at %s:%d is no jobman server; look at the address in"
-            " the access file" % client.address) from None
+            "The program at %s:%d is not a jobman server; look at the address"
+            " in the access file" % client.address) from None
     if version != __version__:
         raise CommandError(
-            "The server is jobman %s, this is %s; run the same files on both"
+            "The server is jobman %s, this is %s; use the same version on both"
             " sides" % (version, __version__))
     return "it answers, and so does its database"
 
 
 def check_jobix(found):
-    """Return whether the server takes our jobix."""
+    """Return a line if the server accepts our jobix."""
     try:
         figures = found.client.call("GET", "/status", timeout=4)
     except found.worker.Refused as refused:
         if refused.status != 403:
             raise
-        raise CommandError("The server takes another jobix than ours; use the"
+        raise CommandError("The server doesn't accept our jobix; use the"
                            " access file that it wrote") from None
-    return "it is taken" + ", but only to look" * figures["readonly"]
+    return "it is accepted" + ", for reading only" * figures["readonly"]
 
 
 def check_database(found):
-    """Return which database there is, None where none is named."""
+    """Return the database and its schema, None if there is none."""
     path = found.db or home_file("jobman.db")
     if not (found.db or os.path.lexists(path)):
         return None
@@ -8990,7 +8996,7 @@ def check_database(found):
     if version == 0:
         return "%s isn't there yet; serve makes it" % path
     if not os.access(path, os.W_OK):
-        raise CommandError("%s can't be written; chmod u+w it" % path)
+        raise CommandError("%s isn't writable; chmod u+w it" % path)
     return "%s, schema %d" % (path, version)
 
 
@@ -8999,17 +9005,17 @@ def check_locks(found):
     location = found.location
     if not location.locks_work:
         raise CommandError("%s; use a disk of this host" % location.describe())
-    only = " (a network file system, so only one server may have it)"
+    only = " (a network file system, so only one server can use it)"
     return "%s, where locks work%s" % (
         location.describe(), only if location.exclusive else "")
 
 
 def check_holder(found):
-    """Return which server has the database."""
+    """Return which server uses the database."""
     location = found.location
     holder = read_holder(location)
     if not holder:
-        return "no server has %s" % location.path
+        return "no server uses %s" % location.path
     name, running = name_holder(holder), is_running(holder)
     if running is False:
         return "%s had %s and has ended; serve would take it" % (
@@ -9020,7 +9026,7 @@ def check_holder(found):
             holder.get("host"), holder.get("pid")]:
         raise CommandError(
             "%s serves %s, but the access file is of process %s on %s; name"
-            " the one that goes with it" % (
+            " the access file of that server" % (
                 name, location.path, ours[1], ours[0]))
     return "%s serves %s%s" % (
         name, location.path, "" if running else ", if it is still alive there")
@@ -9038,7 +9044,7 @@ DOCTOR_CHECKS = (
 
 
 def examine(options):
-    """Yield what doctor finds: a name, whether it is all right, and a line."""
+    """Yield the result of each check: a name, whether ok, and a line."""
     with using_worker() as worker:
         found = argparse.Namespace(
             worker=worker, access=options.access, db=options.db, client=None,
@@ -9059,7 +9065,7 @@ def examine(options):
 
 
 def doctor(options):
-    """Check that all that jobman needs is there, here and now."""
+    """Check Python, the access file, the server and the database."""
     return report_findings(options, examine(options))
 
 
@@ -9090,7 +9096,7 @@ def one_of_words(*words):
     """Return a reader of one of some words, for argparse."""
     def read(text):
         if text not in words:
-            raise argparse.ArgumentTypeError("%.80r is none of %s%s" % (
+            raise argparse.ArgumentTypeError("%.80r isn't one of %s%s" % (
                 text, ", ".join(words), did_you_mean(text, words)))
         return text
 
@@ -9107,8 +9113,8 @@ def read_name(text):
     """Return a name, of jobs or a stage; ArgumentTypeError for none."""
     if not is_stage_name(text):
         raise argparse.ArgumentTypeError(
-            "%.80r is no name: a name is a letter and up to 63 of A-Z a-z 0-9"
-            " _ . -, and neither all nor last" % text)
+            "%.80r can't be a name: a name is a letter and up to 63 of A-Z a-z"
+            " 0-9 _ . -, but not all or last" % text)
     return text
 
 
@@ -9131,7 +9137,7 @@ ACCESS = option(
     help="the server's access file (default ~/.jobman/access.json)")
 OUTPUT = option(
     "--output", choices=("table", "json", "quiet"), default="table",
-    help="how the answer is printed (default table)")
+    help="how to print the result (default table)")
 CLIENT = ACCESS, OUTPUT
 STATE_OPTION = state_option(*STATES)
 STAGE_OPTION = option(
@@ -9139,90 +9145,96 @@ STAGE_OPTION = option(
     help="only jobs in this stage: its number or name")
 YES = option(
     "--yes", action="store_true",
-    help="change more than %d without asking" % ASKED_FROM)
+    help="change more than %d jobs or workers without asking" % ASKED_FROM)
 DATABASE = option(
     "--db", default=home_file("jobman.db"), metavar="FILE",
     help="the database (default ~/.jobman/jobman.db)")
 ANY_DATABASE = option(
     "--db", metavar="FILE",
-    help="the database (default: ~/.jobman/jobman.db, if it is there)")
+    help="the database (default: ~/.jobman/jobman.db, if it exists)")
 A_STAGE = option("stage", type=read_stage, metavar="STAGE")
 A_JOB = option("jobid", type=argument(JOBID), metavar="JOBID")
-A_WORKER = option("worker", metavar="WORKER", help="its name, or all")
+A_WORKER = option("worker", metavar="WORKER",
+                  help="the name of a worker, or all")
 SELECTION = (
     option("ids", nargs="?", type=read_selection, metavar="IDS",
-           help="jobids, as 1,3,5-8, the name of a submission, last, or"
+           help="jobids such as 1,3,5-8, the name of a submission, last, or"
            " all"),
     STATE_OPTION, STAGE_OPTION, *CLIENT, YES)
 IDS = option(
     "ids", nargs="?", type=read_ids, metavar="IDS",
-    help="only these jobs: 1,3,5-8, the name of a submission, or last")
+    help="only these jobs: jobids such as 1,3,5-8, the name of a submission,"
+    " or last")
 JOBS = (
     IDS, state_option(*STATES, "expired"), STAGE_OPTION, ACCESS,
     option("--order", choices=("id", "time"), default="id",
-           help="by their ids (default), or longest in their stage first"),
+           help="sort by id (default), or longest in their stage first"),
     option("--limit", type=argument(integer(1, MAX_JOBID)), default=math.inf,
-           metavar="N", help="how many at most (default: all)"))
+           metavar="N", help="show at most N jobs (default: all)"))
 NAMES = option(
     "names", nargs="*", type=read_naming, metavar="STAGE=NAME",
-    help="a name for a stage, as 0=fetch; 0= takes it away")
+    help="name a stage, as in 0=fetch; 0= removes the name")
 MINUTES_OF_STAGES = option(
     "minutes", nargs="*", type=argument(MINUTES), metavar="MINUTES",
-    help="of stage 0, of stage 1, and so on; 0: no limit")
+    help="lifetimes of stage 0, stage 1, and so on; 0: no limit")
 LIFETIME = (
     option("stage", nargs="?", type=read_stage, metavar="STAGE"),
     option("minutes", nargs="?", type=argument(MINUTES), metavar="MINUTES",
            help="0: no limit"))
-FOLDER = option("folder", metavar="DIR", help="where status.html is written")
-COPY = option("file", metavar="FILE", help="where the copy goes")
+FOLDER = option("folder", metavar="DIR",
+                help="the folder to write status.html to")
+COPY = option("file", metavar="FILE", help="the file to copy to")
 MOVE = (option("old", type=read_stage, metavar="OLD"),
         option("new", type=read_stage, metavar="NEW"))
 VERIFY = (
     option("--lag", type=duration, default=10, metavar="TIME",
-           help="how long files from other nodes may take to appear here"
+           help="how long to wait for files of other nodes to appear here"
            " (default 10s)"),
-    option("--dry-run", action="store_true", help="only say what is damaged"))
+    option("--dry-run", action="store_true",
+           help="only print which files are damaged"))
 
 
 RETRIES = argument(integer(0, 999999))
 SERVE = (
     DATABASE,
     option("--host", default="127.0.0.1",
-           help="address to listen at (default 127.0.0.1)"),
+           help="the address to listen on (default 127.0.0.1)"),
     option("--port", type=argument(integer(0, 65535)), default=8642,
-           metavar="N", help="default 8642; 0: any that is free"),
+           metavar="N", help="the port (default 8642; 0: any free port)"),
     option("--access", metavar="FILE",
-           help="where workers find the server (~/.jobman/access.json)"),
-    option("--url", help="the address for the access file, if not our guess"),
+           help="the access file to write, by which workers find the server"
+           " (default ~/.jobman/access.json)"),
+    option("--url", help="the server's address for clients, if they can't use"
+           " its host name and port"),
     option("--jobix-file", metavar="FILE",
-           help="the jobix that is admitted, if not one that we make"),
+           help="accept the jobix in FILE (default: a random number)"),
     option("--new-jobix", action="store_true",
-           help="make both jobix anew and keep the jobs; the old ones are"
+           help="replace both jobix and keep the jobs; the old ones are"
            " refused from now on"),
     option("--open", action="store_true",
            default=os.environ.get("JOBMAN_OPEN") == "1",
-           help="admit any jobix"),
+           help="accept any jobix"),
     option("--share-output", action="store_true",
-           help="show the reading jobix what jobs have printed, too"),
+           help="show the output of jobs to the reading jobix, too"),
     option("--shared", action="store_true",
-           help="other servers of this host may serve the same database"),
+           help="allow other servers on this host to use the same database"),
     option("--tls", action="store_true",
-           help="speak HTTPS on loopback too, with the same certificate,"
-           " which openssl makes once"),
+           help="speak HTTPS at 127.0.0.1, too"),
     option("--plain", action="store_true",
-           help="speak plain HTTP beyond loopback too"),
+           help="speak plain HTTP at any --host"),
     option("--certfile", metavar="FILE",
-           help="speak HTTPS, with the certificate in FILE (PEM)"),
+           help="speak HTTPS, with the certificate in FILE (PEM; default: one"
+           " that openssl makes)"),
     option("--keyfile", metavar="FILE",
            help="the certificate's key, if it isn't in the same file"),
     option("--snapshot", metavar="DIR",
            help="write DIR/status.html, a page for colleagues, every minute"),
     option("--retries", type=RETRIES, default=MAX_ATTEMPTS - 1, metavar="N",
-           help="how often a job that fails is tried again in a stage, if it"
-           " doesn't say itself (default %d)" % (MAX_ATTEMPTS - 1)),
+           help="how often to try a failed job again in a stage, unless the"
+           " job has its own number (default %d)" % (MAX_ATTEMPTS - 1)),
     option("--lapses", type=argument(integer(1, 1000000)), default=MAX_LAPSES,
-           metavar="N", help="lapsed leases in a stage until a job is failed"
-           " (default %d)" % MAX_LAPSES),
+           metavar="N", help="how many leases may lapse in a stage before a"
+           " job is failed (default %d)" % MAX_LAPSES),
     option("--keep-days", type=argument(integer(1, 100000)), metavar="N",
            help="delete old attempts of jobs that were done or cancelled N"
            " days ago (default: keep all)"),
@@ -9231,81 +9243,89 @@ SERVE = (
 
 STEPS = (
     option("words", nargs=argparse.REMAINDER, metavar="COMMAND",
-           help="the command; {} is the item, at its end if not said"),
+           help="the command; {} is the item; without {} the item is added at"
+           " the end"),
     option("--then", action="append", default=[], metavar="COMMAND",
-           help="a command for the next stage, when the one before has"
-           " succeeded; as often as there are stages, also after the command"),
+           help="a command for the next stage, run when the command before it"
+           " has succeeded; repeat it for more stages"),
     option("--names", type=read_names, metavar="NAME,...",
-           help="names of the stages, one for each command"),
+           help="names for the stages, one for each command"),
     option("-a", "--each-line", "--arg-file", dest="arg_file", metavar="FILE",
-           help="a job for each line of FILE, as an item; -: standard input"),
+           help="read items from FILE, one on each line; -: standard input"),
     option("-0", "--null", action="store_true",
-           help="items end in a zero byte, as those of find -print0"),
+           help="items end in a zero byte, as find -print0 writes them"),
     option("--array", type=read_array, metavar="NUMBERS",
-           help="a job for each number, as an item: 1-1000, 1-9:2,12"),
+           help="use numbers as items: 1-1000, 1-9:2,12"),
     option("--timeout", type=duration, metavar="TIME",
            help="how long a command may take: 90, 90s, 2h30m (default: no"
            " limit)"),
     option("--dry-run", action="store_true",
-           help="print the commands, and run or add none"))
+           help="only print the commands"))
 RUN = (
     *STEPS,
     option("--db", default="jobman-run.db", metavar="FILE",
-           help="where the run is kept (default jobman-run.db)"),
+           help="the database of the run (default jobman-run.db)"),
     option("--slots", type=argument(integer(1, 100000)), metavar="N",
-           help="commands side by side (default: the cores we may use)"),
+           help="how many commands to run at a time (default: one for each"
+           " core)"),
     option("--retries", type=RETRIES, default=0, metavar="N",
-           help="how often a command that fails is tried again (default 0)"))
+           help="how often to try a failed command again (default 0)"))
 SUBMIT = (
     *STEPS,
     option("--commands", metavar="FILE",
-           help="a job for each line, as a command; -: standard input"),
+           help="add a job for each line of FILE, a command; -: standard"
+           " input"),
     option("--from-json", metavar="FILE",
-           help="jobs as /set or /submit take them, options being what they"
-           " have if they don't say; -: standard input"),
+           help="add the jobs in FILE, in the JSON of /set or /submit; other"
+           " options are defaults for them; -: standard input"),
     option("--stage", type=read_stage, metavar="STAGE",
-           help="where they wait, a number or a name (default 0)"),
+           help="the stage of the first command, a number or a name (default"
+           " 0)"),
     option("--laststage", type=read_stage, metavar="STAGE",
-           help="where they are done (default: two above their last"
-           " command)"),
+           help="the stage in which jobs are done (default: two above the"
+           " last command)"),
     option("--priority", type=argument(CARRIES["priority"]), metavar="N",
-           help="higher goes first (default 0)"),
+           help="jobs with a higher number go first (default 0)"),
     option("--retries", type=RETRIES, metavar="N",
-           help="how often a command that fails is tried again (default: the"
-           " server's, normally 2)"),
+           help="how often to try a failed command again (default: that"
+           " of serve --retries)"),
     option("--max-attempts", type=argument(CARRIES["max_attempts"]),
            help=argparse.SUPPRESS),  # one more
-    option("--cwd", metavar="DIR", help="where they run (default: here)"),
+    option("--cwd", metavar="DIR",
+           help="the folder to run commands in (default: this folder)"),
     option("--after", type=read_ids, action="append", default=[],
-           metavar="IDS", help="jobs that they wait for: 1,3,5-8, or the name"
-           " of a submission"),
+           metavar="IDS", help="wait until these jobs are done: 1,3,5-8, or"
+           " the name of a submission"),
     option("--name", "--key", type=read_name, metavar="NAME",
-           help="what to call these jobs in other commands; under one name"
-           " jobs are added once"),
+           help="the name of this submission in other commands; the same"
+           " command with the same name adds no job twice"),
     *CLIENT)
 WAIT = (
     IDS,
     option("--exit-code", action="store_true",
-           help="exit status 1 if one failed, was aborted or cancelled"),
+           help="exit with status 1 if a job failed, was aborted or was"
+           " cancelled"),
     option("--timeout", type=duration, metavar="TIME",
-           help="give up after 90, 90s, 2h30m or so, with exit status 124"),
+           help="give up after this time (90, 90s, 2h30m), with exit status"
+           " 124"),
     *CLIENT)
 LOGS = (
     IDS, STATE_OPTION, STAGE_OPTION, ACCESS,
     option("-f", "--follow", action="store_true",
-           help="go on as the jobs print, until they have ended"),
+           help="go on printing new output until the jobs have ended"),
     option("--prune", action="store_true",
-           help="remove the output of jobs that were forgotten"),
-    option("--logs", metavar="DIR", help="where workers keep output (default:"
-           " next to the access file)"))
+           help="remove the output of forgotten jobs"),
+    option("--logs", metavar="DIR", help="the folder where workers keep output"
+           " (default: logs, next to the access file)"))
 TOPIC = option("topic", nargs="?", metavar="TOPIC")
 BATCH = (
     option("--nodes", type=argument(integer(1, 100000)), default=1,
-           metavar="N", help="how many nodes, so workers (default 1)"),
+           metavar="N", help="how many nodes, with a worker on each (default"
+           " 1)"),
     option("--time", required=True, metavar="TIME",
-           help="how long at most: 1:00:00, 1-12:00:00, 90m, 2h30m"),
+           help="the time limit: 1:00:00, 1-12:00:00, 90m, 2h30m"),
     option("--worker", default="", metavar="'OPTIONS'",
-           help="options for worker.py, in one word"),
+           help="options for worker.py, quoted as one word"),
     ACCESS)
 ALLOC = (
     *BATCH,
@@ -9328,24 +9348,24 @@ def jobs_output(default):
     """Return the option by which jobs are printed."""
     return option(
         "--output", "--format", choices=tuple(FORMATS), default=default,
-        help="how they are printed: %s (default %s)" % (
+        help="how to print them: %s (default %s)" % (
             ", ".join(FORMATS), default), metavar="FORM")
 
 
 def check_serve(parser, options):
-    """End with exit status 2 when a server isn't described well."""
+    """End with exit status 2 for bad options of serve."""
     if options.tls + options.plain + bool(options.certfile) > 1:
         parser.error("choose one of --tls, --plain and --certfile")
     if options.keyfile and not options.certfile:
-        parser.error("--keyfile goes with --certfile")
+        parser.error("--keyfile needs --certfile")
     given = options.jobix_file or "JOBMAN_JOBIX" in os.environ
     if options.new_jobix and (given or options.shared or options.open):
-        parser.error("--new-jobix makes the number itself, for one server:"
-                     " give no --jobix-file, JOBMAN_JOBIX, --shared or --open")
+        parser.error("--new-jobix can't be combined with --jobix-file,"
+                     " JOBMAN_JOBIX, --shared or --open")
 
 
 def check_steps(parser, options):
-    """Split commands into stages; end with exit status 2 when it can't be."""
+    """Split commands into stages; end with exit status 2 for bad ones."""
     meant = options.words[:1] == ["--"]
     words = options.words[meant:]
     steps = [[]]
@@ -9379,7 +9399,7 @@ def check_steps(parser, options):
 
 
 def check_sources(parser, options):
-    """Return by which options jobs come; end with status 2 if by several."""
+    """Return the options that give jobs; end with status 2 for several."""
     found = ["items after :::"] if options.items is not None else []
     found += [name for name, value in (
         ("--each-line", options.arg_file), ("--array", options.array),
@@ -9391,10 +9411,11 @@ def check_sources(parser, options):
 
 
 def check_run(parser, options):
-    """End with exit status 2 when a run isn't described well."""
+    """End with exit status 2 for bad options of run."""
     if not check_sources(parser, options):
         if sys.stdin is None or sys.stdin.isatty():
-            parser.error("give items after :::, in a file, or on stdin")
+            parser.error("give items after :::, by -a FILE, or on standard"
+                         " input")
         options.arg_file = "-"
     check_steps(parser, options)
     if not "".join(options.steps).strip():
@@ -9402,13 +9423,13 @@ def check_run(parser, options):
 
 
 def check_submit(parser, options):
-    """End with exit status 2 when jobs aren't described well."""
+    """End with exit status 2 for bad options of submit."""
     check_steps(parser, options)
     sources = check_sources(parser, options)
     has_command = bool("".join(options.steps).strip())
     whole = options.commands or options.from_json
     if has_command == bool(whole):  # an empty variable is none
-        parser.error("%s brings the commands: give no other" % sources[0]
+        parser.error("%s has the commands: give no other" % sources[0]
                      if whole else "submit needs a command")
     if options.retries is not None:
         options.max_attempts = options.retries + 1
@@ -9419,15 +9440,15 @@ def check_logs(parser, options):
     """End with exit status 2 when no jobs are named."""
     named = not (options.ids is options.stage is options.state is None)
     if named == options.prune:
-        parser.error("name jobs: by ids, as 1,3,5-8, by a submission, --state"
-                     " or --stage; --prune takes none")
+        parser.error("name jobs by ids such as 1,3,5-8, by a submission, by"
+                     " --state or by --stage; with --prune name none")
 
 
 def check_batch(parser, options):
-    """End with exit status 2 when a script's options aren't good."""
+    """End with exit status 2 for bad options of sbatch or pbs."""
     options.more = options.items or []
     if options.more and not options.more[0].startswith("-"):
-        parser.error("-- is followed by options, not by %r" % options.more[0])
+        parser.error("after -- come options, not %r" % options.more[0])
     for word in options.more:
         if UNQUOTABLE.search(word):
             parser.error("%r can't be a batch system's option: it has a quote,"
@@ -9444,29 +9465,29 @@ def check_batch(parser, options):
         options.slots, options.stages = meant.slots, meant.stage
 
 
-# Each command: its name, what it does, its options, and a text: a line that
-# says what it is for, and examples.
+# Each command: its name, its function, its options, and its help: one line,
+# then examples.
 COMMANDS = (
-    ("serve", serve, SERVE, """serve a database until a signal ends it
+    ("serve", serve, SERVE, """run a server, until Ctrl-C or a signal
   python3 jobman.py serve
   python3 jobman.py serve --db jobs.db --host 0.0.0.0"""),
-    ("run", run, RUN, """run a command for each item, and end
+    ("run", run, RUN, """run a command for each item, on this machine
   python3 jobman.py run 'gzip -k {}' ::: *.txt
   find . -name '*.png' -print0 | python3 jobman.py run -0 'optipng {}'
   python3 jobman.py run 'gzip -k {}' --then 'gzip -t {}.gz' ::: *.txt
 {} is the item as one shell word, {#} its number. Items come after :::, from a
-file, or from standard input, one a line. Options stand before the
+file, or from standard input, one on each line. Options come before the
 command."""),
-    ("submit", submit_jobs, SUBMIT, """add jobs
+    ("submit", submit_jobs, SUBMIT, """add jobs to the server
   python3 jobman.py submit 'gzip -k {}' ::: *.txt
   find . -name '*.png' | python3 jobman.py submit --each-line - 'optipng {}'
   python3 jobman.py submit --array 1-1000 ./simulate.sh --seed {}
   python3 jobman.py submit --commands todo.txt --priority 5
   python3 jobman.py submit --name run3 --array 1-9 'get {}' --then 'sum {}'
   python3 jobman.py submit --after run3 ./summarize.sh
-{} is the item as one shell word, {#} its number, as with run. Options stand
-before the command."""),
-    ("status", make_calls, (IDS, *CLIENT), """show how far the jobs are
+{} is the item as one shell word, {#} its number. Options come before the
+command."""),
+    ("status", make_calls, (IDS, *CLIENT), """show the progress of the jobs
   python3 jobman.py status
   python3 jobman.py status run3
   python3 jobman.py status --output json"""),
@@ -9476,34 +9497,34 @@ before the command."""),
   python3 jobman.py jobs --state waiting --output quiet
   python3 jobman.py jobs --output csv > jobs.csv"""),
     ("job", make_calls, (A_JOB, *CLIENT),
-     """show a job and why it isn't running
+     """show a job, its attempts, and why it isn't running
   python3 jobman.py job 17
   python3 jobman.py job 17 --output json"""),
     ("workers", make_calls, CLIENT, """show the workers
   python3 jobman.py workers"""),
-    ("watch", watch, (IDS, ACCESS), """show the status live
+    ("watch", watch, (IDS, ACCESS), """show the progress of the jobs, live
   python3 jobman.py watch
   python3 jobman.py watch run3
-Ctrl-C ends it. If its output isn't a terminal, it prints a line when there is
-news, at most every 10 seconds."""),
-    ("wait", wait, WAIT, """return when jobs have ended
+Ctrl-C ends it. If its output isn't a terminal, it prints a line when something
+has changed, at most every 10 seconds."""),
+    ("wait", wait, WAIT, """wait until jobs have ended
   python3 jobman.py wait --exit-code && echo all is well
   python3 jobman.py wait 1,3,5-8 --timeout 2h30m
   python3 jobman.py wait run3
-Exit status 124: the time was over."""),
-    ("logs", logs, LOGS, """print what the commands of jobs have printed
+Exit status 124: it timed out."""),
+    ("logs", logs, LOGS, """print the output of jobs
   python3 jobman.py logs 17
   python3 jobman.py logs 17 2>/dev/null > 17.txt
   python3 jobman.py logs last --state failed
   python3 jobman.py logs -f run3
   python3 jobman.py logs --prune"""),
-    ("export", print_jobs, (*JOBS, jobs_output("csv")), """jobs --output csv
+    ("export", print_jobs, (*JOBS, jobs_output("csv")), """list jobs as CSV
   python3 jobman.py export > jobs.csv
   python3 jobman.py export --format joblog > joblog.tsv"""),
     ("failures", make_calls, (IDS, *CLIENT), """group failed jobs by reason
   python3 jobman.py failures
 Below each group is the command that retries its jobs."""),
-    ("stats", make_calls, CLIENT, """show what time the jobs took
+    ("stats", make_calls, CLIENT, """show run times and waiting times
   python3 jobman.py stats"""),
     ("retry", change_jobs, SELECTION, """run ended jobs again
   python3 jobman.py retry 17
@@ -9543,30 +9564,30 @@ Below each group is the command that retries its jobs."""),
      """set the first lifetimes
   python3 jobman.py init 0 60 0 90 0"""),
     ("snapshot", snapshot, (FOLDER, *CLIENT),
-     """write a page that needs no server
+     """write a status page that needs no server
   python3 jobman.py snapshot /shared/www"""),
     ("verify", verify, (*VERIFY, *CLIENT), """check the files of all done jobs
   python3 jobman.py verify --dry-run"""),
     ("backup", backup, (COPY, DATABASE, OUTPUT),
-     """copy a database, even while it is served
+     """copy a database, even while its server runs
   python3 jobman.py backup --db jobs.db copy.db"""),
     ("check", check, (DATABASE, OUTPUT),
      """check that a database is intact
   python3 jobman.py check --db jobs.db"""),
-    ("help", show_help, (TOPIC,), """explain a topic, or list the topics
+    ("help", show_help, (TOPIC,), """explain a topic, or list all topics
   python3 jobman.py help
   python3 jobman.py help http"""),
     ("doctor", doctor, (ANY_DATABASE, *CLIENT),
-     """check that all that is needed is there
+     """check Python, the access file, the server and the database
   python3 jobman.py doctor
   python3 jobman.py doctor --db /scratch/me/jobs.db
-Without a server it checks the rest. It changes nothing."""),
+It changes nothing. Without a server it checks the rest."""),
     ("sbatch", print_script, BATCH, """print a script for Slurm
   python3 jobman.py sbatch --nodes 4 --time 8h -- --partition=long | sbatch
-What follows -- becomes #SBATCH lines."""),
+Options after -- become #SBATCH lines."""),
     ("pbs", print_script, BATCH, """print a script for PBS
   python3 jobman.py pbs --time 8h -- -l select=4:ncpus=64 | qsub
-What follows -- becomes #PBS lines."""),
+Options after -- become #PBS lines."""),
     ("alloc", alloc, ALLOC, """submit workers while jobs wait for them
   python3 jobman.py alloc --time 8h --max 10 -- --partition=long
   python3 jobman.py alloc --time 8h --max 10 --worker '--slots 4 --stage 2,0'
@@ -9577,14 +9598,14 @@ that haven't started, the slots that --worker names, or else those of the
 largest so far, at first one a node. It ends when all jobs have ended and its
 allocations are gone; started again, it finds them."""),
 )
-# What follows the names of those whose arguments end in items or options.
+# The usage of commands whose arguments end in items or options.
 USAGES = {
     "run": "[options] 'COMMAND {}' [--then COMMAND] [::: ITEM ...]",
     "submit": "[options] ['COMMAND {}' [--then COMMAND] [::: ITEM ...]]",
     "sbatch": "[options] [-- OPTION ...]", "pbs": "[options] [-- OPTION ...]",
     "alloc": "[options] [-- OPTION ...]",
 }
-# How the options of some are checked, beyond what argparse does.
+# The checks of options that argparse can't make.
 CHECKS = {
     "serve": check_serve, "run": check_run, "submit": check_submit,
     "logs": check_logs, "sbatch": check_batch, "pbs": check_batch,
@@ -9629,9 +9650,9 @@ def parse(arguments):
     """Return the command line's options; end with exit status 2 or 0."""
     parser = argparse.ArgumentParser(
         prog="jobman.py",
-        description="Hand out jobs to any number of workers.",
+        description="Run many commands, here or by workers on other nodes.",
         epilog="python3 jobman.py COMMAND --help shows options and examples."
-        "\npython3 jobman.py help explains all else, such as the HTTP calls.",
+        "\npython3 jobman.py help lists the topics of the manual.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = "jobman %s" % __version__
@@ -9671,8 +9692,8 @@ def parse(arguments):
 
 
 def tolerate(stream):
-    """Return `stream` so that what its encoding lacks becomes escapes."""
-    if stream is None:  # closed by who started us
+    """Return `stream`, with escapes for characters that it can't encode."""
+    if stream is None:  # closed by our parent process
         return open(os.devnull, "w")
     return io.TextIOWrapper(
         stream.detach(), stream.encoding, "backslashreplace",
@@ -9681,7 +9702,7 @@ def tolerate(stream):
 
 
 def give_up_output():
-    """Let go of what can't be printed, so that our exit doesn't try again."""
+    """Drop output that can't be printed, so that exit doesn't retry it."""
     try:
         sys.stdout.flush()
     except OSError:

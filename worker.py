@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Work through the jobs of a jobman server, on any number of nodes.
+"""Run the jobs of a jobman server, on any number of nodes.
 
     python3 worker.py --stage 0      run the jobs that wait in stage 0
 
-claims jobs, runs each one's command and tells the server what came of it.
+claims jobs, runs their commands, and reports the results to the server.
 As a library it is for programs that do the work themselves:
 
     import worker
@@ -21,11 +21,11 @@ As a library it is for programs that do the work themselves:
 Start it as often as you like: the jobs are added once and shared by all.
 
 `run` calls a function for each job; `claim_jobs` yields the jobs, for a loop.
-`Job` is such a job. `Client` has a method for every call that the server
-answers, which `python3 jobman.py help http` explains. Errors are `Refused`,
-by the server, and `Unreachable`; both are `Trouble`.
+Both give it as a `Job`. `Client` has a method for every call of the server;
+`python3 jobman.py help http` explains the calls. Errors are `Refused`, by the
+server, and `Unreachable`; both are `Trouble`.
 
-It needs Python 3.6 or later and nothing else, and works when copied alone.
+It needs only Python 3.6 or later, and works when copied alone.
 """
 
 import signal
@@ -101,7 +101,7 @@ class Unreachable(Trouble):
 
 
 class Impostor(OSError):
-    """Say why what answers at the server's address is not our server."""
+    """Say why the program at the server's address is not our server."""
 
 
 def printable(text):
@@ -110,7 +110,7 @@ def printable(text):
 
 
 def number_of(n, thing):
-    """Return how many things there are: 1 job, 2 jobs."""
+    """Return a number and its noun: 1 job, 2 jobs."""
     return "%d %s%s" % (n, thing, "" if n == 1 else "s")
 
 
@@ -143,13 +143,13 @@ def read_access(path):
                 raise ValueError("others can read it: chmod 600 it")
             access = json.load(file)
         if not re.match(r"\d+\Z", str(access["jobix"]), re.A):
-            raise ValueError("its jobix is no number")
+            raise ValueError("its jobix isn't a number")
         url, fingerprint = str(access["url"]), access.get("fingerprint")
         return url, int(access["jobix"]), fingerprint
     except FileNotFoundError:
         raise Trouble(
             "There is no access file %s: start a server with `python3"
-            " jobman.py serve`, or name its file with --access." % path
+            " jobman.py serve`, or name its access file with --access." % path
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Trouble("Can't read %s: %s." % (path, error)) from None
@@ -176,9 +176,9 @@ def read_fingerprint(text, scheme):
         return None
     digits = str(text).replace(":", "").lower()
     if not re.match(r"[0-9a-f]{64}\Z", digits):
-        raise Trouble("The server's fingerprint is not a SHA-256.")
+        raise Trouble("The server's fingerprint isn't a SHA-256 in hex.")
     if scheme != "https":
-        raise Trouble("A server with a fingerprint must be at https://...")
+        raise Trouble("A server with a fingerprint needs an https:// address.")
     return digits
 
 
@@ -214,7 +214,8 @@ def connect(connection):
     except (OSError, ValueError) as error:  # ValueError: Python 3.6
         reason = getattr(error, "reason", None)
         if reason == "WRONG_VERSION_NUMBER":
-            raise OSError("it doesn't speak TLS; is it at http://?") from None
+            raise OSError(
+                "it doesn't speak TLS; is its address http://?") from None
         if reason != "CERTIFICATE_VERIFY_FAILED" and isinstance(
                 error, OSError):
             raise
@@ -283,23 +284,23 @@ class Client:
 
     `access` names the access file (default: $JOBMAN_ACCESS, else
     ~/.jobman/access.json); `url` and `jobix` (or $JOBMAN_URL and
-    $JOBMAN_JOBIX) do without one; a `jobix` alone replaces the file's. An
-    https server is known by the SHA-256 of its certificate, which the access
-    file has, or `fingerprint` (or $JOBMAN_FINGERPRINT); without one,
-    certificate authorities and its host's name vouch for it.
+    $JOBMAN_JOBIX) replace the file; a `jobix` alone replaces the file's. An
+    https server is verified by the SHA-256 of its certificate, from the access
+    file or `fingerprint` (or $JOBMAN_FINGERPRINT); without a fingerprint, by
+    certificate authorities and its host name.
 
-    One connection is kept open; threads take turns on it. Each new one goes
-    where the access file says, for the server may have moved. A call that is
-    safe to repeat is repeated for up to `patience` seconds (None: for ever)
-    while the server can't be reached. Every method raises Refused when the
-    server says no, and Unreachable when it can't be reached.
+    One connection is kept open; threads take turns on it. Each new connection
+    reads the access file again, because the server may have moved. While the
+    server can't be reached, a call that is safe to repeat is repeated for up
+    to `patience` seconds (None: forever). Every method raises Refused when
+    the server refuses the call, and Unreachable when it can't be reached.
     """
 
     CONNECT_TIMEOUT = 10  # seconds
     READ_TIMEOUT = 10  # seconds without an answer, for calls that only read
     TIMEOUT = 60  # the same, for calls that change something
     SWEEP_TIMEOUT = 3600  # for a call that may be about millions of jobs
-    LATE = 5  # seconds after which a call says what it waits for
+    LATE = 5  # seconds after which a call reports why it waits
     SETTLE = 1  # seconds until a server that starts has its access file
     PART = 2000  # jobs in one call of many
     PART_SIZE = 2**20  # characters of them
@@ -315,13 +316,13 @@ class Client:
             fingerprint = os.environ.get("JOBMAN_FINGERPRINT")
         known = re.match(r"\d{1,19}\Z", str(jobix), re.A)
         if not known and url is not None:
-            raise Trouble("A url needs a jobix too ($JOBMAN_JOBIX), a number.")
+            raise Trouble("With a url give a jobix ($JOBMAN_JOBIX), a number.")
         if not known and jobix is not None:
-            raise Trouble("A jobix ($JOBMAN_JOBIX) must be a number.")
+            raise Trouble("The jobix ($JOBMAN_JOBIX) must be a number.")
         self.own_jobix = int(jobix) if known else None
         self.fixed = url and (url, self.own_jobix, fingerprint)
         self.patience = patience
-        self.tell = None  # called once a call with what holds it up
+        self.tell = None  # called once a call with the reason why it waits
         self.told = True
         self.mutex = threading.Lock()  # guards the connection
         self.connection = None
@@ -348,11 +349,11 @@ class Client:
             parts = None
         if parts is None or parts.scheme not in PORTS or not parts.hostname:
             raise Trouble(
-                "The server's address %r is neither http://... nor https://..."
+                "The server's address %r must begin with http:// or https://."
                 % url)
         fingerprint = read_fingerprint(fingerprint, parts.scheme)
         if self.jobix not in (None, jobix):
-            raise Trouble("The access file is another server's now.")
+            raise Trouble("The access file belongs to another server now.")
         tls = tls_context(fingerprint) if parts.scheme == "https" else None
         self.url, self.jobix, self.address = url, jobix, address
         self.tls, self.fingerprint = tls, fingerprint
@@ -377,10 +378,10 @@ class Client:
         return self.call("GET", path_of("lifetime", stage, minutes))
 
     def stages(self, changes=None):
-        """Return {stage: {"name"?, "minutes"?}} in force; change some before.
+        """Make `changes`, if any; return {stage: {"name"?, "minutes"?}}.
 
-        `changes` is of the same kind; None takes a value away. The name of a
-        stage may stand for its number, as in all other calls.
+        `changes` has the same form; None removes a value. As in all other
+        calls, a stage may be given by its name.
         """
         method = "GET" if changes is None else "POST"
         found = self.call(method, "/stages", changes)
@@ -389,37 +390,38 @@ class Client:
     def set(self, jobs):
         """Add `jobs`: {jobid: {"jobstage": int, "jobcmd": any JSON, …}}.
 
-        Or an iterable of such pairs. Many go in several calls, so that
-        others' calls come between. After an error some may be in: the whole
-        again adds none twice.
+        Or an iterable of such pairs. Many jobs go in several calls, so that
+        other calls come between. After an error some jobs may be there:
+        call it again with all, and none is added twice.
         """
         pairs = jobs.items() if hasattr(jobs, "items") else jobs
         for text in chunks(pairs, self.PART, self.PART_SIZE):
             self.call("POST", "/set", text=text)
 
     def submit(self, key, jobs, part=0):
-        """Add `jobs`, a list of entries; return the ids they are given.
+        """Add `jobs`, a list of entries; return their ids.
 
-        The same key again gives the same ids and adds nothing. More jobs can
-        be added under it with another `part`: how many there are before.
+        The same key again gives the same ids and adds nothing. To add more
+        jobs under the key, give `part`, the number of jobs before them.
         """
         value = {"key": key, "jobs": jobs, "part": part}
         return self.call("POST", "/submit", value)["ids"]
 
     def submissions(self, name=None):
-        """Return the latest 100 submissions, or a list of the one so named.
+        """Return the latest 100 submissions, or a list with the named one.
 
-        [{"key": its name, "ids": "1-1000", "jobs": 1000, "time"}, …]; the
-        name `last` is that of the latest.
+        [{"key": its name, "ids": "1-1000", "jobs": 1000, "time"}, …]; `last`
+        names the latest.
         """
         return self.call("GET", "/submissions", options={"submission": name})
 
     def get(self, stage, nextstage=None, **options):
         """Claim a job that waits in `stage`; return it, None without one.
 
-        `stage` may be a list: the first that has a job. Options: `worker`
-        (a name), `wait`, `lease` (seconds), `n` (jobs: returns a list).
-        A claim without a lease whose answer is lost is not repeated.
+        `stage` may be a list: the first stage that has a job is used.
+        Options: `worker` (a name), `wait`, `lease` (seconds), `n` (jobs:
+        returns a list). A claim without a lease is not repeated when its
+        answer is lost.
         """
         listed = [stage] if isinstance(stage, (int, str)) else stage
         path = path_of("get", ",".join(map(str, listed)), nextstage)
@@ -452,18 +454,18 @@ class Client:
     def reject_job(self, jobid, claim=None, **report):
         """Report that a job's files are missing or have changed.
 
-        `report`: `error`, `stderr`, and `files` that the job must have still.
+        `report`: `error`, `stderr`, and `files` that it must still have.
         """
         return self.end_claim("reject_job", jobid, claim, report)
 
     def release_job(self, jobid, claim=None):
-        """Give a claim back unharmed."""
+        """Give a claim back; no failure is counted."""
         return self.end_claim("release_job", jobid, claim, {})
 
     def heartbeat(self, worker, lease, claims, **about):
         """Renew `claims`, [[jobid, token], …], for `lease` seconds.
 
-        A claim may tell of its attempt: [jobid, token, {"progress": [0.4,
+        A claim may report on its attempt: [jobid, token, {"progress": [0.4,
         "epoch 3"], "note": "for the next attempt"}].
 
         `about` the worker: `host`, `stages` (a list), `slots`, `busy`,
@@ -474,13 +476,13 @@ class Client:
         return self.call("POST", "/heartbeat", beat)
 
     def check_stages(self, old=None, new=None):
-        """Flag the expired jobs; move those of stage `old` to `new`."""
+        """Mark the expired jobs; move those of stage `old` to `new`."""
         path = path_of("check_stages", old, None if old is None else new)
         return self.call("GET", path, repeat=old is None,
                          timeout=self.SWEEP_TIMEOUT)
 
     def retry(self, **selector):
-        """Let ended jobs run again; return how many.
+        """Run ended jobs again; return how many.
 
         `selector`: `ids`, or `submission`, `stage` and `state`, or
         `all=True`.
@@ -492,7 +494,7 @@ class Client:
         return self.sweep("/cancel", selector)["cancelled"]
 
     def release(self, **selector):
-        """Take jobs away from their workers, unharmed; return how many."""
+        """Take jobs from their workers, uncounted; return how many."""
         return self.sweep("/release", selector)["released"]
 
     def forget(self, **selector):
@@ -523,7 +525,7 @@ class Client:
         return self.call("GET", "/status", options=options)
 
     def pace(self, minutes=None):
-        """Return how many attempts and jobs became done, as time went.
+        """Return how many attempts and jobs were done over time.
 
         Of the last `minutes`, else of all time: {"start", "step" (seconds),
         "updates": [attempts in each step, …], "done": [jobs, …]}.
@@ -531,7 +533,7 @@ class Client:
         return self.call("GET", "/pace", options={"minutes": minutes})
 
     def workers(self):
-        """Return the workers heard of in the last day, the latest first.
+        """Return the workers heard from in the last day, the latest first.
 
         {"time": now, "workers": [{"name", "host", "slots", "heard", …}, …]}
         """
@@ -541,9 +543,9 @@ class Client:
         """Return a page of jobs: {"jobs": [job, …], "after": place or None}.
 
         Options: `stage`, `state` (also `expired`), `order` (`id` or `time`),
-        `after` (from the page before), `limit`, `attempts` (of each job so
-        many, the last), and those of status(). A page may be short and not
-        the last.
+        `after` (from the page before), `limit`, `attempts` (how many of each
+        job, the last), and those of status(). Only the last page has `after`
+        None; others may be short, too.
         """
         return self.call("GET", "/jobs", options=options)
 
@@ -556,22 +558,22 @@ class Client:
         return self.call("GET", "/failures", options=options)
 
     def stats(self):
-        """Return what time attempts have taken: a dict, as GET /stats."""
+        """Return how much time attempts took: a dict, as GET /stats."""
         return self.call("GET", "/stats")
 
     def metrics(self):
-        """Return the figures of all jobix together, a text for Prometheus."""
+        """Return figures of all jobix together, as text for Prometheus."""
         return self.call("GET", "/metrics")
 
     def job(self, jobid):
-        """Return all that the server knows of a job, and its attempts."""
+        """Return a job and its attempts."""
         return self.call("GET", path_of("job", jobid))
 
     def output(self, jobid, **options):
-        """Return the end of what the last attempt at a job has printed.
+        """Return the end of the output of the last attempt at a job.
 
-        {"stdout", "stderr", "truncated", "running"}; each has the last
-        `bytes`, 65,536 if not given.
+        {"stdout", "stderr", "truncated", "running"}; the texts have the last
+        `bytes`, 65,536 by default.
         """
         return self.call("GET", path_of("output", jobid), options=options)
 
@@ -596,7 +598,7 @@ class Client:
         if text is not None:
             body = zlib.compress(text.encode("ascii"), 1)
             if len(body) > MAX_BODY:
-                raise Refused(413, "That is too much for one call.")
+                raise Refused(413, "The body is too large; use several calls.")
         with self.mutex:
             status, answer = self.persist(method, path, body, repeat, timeout)
         if status != 200:
@@ -620,7 +622,7 @@ class Client:
                 error = str(trouble)
             except Impostor as lost:
                 self.close()
-                error = "At %s:%d is another server than ours: %s." % (
+                error = "Another server than ours is at %s:%d: %s." % (
                     *self.address, lost)
                 settled = time.monotonic() >= began + self.SETTLE
                 if settled and not self.met:  # ours was never there
@@ -637,7 +639,7 @@ class Client:
                 raise Unreachable(error)
 
     def tell_once(self, error):
-        """Tell what holds up this call, unless that has been told."""
+        """Report the reason why this call waits, once."""
         if not self.told:
             self.told = True
             self.tell("%s Waiting for it." % error)
@@ -665,7 +667,7 @@ class Client:
         self.connection.request(method, self.prefix + path, body, headers)
         if not self.told and not self.has_input(self.LATE):
             self.tell_once(
-                "The server at %s:%d doesn't answer." % self.address)
+                "The server at %s:%d hasn't answered yet." % self.address)
             self.connection.sock.settimeout(max(1, timeout - self.LATE))
         response = self.connection.getresponse()
         text = response.read().decode("utf-8", "replace")
@@ -677,7 +679,7 @@ class Client:
                 return response.status, json.loads(text)
         elif response.status >= 500 or kind.startswith("text/plain"):
             return response.status, text
-        raise OSError("what answers there is no jobman server")
+        raise OSError("the program there isn't a jobman server")
 
     def has_input(self, seconds):
         """Return whether the server sends something within so many seconds."""
@@ -756,7 +758,7 @@ def describe(path):
     """
     digest, size = hashlib.sha256(), 0
     if not stat.S_ISREG(os.stat(to_bytes(path)).st_mode):
-        raise ValueError("%s is no file" % path)
+        raise ValueError("%s isn't a file" % path)
     with open(to_bytes(path), "rb", buffering=0) as file:
         for block in iter(lambda: file.read(2**20), b""):
             digest.update(block)
@@ -875,8 +877,8 @@ def check_folder(folder):
         status = os.stat(folder)
         if status.st_mode & 0o022 or not is_ours(status.st_uid, folder):
             raise OSError(
-                "The folder %s can be written by other users: keep jobman's"
-                " files in a folder of your own (mkdir -m 700 FOLDER)."
+                "Other users can write to the folder %s: keep jobman's files"
+                " in a folder of your own (mkdir -m 700 FOLDER)."
                 % folder)
 
 
@@ -970,7 +972,7 @@ class PrintedOutput:
     def close(self):
         """Free its memory, or its disk space; drop what comes later."""
         for file in self.files:
-            with contextlib.suppress(OSError):  # what it still has to write
+            with contextlib.suppress(OSError):  # unwritten output
                 file.close()
         self.files = []
 
@@ -996,7 +998,7 @@ def read_outcomes(lines, space):
         elif not (outcome.claim and outcome.verb in VERBS
                   and type(outcome.jobid) is int
                   and type(outcome.values) is dict):
-            say("Job %s: its result is malformed and is dropped."
+            say("Job %s: its result in the spool is malformed and is dropped."
                 % outcome.jobid)
         else:
             found.append(outcome)
@@ -1004,7 +1006,7 @@ def read_outcomes(lines, space):
 
 
 class Spool:
-    """Keep on disk, a line each, the outcomes that can't be delivered.
+    """Keep undelivered outcomes on disk, one on each line.
 
     The worker holds a `flock` on its file, PATH. Where locks don't work two
     workers may deliver the same outcome: the server takes it once.
@@ -1130,7 +1132,7 @@ def deliver(client, outcomes):
             client, updates[0]._replace(verb="fail", values=values))
     for answer in answers:
         if answer["status"] != 200:
-            say("Job %(jobid)d: its result came too late and is dropped"
+            say("Job %(jobid)d: its result is too late and is dropped"
                 " (%(status)d)." % answer)
     return len(updates), sum(answer["status"] == 200 for answer in answers)
 
@@ -1139,10 +1141,10 @@ class Claims:
     """Renew the claims of a worker, and deliver how its attempts ended.
 
     One thread does both on the connection of `client`, which has no
-    patience. What can't be delivered waits on disk, in `spool`. `about()`
-    returns what a heartbeat says of the worker, `told(jobid)` of an attempt;
-    `lost(jobid, claim)` is called for a lost claim, and `drained(whether)`
-    after each heartbeat.
+    patience. Outcomes that can't be delivered are kept on disk, in `spool`.
+    `about()` returns a heartbeat's report on the worker, and `told(jobid)`
+    that on an attempt; `lost(jobid, claim)` is called for a lost claim, and
+    `drained(whether)` after each heartbeat.
     """
 
     LINGER = 0.02  # seconds in which outcomes gather for one call
@@ -1224,7 +1226,8 @@ class Claims:
             self.client.abort(socket.SHUT_RDWR)
             self.thread.join()
         if self.unsafe():
-            say("%s lost: the server is away and %s can't be written." % (
+            say("%s lost: the server can't be reached and %s can't be written."
+                % (
                 number_of(self.unsafe(), "result"), self.spool.path))
         if not self.away:
             with contextlib.suppress(Trouble):
@@ -1309,7 +1312,8 @@ class Claims:
             return say("%s can't be written: %s" % (
                 self.spool.path, error.strerror or error))
         if not self.spooled:
-            say("Results wait on disk, in %s." % self.spool.folder)
+            say("Results are kept in %s until the server is back."
+                % self.spool.folder)
         with self.news:
             self.spooled = len(self.waiting)
             self.news.notify_all()
@@ -1393,11 +1397,11 @@ def kill_marked(mark):
 
 
 def watch_over(pipe, sessions, folder):
-    """Kill what a dead worker leaves running, and remove its `folder`.
+    """Kill the commands of a dead worker, and remove its `folder`.
 
-    The worker has died when the pipe ends; a byte before that is its normal
-    end. A command that it had just started is found by the folder, which is
-    in its environment.
+    When the pipe ends, the worker has died, unless it wrote a byte before:
+    that is its normal end. A command that it had just started is found by the
+    folder, which is in its environment.
     """
     if os.read(pipe, 1):
         return
@@ -1410,7 +1414,7 @@ def watch_over(pipe, sessions, folder):
 
 
 class Guard:
-    """A small process that kills what runs when its worker has died.
+    """A small process that kills commands when their worker has died.
 
     It shares `sessions` with the worker: for each slot the session of its
     command, 0 for none. (A pipe would wake it for each command.) It is
@@ -1446,7 +1450,7 @@ class Guard:
                     os.close(int(name))
 
     def close(self):
-        """End the guard: nothing is left for it to do."""
+        """End the guard."""
         with contextlib.suppress(BrokenPipeError):
             os.write(self.pipe, b".")
         os.close(self.pipe)
@@ -1465,12 +1469,12 @@ REMEDIES = {  # what to do about an errno for which a command can't start
 
 
 def refuse_constant(name):
-    """Refuse NaN and Infinity, which Python reads but JSON doesn't have."""
+    """Refuse NaN and Infinity, which Python accepts but JSON doesn't."""
     raise ValueError("%s is not JSON" % name)
 
 
 def read_left(path, owner, limit):
-    """Return the bytes that a command left in a file, b"" without a file.
+    """Return the bytes that a command wrote to a file, b"" without a file.
 
     Raises ValueError when there are over `limit`, and for a file of another
     user than `owner`.
@@ -1480,9 +1484,9 @@ def read_left(path, owner, limit):
         with open(os.open(path, flags), "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise ValueError("it is no file")
+                raise ValueError("it isn't a file")
             if found.st_uid not in (owner, 0):
-                raise ValueError("it is another user's")
+                raise ValueError("it belongs to another user")
             text = file.read(limit + 1)
     except FileNotFoundError:
         return b""
@@ -1494,9 +1498,9 @@ def read_left(path, owner, limit):
 
 
 def read_progress(text):
-    """Return how far a command is, as in `0.4 epoch 3`: [0.4, "epoch 3"].
+    """Return a command's progress: [0.4, "epoch 3"] for `0.4 epoch 3`.
 
-    Raises ValueError when that doesn't begin with a number from 0 to 1.
+    Raises ValueError when it doesn't begin with a number from 0 to 1.
     """
     number, _, word = text.decode("utf-8", "replace").strip().partition(" ")
     part = float(number)
@@ -1506,10 +1510,10 @@ def read_progress(text):
 
 
 def read_result(path, owner):
-    """Return what a command left in its result file.
+    """Return the result that a command wrote to its result file.
 
-    Raises ValueError when that is no object with the known keys, or a file
-    of another user than `owner`.
+    Raises ValueError when it isn't an object with the known keys, or belongs
+    to another user than `owner`.
     """
     text = read_left(path, owner, RESULT_LIMIT)
     if not text.strip():
@@ -1523,12 +1527,12 @@ def read_result(path, owner):
         raise ValueError("it is nested too deeply") from None
     keys = {"filename", "jobcmd", "outputs"}
     if not isinstance(result, dict) or set(result) - keys:
-        raise ValueError("it is no object with filename, jobcmd and outputs")
+        raise ValueError("it isn't an object with filename, jobcmd or outputs")
     if not isinstance(result.get("filename"), (str, type(None))):
-        raise ValueError("its filename is no string")
+        raise ValueError("its filename isn't a string")
     outputs = result.get("outputs") or []
     if not isinstance(outputs, list) or {type(o) for o in outputs} - {str}:
-        raise ValueError("its outputs are no list of strings")
+        raise ValueError("its outputs aren't a list of strings")
     return result
 
 
@@ -1566,7 +1570,7 @@ def allow_open_files(slots):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
         if hard < needed - 64:
-            raise Trouble("%d files may be open, too few: %s." % (
+            raise Trouble("Only %d files may be open, too few: %s." % (
                 hard, REMEDIES[errno.EMFILE]))
         needed = min(needed, hard)
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -1574,7 +1578,7 @@ def allow_open_files(slots):
 
 
 class Attempt:
-    """One attempt at a job, from its claim until its outcome is told."""
+    """One attempt at a job, from its claim until its outcome is reported."""
 
     def __init__(self, job):
         self.job = job
@@ -1589,7 +1593,7 @@ class Attempt:
         self.status = None  # of its command, as a shell gives it
         self.began = self.seconds = None
         self.reason = None  # why it is cut off: timeout, output, lost or end
-        self.kill_at = None  # when what is left of it is killed
+        self.kill_at = None  # when its remaining processes are killed
         self.inputs = {}  # path: touched(path), of files that were checked
         self.events = []  # of the scheduler
 
@@ -1624,7 +1628,7 @@ class Attempt:
 
         Raises OSError, or ValueError for words that no command can have.
         Both ends of its pipes stay open here, so nothing ends when the
-        command closes them: what it has printed is in the pipe by then.
+        command closes them: by then all its output is in the pipe.
         """
         argv, cwd = [to_bytes(word) for word in argv], self.job.get("cwd")
         for _ in "12":
@@ -1652,7 +1656,7 @@ class Attempt:
         return {}
 
     def news(self, owner):
-        """Return what its command has told by now, for a heartbeat."""
+        """Return the progress and note of its command, for a heartbeat."""
         news = self.note(owner)
         with contextlib.suppress(ValueError):
             text = read_left(self.result + ".progress", owner, NOTE_LIMIT)
@@ -1666,7 +1670,7 @@ class Attempt:
                 os.unlink(self.result + suffix)
 
     def read(self, fd):
-        """Keep what is in a pipe; return whether there was any."""
+        """Keep the contents of a pipe; return whether there was any."""
         try:
             data = os.read(fd, 65536)
         except BlockingIOError:
@@ -1718,7 +1722,7 @@ def read_span(text):
     span = ((days * 24 + hours) * 60 + minutes) * 60 + rest
     if not 0 < span <= 10**9:
         raise ValueError(
-            "%r is no time such as 1:00:00, 1-12:00:00, 90s or 2h30m" % text
+            "%r isn't a time; write 1:00:00, 1-12:00:00, 90s or 2h30m" % text
         )
     return span
 
@@ -1750,7 +1754,7 @@ def slurm_left(environment):
 def pbs_left(environment):
     """Return the seconds left in a PBS allocation, None if unknown.
 
-    Torque says `Walltime.Remaining`; PBS Pro says what was asked for, and
+    Torque prints `Walltime.Remaining`; PBS Pro prints the requested time, and
     when the job started.
     """
     told = output_of("qstat", "-f", environment["PBS_JOBID"])
@@ -1781,9 +1785,9 @@ class NodeCheck:
     """Tell a bad node from bad jobs when several jobs fail here in a row.
 
     Three different jobs that fail fast, one after another, make the node
-    suspect. The server knows how attempts elsewhere at these jobs end: if
-    others get them done the node is bad, if others fail too the jobs are.
-    When that isn't known in time, a few more jobs are claimed.
+    suspect. The server knows how attempts at these jobs end elsewhere: if
+    they succeed, the node is bad; if they fail, the jobs are bad. When that
+    isn't known in time, a few more jobs are claimed.
     """
 
     ENOUGH = 3  # jobs that fail here in a row and are done elsewhere
@@ -1836,10 +1840,10 @@ class NodeCheck:
         return None
 
     def count_done_elsewhere(self):
-        """Return how many of the failed jobs others have got done.
+        """Return how many of the failed jobs were done by other workers.
 
-        Those at which others fail, too, are forgotten. A job done before it
-        failed here says nothing of the node: its command, or what it reads,
+        Jobs that fail elsewhere, too, are forgotten. A job done before it
+        failed here proves nothing about the node: its command or its input
         may have changed.
         """
         told = self.client.workers()
@@ -1847,7 +1851,7 @@ class NodeCheck:
                    and told["time"] - other["heard"] < self.HEARD
                    and set(other["stages"] or ()) & set(self.stages)
                    for other in told["workers"]):
-            self.trust()  # nobody else can tell
+            self.trust()  # no other worker can try them
         done = 0
         for jobid, stage in list(self.failed.items()):
             outcomes = set()
@@ -1906,8 +1910,8 @@ class Claimer:
         """Claim nothing while the server says so."""
         if drained != self.drained and not self.ending.is_set():
             self.drained = drained
-            say("Drained: it claims no more for now." if drained
-                else "It claims jobs again.")
+            say("Drained: it claims no more jobs for now." if drained
+                else "Undrained: it claims jobs again.")
 
     def label(self, stage):
         """Return a stage's name, else its number, as text."""
@@ -2005,8 +2009,8 @@ class Claimer:
         left = self.options.until - now
         stages = [s for s in self.stages if self.run_times.get(s, 0) <= left]
         if not stages:
-            say("No job here is known to end in the %s seconds that are left."
-                % int(max(0, left)))
+            say("No job is known to be short enough for the %s seconds that"
+                " are left." % int(max(0, left)))
         return stages
 
 
@@ -2116,7 +2120,7 @@ class Worker:
             say(line)
 
     def summary(self):
-        """Return what the worker has done, and why it ends."""
+        """Return a line on the jobs done, and why the worker ends."""
         line = number_of(self.done, "job") + " done"
         if self.failures:
             ids = list(map(str, self.failures))
@@ -2188,7 +2192,7 @@ class Worker:
             os.write(self.waker, b".")
 
     def about(self):
-        """Return what a heartbeat says of the worker."""
+        """Return a heartbeat's report on the worker."""
         return {
             "host": socket.gethostname(), "stages": self.claimer.stages,
             "slots": self.options.slots, "busy": len(self.running),
@@ -2205,7 +2209,7 @@ class Worker:
         return None
 
     def turn(self):
-        """Do what can be done now; return whether there will be more."""
+        """Take the steps that can be taken now; return False at the end."""
         while self.inbox:
             function, args = self.inbox.popleft()
             function(*args)
@@ -2241,7 +2245,7 @@ class Worker:
         attempt.reason = attempt.reason or "output"
 
     def finish(self):
-        """Tell the last outcomes, and end the rest."""
+        """Report the last outcomes, and end the rest."""
         if self.hasty:
             self.claims.LAST = 1
         for attempt in self.running.values():  # after a fault, or in haste
@@ -2332,7 +2336,7 @@ class Worker:
             self.tell(self.ready.popleft(), "release")
 
     def stop_claiming(self):
-        """Claim no more, and give back what hasn't begun."""
+        """Claim no more, and release the jobs that haven't begun."""
         if not self.claimer.ending.is_set():
             self.claimer.ending.set()
             self.wanted.put((0, False))
@@ -2464,8 +2468,8 @@ class Worker:
             if str(job["jobstage"]) not in jobcmd["steps"]:
                 raise ValueError(
                     "The job has no command for stage %d; start the worker"
-                    " with --command, or with the stages that it has commands"
-                    " for: %s" % (job["jobstage"], ", ".join(jobcmd["steps"])))
+                    " with --command, or with --stage for the stages that have"
+                    " one: %s" % (job["jobstage"], ", ".join(jobcmd["steps"])))
             jobcmd = jobcmd["steps"][str(job["jobstage"])]
         if isinstance(jobcmd, str):
             return ["/bin/sh", "-c", jobcmd], b""
@@ -2473,8 +2477,8 @@ class Worker:
         if words and all(isinstance(word, str) for word in words):
             return words, b""
         raise ValueError(
-            "The job's jobcmd is no command; start the worker with --command"
-            " to say what is to be done with it."
+            "The job's jobcmd isn't a command; start the worker with --command"
+            " to give it one."
         )
 
     def not_started(self, attempt, error):
@@ -2554,7 +2558,7 @@ class Worker:
             self.collect(attempt)
 
     def collect(self, attempt):
-        """Find out what a command that ended well has brought."""
+        """Read the results of a command that succeeded."""
         try:
             brought = read_result(attempt.result, self.owner)
         except ValueError as error:
@@ -2606,7 +2610,7 @@ class Worker:
                      error="exit status %d%s" % (attempt.status, whose))
 
     def end(self, attempt, verb, **values):
-        """End an attempt: print its output, then tell its outcome."""
+        """End an attempt: print its output, then report its outcome."""
         for event in attempt.events:
             with contextlib.suppress(ValueError):
                 self.schedule.cancel(event)
@@ -2649,7 +2653,7 @@ class Worker:
                 os.dup2(null, stream.fileno())
             self.call(self.drain, signal.SIGTERM, 128 + signal.SIGPIPE, None)
         except OSError as error:
-            say("The output can't be written: %s" % error)
+            say("The output of commands can't be written: %s" % error)
             self.call(self.drain, signal.SIGTERM, 1, None)
         finally:
             self.printing = False
@@ -2675,7 +2679,7 @@ class Worker:
         return "fail"
 
     def tell(self, attempt, verb, **values):
-        """Tell the attempt's outcome, and free its slot."""
+        """Report the attempt's outcome, and free its slot."""
         job = attempt.job
         if verb is None:
             self.claims.forget(job["jobid"], job["claim"])
@@ -2715,13 +2719,13 @@ class Worker:
             attempt.reason = "lost"
 
     def set_drained(self, drained):
-        """Claim nothing while the server says so; what runs may end."""
+        """Claim nothing while drained; running commands go on."""
         self.claimer.set_drained(drained)
         if drained:
             self.give_back()
 
     def drain(self, number, status, why):
-        """Claim no more, end what runs by a signal, and give it back.
+        """Claim no more, signal running commands, and release their jobs.
 
         A second SIGINT kills it at once.
         """
@@ -2744,7 +2748,7 @@ class Worker:
                 self.end(attempt, "release")
 
     def put_in_quarantine(self, reason):
-        """Claim no more: this node does harm. What runs may end."""
+        """Claim no more: this node is bad. Running commands may end."""
         if self.quarantine is None:
             self.quarantine = reason
             self.why = "in quarantine"
@@ -2760,10 +2764,10 @@ class Worker:
 class Job:
     """A claimed job, for a program that does the work itself.
 
-    `jobid`, `stage`, `jobcmd`, `filename`, `attempt` are what it carries;
-    `lost` tells whether the claim is lost, until the attempt ends. In a
-    `with` statement an exception fails the attempt, and goes no further; a
-    normal end is done().
+    It has `jobid`, `stage`, `jobcmd`, `filename` and `attempt`. `lost` is True
+    once the claim is lost, until the attempt ends. In a `with` statement an
+    exception fails the attempt and is not passed on; a normal end is
+    done().
     """
 
     def __init__(self, claims, job):
@@ -2787,13 +2791,13 @@ class Job:
         return not (held or self.ended)
 
     def done(self, filename=None, jobcmd=None, outputs=None):
-        """Put the job two stages up, with what the next stage should know.
+        """Put the job two stages up, with its results for the next stage.
 
-        `outputs`, a list of paths, and the file `filename`, if it is there,
+        `outputs`, a list of paths, and the file `filename`, if it exists,
         are checked before the next stage starts. Returns when the server
-        has it, or when it waits on disk for a server that is away. Raises
-        OSError or ValueError, and the job isn't done, when an output is
-        missing.
+        has the results, or when they are on disk because the server can't be
+        reached. Raises OSError or ValueError when an output is missing; then
+        the job isn't done.
         """
         brought = {"filename": filename, "jobcmd": jobcmd, "outputs": outputs}
         brought = {k: v for k, v in brought.items() if v is not None}
@@ -2807,7 +2811,7 @@ class Job:
         self.end("fail", error=error, **report)
 
     def release(self):
-        """Give the claim back unharmed."""
+        """Give the claim back; no failure is counted."""
         self.end("release")
 
     def end(self, verb, **values):
@@ -2818,7 +2822,7 @@ class Job:
             self.claims.wait()
 
     def check(self, lag):
-        """Return whether the files that it is given are unchanged."""
+        """Return whether the files given to it are unchanged."""
         files = self.job.get("files") or ()
         if self.job.get("made") == self.stage:
             files = ()
@@ -2871,10 +2875,10 @@ def claim_jobs(
 ):
     """Return an iterator over the jobs of a stage, each as a Job.
 
-    It ends when there has been none for `idle_timeout` seconds. Leases are
-    renewed meanwhile. A job that is left without done(), fail() or release()
-    has failed, as by an exception in the loop. Options are those of the
-    command line.
+    It ends after `idle_timeout` seconds without a job. Leases are renewed
+    meanwhile. A job that is left without done(), fail() or release(), as by
+    an exception in the loop, has failed. Options are those of the command
+    line.
     """
     options = argparse.Namespace(
         stage=[stage], lease=lease, idle_timeout=idle_timeout, until=None,
@@ -2898,8 +2902,8 @@ def claim_jobs(
 def run(function, stage=0, **options):
     """Call `function(job)` for each job of a stage; options as claim_jobs.
 
-    What it returns, a dict or None, goes to the job's done(); an exception
-    fails the attempt, and is told on standard error.
+    Its result, a dict or None, goes to the job's done(). An exception fails
+    the attempt, and is printed on standard error.
     """
     for job in claim_jobs(stage, **options):
         with job:
@@ -2940,7 +2944,7 @@ def stage_list(text):
            else stage <= most for stage in stages):
         return stages
     raise argparse.ArgumentTypeError(
-        "%r is no list such as 0 or 2,0, of stages up to %d, or of their names"
+        "%r isn't a list of stages up to %d; write 0, 2,0 or their names"
         % (text, most))
 
 
@@ -2961,46 +2965,49 @@ def duration(text):
         return read_span(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            "%r is no duration such as 90 (seconds), 90s, 2h30m or 1:00:00"
+            "%r isn't a duration; write 90 (seconds), 90s, 2h30m or 1:00:00"
             % text) from None
 
 
 def parse(arguments):
     """Return the command line's options."""
     parser = argparse.ArgumentParser(
-        description="Work through the jobs of a jobman server.",
+        description="Run the jobs of a jobman server.",
         epilog="example: python3 worker.py --stage 0,2 --slots 4",
     )
     add = parser.add_argument
     add("--stage", default=[0], type=stage_list, metavar="S[,S...]",
-        help="stages to claim from, the highest first, by number or name"
-        " (default 0)")
+        help="stages to serve, by number or name; jobs of the highest stage"
+        " go first (default 0)")
     add("--slots", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-        help="commands side by side (default: the cores we may use)")
+        help="how many commands to run at a time (default: one for each core)")
     add("--command", metavar="CMD",
-        help="run CMD for each job, the job as JSON on its standard input")
+        help="run CMD for each job, with the job as JSON on standard input")
     add("--idle-timeout", type=duration, default=60, metavar="TIME",
-        help="end after so long with nothing to do (default 60s)")
+        help="end after this time without work (default 60s)")
     add("--lease", type=duration, default=120, metavar="TIME",
-        help="a job goes to others when its worker is silent so long"
-        " (default 2m)")
+        help="give the jobs of this worker to others after it was silent for"
+        " this time (default 2m)")
     add("--time-limit", type=span, metavar="TIME",
         help="end after 1:00:00, 90s, 2h30m (default: with the batch job)")
     add("--grace", type=duration, default=10, metavar="TIME",
-        help="time between a signal to commands and KILL (default 10s)")
+        help="time between a signal to commands and SIGKILL (default 10s)")
     add("--lag", type=duration, default=10, metavar="TIME",
-        help="how late files of other nodes may be seen here (default 10s)")
+        help="how long to wait for files of other nodes to appear here"
+        " (default 10s)")
     add("--logs", metavar="DIR",
-        help="keep output there (default: logs, next to the access file)")
+        help="the folder for the output of commands (default: logs, next to"
+        " the access file)")
     add("--log-limit", type=int, default=2**20, metavar="BYTES",
-        help="of output kept of one attempt (default 1048576)")
-    add("--print", action="store_true", help="print output, keep none")
-    add("--quiet", action="store_true", help="say only what is wrong")
+        help="how much output of an attempt to keep (default 1048576)")
+    add("--print", action="store_true",
+        help="print the output of commands instead of keeping it")
+    add("--quiet", action="store_true", help="print only problems")
     add("--spool", metavar="DIR",
-        help="results wait there for a server that is away (default: spool,"
-        " next to the access file)")
+        help="the folder for results while the server can't be reached"
+        " (default: spool, next to the access file)")
     add("--send-spool", action="store_true",
-        help="deliver what ended workers left there, do nothing else")
+        help="only deliver the results that ended workers left in the spool")
     add("--access", metavar="FILE",
         help="the server's access file (default ~/.jobman/access.json)")
     add("--name", help="the worker's name (default HOST-PID, with the number"
