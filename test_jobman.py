@@ -10316,9 +10316,9 @@ class UsageTest(Commands):
         ("serve --tls --plain", "choose one of --tls"),
         ("serve --plain --certfile x", "choose one of --tls"),
         ("serve --keyfile x", "--keyfile goes with --certfile"),
-        ("serve --new-jobix --jobix-file x", "--new-jobix can't be combined the number"),
-        ("serve --new-jobix --shared", "--new-jobix can't be combined the number"),
-        ("serve --new-jobix --open", "--new-jobix can't be combined the number"),
+        ("serve --new-jobix --jobix-file x", "--new-jobix can't be combined"),
+        ("serve --new-jobix --shared", "--new-jobix can't be combined"),
+        ("serve --new-jobix --open", "--new-jobix can't be combined"),
     )
 
     def check(self, line, said):
