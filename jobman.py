@@ -8845,7 +8845,8 @@ class Allocator:
             return "would submit one"
         script = self.system["script"](self.options)
         said = ask_batch(self.system["submit"], self.name, given=script)
-        number = re.split("[.;]", said.strip())[0]  # without its server
+        last = said.strip().rpartition("\n")[2]  # sites may print more
+        number = re.split("[.;]", last)[0]  # without the server's name
         self.found[number] = True
         return "submitted " + number
 
@@ -8884,12 +8885,11 @@ def alloc(options):
                 return 0
             told = what
             ending.wait(pause)
-        left = allocator.list() if options.cancel else allocator.found
-        if left and options.cancel:
-            say(allocator.cancel(left).capitalize() + ".")
-        elif left:
+        if allocator.found and options.cancel:
+            say(allocator.cancel(allocator.found).capitalize() + ".")
+        elif allocator.found:
             say("Interrupted; allocations go on: %s cancels them." % " ".join(
-                [allocator.system["cancel"], *left]))
+                [allocator.system["cancel"], *allocator.found]))
     return 128 + ending.number
 
 

@@ -15151,7 +15151,7 @@ squeue) cat queue ;;
 qstat) echo 'Job id            Name             User   Time Use S Queue'
     echo '----------------  ---------------- ------ -------- - -----'
     cat queue ;;
-sbatch) submit " $word root 0:00 PD"; echo $number ;;
+sbatch) submit " $word root 0:00 PD"; echo Welcome!; echo $number ;;
 qsub) submit ".login1 $word root 0 Q workq"; echo $number.login1 ;;
 scancel | qdel)
     for number; do sed -i "/^$number[ .]/d" queue; done ;;
