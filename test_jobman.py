@@ -10119,7 +10119,7 @@ class ActingTest(CommandCase):
             {"stage": 4, "paused": False}, self.seen("resume align"))
         self.assertPrints(
             ("pause align", "stage align is paused\n"),
-            ("resume 4", "stage 4 goes on\n"),
+            ("resume 4", "stage 4 is resumed\n"),
             ("lifetime align 1", "1\n"),
             ("cancel --stage align --state waiting", "2 jobs cancelled\n"),
             ("retry --stage align", "2 jobs retried\n"))
@@ -10220,7 +10220,7 @@ class ActingTest(CommandCase):
         self.environment["JOBMAN_JOBIX"] = str(self.jobix)
         self.assertEqual(["1"], self.listed("jobs"))
         self.environment["JOBMAN_JOBIX"] = "mine"
-        self.assertIn("A jobix ($JOBMAN_JOBIX) must be", self.refused("jobs"))
+        self.assertIn("The jobix ($JOBMAN_JOBIX) must", self.refused("jobs"))
 
     def test_a_server_that_is_silent_or_away_is_said(self):
         self.patch(worker.Client, "LATE", 0)
@@ -10231,7 +10231,7 @@ class ActingTest(CommandCase):
             silent.listen(1)
             self.lead_to("http://127.0.0.1:%d" % silent.getsockname()[1])
             self.does("cancel all", status=1, err=(
-                "jobman.py: The server at .* hasn't answered yet. Waiting for it.\n"
+                "jobman.py: The server at .* hasn't answered yet. .*\n"
                 "jobman.py: The server at .* can't be reached.*\n"))
         self.does("cancel all", status=1, err=(
             r"(jobman.py: The server at .* can't be reached.*) Waiting for it"
@@ -10255,22 +10255,22 @@ class UsageTest(Commands):
         ("cancel 3-1", "IDS"), ("cancel 1,,2", "IDS"), ("cancel -1", "IDS"),
         ("cancel 1 2", "unrecognized arguments: 2"),
         ("retry failed", "'failed' is a state: write --state failed"),
-        ("cancel --state lost", "'lost' is none of waiting"),
-        ("jobs --state fialed", "'fialed' isn't one of .*; did you mean failed"),
-        ("cancel --stage -1", "--stage: '-1' is no stage"),
+        ("cancel --state lost", "'lost' isn't one of waiting"),
+        ("jobs --state fialed", "'fialed' isn't one of .*; did you mean fail"),
+        ("cancel --stage -1", "--stage: '-1' isn't a stage"),
         ("cancel --stage 1000001", "--stage: .*write its number"),
         ("jobs --limit 0", "--limit: '0': it must be"),
         ("jobs --order size", "--order"),
         ("job", "JOBID"), ("job x", "JOBID: 'x': it must be an integer"),
         ("job 9007199254740992", "JOBID: .*it must be an integer"),
-        ("wait 5-3", "1,3,5-8"), ("wait --timeout -1", "no duration"),
+        ("wait 5-3", "1,3,5-8"), ("wait --timeout -1", "isn't a duration"),
         ("export --format xml", "--format"), ("watch 1 2", "unrecognized"),
-        ("logs", "name jobs: by ids"), ("logs 1 --prune", "--prune takes"),
+        ("logs", "name jobs by ids"), ("logs 1 --prune", "with --prune name"),
         ("logs x,", "IDS: 'x' names no jobs; .*, or the name of a submission"),
         ("pause", "STAGE"), ("lifetime 1 x", "MINUTES: 'x': it must be"),
         ("lifetime 1 -1", "MINUTES"), ("lifetime 1 1.5", "MINUTES"),
         ("lifetime 1 1000000001", "MINUTES"), ("init x", "MINUTES"),
-        ("stages 4", "'4' isn't STAGE=NAME"), ("stages 'x y=a'", "no stage"),
+        ("stages 4", "'4' isn't STAGE=NAME"), ("stages 'x y=a'", "isn't a"),
         # submit
         ("submit", "submit needs a command"), ("submit ''", "needs a command"),
         ("submit --prioritty 5 x", "--prioritty; did you mean --priority"),
@@ -10280,19 +10280,19 @@ class UsageTest(Commands):
         ("submit --retries -1 x", "--retries"),
         ("submit --timeout x x", "--timeout"),
         ("submit --after 1x x", "--after"), ("submit --name '' x", "--name"),
-        ("submit --name last x", "'last' is no name"),
+        ("submit --name last x", "'last' can't be a name"),
         ("submit --name 1-5 x", "a name is a letter"),
         ("submit --names a,b x", "a name for each command, 1 in all"),
         ("submit --names a,a x", "'a,a' has a name twice"),
-        ("submit --names 7 x", "'7' is no name"),
+        ("submit --names 7 x", "'7' can't be a name"),
         ("submit --array 1 --commands -", "--array or --commands, not both"),
         ("submit --array 1 x ::: 1", "::: or --array, not both"),
-        ("submit --from-json - x", "--from-json brings the commands"),
-        ("submit --array '' x", "names no numbers"),
-        ("submit --array x x", "names no numbers"),
-        ("submit --array 5-1 x", "'5-1' names no numbers"),
-        ("submit --array 1-3:0 x", "names no numbers"),
-        ("submit --array 1- x", "names no"), ("submit --array 1-2-3 x", "no"),
+        ("submit --from-json - x", "--from-json has the commands"),
+        ("submit --array '' x", "isn't numbers"),
+        ("submit --array x x", "isn't numbers"),
+        ("submit --array 5-1 x", "'5-1' isn't numbers"),
+        ("submit --array 1-3:0 x", "isn't numbers"),
+        ("submit --array 1- x", "isn't"), ("submit --array 1-2-3 x", "isn't"),
         ("submit 'ls -la' --priority 5", "--priority comes after the comm"),
         ("submit ls --then ls --names=a,b", "--names=a,b comes after"),
         ("submit 'echo {1} {2}' ::: a ::: b", "give one list of items"),
@@ -10315,7 +10315,7 @@ class UsageTest(Commands):
         ("serve --retries -1", "--retries"), ("serve --lapses 0", "--lapses"),
         ("serve --tls --plain", "choose one of --tls"),
         ("serve --plain --certfile x", "choose one of --tls"),
-        ("serve --keyfile x", "--keyfile goes with --certfile"),
+        ("serve --keyfile x", "--keyfile needs --certfile"),
         ("serve --new-jobix --jobix-file x", "--new-jobix can't be combined"),
         ("serve --new-jobix --shared", "--new-jobix can't be combined"),
         ("serve --new-jobix --open", "--new-jobix can't be combined"),
@@ -10343,7 +10343,7 @@ class UsageTest(Commands):
 
     def test_a_new_jobix_is_no_given_one(self):
         self.environment["JOBMAN_JOBIX"] = "7"
-        self.check("serve --new-jobix", "give no .*JOBMAN_JOBIX")
+        self.check("serve --new-jobix", "can't be combined .*JOBMAN_JOBIX")
 
     def test_a_terminal_gives_no_items(self):
         process, screen = self.on_terminal("run echo")
@@ -10520,7 +10520,7 @@ class SubmitTest(CommandCase):
             (b"5", "must be an object or a list"), (b"{", "Can't read jobs"),
             (b"\xff", "Can't read jobs"), (b"[1]", "object"),
             (b'[\n{"a" 1}]', "Can't read jobs in -: .*line 2 column 6"),
-            (b'{"a": {"jobstage": 0}}', "need numbers for names"),
+            (b'{"a": {"jobstage": 0}}', "must be jobids"),
             (b'{"1": {"jobstage": -1}}', "jobstage"), (b'[{"x": 1}]', "'x'"),
             (b'{"1": {"jobstage": 0}, "1": {}}', "twice"),
             (b'{"3": {"after": 5}}', "after"),
@@ -10555,7 +10555,7 @@ class SubmitTest(CommandCase):
             return jobman.main(argv)
 
         for line, status, said in (
-            ("submit true", 1, "This folder is gone; say --cwd DIR.\n"),
+            ("submit true", 1, "The current folder is gone; use --cwd DIR.\n"),
             ("submit --cwd /tmp true", 0, ""),
         ):
             done, _, err = self.call_main(
@@ -11554,7 +11554,8 @@ class RunTest(Commands):
     def test_more_than_ten_failures_are_counted(self):
         _, err = self.over("--array", "1-12", "false {}", status=1)
         self.assertEqual(10, err.count("failed: "))
-        self.assertIn("... and 2 more. All of them: python3 jobman.py serve"
+        self.assertIn("... and 2 more. To see them all: python3 jobman.py"
+                      " serve"
                       " --db jobman-run.db, then", err)
 
     def test_a_command_for_each_stage(self):
@@ -11712,7 +11713,7 @@ class RunTest(Commands):
     def test_a_worker_that_has_ended_ends_the_run(self):
         self.replace("worker_script", lambda: self.write("w.py", b""))
         _, err = self.over("echo", ":::", "a", status=1)
-        self.assertIn("The worker has ended; start the run once more.", err)
+        self.assertIn("The worker has ended; run the same command again.", err)
 
     def test_few_open_files_are_raised_or_told(self):
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -12159,9 +12160,9 @@ class StartTest(Commands):
     def test_a_jobix_file_that_is_no_good_is_refused(self):
         for text, mode, said in (
             (b"4711", 0o640, "chmod 600"), (b"4711", 0o604, "chmod 600"),
-            (b"47x11", 0o600, "no number"), (b"", 0o600, "no number"),
-            (b"\xff", 0o600, "no number"), (b"-1", 0o600, "no number"),
-            (b"9223372036854775808", 0o600, "no number"),
+            (b"47x11", 0o600, "a number from"), (b"", 0o600, "a number from"),
+            (b"\xff", 0o600, "a number from"), (b"-1", 0o600, "a number from"),
+            (b"9223372036854775808", 0o600, "a number from"),
         ):
             self.write("secret", text, mode)
             sentence = self.refused(self.SERVE + "--jobix-file secret")
@@ -14316,14 +14317,14 @@ class DoctorTest(Certified, HostCase, StoreCase):
         self.assertOk("server", "and so does its database")
         html, json_type = b"text/html", b"application/json"
         for status, kind, body, said in (
-            (b"404 No", html, b"<p>", "not a jobman server.*Look at"),
-            (b"200 OK", json_type, b"[7", "not a jobman server.*Look at"),
+            (b"404 No", html, b"<p>", "isn't a jobman server.*Look at"),
+            (b"200 OK", json_type, b"[7", "isn't a jobman server.*Look at"),
             (b"200 OK", json_type, b"{}",
              "not a jobman server; look at the address in the access file$"),
             (b"421 No", json_type, b'{"error": "Not mine."}', "^Not mine$"),
             (b"503 No", html, b"", r"\(503\).*its standard error"),
             (b"200 OK", json_type, b'{"version": "0.0.0+old"}',
-             r"server is jobman 0\.0\.0\+old, this is .*; run the"),
+             r"server is jobman 0\.0\.0\+old, this is .*; use the same"),
         ):
             with self.subTest(status=status, body=body):
                 answer = self.HEAD % (status, kind, len(body), body)
@@ -14337,7 +14338,7 @@ class DoctorTest(Certified, HostCase, StoreCase):
         self.name_server(jobix=self.store.jobix)
         self.assertOk("jobix", "^it is accepted$")
         self.name_server(jobix=self.store.reading_jobix)
-        self.assertOk("jobix", "^it is taken, but for reading only$")
+        self.assertOk("jobix", "^it is accepted, for reading only$")
 
     # The database
 
@@ -14405,8 +14406,8 @@ class DoctorTest(Certified, HostCase, StoreCase):
              "^process %d on .* has ended; serve would" % ended.pid),
             ('{"host": "far", "pid": 7}',
              "^process 7 on far serves own.db, if it is still alive there"),
-            ("", "^no server has"), ("\0\xff", "^no server has"),
-            ("[]", "^no server has"), ('{"host": 7}', "^process . on 7 serv"),
+            ("", "^no server uses"), ("\0\xff", "^no server uses"),
+            ("[]", "^no server uses"), ('{"host": 7}', "^process . on 7 serv"),
         ):
             with self.subTest(content=content):
                 self.put("own.db.lock", content)
