@@ -3918,9 +3918,9 @@ class WaitTest(StoreCase):
         self.store.wait_queue.join = counted
         self.environment.update(
             JOBMAN_JOBIX="4711", JOBMAN_URL="http://%s:%d" % self.address)
-        status, _, _ = self.command(WORKER, "--idle-timeout", "1.5")
+        status, _, _ = self.command(WORKER, "--idle-timeout", "0.7")
         self.assertEqual(0, status)
-        self.assertLess(len(claims), 40)
+        self.assertLess(len(claims), 25)
 
     def test_a_server_that_ends_answers_its_long_polls(self):
         answer, = self.asked("/get/0?wait=60")
