@@ -7991,10 +7991,10 @@ class WorkerCase(TemporaryFolder):
         for pid in pids:
             wait_for(lambda pid=pid: not alive(pid), "its end")
 
-    def ahead(self, jobs):
-        """Let workers always claim so many jobs ahead."""
-        self.patch(worker.Worker, "HELD", 60)
-        worker.Worker.ahead = property(lambda _: jobs, lambda *_: None)
+    def ahead(self, jobs, held=60):
+        """Let workers claim `jobs(worker)` ahead, and hold them so long."""
+        self.patch(worker.Worker, "HELD", held)
+        worker.Worker.ahead = property(jobs, lambda *_: None)
         self.addCleanup(delattr, worker.Worker, "ahead")
 
 
@@ -8248,7 +8248,7 @@ class WorkerTest(WorkerCase):
             self.await_states("working", "waiting", "waiting")
             self.go()
 
-        self.ahead(5)
+        self.ahead(lambda _: 5)
         self.add(*[UNTIL_GO] * 3)
         self.work("--name", "a/b", meanwhile=meanwhile)
         self.assertEqual(["done", "waiting", "waiting"], self.states())
@@ -8552,11 +8552,8 @@ class SlotsTest(WorkerCase):
             self.await_states("working", *["waiting"] * 3)
             self.go()
 
-        self.ahead(3)
-        worker.Worker.ahead = property(lambda worker: 0 if worker.received
-                                       and not worker.ready else 3,
-                                       lambda *_: None)
-        self.patch(worker.Worker, "HELD", 0.3)
+        self.ahead(lambda worker: 3 if worker.ready or not worker.received
+                   else 0, held=0.3)
         self.add(UNTIL_GO, *["true"] * 3)
         self.work(meanwhile=meanwhile)
         for jobid in (2, 3, 4):
@@ -8582,10 +8579,10 @@ class SlotsTest(WorkerCase):
         self.assertEqual(["deferred", "done"], self.outcomes())
         self.assertEqual(0, self.job()["failures"])
 
-    def scarce_threads(self, allowed):
-        """Let no thread start that calls a function of another name."""
+    def scarce_threads(self, *allowed):
+        """Let no thread start but for functions of these names."""
         def thread(*, target, **options):
-            if allowed in target.__name__:
+            if target.__name__ in allowed:
                 return threading.Thread(target=target, **options)
             return types.SimpleNamespace(start=fail)
 
@@ -8599,8 +8596,7 @@ class SlotsTest(WorkerCase):
         with open(self.path("made"), "w") as file:
             file.write("made")
         self.add("true", outputs=["made"], laststage=4)
-        self.scarce_threads("")
-        self.scarce_threads("")
+        self.scarce_threads("work", "claim")
         self.work("--stage", "0,2")
         self.assertEqual(["done"], self.states())
 
@@ -8610,7 +8606,7 @@ class SlotsTest(WorkerCase):
         status, _, err = self.finish(process)
         self.assertEqual(1, status)
         self.assertRegex(err, r"\Aworker\.py: .* raise `ulimit -n`.*\n\Z")
-        self.scarce_threads("none")
+        self.scarce_threads()
         _, err = self.work(status=1)
         self.assertRegex(err, r"\Aworker\.py: .* raise `ulimit -u`.*\n\Z")
 
@@ -8749,7 +8745,7 @@ class SlotsTest(WorkerCase):
             wait_for(lambda: self.said()[1], "a word on it")
             self.go()
 
-        self.ahead(1)
+        self.ahead(lambda _: 1)
         self.add(UNTIL_GO, "echo ran")
         self.assertEqual(
             ("", "worker.py: Job 2: its claim is lost.\n"),
@@ -9482,7 +9478,7 @@ class EndTest(WorkerCase):
             self.await_states(*["working"] * 5)
             os.kill(os.getpid(), signal.SIGTERM)
 
-        self.ahead(4)
+        self.ahead(lambda _: 4)
         self.add("sleep 60", *["true"] * 4)
         self.work("--grace", "0.2", meanwhile=meanwhile, status=143)
         self.assertReleased(1, 2, 3, 4, 5)
