@@ -7848,9 +7848,9 @@ class WorkerCase(TemporaryFolder):
         self.addCleanup(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, value)
 
-    def open(self, database="jobman.db", access=None, **settings):
+    def open(self, database="jobman.db", access=None):
         """Start a server, and say in its access file where it is."""
-        store = jobman.Store(self.path(database), **settings)
+        store = jobman.Store(self.path(database))
         server = jobman.Server(("127.0.0.1", 0), store)
         server.GRACE = 0
         store.logs = self.path(".jobman", "logs")
