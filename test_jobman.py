@@ -4862,439 +4862,11 @@ def replaced_environment(environment):
         os.environ.update(kept)
 
 
-# ------------------------------------------------------------------ fuzz ---
-
-# For each address, a body that is right, and options. Other addresses get {}.
-BODIES = {
-    "set": {"1": {"jobstage": 0, "jobcmd": ["x", {"y": 1.5}], "priority": 1,
-                  "laststage": 4, "max_attempts": 2, "timeout": 9, "cwd": "c",
-                  "outputs": ["o"], "filename": "f"},
-            "2": {"jobstage": 2}},
-    "submit": {"key": "k", "jobs": [{"jobstage": 0}, {"jobstage": 1}]},
-    "update_job": {"filename": "f", "jobcmd": {"z": [1]}, "files": made("a"),
-                   "exit_code": 0, "seconds": 1.5},
-    "update_jobs": [{"jobid": 1, "jobstage": 2, "claim": "t"},
-                    {"jobid": 2, "jobstage": 0, "filename": "f"}],
-    "fail_job": {"error": "e", "stderr": "s", "exit_code": 1, "seconds": 2},
-    "reject_job": {"files": made("a"), "error": "e"},
-    "heartbeat": {"worker": "w", "lease": 60, "claims": [[1, "t"]],
-                  "host": "h", "stages": [0], "slots": 2, "busy": 1,
-                  "ended": False, "quarantine": ""},
-    "retry": {"ids": [1, 2]},
-    "cancel": {"stage": 2, "state": "waiting"},
-}
-OPTIONS = {
-    "get": ("worker=w", "lease=60", "n=2", "wait=1", "lease=0.001"),
-    "update_job": ("claim=t",),
-    "fail_job": ("claim=t",),
-    "reject_job": ("claim=t",),
-    "release_job": ("claim=t",),
-    "jobs": ("stage=0", "state=waiting", "order=time", "limit=5",
-             "after=1,2"),
-    "pace": ("minutes=9",),
-}
-ODD_WORDS = [word.encode("latin-1") for word in (
-    "", "-1", "1.5", "9" * 25, "9" * 400, "%00", "%2e%2e", "..", "%", "%zz",
-    "%ff", "%D9%A1", "\xd9\xa1", "1%20", "+1", "0x1", "1_0", "%2F", "0,1,2",
-    ",", "NaN", "inf", "1e9", "x" * 3000, "x" * 70000, "'", '"', "<b>", "\\",
-    "*", "a:b", "a b", "1#2", "%0d%0aX:%20y", "\x7f", "\xff", "%ED%A0%80",
-    "1000001", "nan,1", "1,-1", "9223372036854775808", "POST", "G\xc9T", "get",
-    "HTTP/1.0", "HTTP/2.0", "HTTP/0.9", "HTTP/1.1x", "http://x", "[::1]:x",
-    "http://[::1/status", "//status", "http://x:y@z", "Basic a", "time",
-    "Content-Length", "Expect", "100-continue", "Connection", "close",
-    "Authorization", "Basic Ojc=", "Basic Ou0=", "Content-Encoding", "Origin",
-    "Upgrade", "Sec-Fetch-Site", "cross-site", "If-None-Match", "a\0b", "/",
-)]
-# Each of them may be read in more than one way.
-ODD_LINES = (
-    b"X: y\r\n z", b" X: y", b"\tX: y", b"X : y", b"X", b":", b": y", b"X:\ny",
-    b"X: y\r", b"\0", b"X: \0", b"\xff", b"GET / HTTP/1.1", b"X: y\n\r\n",
-    b"Transfer-Encoding: chunked", b"Transfer-Encoding : chunked", b"\x0bX: y",
-    b"Transfer-Encoding:\x0bchunked", b"transfer-encoding: identity",
-    b"X: y\nTransfer-Encoding: chunked", b"X: y\rTransfer-Encoding: chunked",
-    b"X: y\r\n Transfer-Encoding: chunked", b"Transfer\xadEncoding: chunked",
-    b"Content-Length: 0", b"Content-Length : 0", b"Content-Length:\r\n 0",
-    b"Content-Length: 00", b"X: y\nContent-Length: 0", b"Content-Length: ",
-    b"X: y\rContent-Length: 0", b"Content-Length\r: 0", b"\rContent-Length: 0",
-    b"Content-Length: -0", b"Content-Length: +0", b"Content-Length: 0, 0",
-)
-ODD_BODIES = (
-    zlib.compress(bytes(jobman.MAX_BODY + 1), 1), b"\xff\xfe{\0}\0", b"{}{}",
-    *(zlib.compress(c * 2**20) for c in (b"[", b" ", b'{"a":')), b"[NaN]",
-    b'{"all": true, "all": true}', b"[" * 300 + b"]" * 300, b"\xef\xbb\xbf{}",
-    b'"\xed\xa0\x80"', b'{"\\ud800": "\\udc00"}', b"", b"1e999", b"[1,]",
-    b'{"1": {"jobstage": ' + b"9" * 4000 + b"}}",
-    b'{"1": {"jobstage": 0}, "01": {"jobstage": 1}}', b"null",
-)
-JSON_WORDS = sorted({
-    *jobman.CARRIES, *jobman.ABOUT_WORKER, *jobman.STATES, "key", "jobs",
-    "jobid", "claim", "claims", "files", "worker", "lease", "ids", "all",
-    "state", "stage", "error", "stderr", "exit_code", "seconds", "path",
-    "size", "sha256", "0", "1", "2", "01", "x", "-1", "9" * 30,
-})
-JSON_TEXTS = (
-    "", "\ud800", "a\udfff", "\udcff", "\0", "a\0b", "\u0661", "\xe9", "..",
-    "\U0001f600", "x" * 300, "x" * 5000, "0123456789abcdef" * 4, "t", "a\n/",
-)
-JSON_ATOMS = (
-    None, True, False, 0, 1, 2, 3, -1, -(2**31), 2**31, 2**53, 2**63, -(2**63),
-    10**30, 10**4000, 0.0, -0.0, 0.5, -1.5, 1e9, 1e308, 5e-324, [], {}, [[]],
-    [1, "t"], [[1, "t"]], [None], {"": 0},
-)
-
-
-def random_json(random, depth=3):
-    """Return a random value, often of words that jobman knows."""
-    kind = random.random() if depth else 0
-    if kind < 0.6:
-        return random.choice(random.choice(
-            (JSON_ATOMS, JSON_WORDS, JSON_TEXTS)))
-    values = [random_json(random, depth - 1) for _ in range(random.choice(
-        (0, 1, 1, 2, 3, 9)))]
-    if kind < 0.8:
-        return values
-    return {random.choice(random.choice((JSON_WORDS, JSON_TEXTS))): value
-            for value in values}
-
-
-def with_another(random, value):
-    """Return `value` with one value or key in it replaced, or one more."""
-    if not value or not isinstance(value, (list, dict)) \
-            or random.random() < 0.1:
-        return random_json(random)
-    keys = list(value) if isinstance(value, dict) else range(len(value))
-    key, kind = random.choice(keys), random.random()
-    changed = value.copy()
-    if kind < 0.8:
-        changed[key] = with_another(random, value[key])
-    elif isinstance(value, dict):
-        words = random.choice((JSON_WORDS, JSON_WORDS, JSON_TEXTS))
-        changed[random.choice(words)] = changed.pop(key)
-    else:
-        changed.append(random_json(random))
-    return changed
-
-
-def request(random, route, held=(1, "t")):
-    """Return a request of a route that is right, about the job `held`.
-
-    It is the method, the path, the options and the value to be sent.
-    """
-    method, path = route[:2]
-    name = path.split("/")[1]
-    if random.random() < 0.5:
-        path = path.replace("<jobid>", str(held[0]))
-    path = re.sub("<.*?>", lambda _: str(random.randrange(4)), path)
-    known = OPTIONS.get(name, ())
-    options = [option.replace("claim=t", "claim=" + held[1])
-               for option in random.sample(known, random.randint(
-                   0, len(known)))]
-    value = BODIES.get(name, {}) if method == "POST" else None
-    return method, path, options, value
-
-
-class Answer:
-    """An answer, read as strictly as can be."""
-
-    STATUSES = {200, 304, 400, 401, 403, 404, 405, 408, 409, 411, 413, 414,
-                421, 431, 505}
-    HEAD = re.compile(
-        rb"HTTP/1\.1 (\d{3}) [A-Za-z -]+\r\n((?:[A-Za-z-]+: [ -~]*\r\n)*)\r\n")
-
-    def __init__(self, data):
-        """Read the first answer in `data`; keep what comes after it."""
-        found = self.HEAD.match(data)
-        assert found, "no answer: %.300r" % data
-        self.status = int(found.group(1))
-        lines = found.group(2).decode().lower().split("\r\n")[:-1]
-        self.headers = dict(line.split(": ", 1) for line in lines)
-        assert len(self.headers) == len(lines), "twice: %r" % lines
-        rest = data[found.end():]
-        if self.status in (100, 304):
-            length = 0
-        else:
-            length = int(self.headers["content-length"])
-        self.body, self.rest = rest[:length], rest[length:]
-        assert len(self.body) == length, "cut short: %r" % data[-300:]
-        self.closes = self.headers.get("connection") == "close"
-
-    def check(self):
-        """Assert that it is one of the contract's."""
-        assert self.status in self.STATUSES, (self.status, self.body)
-        if self.status == 405:
-            allowed = self.headers["allow"].split(", ")
-            assert {*allowed} <= {"get", "post", "head"}, self.headers
-        if self.status in (304, 401) or not self.body:
-            return
-        kind, body = self.headers["content-type"], self.body
-        if "content-encoding" in self.headers:
-            body = zlib.decompress(body)
-        if self.status >= 400:
-            assert kind == "application/json", self.headers
-            error, = json.loads(body.decode("ascii")).items()
-            assert error[0] == "error" and type(error[1]) is str, error
-        elif kind == "application/json":
-            json.loads(body.decode("ascii"))
-
-
-class Fuzzer(threading.Thread):
-    """A client that sends odd requests, and looks at the answers.
-
-    `known` is a jobix with the lifetime 77 for stage 7. `inner` is a request
-    that nobody makes: it is hidden in the bodies of others.
-    """
-
-    def __init__(self, address, random, jobixes, known, inner, requests):
-        super().__init__(daemon=True)
-        self.address, self.random, self.jobixes = address, random, jobixes
-        self.probe = b"GET /lifetime/7 HTTP/1.1\r\nHost: localhost\r\n" \
-            b"jobix: %d\r\n\r\n" % known
-        self.inner = inner
-        self.requests = requests
-        self.error = None
-
-    def run(self):
-        try:
-            for _ in range(self.requests):
-                head, body = self.draft()
-                self.random.choice((self.send_bent, self.send_bent,
-                                    self.send_broken, self.send_smuggled))(
-                    head, body)
-        except Exception:
-            self.error = traceback.format_exc()
-
-    def draft(self):
-        """Return the lines of a request that is right, and its body."""
-        method, path, options, value = request(
-            self.random, self.random.choice(jobman.ROUTES))
-        path += "?" * bool(options) + "&".join(options)
-        lines = ["%s %s HTTP/1.1" % (method, path), "Host: localhost",
-                 "jobix: %d" % self.random.choice(self.jobixes)]
-        body = b""
-        if method == "POST":
-            body = packed(with_another(self.random, value))
-            if self.random.random() < 0.2:
-                body = self.random.choice(ODD_BODIES)
-            lines.append("Content-Length: %d" % len(body))
-        return [line.encode() for line in lines], body
-
-    def send_bent(self, head, body):
-        """Send a request with an odd word in it; it gets one answer."""
-        words = re.split(rb"([/?&=: ])", b"\n".join(head[:3]))
-        i = self.random.randrange(len(words))
-        j = i + self.random.choice((0, 1, 1, 2))
-        words[i:j] = [self.random.choice(ODD_WORDS)]
-        lines = b"".join(words).split(b"\n") + head[3:]
-        data = b"\r\n".join([*lines, b"", body])
-        first, *rest = self.exchange(data + self.probe)
-        bodies = [answer.body for answer in rest]
-        assert bodies == [] if first.closes else [b"77"], data[:9999]
-
-    def send_broken(self, head, body):
-        """Send bytes that are hardly a request any more."""
-        random, kind = self.random, self.random.random()
-        data = b"\r\n".join([*head, b"", body])
-        i = random.randrange(len(data) + 1)
-        j = i + random.choice((0, 1, 1, 4, 30))
-        if kind < 0.3:
-            data = data[:i]
-        elif kind < 0.7:
-            data = data[:i] + random.choice((
-                b"", b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b":",
-                b"\xff", data[i:j] * 2, b"\t")) + data[j:]
-        else:
-            head.insert(random.randint(0, len(head)),
-                        random.choice([*ODD_LINES, *head]))
-            end = random.choice((b"\r\n", b"\r\n", b"\n", b"\r", b"\r\r\n"))
-            data = end.join([*head, b"", body])
-        self.exchange(data)
-
-    def send_smuggled(self, head, _):
-        """Send a request whose body is one, and whose length is doubtful.
-
-        Its own Content-Length is right: a server that takes it for two is
-        wrong, and one that takes it for one may be.
-        """
-        head = head[:3]
-        head.insert(self.random.randint(1, 3), self.random.choice(ODD_LINES))
-        head.insert(self.random.choice((4, 4, 1)),
-                    b"Content-Length: %d" % len(self.inner))
-        data = b"\r\n".join([*head, b"", self.inner])
-        answer, *more = self.exchange(data)
-        assert answer and not more, data
-
-    def exchange(self, data):
-        """Send all, in one piece or two; return the answers."""
-        middle = self.random.choice((0, self.random.randrange(len(data) + 1)))
-        with socket.create_connection(self.address, PATIENCE) as client:
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            client.sendall(data[:middle])
-            client.sendall(data[middle:])
-            client.shutdown(socket.SHUT_WR)
-            came, answers = b"".join(iter(lambda: client.recv(65536), b"")), []
-        while came:
-            answer = Answer(came)
-            came = answer.rest
-            if answer.status != 100:
-                answer.check()
-                answers.append(answer)
-                assert not (answer.closes and came), "more after a close"
-        return answers
-
-
-class FuzzTest(SeededCase):
-    """Odd requests by the thousand, while jobs go through the server."""
-
-    open_to_all = True
-    REQUESTS = 8000
-    THREADS = 4
-    START = changed(  # few, of which none may be left over
-        "jobman", "jobman.MAX_WAIT = 0.05; jobman.MAX_CONNECTIONS = 200")
-
-    def level(self):
-        """Return how many threads and open files the server has."""
-        return Counter({
-            kind: len(os.listdir("/proc/%d/%s" % (self.server.pid, kind)))
-            for kind in ("task", "fd")})
-
-    def ask(self, path, jobix):
-        return exchange(self.address, "GET", path,
-                        headers={"jobix": str(jobix)}).json()
-
-    def test_odd_requests_harm_nobody(self):
-        self.server, self.address = self.serve(start=self.START)
-        access = json.loads(read(self.path(".jobman", "access.json")).decode())
-        known, hidden = (self.random.getrandbits(62) for _ in "12")
-        self.ask("/lifetime/7/77", known)
-        before = self.level()
-        inner = b"GET /lifetime/9/9 HTTP/1.1\r\nHost: %s:%d\r\n" \
-            b"jobix: %d\r\n\r\n" % (
-                self.address[0].encode(), self.address[1], hidden)
-        # One reads the jobs of the true work, and can't touch them.
-        jobixes = [7, 8, 9, 9223372036854775807, access["reading_jobix"]]
-        ending = threading.Event()
-        haulers = [Hauler(self.address, access["jobix"], i * 10**6, ending)
-                   for i in range(3)]
-        fuzzers = [
-            Fuzzer(self.address, random.Random(self.random.random()), jobixes,
-                   known, inner, self.REQUESTS // self.THREADS)
-            for _ in range(self.THREADS)
-        ]
-        for thread in haulers + fuzzers:
-            thread.start()
-        for fuzzer in fuzzers:
-            fuzzer.join(PATIENCE * 4)
-        ending.set()
-        for hauler in haulers:
-            hauler.join(PATIENCE)
-        for thread in haulers + fuzzers:
-            self.assertIsNone(thread.error, thread.error)
-            self.assertFalse(thread.is_alive())
-        self.assertHauled(haulers, access["jobix"])
-        self.assertEqual({}, self.ask("/init", hidden))
-        more = Counter(fd=3 * jobman.Readers.KEPT, task=jobman.Server.PARKED)
-        wait_for(lambda: not self.level() - before - more,
-                 "threads to end, and files to be closed")
-        self.server.terminate()
-        status, _, err = self.finish(self.server)
-        self.assertEqual((0, ""), (status, err[-2000:]))
-        status, out, _ = self.command(JOBMAN, *CHECK)
-        self.assertEqual(0, status, out)
-        self.wrong = False
-
-    def assertHauled(self, haulers, jobix):
-        """Assert that each job of the true work went through once."""
-        added, claimed, updated = [
-            sorted(i for hauler in haulers for i in getattr(hauler, name))
-            for name in ("added", "claimed", "updated")]
-        self.assertGreater(len(added), 20)
-        self.assertEqual((added, added), (claimed, updated))
-        counts = Counter()
-        for stage in self.ask("/status", jobix)["stages"]:
-            counts[stage["stage"]] += sum(stage["states"].values())
-        self.assertEqual({2: len(added)}, dict(+counts))
-
-
-class RandomJsonTest(SeededCase):
-    """What endpoints make of random JSON, without a socket between."""
-
-    BODIES = 3000
-    POSTS = [route for route in jobman.ROUTES if route[0] == "POST"]
-
-    def setUp(self):
-        super().setUp()
-        self.store = jobman.Store(
-            self.path("jobman.db"), clock=Clock(), open_to_all=True)
-        self.addCleanup(self.store.close)
-        self.database = sqlite3.connect(self.path("jobman.db"))
-        self.addCleanup(self.database.close)
-        self.store.make_namespace(7)
-
-    def content(self):
-        """Return all that is in the database."""
-        tables = self.database.execute(
-            "select name from sqlite_master where type = 'table'").fetchall()
-        return {table: self.database.execute(
-            "select * from " + table).fetchall() for table, in tables}
-
-    def respond(self, method, path, body=b"", options=()):
-        """Answer a request."""
-        return jobman.respond(self.store, jobman.Request(
-            method, path, "&".join(options), {"jobix": "7"}, lambda: body,
-            lambda: False))
-
-    def restock(self):
-        """Have a few jobs, one of them claimed, in a database of that alone.
-        """
-        for table in set(self.content()) - {"setting", "namespace"}:
-            self.database.execute("delete from " + table)
-        self.database.execute(
-            "update namespace set laststage = null, last_jobid = 0")
-        self.database.commit()
-        jobs = {i: {"jobstage": i // 3, "max_attempts": 9} for i in range(9)}
-        self.respond("POST", "/set", packed(jobs))
-        answer = self.respond("GET", "/get/0", options=("lease=60",))
-        job = json.loads(answer.body.decode())
-        self.held = job["jobid"], job["claim"]
-
-    def odd(self):
-        """Return a request with a random body."""
-        method, path, options, value = request(
-            self.random, self.random.choice(self.POSTS), self.held)
-        for _ in range(self.random.choice((1, 1, 1, 2, 3))):
-            value = with_another(self.random, value)
-        return method, path, packed(value), options
-
-    def changes(self):
-        return self.store.writer.connection.total_changes
-
-    def test_random_bodies_are_taken_or_change_nothing(self):
-        statuses = Counter()
-        for i in range(self.BODIES):
-            if i % 25 == 0:
-                self.restock()
-                content, changes = self.content(), self.changes()
-            request = self.odd()
-            status = self.respond(*request).status
-            statuses[status] += 1
-            self.assertIn(status, Answer.STATUSES, request)
-            if self.changes() != changes:
-                before, content = content, self.content()
-                changes = self.changes()
-                if status >= 400:
-                    self.assertEqual(before, content, request)
-        self.assertGreater(min(map(statuses.get, (200, 400, 404, 409))), 10)
-        self.assertEqual([], faults(self.database.execute))
-        self.wrong = False
-
-
 # ------------------------------------------------------------------ load ---
 
 
 class Emptier(threading.Thread):
     """A client that claims and updates until nothing is left."""
-
-    jobix = "4711"
 
     def __init__(self, address, fresh=False):
         super().__init__(daemon=True)
@@ -5317,42 +4889,23 @@ class Emptier(threading.Thread):
             self.connection.close()
 
     def step(self):
-        job = self.ask("GET", "/get/0?lease=600")
+        job = self.ask("/get/0?lease=600")
         if job == "nada":
             return False
         self.claimed.append(job["jobid"])
-        self.ask("GET", "/update_job/%(jobid)d/2?claim=%(claim)s" % job)
+        self.ask("/update_job/%(jobid)d/2?claim=%(claim)s" % job)
         self.updated.append(job["jobid"])
         return True
 
-    def ask(self, method, path, body=None):
+    def ask(self, path):
         if self.fresh:
             self.connection.close()
-        self.connection.request(method, path, body, {"jobix": self.jobix})
+        self.connection.request("GET", path, headers={"jobix": "4711"})
         response = self.connection.getresponse()
         text = response.read().decode()
         if response.status != 200:
             raise OSError("%d %s" % (response.status, text))
         return json.loads(text) if text[0] in '{"' else text
-
-
-class Hauler(Emptier):
-    """A client that adds jobs, and works on them, until told to end."""
-
-    def __init__(self, address, jobix, first, ending):
-        super().__init__(address)
-        self.jobix = str(jobix)
-        self.ids = itertools.count(first)
-        self.added = []
-        self.ending = ending
-
-    def step(self):
-        going_on = not self.ending.wait(0.01)
-        if going_on:
-            jobid = next(self.ids)
-            self.ask("POST", "/set", packed({jobid: {"jobstage": 0}}))
-            self.added.append(jobid)
-        return super().step() or going_on
 
 
 def empty(*addresses, clients=16, fresh=False):
@@ -6842,6 +6395,428 @@ class CrashTest(KillTest):
     STRIDE = 1
 
 
+# ------------------------------------------------------------------ fuzz ---
+
+# For each address, a body that is right, and options. Other addresses get {}.
+BODIES = {
+    "set": {"1": {"jobstage": 0, "jobcmd": ["x", {"y": 1.5}], "priority": 1,
+                  "laststage": 4, "max_attempts": 2, "timeout": 9, "cwd": "c",
+                  "outputs": ["o"], "filename": "f"},
+            "2": {"jobstage": 2}},
+    "submit": {"key": "k", "jobs": [{"jobstage": 0}, {"jobstage": 1}]},
+    "update_job": {"filename": "f", "jobcmd": {"z": [1]}, "files": made("a"),
+                   "exit_code": 0, "seconds": 1.5},
+    "update_jobs": [{"jobid": 1, "jobstage": 2, "claim": "t"},
+                    {"jobid": 2, "jobstage": 0, "filename": "f"}],
+    "fail_job": {"error": "e", "stderr": "s", "exit_code": 1, "seconds": 2},
+    "reject_job": {"files": made("a"), "error": "e"},
+    "heartbeat": {"worker": "w", "lease": 60, "claims": [[1, "t"]],
+                  "host": "h", "stages": [0], "slots": 2, "busy": 1,
+                  "ended": False, "quarantine": ""},
+    "retry": {"ids": [1, 2]},
+    "cancel": {"stage": 2, "state": "waiting"},
+}
+OPTIONS = {
+    "get": ("worker=w", "lease=60", "n=2", "wait=1", "lease=0.001"),
+    "update_job": ("claim=t",),
+    "fail_job": ("claim=t",),
+    "reject_job": ("claim=t",),
+    "release_job": ("claim=t",),
+    "jobs": ("stage=0", "state=waiting", "order=time", "limit=5",
+             "after=1,2"),
+    "pace": ("minutes=9",),
+}
+ODD_WORDS = [word.encode("latin-1") for word in (
+    "", "-1", "1.5", "9" * 25, "9" * 400, "%00", "%2e%2e", "..", "%", "%zz",
+    "%ff", "%D9%A1", "\xd9\xa1", "1%20", "+1", "0x1", "1_0", "%2F", "0,1,2",
+    ",", "NaN", "inf", "1e9", "x" * 3000, "x" * 70000, "'", '"', "<b>", "\\",
+    "*", "a:b", "a b", "1#2", "%0d%0aX:%20y", "\x7f", "\xff", "%ED%A0%80",
+    "1000001", "nan,1", "1,-1", "9223372036854775808", "POST", "G\xc9T", "get",
+    "HTTP/1.0", "HTTP/2.0", "HTTP/0.9", "HTTP/1.1x", "http://x", "[::1]:x",
+    "http://[::1/status", "//status", "http://x:y@z", "Basic a", "time",
+    "Content-Length", "Expect", "100-continue", "Connection", "close",
+    "Authorization", "Basic Ojc=", "Basic Ou0=", "Content-Encoding", "Origin",
+    "Upgrade", "Sec-Fetch-Site", "cross-site", "If-None-Match", "a\0b", "/",
+)]
+# Each of them may be read in more than one way.
+ODD_LINES = (
+    b"X: y\r\n z", b" X: y", b"\tX: y", b"X : y", b"X", b":", b": y", b"X:\ny",
+    b"X: y\r", b"\0", b"X: \0", b"\xff", b"GET / HTTP/1.1", b"X: y\n\r\n",
+    b"Transfer-Encoding: chunked", b"Transfer-Encoding : chunked", b"\x0bX: y",
+    b"Transfer-Encoding:\x0bchunked", b"transfer-encoding: identity",
+    b"X: y\nTransfer-Encoding: chunked", b"X: y\rTransfer-Encoding: chunked",
+    b"X: y\r\n Transfer-Encoding: chunked", b"Transfer\xadEncoding: chunked",
+    b"Content-Length: 0", b"Content-Length : 0", b"Content-Length:\r\n 0",
+    b"Content-Length: 00", b"X: y\nContent-Length: 0", b"Content-Length: ",
+    b"X: y\rContent-Length: 0", b"Content-Length\r: 0", b"\rContent-Length: 0",
+    b"Content-Length: -0", b"Content-Length: +0", b"Content-Length: 0, 0",
+)
+ODD_BODIES = (
+    zlib.compress(bytes(jobman.MAX_BODY + 1), 1), b"\xff\xfe{\0}\0", b"{}{}",
+    *(zlib.compress(c * 2**20) for c in (b"[", b" ", b'{"a":')), b"[NaN]",
+    b'{"all": true, "all": true}', b"[" * 300 + b"]" * 300, b"\xef\xbb\xbf{}",
+    b'"\xed\xa0\x80"', b'{"\\ud800": "\\udc00"}', b"", b"1e999", b"[1,]",
+    b'{"1": {"jobstage": ' + b"9" * 4000 + b"}}",
+    b'{"1": {"jobstage": 0}, "01": {"jobstage": 1}}', b"null",
+)
+JSON_WORDS = sorted({
+    *jobman.CARRIES, *jobman.ABOUT_WORKER, *jobman.STATES, "key", "jobs",
+    "jobid", "claim", "claims", "files", "worker", "lease", "ids", "all",
+    "state", "stage", "error", "stderr", "exit_code", "seconds", "path",
+    "size", "sha256", "0", "1", "2", "01", "x", "-1", "9" * 30,
+})
+JSON_TEXTS = (
+    "", "\ud800", "a\udfff", "\udcff", "\0", "a\0b", "\u0661", "\xe9", "..",
+    "\U0001f600", "x" * 300, "x" * 5000, "0123456789abcdef" * 4, "t", "a\n/",
+)
+JSON_ATOMS = (
+    None, True, False, 0, 1, 2, 3, -1, -(2**31), 2**31, 2**53, 2**63, -(2**63),
+    10**30, 10**4000, 0.0, -0.0, 0.5, -1.5, 1e9, 1e308, 5e-324, [], {}, [[]],
+    [1, "t"], [[1, "t"]], [None], {"": 0},
+)
+
+
+def random_json(random, depth=3):
+    """Return a random value, often of words that jobman knows."""
+    kind = random.random() if depth else 0
+    if kind < 0.6:
+        return random.choice(random.choice(
+            (JSON_ATOMS, JSON_WORDS, JSON_TEXTS)))
+    values = [random_json(random, depth - 1) for _ in range(random.choice(
+        (0, 1, 1, 2, 3, 9)))]
+    if kind < 0.8:
+        return values
+    return {random.choice(random.choice((JSON_WORDS, JSON_TEXTS))): value
+            for value in values}
+
+
+def with_another(random, value):
+    """Return `value` with one value or key in it replaced, or one more."""
+    if not value or not isinstance(value, (list, dict)) \
+            or random.random() < 0.1:
+        return random_json(random)
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    key, kind = random.choice(keys), random.random()
+    changed = value.copy()
+    if kind < 0.8:
+        changed[key] = with_another(random, value[key])
+    elif isinstance(value, dict):
+        words = random.choice((JSON_WORDS, JSON_WORDS, JSON_TEXTS))
+        changed[random.choice(words)] = changed.pop(key)
+    else:
+        changed.append(random_json(random))
+    return changed
+
+
+def request(random, route, held=(1, "t")):
+    """Return a request of a route that is right, about the job `held`.
+
+    It is the method, the path, the options and the value to be sent.
+    """
+    method, path = route[:2]
+    name = path.split("/")[1]
+    if random.random() < 0.5:
+        path = path.replace("<jobid>", str(held[0]))
+    path = re.sub("<.*?>", lambda _: str(random.randrange(4)), path)
+    known = OPTIONS.get(name, ())
+    options = [option.replace("claim=t", "claim=" + held[1])
+               for option in random.sample(known, random.randint(
+                   0, len(known)))]
+    value = BODIES.get(name, {}) if method == "POST" else None
+    return method, path, options, value
+
+
+class Answer:
+    """An answer, read as strictly as can be."""
+
+    STATUSES = {200, 304, 400, 401, 403, 404, 405, 408, 409, 411, 413, 414,
+                421, 431, 505}
+    HEAD = re.compile(
+        rb"HTTP/1\.1 (\d{3}) [A-Za-z -]+\r\n((?:[A-Za-z-]+: [ -~]*\r\n)*)\r\n")
+
+    def __init__(self, data):
+        """Read the first answer in `data`; keep what comes after it."""
+        found = self.HEAD.match(data)
+        assert found, "no answer: %.300r" % data
+        self.status = int(found.group(1))
+        lines = found.group(2).decode().lower().split("\r\n")[:-1]
+        self.headers = dict(line.split(": ", 1) for line in lines)
+        assert len(self.headers) == len(lines), "twice: %r" % lines
+        rest = data[found.end():]
+        if self.status in (100, 304):
+            length = 0
+        else:
+            length = int(self.headers["content-length"])
+        self.body, self.rest = rest[:length], rest[length:]
+        assert len(self.body) == length, "cut short: %r" % data[-300:]
+        self.closes = self.headers.get("connection") == "close"
+
+    def check(self):
+        """Assert that it is one of the contract's."""
+        assert self.status in self.STATUSES, (self.status, self.body)
+        if self.status == 405:
+            allowed = self.headers["allow"].split(", ")
+            assert {*allowed} <= {"get", "post", "head"}, self.headers
+        if self.status in (304, 401) or not self.body:
+            return
+        kind, body = self.headers["content-type"], self.body
+        if "content-encoding" in self.headers:
+            body = zlib.decompress(body)
+        if self.status >= 400:
+            assert kind == "application/json", self.headers
+            error, = json.loads(body.decode("ascii")).items()
+            assert error[0] == "error" and type(error[1]) is str, error
+        elif kind == "application/json":
+            json.loads(body.decode("ascii"))
+
+
+class Fuzzer(threading.Thread):
+    """A client that sends odd requests, and looks at the answers.
+
+    `known` is a jobix with the lifetime 77 for stage 7. `inner` is a request
+    that nobody makes: it is hidden in the bodies of others.
+    """
+
+    def __init__(self, address, random, jobixes, known, inner, requests):
+        super().__init__(daemon=True)
+        self.address, self.random, self.jobixes = address, random, jobixes
+        self.probe = b"GET /lifetime/7 HTTP/1.1\r\nHost: localhost\r\n" \
+            b"jobix: %d\r\n\r\n" % known
+        self.inner = inner
+        self.requests = requests
+        self.error = None
+
+    def run(self):
+        try:
+            for _ in range(self.requests):
+                head, body = self.draft()
+                self.random.choice((self.send_bent, self.send_bent,
+                                    self.send_broken, self.send_smuggled))(
+                    head, body)
+        except Exception:
+            self.error = traceback.format_exc()
+
+    def draft(self):
+        """Return the lines of a request that is right, and its body."""
+        method, path, options, value = request(
+            self.random, self.random.choice(jobman.ROUTES))
+        path += "?" * bool(options) + "&".join(options)
+        lines = ["%s %s HTTP/1.1" % (method, path), "Host: localhost",
+                 "jobix: %d" % self.random.choice(self.jobixes)]
+        body = b""
+        if method == "POST":
+            body = packed(with_another(self.random, value))
+            if self.random.random() < 0.2:
+                body = self.random.choice(ODD_BODIES)
+            lines.append("Content-Length: %d" % len(body))
+        return [line.encode() for line in lines], body
+
+    def send_bent(self, head, body):
+        """Send a request with an odd word in it; it gets one answer."""
+        words = re.split(rb"([/?&=: ])", b"\n".join(head[:3]))
+        i = self.random.randrange(len(words))
+        j = i + self.random.choice((0, 1, 1, 2))
+        words[i:j] = [self.random.choice(ODD_WORDS)]
+        lines = b"".join(words).split(b"\n") + head[3:]
+        data = b"\r\n".join([*lines, b"", body])
+        first, *rest = self.exchange(data + self.probe)
+        bodies = [answer.body for answer in rest]
+        assert bodies == [] if first.closes else [b"77"], data[:9999]
+
+    def send_broken(self, head, body):
+        """Send bytes that are hardly a request any more."""
+        random, kind = self.random, self.random.random()
+        data = b"\r\n".join([*head, b"", body])
+        i = random.randrange(len(data) + 1)
+        j = i + random.choice((0, 1, 1, 4, 30))
+        if kind < 0.3:
+            data = data[:i]
+        elif kind < 0.7:
+            data = data[:i] + random.choice((
+                b"", b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b" ", b":",
+                b"\xff", data[i:j] * 2, b"\t")) + data[j:]
+        else:
+            head.insert(random.randint(0, len(head)),
+                        random.choice([*ODD_LINES, *head]))
+            end = random.choice((b"\r\n", b"\r\n", b"\n", b"\r", b"\r\r\n"))
+            data = end.join([*head, b"", body])
+        self.exchange(data)
+
+    def send_smuggled(self, head, _):
+        """Send a request whose body is one, and whose length is doubtful.
+
+        Its own Content-Length is right: a server that takes it for two is
+        wrong, and one that takes it for one may be.
+        """
+        head = head[:3]
+        head.insert(self.random.randint(1, 3), self.random.choice(ODD_LINES))
+        head.insert(self.random.choice((4, 4, 1)),
+                    b"Content-Length: %d" % len(self.inner))
+        data = b"\r\n".join([*head, b"", self.inner])
+        answer, *more = self.exchange(data)
+        assert answer and not more, data
+
+    def exchange(self, data):
+        """Send all, in one piece or two; return the answers."""
+        middle = self.random.choice((0, self.random.randrange(len(data) + 1)))
+        with socket.create_connection(self.address, PATIENCE) as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            client.sendall(data[:middle])
+            client.sendall(data[middle:])
+            client.shutdown(socket.SHUT_WR)
+            came, answers = b"".join(iter(lambda: client.recv(65536), b"")), []
+        while came:
+            answer = Answer(came)
+            came = answer.rest
+            if answer.status != 100:
+                answer.check()
+                answers.append(answer)
+                assert not (answer.closes and came), "more after a close"
+        return answers
+
+
+class FuzzTest(SeededCase):
+    """Odd requests by the thousand, beside clients that know what they do."""
+
+    open_to_all = True
+    REQUESTS = 8000
+    THREADS = 4
+    START = changed(  # few connections, of which none may be left over
+        "jobman", "jobman.MAX_WAIT = 0.05; jobman.MAX_CONNECTIONS = 200;"
+        "jobman.delay_after = lambda failures: 1e6")
+
+    def level(self):
+        """Return how many threads and open files the server has."""
+        return Counter({
+            kind: len(os.listdir("/proc/%d/%s" % (self.server.pid, kind)))
+            for kind in ("task", "fd")})
+
+    def ask(self, path, jobix):
+        return exchange(self.address, "GET", path,
+                        headers={"jobix": str(jobix)}).json()
+
+    def begin(self):
+        """Return the witnesses and the fuzzers."""
+        self.server, self.address = self.serve(start=self.START)
+        access = json.loads(read(self.path(".jobman", "access.json")).decode())
+        known, self.hidden = (self.random.getrandbits(62) for _ in "12")
+        self.ask("/lifetime/7/77", known)
+        witnesses = [Witness(n, self.random.random()) for n in range(3)]
+        witnesses[0].jobix = access["jobix"]
+        # One can read the jobs of a witness, and can't touch them.
+        jobixes = [7, 8, 9, 9223372036854775807, access["reading_jobix"]]
+        inner = b"GET /lifetime/9/9 HTTP/1.1\r\nHost: localhost\r\n" \
+            b"jobix: %d\r\n\r\n" % self.hidden
+        return witnesses, [
+            Fuzzer(self.address, random.Random(self.random.random()), jobixes,
+                   known, inner, self.REQUESTS // self.THREADS)
+            for _ in range(self.THREADS)
+        ]
+
+    def test_odd_requests_harm_nobody(self):
+        witnesses, fuzzers = self.begin()
+        before = self.level()
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            for witness in witnesses:
+                pool.submit(witness.work, self.address)
+            for fuzzer in fuzzers:
+                fuzzer.start()
+            for fuzzer in fuzzers:
+                fuzzer.join(PATIENCE * 4)
+            for witness in witnesses:
+                witness.ending.set()
+        for fuzzer in fuzzers:
+            self.assertIsNone(fuzzer.error, fuzzer.error)
+            self.assertFalse(fuzzer.is_alive())
+        self.assertEqual({}, self.ask("/init", self.hidden))
+        more = Counter(fd=3 * jobman.Readers.KEPT, task=jobman.Server.PARKED)
+        wait_for(lambda: not self.level() - before - more,
+                 "threads to end, and files to be closed")
+        self.server.terminate()
+        status, _, err = self.finish(self.server)
+        self.assertEqual((0, ""), (status, err[-2000:]))
+        with jobman.open_snapshot(self.path("jobman.db")) as execute:
+            self.assertEqual([], faults(execute))
+            for witness in witnesses:
+                self.assertIsNone(witness.trouble)
+                self.assertGreater(witness.answers, 20)
+                self.assertEqual(witness.jobs, witness.read(execute))
+        self.wrong = False
+
+
+class RandomJsonTest(SeededCase):
+    """What endpoints make of random JSON, without a socket between."""
+
+    BODIES = 3000
+    POSTS = [route for route in jobman.ROUTES if route[0] == "POST"]
+
+    def setUp(self):
+        super().setUp()
+        self.store = jobman.Store(
+            self.path("jobman.db"), clock=Clock(), open_to_all=True)
+        self.addCleanup(self.store.close)
+        self.database = sqlite3.connect(self.path("jobman.db"))
+        self.addCleanup(self.database.close)
+        self.store.make_namespace(7)
+
+    def content(self):
+        """Return all that is in the database."""
+        tables = self.database.execute(
+            "select name from sqlite_master where type = 'table'").fetchall()
+        return {table: self.database.execute(
+            "select * from " + table).fetchall() for table, in tables}
+
+    def respond(self, method, path, body=b"", options=()):
+        """Answer a request."""
+        return jobman.respond(self.store, jobman.Request(
+            method, path, "&".join(options), {"jobix": "7"}, lambda: body,
+            lambda: False))
+
+    def restock(self):
+        """Have a few jobs, one of them claimed, in a database of that alone.
+        """
+        for table in set(self.content()) - {"setting", "namespace"}:
+            self.database.execute("delete from " + table)
+        self.database.execute(
+            "update namespace set laststage = null, last_jobid = 0")
+        self.database.commit()
+        jobs = {i: {"jobstage": i // 3, "max_attempts": 9} for i in range(9)}
+        self.respond("POST", "/set", packed(jobs))
+        answer = self.respond("GET", "/get/0", options=("lease=60",))
+        job = json.loads(answer.body.decode())
+        self.held = job["jobid"], job["claim"]
+
+    def odd(self):
+        """Return a request with a random body."""
+        method, path, options, value = request(
+            self.random, self.random.choice(self.POSTS), self.held)
+        for _ in range(self.random.choice((1, 1, 1, 2, 3))):
+            value = with_another(self.random, value)
+        return method, path, packed(value), options
+
+    def changes(self):
+        return self.store.writer.connection.total_changes
+
+    def test_random_bodies_are_taken_or_change_nothing(self):
+        statuses = Counter()
+        for i in range(self.BODIES):
+            if i % 25 == 0:
+                self.restock()
+                content, changes = self.content(), self.changes()
+            request = self.odd()
+            status = self.respond(*request).status
+            statuses[status] += 1
+            self.assertIn(status, Answer.STATUSES, request)
+            if self.changes() != changes:
+                before, content = content, self.content()
+                changes = self.changes()
+                if status >= 400:
+                    self.assertEqual(before, content, request)
+        self.assertGreater(min(map(statuses.get, (200, 400, 404, 409))), 10)
+        self.assertEqual([], faults(self.database.execute))
+        self.wrong = False
+
+
 # ------------------------------------------------------------- processes ---
 
 
@@ -6909,9 +6884,9 @@ class WorkerCase(TemporaryFolder):
         self.addCleanup(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, value)
 
-    def open(self, database="jobman.db", access=None, **settings):
+    def open(self, database="jobman.db", access=None):
         """Start a server, and say in its access file where it is."""
-        store = jobman.Store(self.path(database), **settings)
+        store = jobman.Store(self.path(database))
         server = jobman.Server(("127.0.0.1", 0), store)
         server.GRACE = 0
         store.logs = self.path(".jobman", "logs")
@@ -7052,10 +7027,10 @@ class WorkerCase(TemporaryFolder):
         for pid in pids:
             wait_for(lambda pid=pid: not alive(pid), "its end")
 
-    def ahead(self, jobs):
-        """Let workers always claim so many jobs ahead."""
-        self.patch(worker.Worker, "HELD", 60)
-        worker.Worker.ahead = property(lambda _: jobs, lambda *_: None)
+    def ahead(self, jobs, held=60):
+        """Let workers claim `jobs(worker)` ahead, and hold them so long."""
+        self.patch(worker.Worker, "HELD", held)
+        worker.Worker.ahead = property(jobs, lambda *_: None)
         self.addCleanup(delattr, worker.Worker, "ahead")
 
 
@@ -7309,7 +7284,7 @@ class WorkerTest(WorkerCase):
             self.await_states("working", "waiting", "waiting")
             self.go()
 
-        self.ahead(5)
+        self.ahead(lambda _: 5)
         self.add(*[UNTIL_GO] * 3)
         self.work("--name", "a/b", meanwhile=meanwhile)
         self.assertEqual(["done", "waiting", "waiting"], self.states())
@@ -7613,11 +7588,8 @@ class SlotsTest(WorkerCase):
             self.await_states("working", *["waiting"] * 3)
             self.go()
 
-        self.ahead(3)
-        worker.Worker.ahead = property(lambda worker: 0 if worker.received
-                                       and not worker.ready else 3,
-                                       lambda *_: None)
-        self.patch(worker.Worker, "HELD", 0.3)
+        self.ahead(lambda worker: 3 if worker.ready or not worker.received
+                   else 0, held=0.3)
         self.add(UNTIL_GO, *["true"] * 3)
         self.work(meanwhile=meanwhile)
         for jobid in (2, 3, 4):
@@ -7643,10 +7615,10 @@ class SlotsTest(WorkerCase):
         self.assertEqual(["deferred", "done"], self.outcomes())
         self.assertEqual(0, self.job()["failures"])
 
-    def scarce_threads(self, allowed):
-        """Let no thread start that calls a function of another name."""
+    def scarce_threads(self, *allowed):
+        """Let no thread start but for functions of these names."""
         def thread(*, target, **options):
-            if allowed in target.__name__:
+            if target.__name__ in allowed:
                 return threading.Thread(target=target, **options)
             return types.SimpleNamespace(start=fail)
 
@@ -7660,8 +7632,7 @@ class SlotsTest(WorkerCase):
         with open(self.path("made"), "w") as file:
             file.write("made")
         self.add("true", outputs=["made"], laststage=4)
-        self.scarce_threads("")
-        self.scarce_threads("")
+        self.scarce_threads("work", "claim")
         self.work("--stage", "0,2")
         self.assertEqual(["done"], self.states())
 
@@ -7671,7 +7642,7 @@ class SlotsTest(WorkerCase):
         status, _, err = self.finish(process)
         self.assertEqual(1, status)
         self.assertRegex(err, r"\Aworker\.py: .* raise `ulimit -n`.*\n\Z")
-        self.scarce_threads("none")
+        self.scarce_threads()
         _, err = self.work(status=1)
         self.assertRegex(err, r"\Aworker\.py: .* raise `ulimit -u`.*\n\Z")
 
@@ -7810,7 +7781,7 @@ class SlotsTest(WorkerCase):
             wait_for(lambda: self.said()[1], "a word on it")
             self.go()
 
-        self.ahead(1)
+        self.ahead(lambda _: 1)
         self.add(UNTIL_GO, "echo ran")
         self.assertEqual(
             ("", "worker.py: Job 2: its claim is lost.\n"),
@@ -8543,7 +8514,7 @@ class EndTest(WorkerCase):
             self.await_states(*["working"] * 5)
             os.kill(os.getpid(), signal.SIGTERM)
 
-        self.ahead(4)
+        self.ahead(lambda _: 4)
         self.add("sleep 60", *["true"] * 4)
         self.work("--grace", "0.2", meanwhile=meanwhile, status=143)
         self.assertReleased(1, 2, 3, 4, 5)
