@@ -12011,6 +12011,8 @@ class Commands(TemporaryFolder):
             stack.callback(signal.alarm, 0)
             signal.signal(signal.SIGALRM, give_up)
             signal.alarm(PATIENCE)
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # of what its exit would close
             with standard_files(*files), \
                     replaced_environment(self.environment):
                 os.chdir(self.folder)
