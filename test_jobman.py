@@ -12139,6 +12139,29 @@ class CommandCase(Commands, StoreCase):
         beat.update(worker=worker, lease=60, claims=[])
         return self.ok("/heartbeat", beat)
 
+    def meanwhile(self, *acts):
+        """Do one thing each time that a command asks for the status.
+
+        Before it is told. What is asked for is kept in `calls`.
+        """
+        acts, self.calls, respond = list(acts), [], jobman.respond
+
+        def noted(store, request):
+            path = request.path.split("/")[1]
+            self.calls.append(path)
+            if path == "status" and acts:
+                acts.pop(0)()
+            return respond(store, request)
+
+        self.replace("respond", noted)
+
+    def nothing(self):
+        """Let a command ask once more."""
+
+    def interrupt(self):
+        """Let somebody press Ctrl-C."""
+        os.kill(os.getpid(), signal.SIGINT)
+
 
 # For sitecustomize.py: Ctrl-C when a module is imported, or at the end.
 STRUCK = """
@@ -13397,25 +13420,6 @@ class ExportTest(CommandCase):
 class AwaitTest(CommandCase):
     """jobman.py wait returns when jobs have ended."""
 
-    def meanwhile(self, *acts):
-        """Do one thing each time that a command asks for the status.
-
-        Before it is told. What is asked for is kept in `calls`.
-        """
-        acts, self.calls, respond = list(acts), [], jobman.respond
-
-        def noted(store, request):
-            path = request.path.split("/")[1]
-            self.calls.append(path)
-            if path == "status" and acts:
-                acts.pop(0)()
-            return respond(store, request)
-
-        self.replace("respond", noted)
-
-    def nothing(self):
-        """Let a command ask once more."""
-
     def test_it_returns_when_nothing_is_left(self):
         self.set_jobs([1, 2], laststage=2)
         self.set_jobs([3], after=[2], laststage=2)
@@ -13523,7 +13527,7 @@ class AwaitTest(CommandCase):
 
     def test_ctrl_c_ends_it(self):
         self.set_jobs([1])
-        self.meanwhile(lambda: os.kill(os.getpid(), signal.SIGINT))
+        self.meanwhile(self.interrupt)
         self.assertEqual("", self.does("wait", status=130))
 
 
@@ -13600,17 +13604,17 @@ class WatchTest(CommandCase):
         self.drawn(screen, "\033[K\n\033[K\n\033[J")
         self.end_it(process)
 
-    def test_without_a_terminal_news_are_lines(self):
+    def test_without_a_terminal_news_are_lines_ten_seconds_apart(self):
+        now = Clock()
+        self.patch(jobman, "time", types.SimpleNamespace(**dict(
+            vars(time), time=now, monotonic=now, sleep=now.advance)))
         self.set_jobs([1, 2], laststage=2)
-        process = self.spawn(*HURRIED, "watch")
-        self.assertRegex(
-            process.stdout.readline().decode(),
-            r"^20.* 0 %: 0 of 2 jobs done\. 2 jobs wait in stage 0: no worker"
-            " serves it")
-        self.end(1)
-        self.assertIn(b"1 of 2 jobs", process.stdout.readline())
-        process.send_signal(signal.SIGINT)
-        self.assertEqual((130, "", ""), self.finish(process))
+        self.meanwhile(self.nothing, lambda: self.end(1),
+                       *[self.nothing] * 5, self.interrupt)
+        first, second = self.does("watch", status=130).splitlines()
+        self.assertRegex(first, "^2020-09-13 12:26:40 .* 0 %: 0 of 2 jobs done"
+                         ".* 2 jobs wait in stage 0: no worker serves it")
+        self.assertRegex(second, "^2020-09-13 12:26:52 .*: 1 of 2 jobs done")
 
 
 @slow
