@@ -9868,6 +9868,8 @@ class Commands(TemporaryFolder):
             stack.callback(signal.alarm, 0)
             signal.signal(signal.SIGALRM, give_up)
             signal.alarm(PATIENCE)
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # of what its exit would close
             with standard_files(*files), \
                     replaced_environment(self.environment):
                 os.chdir(self.folder)
@@ -9954,11 +9956,11 @@ class CommandCase(Commands, StoreCase):
         self.lead_to("http://%s:%d" % self.address)
 
     def lead_to(self, url):
-        """Let commands find a server."""
+        """Lead commands to a server."""
         self.environment.update(JOBMAN_URL=url, JOBMAN_JOBIX=str(self.jobix))
 
     def forget_server(self):
-        """Leave commands nothing but the access file to find a server."""
+        """Make commands find the server by its access file."""
         for name in ("JOBMAN_URL", "JOBMAN_JOBIX"):
             del self.environment[name]
 
@@ -9984,15 +9986,38 @@ class CommandCase(Commands, StoreCase):
                 for job in self.ok("/jobs?limit=1000")["jobs"]}
 
     def end(self, *ids):
-        """Let jobs be done that have 2 for their last stage."""
+        """Update jobs to stage 2, their last one."""
         for jobid in ids:
             self.assertReply(200, self.call("/update_job/%d/2" % jobid))
 
     def beat(self, worker, **about):
-        """Let a worker be heard of, of stage 0; return what it is told."""
+        """Send a heartbeat of a worker of stage 0; return the answer."""
         beat = dict({"stages": [0], "slots": 4, "busy": 4}, **about)
         beat.update(worker=worker, lease=60, claims=[])
         return self.ok("/heartbeat", beat)
+
+    def meanwhile(self, *acts):
+        """Run one of `acts` before each answer to /status.
+
+        Keep the names of all calls in `calls`.
+        """
+        acts, self.calls, respond = list(acts), [], jobman.respond
+
+        def noted(store, request):
+            path = request.path.split("/")[1]
+            self.calls.append(path)
+            if path == "status" and acts:
+                acts.pop(0)()
+            return respond(store, request)
+
+        self.replace("respond", noted)
+
+    def nothing(self):
+        """Let a call pass."""
+
+    def interrupt(self):
+        """Press Ctrl-C."""
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 # For sitecustomize.py: Ctrl-C when a module is imported, or at the end.
@@ -10198,7 +10223,7 @@ class ActingTest(CommandCase):
         self.environment["JOBMAN_JOBIX"] = "mine"
         self.assertIn("The jobix ($JOBMAN_JOBIX) must", self.refused("jobs"))
 
-    def test_a_server_that_is_silent_or_away_is_said(self):
+    def test_a_command_says_that_its_server_is_silent_or_away(self):
         self.patch(worker.Client, "LATE", 0)
         self.patch(worker.Client, "READ_TIMEOUT", 0)
         self.replace("PATIENCE", 1)
@@ -10217,7 +10242,7 @@ class ActingTest(CommandCase):
 
 
 class UsageTest(Commands):
-    """What is wrong usage: exit status 2, and nothing is done."""
+    """Wrong usage: exit status 2, and nothing is done."""
 
     WRONG = (  # a command line, and what is said of it
         ("", "name a command: serve, run,"),
@@ -10306,22 +10331,22 @@ class UsageTest(Commands):
         self.assertRegex(sentence, said)
         return usage
 
-    def test_it_ends_with_exit_status_2(self):
+    def test_wrong_usage_is_exit_status_2(self):
         for line, said in self.WRONG:
             with self.subTest(line=line):
                 usage = self.check(line, said)
                 self.assertIn("jobman.py %s" % line.split(" ")[0], usage)
         self.assertEqual([], os.listdir(self.folder))
 
-    def test_a_command_that_there_is_not(self):
+    def test_an_unknown_command_is_named(self):
         self.check("jbos", "there is no command 'jbos'; did you mean jobs")
         self.check("walk", r"there is no command 'walk'\n\Z")
 
-    def test_a_new_jobix_is_no_given_one(self):
+    def test_a_new_jobix_cannot_be_a_given_one(self):
         self.environment["JOBMAN_JOBIX"] = "7"
         self.check("serve --new-jobix", "can't be combined .*JOBMAN_JOBIX")
 
-    def test_a_terminal_gives_no_items(self):
+    def test_run_reads_no_items_from_a_terminal(self):
         process, screen = self.on_terminal("run echo")
         self.assertIn("give items after :::", self.drawn(screen))
         self.assertEqual(2, process.wait(PATIENCE))
@@ -10358,7 +10383,7 @@ class ArgumentTest(unittest.TestCase):
         for text, stage in (("7", 7), ("align", "align"), ("a.b-c_1",) * 2):
             self.assertEqual(stage, jobman.read_stage(text))
 
-    def test_what_is_none_is_refused(self):
+    def test_other_texts_are_refused(self):
         for read, said, texts in (
             (jobman.read_ids, "1,3,5-8", (
                 "", ",", "1,", "1,,2", "-1", "1-", "8-5", "1-2-3", "1.5",
@@ -10389,13 +10414,13 @@ class SubmitTest(CommandCase):
                 if job.get(name) not in (None, [], 0)}
 
     def work(self, *argv):
-        """Let a worker run all; return what was printed, in lines."""
+        """Run a worker until all is done; return the lines printed."""
         status, out, err = self.command(
             WORKER, "--print", "--quiet", "--idle-timeout", "0", *argv)
         self.assertEqual((0, ""), (status, err))
         return sorted(out.splitlines())
 
-    def test_jobs_come_of_items_numbers_and_lines(self):
+    def test_jobs_are_made_of_items_numbers_and_lines(self):
         self.write("items", b"a\n\nb\xff\n")
         self.write("todo", b"echo 1\n# no\n\n  \necho 2; echo 3\n")
         printed = []
@@ -10456,7 +10481,7 @@ class SubmitTest(CommandCase):
                 said, self.refused("submit --after %s true" % after))
         self.assertEqual(4, len(self.told()))
 
-    def test_options_are_what_json_leaves_out(self):
+    def test_options_fill_in_what_json_leaves_out(self):
         options = "submit --priority 7 --laststage 52 --timeout 9" \
             " --retries 3 --cwd /tmp --from-json - "
         jobs = [{"jobstage": 0, "jobcmd": "a"},
@@ -10538,7 +10563,7 @@ class SubmitTest(CommandCase):
                 *line.split(), main=main_in_no_folder)
             self.assertEqual((status, said), (done, err[len("jobman.py: "):]))
 
-    def test_what_others_have_read_of_standard_input_is_left_out(self):
+    def test_input_that_was_read_before_is_left_out(self):
         with open(self.write("todo", b"echo 1\necho 2\n"), "rb") as file:
             file.seek(7)
             self.command(JOBMAN, "submit", "--commands", "-", stdin=file)
@@ -10557,7 +10582,7 @@ class SubmitTest(CommandCase):
         self.does("submit --commands -", given=b"\n".join(lines))
         self.assertEqual([2, 2, 1, 1], sizes)
 
-    def test_a_name_is_for_the_same_jobs(self):
+    def test_a_name_is_not_used_for_other_jobs(self):
         self.does("submit --name run3 --array 1-3 true")
         known = "jobman.py: The submission run3 exists already: .*\n"
         self.does("submit --key run3 --array 1-3 true", err=known)
@@ -10661,7 +10686,7 @@ class SubmitTest(CommandCase):
         self.does("submit true", status=1, err=(
             "0 jobs are known to be added; .*\n.* can't be reached .*\n"))
 
-    def test_one_that_is_broken_off_goes_on_under_its_name(self):
+    def test_an_interrupted_submit_goes_on_under_its_name(self):
         process = self.spawn(
             JOBMAN, "submit", "--commands", "-", stdin=subprocess.PIPE)
         lines = [b"echo %d\n" % i for i in range(5000)]
@@ -10728,7 +10753,7 @@ class ScriptTest(TemporaryFolder):
                             stderr=subprocess.STDOUT))
         self.assertEqual([], os.listdir(self.folder))
 
-    def test_what_a_command_becomes(self):
+    def test_the_script_that_a_command_becomes(self):
         for command, script in (
             ("echo {#}:'{#}' ${#}", "echo 7:'7' ${#}"),
             ("n={}; echo $(( n % 2 ))",
@@ -10919,7 +10944,7 @@ job  stage  state             since                worker  attempt  command
                          r"\nwhy +%s\n" % re.escape(why))
 
     def occupy(self, worker, *ids):
-        """Let a worker have jobs of another stage."""
+        """Give a worker jobs of another stage."""
         self.set_jobs(ids, stage=90)
         self.get(90, n=len(ids), worker=worker, lease=3600)
 
@@ -11151,7 +11176,7 @@ class ExportTest(CommandCase):
         return self.does(line).encode("utf-8", "surrogateescape")
 
     def jobs_of_all_kinds(self):
-        """Let jobs be done, failed, ended by a signal, cut off and waiting."""
+        """Make jobs that are done, failed, killed, lapsed and waiting."""
         self.set_jobs({
             1: "echo 'a\nb'\tc", 2: ["cat", "a b"], 3: "x, \"y\"\r\nz",
             4: "lapses", 5: {"a": 1}, 6: "never",
@@ -11252,26 +11277,7 @@ class ExportTest(CommandCase):
 class AwaitTest(CommandCase):
     """jobman.py wait returns when jobs have ended."""
 
-    def meanwhile(self, *acts):
-        """Do one thing each time that a command asks for the status.
-
-        Before it is told. What is asked for is kept in `calls`.
-        """
-        acts, self.calls, respond = list(acts), [], jobman.respond
-
-        def noted(store, request):
-            path = request.path.split("/")[1]
-            self.calls.append(path)
-            if path == "status" and acts:
-                acts.pop(0)()
-            return respond(store, request)
-
-        self.replace("respond", noted)
-
-    def nothing(self):
-        """Let a command ask once more."""
-
-    def test_it_returns_when_nothing_is_left(self):
+    def test_wait_returns_when_all_jobs_have_ended(self):
         self.set_jobs([1, 2], laststage=2)
         self.set_jobs([3], after=[2], laststage=2)
         self.meanwhile(
@@ -11281,7 +11287,7 @@ class AwaitTest(CommandCase):
         self.assertEqual(4, self.calls.count("status"))
         self.assertNotIn("jobs", self.calls)
 
-    def test_it_says_by_its_exit_status_whether_all_are_done(self):
+    def test_the_exit_status_of_wait_says_whether_all_are_done(self):
         self.assertPrints(("wait --exit-code", "0 jobs ended.\n"))
         self.set_jobs([1, 2], stage=2, laststage=2)
         self.does("wait --exit-code")
@@ -11324,7 +11330,7 @@ class AwaitTest(CommandCase):
         self.refused("wait run2 --timeout 0", status=124)
         self.assertIn("no submission run3.", self.refused("wait run3"))
 
-    def test_it_says_why_nothing_moves_and_again_when_that_has_changed(self):
+    def test_wait_says_why_nothing_moves_and_when_that_changes(self):
         self.patch(jobman.poll_status, "__defaults__", (0,))
         self.set_jobs([1, 2], laststage=2)
         self.meanwhile(
@@ -11335,7 +11341,7 @@ class AwaitTest(CommandCase):
             "jobman.py: 2 jobs wait in stage 0: no worker serves it.\n"
             "jobman.py: 1 job waits in stage 0: it is paused.\n")))
 
-    def test_it_gives_up_in_time(self):
+    def test_wait_gives_up_in_time(self):
         self.set_jobs([1])
         for line in ("wait --timeout 0.3", "wait 1 --timeout 0.3"):
             began = time.monotonic()
@@ -11376,13 +11382,13 @@ class AwaitTest(CommandCase):
             client.update_job(1, 2)
         self.assertEqual(b"1 job ended: 1 done.\n", process.stdout.read())
 
-    def test_ctrl_c_ends_it(self):
+    def test_ctrl_c_ends_wait(self):
         self.set_jobs([1])
-        self.meanwhile(lambda: os.kill(os.getpid(), signal.SIGINT))
+        self.meanwhile(self.interrupt)
         self.assertEqual("", self.does("wait", status=130))
 
 
-# Starts jobman in a world where a second is a fiftieth of one.
+# Starts jobman with clocks that run 50 times as fast.
 HURRIED = changed("jobman", """
 import time
 sleep, monotonic = time.sleep, time.monotonic
@@ -11432,7 +11438,7 @@ class WatchTest(CommandCase):
         self.assertIn("0 of 2 jobs done", shown)
         self.end_it(process)
 
-    def test_it_keeps_to_the_terminals_size(self):
+    def test_watch_keeps_to_the_size_of_the_terminal(self):
         for stage in range(0, 60, 2):
             self.set_jobs([stage], stage=stage)
         process, _, shown = self.watch(size=(12, 50))
@@ -11455,17 +11461,17 @@ class WatchTest(CommandCase):
         self.drawn(screen, "\033[K\n\033[K\n\033[J")
         self.end_it(process)
 
-    def test_without_a_terminal_news_are_lines(self):
+    def test_without_a_terminal_news_are_lines_ten_seconds_apart(self):
+        now = Clock()
+        self.patch(jobman, "time", types.SimpleNamespace(**dict(
+            vars(time), time=now, monotonic=now, sleep=now.advance)))
         self.set_jobs([1, 2], laststage=2)
-        process = self.spawn(*HURRIED, "watch")
-        self.assertRegex(
-            process.stdout.readline().decode(),
-            r"^20.* 0 %: 0 of 2 jobs done\. 2 jobs wait in stage 0: no worker"
-            " serves it")
-        self.end(1)
-        self.assertIn(b"1 of 2 jobs", process.stdout.readline())
-        process.send_signal(signal.SIGINT)
-        self.assertEqual((130, "", ""), self.finish(process))
+        self.meanwhile(self.nothing, lambda: self.end(1),
+                       *[self.nothing] * 5, self.interrupt)
+        first, second = self.does("watch", status=130).splitlines()
+        self.assertRegex(first, "^2020-09-13 12:26:40 .* 0 %: 0 of 2 jobs done"
+                         ".* 2 jobs wait in stage 0: no worker serves it")
+        self.assertRegex(second, "^2020-09-13 12:26:52 .*: 1 of 2 jobs done")
 
 
 @slow
@@ -11665,7 +11671,7 @@ class RunTest(Commands):
         self.assertEqual(129, process.wait(PATIENCE))
         self.assertFalse(alive(int(pid)))
 
-    def test_what_nobody_reads_is_not_done(self):
+    def test_a_job_whose_output_nobody_reads_is_not_done(self):
         command = "echo {} >> ran; seq 20000"
         items = [str(i) for i in range(50)]
         process = self.start("--slots", "1", command, ":::", *items)
@@ -11858,7 +11864,7 @@ class StartTest(Commands):
             self.assertIn("Another server", self.refused(
                 "serve --port 0 --db jobman.db --new-jobix"))
 
-    def test_it_goes_by_the_name_in_its_url(self):
+    def test_a_server_answers_to_the_name_in_its_url(self):
         with self.serving("--open --url http://Jobs.example:99/") as (
                 address, _):
             for name, status in (("jobs.example:99", 200), ("b.example", 421)):
@@ -11969,7 +11975,7 @@ class StartTest(Commands):
             claims = self.call(address, "/get/0?n=9", again["jobix"]).json()
         self.assertEqual([1, 2, 3], [claim["jobid"] for claim in claims])
 
-    def test_a_start_that_was_killed_is_made_good_by_the_next(self):
+    def test_a_server_starts_on_what_a_killed_start_left(self):
         """It may leave an empty file, its tables, or those and a journal."""
         path = self.path("jobman.db")
         for empty in (True, False):
@@ -12076,7 +12082,7 @@ class StartTest(Commands):
         self.assertEqual(0, self.stop(second)[0])
         self.assertEqual([], os.listdir(self.path(".jobman")))
 
-    def test_the_last_of_two_servers_clears_up(self):
+    def test_the_last_of_two_servers_removes_the_lock_file(self):
         path = self.path("jobs.db")
         first, second = (jobman.Store(path, shared=True) for _ in range(2))
         first.close()
@@ -12098,12 +12104,12 @@ class StartTest(Commands):
         return {path: zlib.crc32(read(path)) for path in paths}
 
     def assertUntouched(self, said, options, folder=None):
-        """Assert what a server says that can't start and changes no file."""
+        """Assert that a server can't start, why, and changes no file."""
         before = self.files(folder)
         self.assertRegex(self.refused(self.SERVE + options), said)
         self.assertEqual(before, self.files(folder), options)
 
-    def test_what_cannot_be_served_is_left_as_it_was(self):
+    def test_a_server_that_cannot_start_changes_no_file(self):
         for text in (b"some text\n" * 1000, b"x", b"\0" * 4096):
             self.write("text", text)
             self.assertUntouched("text is not a database", "--db text")
