@@ -16814,7 +16814,7 @@ class TlsTest(Certified, HostCase):
         beyond = "--host", "0.0.0.0"
         warned = r"\Ajobman\.py: .*plain HTTP[^\n]+\n\Z"
         for options, scheme, said in (
-            (("--plain",), "http", r"\A\Z"), (beyond, "https", r"\A\Z"),
+            ((), "http", r"\A\Z"), (beyond, "https", r"\A\Z"),
             ((*beyond, "--plain"), "http", warned),
         ):
             server, _ = self.serve(*options)
