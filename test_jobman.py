@@ -16560,6 +16560,8 @@ class TlsSocketTest(Certified, SocketTest):
             wait_for(lambda: len(self.door.server.open) == 9, "nine clients")
             self.assertEqual("ok", self.client().health()["status"])
             self.assertEqual(10, len(self.door.server.open))
+            self.closing.close()  # nor does it delay the end
+            self.assertEqual(set(), self.door.server.open)
 
     def test_a_handshake_that_never_comes_ends(self):
         self.addCleanup(setattr, jobman.Handler, "HANDSHAKE", 10)
