@@ -15894,41 +15894,6 @@ class LyingLocksTest(AloneCase, HostCase):
     locks = "lie"
     said = "where locks don't work"
 
-    TAKE = """
-import glob, os, sys, time
-sys.path.insert(0, %r)
-import jobman
-calls = []
-
-def clock():
-    # each waits for the other once both have found the file silent
-    calls.append(1)
-    if len(calls) == 3:
-        open("ready-%%d" %% os.getpid(), "w").close()
-        while len(glob.glob("ready-*")) < 2:
-            time.sleep(0.01)
-    return 100 * len(calls)
-
-location = jobman.DatabaseLocation("jobs.db")
-try:
-    jobman.ServerLock(location, shared=False, clock=clock)
-except jobman.CommandError as trouble:
-    sys.exit(str(trouble))
-print("mine", flush=True)
-time.sleep(60)
-""" % HERE
-
-    def test_of_two_that_take_it_over_at_once_one_wins(self):
-        with open(self.path("jobs.db.lock"), "w") as file:
-            file.write('{"host": "far"}')
-        pair = [self.spawn("-c", self.TAKE) for _ in range(2)]
-        wait_for(lambda: any(process.poll() for process in pair), "a loser")
-        loser, winner = sorted(pair, key=lambda p: p.poll() is None)
-        self.assertEqual(b"mine\n", winner.stdout.readline())
-        self.assertRegex(
-            loser.stderr.read().decode(),
-            r"(?m)^Another server .*process %d on" % winner.pid)
-
     def test_a_server_that_was_paused_meanwhile_changes_nothing(self):
         self.start = changed(
             "jobman", "lock = jobman.ServerLock; lock.BEAT = 0.1;"
@@ -16081,6 +16046,18 @@ class LockTest(HostCase):
                          r" waiting 20 s .*\n\Z")
         lock.close()
         self.assertEqual([], os.listdir(self.folder))
+
+    def test_of_two_that_take_it_over_at_once_one_wins(self):
+        self.make_exclusive()
+        self.write()
+
+        def take_it_too():
+            if json.loads(read(self.lock_path).decode())["host"] != "far":
+                self.write(pid=18)
+
+        with self.assertRaisesRegex(jobman.CommandError, "18 on far"):
+            self.lock(pause=take_it_too)
+        self.assertIn(b"far", read(self.lock_path))
 
     def test_the_file_of_a_holder_may_have_any_content(self):
         self.make_exclusive()
@@ -18076,6 +18053,15 @@ class ApacheContractTest(ApacheStore, ContractTest):
     """What existing clients send and expect, of two processes of Apache."""
 
     test_no_number_at_all_is_400 = None  # Apache makes one slash of two
+
+
+@long
+class ApacheClaimTest(ApacheStore, ClaimTest):
+    """Claims and leases there."""
+
+    # no call limits attempts
+    test_a_limit_of_attempts_is_one_jobs_alone = None
+    test_an_attempt_to_be_made_later_is_not_counted_as_a_failure = None
 
 
 @long
