@@ -18896,9 +18896,14 @@ class BrowserTest(StoreCase):
         return self.browser.script("return " + expression, *args)
 
     def show(self, fragment="", jobix=None):
-        """Open the page, and wait until it shows figures."""
+        """Open the page, and wait until it shows figures.
+
+        It looks for what is new ten times as often as elsewhere.
+        """
         fragment = "jobix=%d&%s" % (jobix or self.jobix, fragment)
         self.browser.open(self.origin + "get#" + fragment)
+        self.browser.script(
+            "for (const part of Object.values(PARTS)) part.every /= 10")
         self.see("#as-of", "as of")
 
     def see(self, css, *texts):
@@ -18955,11 +18960,6 @@ class BrowserTest(StoreCase):
         """Open a job of the table."""
         self.follow("#jobs", str(jobid))
         self.see("#job-state", " for ")
-
-    def ask_often(self):
-        """Let the page ask for what is new ten times a second."""
-        self.browser.script(
-            "for (const part of Object.values(PARTS)) part.every = 100")
 
     def expire(self):
         """Let the lifetime of a minute pass."""
@@ -19227,7 +19227,6 @@ class BrowserTest(StoreCase):
             const box = text.getBoundingClientRect();
             return end.top > box.top && end.bottom < box.bottom &&
               text.scrollHeight > 2 * text.clientHeight"""), "its end")
-        self.ask_often()
         self.browser.script(
             "text.scrollTo(0, -99); text.focus();"
             "getSelection().selectAllChildren(text);")
@@ -19469,7 +19468,6 @@ class BrowserTest(StoreCase):
         self.get(0, n=2)
         self.show("state=expired")
         self.see("#jobs caption", "No jobs match.")
-        self.ask_often()
         self.expire()
         self.see("#jobs caption", "1 to 2 of 2")
         self.assertIn("Move 2 expired jobs of stage 1?",
@@ -19756,7 +19754,6 @@ class BrowserTest(StoreCase):
         self.show()
         self.see("#attention", "1 failed", "9 expired")
         self.see("#jobs caption", "1 to 9")
-        self.ask_often()
         for n, css in enumerate((
             "#jobs tbody tr:nth-child(9) a", "#steps summary",
             "#jobs-actions button:last-child", "#attention li button",
