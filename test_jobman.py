@@ -19493,13 +19493,18 @@ class BrowserTest(StoreCase):
                           u.partition("#")[0]])
 
     def test_it_asks_for_a_jobix_that_is_missing_or_wrong(self):
+        self.set_jobs([1])
+        self.show("job=1")
+        self.see("#job", "Job 1")
         self.store.open_to_all = False
         self.faults.append("403")
+        self.see("#login", "This server takes only the jobix in")
+        self.see_nothing("#job")
         self.jobix = self.store.jobix
         self.set_jobs([1, 2])
         self.browser.open(self.origin + "get")
         self.see("#login", "Your jobix", "access.json")
-        self.see_nothing("#main")
+        self.see_nothing("#progress")
         for wrong, said in (("77", "This server takes only the jobix in"),
                             ("x", "A jobix is a number"),
                             ("1" * 30, "A jobix is a number")):
@@ -19513,7 +19518,7 @@ class BrowserTest(StoreCase):
         for odd in ("-1", "\u00e9", "\u4e2d", "1 2", "77"):
             self.browser.open(self.origin + "get#jobix=" + odd)
             self.see("#login", "Your jobix")
-            self.see_nothing("#main")
+            self.see_nothing("#progress")
 
     def test_to_act_it_asks_for_the_other_jobix(self):
         self.store.open_to_all = False
