@@ -5000,7 +5000,7 @@ th, td { text-align: left; vertical-align: top; padding-right: 1em }
 td { overflow-wrap: anywhere }
 @media (max-width: 50em) {  /* each row by itself, each value labelled */
   th, td:empty { display: none }
-  td { display: inline }
+  td { display: inline-block }
   td::before { content: attr(title) ": " }
   tr { display: block; margin-bottom: .5em }
 }

@@ -11537,8 +11537,7 @@ class RunTest(Commands):
         _, err = self.over("--array", "1-12", "false {}", status=1)
         self.assertEqual(10, err.count("failed: "))
         self.assertIn("... and 2 more. To see them all: python3 jobman.py"
-                      " serve"
-                      " --db jobman-run.db, then", err)
+                      " serve --db jobman-run.db, then", err)
 
     def test_a_command_for_each_stage(self):
         steps = ("echo 1 {} >> log", "--then", "[ {} != b ] || [ -e mended ]",
@@ -16153,9 +16152,14 @@ class BrowserTest(StoreCase):
         return self.browser.script("return " + expression, *args)
 
     def show(self, fragment="", jobix=None):
-        """Open the page, and wait until it shows figures."""
+        """Open the page, and wait until it shows figures.
+
+        It looks for what is new ten times as often as elsewhere.
+        """
         fragment = "jobix=%d&%s" % (jobix or self.jobix, fragment)
         self.browser.open(self.origin + "get#" + fragment)
+        self.browser.script(
+            "for (const part of Object.values(PARTS)) part.every /= 10")
         self.see("#as-of", "as of")
 
     def see(self, css, *texts):
@@ -16212,11 +16216,6 @@ class BrowserTest(StoreCase):
         """Open a job of the table."""
         self.follow("#jobs", str(jobid))
         self.see("#job-state", " for ")
-
-    def ask_often(self):
-        """Let the page ask for what is new ten times a second."""
-        self.browser.script(
-            "for (const part of Object.values(PARTS)) part.every = 100")
 
     def expire(self):
         """Let the lifetime of a minute pass."""
@@ -16484,7 +16483,6 @@ class BrowserTest(StoreCase):
             const box = text.getBoundingClientRect();
             return end.top > box.top && end.bottom < box.bottom &&
               text.scrollHeight > 2 * text.clientHeight"""), "its end")
-        self.ask_often()
         self.browser.script(
             "text.scrollTo(0, -99); text.focus();"
             "getSelection().selectAllChildren(text);")
@@ -16726,7 +16724,6 @@ class BrowserTest(StoreCase):
         self.get(0, n=2)
         self.show("state=expired")
         self.see("#jobs caption", "No jobs match.")
-        self.ask_often()
         self.expire()
         self.see("#jobs caption", "1 to 2 of 2")
         self.assertIn("Move 2 expired jobs of stage 1?",
@@ -16752,13 +16749,18 @@ class BrowserTest(StoreCase):
                           u.partition("#")[0]])
 
     def test_it_asks_for_a_jobix_that_is_missing_or_wrong(self):
+        self.set_jobs([1])
+        self.show("job=1")
+        self.see("#job", "Job 1")
         self.store.open_to_all = False
         self.faults.append("403")
+        self.see("#login", "This server takes only the jobix in")
+        self.see_nothing("#job")
         self.jobix = self.store.jobix
         self.set_jobs([1, 2])
         self.browser.open(self.origin + "get")
         self.see("#login", "Your jobix", "access.json")
-        self.see_nothing("#main")
+        self.see_nothing("#progress")
         for wrong, said in (("77", "This server accepts only the jobix in"),
                             ("x", "A jobix is a number"),
                             ("1" * 30, "A jobix is a number")):
@@ -16772,7 +16774,7 @@ class BrowserTest(StoreCase):
         for odd in ("-1", "\u00e9", "\u4e2d", "1 2", "77"):
             self.browser.open(self.origin + "get#jobix=" + odd)
             self.see("#login", "Your jobix")
-            self.see_nothing("#main")
+            self.see_nothing("#progress")
 
     def test_to_act_it_asks_for_the_other_jobix(self):
         self.store.open_to_all = False
@@ -17013,7 +17015,6 @@ class BrowserTest(StoreCase):
         self.show()
         self.see("#attention", "1 failed", "9 expired")
         self.see("#jobs caption", "1 to 9")
-        self.ask_often()
         for n, css in enumerate((
             "#jobs tbody tr:nth-child(9) a", "#steps summary",
             "#jobs-actions button:last-child", "#attention li button",
