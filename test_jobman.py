@@ -7157,13 +7157,13 @@ class WorkerTest(WorkerCase):
         save = "printf %%s '%s' > \"$JOBMAN_RESULT\""
         cases = (
             (save % "{", "JOBMAN_RESULT can't be used"),
-            (save % "[]", "no object with filename, jobcmd and outputs"),
-            (save % '{"colour": "blue"}', "no object with"),
-            (save % '{"filename": 1}', "filename is no string"),
-            (save % '{"outputs": "a"}', "outputs are no list of strings"),
-            (save % '{"outputs": [1]}', "outputs are no list of strings"),
+            (save % "[]", "isn't an object with filename, jobcmd or"),
+            (save % '{"colour": "blue"}', "an object with"),
+            (save % '{"filename": 1}', "filename isn't a string"),
+            (save % '{"outputs": "a"}', "outputs aren't a list of strings"),
+            (save % '{"outputs": [1]}', "outputs aren't a list of strings"),
             (save % '{"jobcmd": NaN}', "NaN is not JSON"),
-            ('mkfifo "$JOBMAN_RESULT"', "it is no file"),
+            ('mkfifo "$JOBMAN_RESULT"', "it isn't a file"),
             ('mkdir "$JOBMAN_RESULT"', "directory|no file"),
             ("head -c 1048577 /dev/zero > $JOBMAN_RESULT", "over 1048576"),
             ("head -c 200000 /dev/zero | tr '\\0' '[' > $JOBMAN_RESULT",
@@ -7261,8 +7261,9 @@ class WorkerTest(WorkerCase):
         self.add("echo $$ > pids; " + UNTIL_GO)
         _, err = self.work("--idle-timeout", "60", "--name", "a/b",
                            meanwhile=meanwhile, status=143)
-        self.assertEqual("worker.py: Drained: it claims no more for now.\n"
-                         "worker.py: Undrained: it claims jobs again.\n", err)
+        self.assertEqual(
+            "worker.py: Drained: it claims no more jobs for now.\n"
+            "worker.py: Undrained: it claims jobs again.\n", err)
 
     def test_a_drained_worker_gives_back_what_a_long_poll_brings(self):
         def meanwhile():
@@ -7303,7 +7304,7 @@ class WorkerTest(WorkerCase):
     def test_wrong_usage_ends_with_status_2(self):
         number = "%r isn't a list of stages up to 999998"
         time = "%r isn't a duration; write 90 (seconds), 90s, 2h30m or 1:00:00"
-        span = "%r is no time such as 1:00:00, 1-12:00:00, 90s or 2h30m"
+        span = "%r isn't a time; write 1:00:00, 1-12:00:00, 90s or 2h30m"
         for option, values, said in (
             ("stage", ("?", "", "0,", "a,", "-1", "0x1", "999999"), number),
             ("lease", ("", "x", "-1", "nan", "1e10", "1:00"), time),
@@ -8109,7 +8110,7 @@ class OutageTest(WorkerCase):
             self.leave_outcomes((1, claim, verb, given))
             self.assertEqual(
                 (0, "0 results were delivered.\n", "worker.py: Job 1: its"
-                 " result is malformed and is dropped.\n"), self.send_spool())
+                 " result in the spool is malformed and is dropped.\n"), self.send_spool())
             self.assertFalse(os.path.exists(self.spool))
         self.assertEqual(["waiting"], self.states())
 
@@ -8199,8 +8200,8 @@ class OutageTest(WorkerCase):
                     worker.main, "--idle-timeout", "0.05", *argv)
                 self.assertEqual((1, ""), found[:2])
                 self.assertRegex(
-                    found[2], r"worker\.py: The folder %s can be written by"
-                    r" other users: .*mkdir -m 700[^\n]*\n\Z" % folder)
+                    found[2], r"worker\.py: Other users can write to the folder"
+                    r" %s: .*mkdir -m 700[^\n]*\n\Z" % folder)
 
     def test_a_folder_that_others_make_meanwhile_is_not_used(self):
         def fail(reason):
@@ -8233,7 +8234,7 @@ class OutageTest(WorkerCase):
             self.open("other.db")
             self.go()
             wait_for(self.spooled, "the result")
-            with self.assertRaisesRegex(worker.Trouble, "another server's"):
+            with self.assertRaisesRegex(worker.Trouble, "to another server"):
                 self.client.locate()
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -8260,7 +8261,7 @@ class OutageTest(WorkerCase):
         self.add(UNTIL_GO)
         open(self.path("taken"), "w").close()
         for ends, said in (
-            (True, "1 result lost: the server is away and"), (False, "back")):
+            (True, "1 result lost: the server can't be reached"), (False, "back")):
             _, err = self.work("--spool", "taken", meanwhile=meanwhile,
                                status=143 if ends else 0)
             self.assertIn(said, err)
@@ -8547,8 +8548,8 @@ class EndTest(WorkerCase):
         self.assertEqual([8, 0, 4, 4], [
             self.job(i)["stage"] for i in (1, 2, 3, 4)])
         _, err = self.work("--stage", "0", "--time-limit", "5m")
-        self.assertRegex(err, r"\Aworker\.py: No job here is known to end in"
-                         r" the 2\d\d seconds that are left\.\n\Z")
+        self.assertRegex(err, r"\Aworker\.py: No job is known to be short"
+                         r" enough for the 2\d\d seconds that are left\.\n\Z")
         self.work("--stage", "0", "--time-limit", "2h")
         self.assertEqual(2, self.job(2)["stage"])
 
