@@ -316,7 +316,7 @@ class Client:
             fingerprint = os.environ.get("JOBMAN_FINGERPRINT")
         known = re.match(r"\d{1,19}\Z", str(jobix), re.A)
         if not known and url is not None:
-            raise Trouble("With a url give a jobix ($JOBMAN_JOBIX), a number.")
+            raise Trouble("A url needs a jobix too: set $JOBMAN_JOBIX, a number.")
         if not known and jobix is not None:
             raise Trouble("The jobix ($JOBMAN_JOBIX) must be a number.")
         self.own_jobix = int(jobix) if known else None
