@@ -12233,6 +12233,7 @@ class RoomTest(WorkerCase):
             "worker.py: Stage 1 is left to others: each job needs 2 cores,"
             " more than --slots 1.\n", err)
         self.assertEqual(["done", "waiting", "waiting"], self.states())
+        self.assertEqual("", self.work("--stage", "1")[0])  # it ends
 
     def test_memory_is_the_least_that_is_allowed(self):
         machine = worker.memory_limit({})

@@ -2005,10 +2005,11 @@ class Claimer:
             self.ending.wait(min(wait, 1))
             return []
         began = time.monotonic()
+        # a poll of the others would take the wake-ups of larger workers
         fitting = [stage for stage in stages if not self.too_large(stage)]
         jobs = self.client.get(
-            fitting or stages, worker=self.name, lease=self.options.lease, n=n,
-            wait=wait, cores=self.options.slots,
+            fitting or stages, worker=self.name, lease=self.options.lease,
+            n=n, wait=wait, cores=self.options.slots,
             memory=self.options.memory)
         if not jobs and time.monotonic() - began < wait:  # too many wait there
             self.ending.wait(random.uniform(0.1, 1))
