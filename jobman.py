@@ -262,6 +262,7 @@ create table stage (                   -- all in use, and some that were
     minutes integer,                   -- lifetime, 0: no limit, null: not set
     paused integer not null default 0,
     name text,
+    cores integer, memory integer,     -- what each job needs, in bytes
     primary key (namespace, stage));
 
 create table job (
@@ -349,7 +350,7 @@ create table spent (                   -- sums of time
 
 create table worker (
     namespace integer not null, name text not null, host text, stages text,
-    slots integer, busy integer, done integer, failed integer,
+    slots integer, memory integer, busy integer, done integer, failed integer,
     heard real not null,               -- when its last heartbeat came
     quarantine text,                   -- why it takes no more work
     drain integer not null default 0,  -- 1: it should claim no more
@@ -415,7 +416,8 @@ class SQL:
     FREE = WHOLE_JOB + """
         where namespace = :namespace and stage = :stage and free = 1
         and not exists (select 1 from stage where stage.namespace = :namespace
-            and stage.stage = :stage and paused)
+            and stage.stage = :stage
+            and (paused or cores > :cores or memory > :memory))
         order by priority desc, jobid limit :limit"""
     COUNT_FREE = """
         select count(*) from (
@@ -554,15 +556,16 @@ class SQL:
     # one row for each name, the newest it said
     HEARD = """
         insert or replace into worker
-        values (:namespace, :name, :host, :stages, :slots, :busy, :done,
-            :failed, :now, :quarantine, coalesce((select drain from worker
+        values (:namespace, :name, :host, :stages, :slots, :memory, :busy,
+            :done, :failed, :now, :quarantine, coalesce((
+                select drain from worker
                 where namespace = :namespace and name = :name), 0))"""
     # workers in quarantine stay, for a person to see
     FORGET_WORKER = """
         delete from worker where namespace = :namespace and name = :name
         and quarantine is null"""
     WORKERS = """
-        select name, host, stages, slots, busy, done, failed, heard,
+        select name, host, stages, slots, memory, busy, done, failed, heard,
             quarantine, drain
         from worker where namespace = :namespace and heard >= :since
         order by heard desc, name"""
@@ -575,17 +578,22 @@ class SQL:
         where namespace = :namespace and name = :name and drain = 1"""
 
     STAGES = """
-        select stage, minutes, paused, name from stage
+        select stage, minutes, paused, name, cores, memory from stage
         where namespace = :namespace order by stage"""
+    NEEDS = """
+        select cores, memory from stage
+        where namespace = :namespace and stage = :stage"""
     ADD_STAGE = "insert into stage (namespace, stage) values (?, ?)"
     UNUSED_STAGES = """
         select stage from stage where namespace = :namespace
         and minutes is null and name is null and not paused
+        and cores is null and memory is null
         and not exists (select 1 from tally where jobs > 0
             and tally.namespace = :namespace and tally.stage = stage.stage)"""
     FORGET_STAGE = "delete from stage where namespace = ? and stage = ?"
     SET_STAGE = """
-        update stage set minutes = :minutes, paused = :paused, name = :name
+        update stage set minutes = :minutes, paused = :paused, name = :name,
+            cores = :cores, memory = :memory
         where namespace = :namespace and stage = :stage"""
     # jobs that are done now that there is a last stage
     NEWLY_DONE = """
@@ -2348,19 +2356,24 @@ class Store:
 
     @change
     def claim(
-        self, tx, namespace, stages, *, target=None, n=1, worker, lease
+        self, tx, namespace, stages, *, target=None, n=1, worker, lease,
+        cores=None, memory=None
     ):
         """Claim up to `n` free jobs, from the first of `stages` first.
 
         A job moves to the stage `target`, or one up without it. `worker` is
-        a name or None, `lease` is in seconds or None. Returns the jobs as
-        they are in the claim, dicts of SQL.WHOLE_JOB.
+        a name or None, `lease` is in seconds or None. It has `cores` and
+        `memory`, in bytes: a stage that needs more is left out. Returns the
+        jobs as they are in the claim, dicts of SQL.WHOLE_JOB and SQL.NEEDS.
         """
         jobs = []
         for stage in dict.fromkeys(stages):
             key = {"namespace": namespace, "stage": stage,
-                   "limit": n - len(jobs)}
-            jobs += map(as_dict, tx.execute(SQL.FREE, key))
+                   "limit": n - len(jobs), "cores": cores, "memory": memory}
+            found = tx.execute(SQL.FREE, key).fetchall()
+            if found:
+                needs = as_dict(tx.execute(SQL.NEEDS, key).fetchone())
+                jobs += [dict(as_dict(job), **needs) for job in found]
         self.add_stages(tx, namespace, {
             job["stage"] + 1 if target is None else target for job in jobs})
         tokens = secrets.token_urlsafe(9 * len(jobs))  # 12 characters each
@@ -2699,12 +2712,17 @@ class Store:
             tx.execute(SQL.COUNT_FREE, key).fetchone()[0]
 
     def stage_values(self, execute, namespace):
-        """Return {stage: {"name", "minutes"}}, without what isn't set."""
+        """Return {stage: {"name", "minutes", "cores", "memory"}}.
+
+        What isn't set is left out, also a stage that has none of these.
+        """
         rows = execute(SQL.STAGES, {"namespace": namespace})
-        return {
-            row["stage"]: {name: row[name] for name in ("name", "minutes")
+        names = "name", "minutes", "cores", "memory"
+        found = {
+            row["stage"]: {name: row[name] for name in names
                            if row[name] is not None}
-            for row in rows if row["name"] or row["minutes"] is not None}
+            for row in rows}
+        return {stage: values for stage, values in found.items() if values}
 
     stages = query(stage_values)
 
@@ -2751,7 +2769,7 @@ class Store:
 
     @change
     def put_stages(self, tx, namespace, changes):
-        """Change names and lifetimes: see set_stages()."""
+        """Change names, lifetimes and needs: see set_stages()."""
         stages = self.stage_values(tx.execute, namespace)
         for stage, values in changes.items():
             stages[stage] = dict(stages.get(stage, {}), **values)
@@ -2764,9 +2782,9 @@ class Store:
         return self.stage_values(tx.execute, namespace)
 
     def set_stages(self, namespace, changes, gone=never):
-        """Change names and lifetimes of stages, and mark jobs accordingly.
+        """Change what stages have; mark jobs by their new lifetimes.
 
-        `changes` is {stage: {"name", "minutes"}}: None removes a value, a
+        `changes` is what stage_values() returns: None removes a value, a
         missing one stays. Raises Error 400 for too many stages, 409 for a
         name that two would have. Returns stage_values().
         """
@@ -3005,10 +3023,13 @@ class Store:
                 figures["expired"] += row["expired"]
                 figures["states"][row["state"]] += row["jobs"]
         for row in execute(SQL.STAGES, key):
-            if row["minutes"] is not None or row["paused"] or row["name"]:
+            needs = {name: row[name] for name in ("cores", "memory")
+                     if row[name] is not None}
+            if (row["minutes"] is not None or row["paused"] or row["name"]
+                    or needs):
                 stages[row["stage"]].update(
-                    lifetime=row["minutes"] or 0, paused=bool(row["paused"]),
-                    name=row["name"])
+                    needs, lifetime=row["minutes"] or 0, name=row["name"],
+                    paused=bool(row["paused"]))
         for stage, spent in Spent.by_stage(execute(SQL.SPENT, key)).items():
             buckets = spent.buckets["done"]
             if buckets:
@@ -3519,10 +3540,23 @@ def anything(value, name):
 
 
 SIZE = integer(0, 2**63 - 1)
+CORES = integer(1, 10000)
 STAGE = integer(0, MAX_STAGE)
 JOBID = integer(0, MAX_JOBID)
 MINUTES = integer(0, MAX_MINUTES)
 COUNT = integer(0, 2**53)
+
+
+def memory_size(value, name):
+    """Read bytes, or a text such as 4G or 500M; return the bytes."""
+    found = is_text(value) and re.fullmatch(
+        r"([0-9]{1,18}(?:\.[0-9]{1,9})?)([KMGT]?)", value.upper())
+    if found:
+        value = int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise Error(400, "%s must be a number of bytes, or a size such as 4G"
+                    " or 500M." % name)
+    return value
 
 
 def is_stage_name(value):
@@ -3644,6 +3678,7 @@ ABOUT_WORKER = {
     "host": label,
     "stages": reader(lambda value: type(value) is list, "a list of stages"),
     "slots": COUNT,
+    "memory": SIZE,
     "busy": COUNT,
     "done": COUNT,
     "failed": COUNT,
@@ -3815,6 +3850,26 @@ def slots_and_jobs(workers):
             sum(len(worker["holds"]) for worker in workers))
 
 
+def room_text(cores, memory):
+    """Return cores and bytes of memory as a person says it, None: nothing."""
+    words = [number_of(cores, "core")] if cores else []
+    if memory:
+        power = min(4, (memory.bit_length() - 1) // 10)
+        units = "bytes", "KiB", "MiB", "GiB", "TiB"
+        words.append("%.4g %s" % (memory / 1024**power, units[power]))
+    return " and ".join(words)
+
+
+def is_too_small(worker, stage):
+    """Return whether a worker has no room for a job of a stage of /status.
+
+    A program that claims jobs by itself says no memory: it may have room.
+    """
+    return worker["memory"] is not None and (
+        stage.get("cores", 1) > (worker["slots"] or 0)
+        or stage.get("memory", 0) > worker["memory"])
+
+
 def label_of(job):
     """Return the name of a job's stage, its number if it has none."""
     return job["stage_name"] or job["stage"]
@@ -3886,10 +3941,13 @@ def why_waiting(job, figures, heard):
 
     `figures` and `heard` are what /status and /workers say.
     """
-    now, stage, label = heard["time"], job["stage"], label_of(job)
-    if any(s["paused"] for s in figures["stages"] if s["stage"] == stage):
+    now, label = heard["time"], label_of(job)
+    stage = next((each for each in figures["stages"]
+                  if each["stage"] == job["stage"]), {"paused": False})
+    if stage["paused"]:
         return "stage %s is paused" % label
-    serving = [w for w in heard["workers"] if stage in (w["stages"] or ())]
+    serving = [worker for worker in heard["workers"]
+               if job["stage"] in (worker["stages"] or ())]
     if not serving:
         return "no worker serves stage %s" % label
     able = [worker for worker in serving if fault(worker, now) is None]
@@ -3898,12 +3956,19 @@ def why_waiting(job, figures, heard):
             label, ", ".join("%s is %s" % (worker["name"], note(worker, now))
                              for worker in serving[:3]),
             ", ..." * (len(serving) > 3))
-    slots, jobs = slots_and_jobs(able)
+    large = [worker for worker in able if not is_too_small(worker, stage)]
+    if not large:
+        most = max((worker["slots"] or 0, worker["memory"])
+                   for worker in able)
+        return "stage %s needs %s for each job; its largest worker has %s" % (
+            label, room_text(stage.get("cores"), stage.get("memory")),
+            room_text(*most))
+    slots, jobs = slots_and_jobs(large)
     return "%s with %s serve%s stage %s, and work%s on %s%s" % (
-        number_of(len(able), "worker"), number_of(slots, "slot"),
-        "s" * (len(able) == 1), label, "s" * (len(able) == 1),
-        number_of(jobs, "job"),
-        ": its turn should come soon" * (jobs < slots))
+        number_of(len(large), "worker"), number_of(slots, "slot"),
+        "s" * (len(large) == 1), label, "s" * (len(large) == 1),
+        number_of(jobs, "job"), ": its turn should come soon" * (
+            jobs * stage.get("cores", 1) < slots))
 
 
 def why_delayed(job, now):
@@ -4087,22 +4152,24 @@ def get_set_lifetime(store, request, stage, minutes):
 
 
 def get_stages(store, request):
-    """Show the names and lifetimes of stages.
+    """Show the names of stages, their lifetimes and what their jobs need.
 
-    Answer: {"0": {"name": "align", "minutes": 60}, …}, with the stages that
-    have a name or a lifetime.
+    Answer: {"0": {"name": "align", "minutes": 60, "cores": 4, "memory":
+    4294967296}, …}, each with what it has been given.
     """
     return Response.json(store.stages(request.namespace))
 
 
 # Fields of a stage, each with its reader.
-STAGE_VALUES = {"name": stage_name, "minutes": MINUTES}
+STAGE_VALUES = {"name": stage_name, "minutes": MINUTES, "cores": CORES,
+                "memory": memory_size}
 
 
 def read_stage_values(given):
     """Return a stage's values in /stages, null as None; raise Error 400."""
     if type(given) is not dict:
-        raise Error(400, "A stage must be an object with name or minutes.")
+        raise Error(400, "A stage must be an object with name, minutes, cores"
+                    " or memory.")
     for name in given:
         if name not in STAGE_VALUES:
             raise Error(400, "A stage can't have %.80r." % name)
@@ -4111,11 +4178,14 @@ def read_stage_values(given):
 
 
 def post_stages(store, request):
-    """Give stages names and lifetimes, all or none.
+    """Give stages names and lifetimes, and say what their jobs need.
 
-    Body: {"0": {"name": "align", "minutes": 60}, …}. A stage or key that is
-    missing stays unchanged; null removes a value. Answer: as GET /stages.
-    400: a stage is given twice. 409: two stages would have the same name.
+    Body: {"0": {"name": "align", "minutes": 60, "cores": 4, "memory": "4G"},
+    …}. A stage or key that is missing stays unchanged; null removes a value.
+    cores, 1 to 10000, and memory, in bytes or as 500M or 4G (powers of 1024),
+    are what each job needs; without them that is 1 core.
+    Answer: as GET /stages. 400: a stage is given twice. 409: two stages would
+    have the same name.
     """
     given = read_entries(request)
     stages = [request.stage(number(stage), "stage") for stage in given]
@@ -4272,6 +4342,7 @@ ALSO_CLAIMED = {
     "laststage": "laststage", "max_attempts": "max_attempts",
     "timeout": "timeout", "made": "files_stage", "cwd": "cwd",
     "outputs": "outputs", "files": "files", "note": "note",
+    "cores": "cores", "memory": "memory",
 }
 
 
@@ -4299,6 +4370,8 @@ CLAIM_OPTIONS = {
     "wait": from_query(seconds),
     "lease": from_query(period),
     "n": from_query(integer(1, 10**25)),
+    "cores": from_query(COUNT),
+    "memory": from_query(SIZE),
 }
 
 
@@ -4313,13 +4386,17 @@ def get_job_claim(store, request, stages, nextstage=None):
       lease   seconds until the claim lapses, unless it is renewed
       wait    seconds to wait for a job, at most 60; less if too many wait
       n       how many jobs to claim, at most 10000; the answer is a list
+      cores, memory
+              what the worker has in all, memory in bytes: a stage that needs
+              more for each job gives none
 
     Without a lease the job is not reserved: the next claim of the stage that
     it moved to gets it.
     Answer: {"jobid": 1, "jobcmd": "gzip a.txt", "jobstage": 0, "jobix": 7,
     "claim": "gKyHzpdDUDr1", "attempt": 1, "filename": null}, or "nada" if
     there is no job. jobstage is the stage before the claim, and claim is the
-    token. The other keys in help job are there if the job has them.
+    token. The other keys in help job are there if the job has them, cores and
+    memory if its stage has them.
     """
     given = request.options(**CLAIM_OPTIONS)
     stages = [request.stage(number(stage), "stage") for stage in stages]
@@ -4487,6 +4564,7 @@ def post_heartbeat(store, request):
       host                 the name of the host
       stages               list of the stages that it claims from
       slots, busy          how many jobs it can run, and is running
+      memory               the bytes that it has for them
       done, failed         how many jobs it has done, and attempts failed
       quarantine           why it takes no more work
       ended                true: the worker has ended and is forgotten
@@ -4776,11 +4854,12 @@ def get_workers(store, request):
     """Show the workers that sent a heartbeat in the last day.
 
     Answer: {"time": …, "workers": [{"name": "node7-4711", "host": "node7",
-    "stages": [0], "stage_names": ["align"], "slots": 16, "busy": 2, "holds":
-    [[35, 12.5]], "done": 90, "failed": 1, "heard": …, "quarantine": null,
-    "drain": false}, …]}, the latest first. holds lists its jobs, each with
-    the seconds since the claim. heard is the time of its last heartbeat,
-    which gave the other values; null means not given.
+    "stages": [0], "stage_names": ["align"], "slots": 16, "memory":
+    68719476736, "busy": 2, "holds": [[35, 12.5]], "done": 90, "failed": 1,
+    "heard": …, "quarantine": null, "drain": false}, …]}, the latest first.
+    memory is in bytes. holds lists its jobs, each with the seconds since the
+    claim. heard is the time of its last heartbeat, which gave the other
+    values; null means not given.
     """
     now, heard = store.workers(request.namespace, within=86400)
     return tagged(request, to_json({"workers": heard}), now)
@@ -4846,10 +4925,11 @@ def get_status(store, request):
     "p90": 4.8, "buckets": [[1.2, 7], [4.8, 2]]}}, …], "totals": {"jobs": 3,
     "expired": 0, "states": {…}}, "rate": 0.5, "seconds_left": 6.0,
     "readonly": false}.
-    runtime is how long done attempts took, in seconds, up to a fifth too high,
-    or null; each of its buckets has the longest time and how many took it,
-    four buckets to a doubling. rate is how many jobs were done per second in
-    the last two minutes, null with options. seconds_left is the number of
+    A stage also has the cores and memory that its jobs need, if it was given
+    any. runtime is how long done attempts took, in seconds, up to a fifth too
+    high, or null; each of its buckets has the longest time and how many took
+    it, four buckets to a doubling. rate is how many jobs were done per second
+    in the last two minutes, null with options. seconds_left is the number of
     unfinished jobs divided by rate, or null. readonly is true with the reading
     jobix.
     """
@@ -5462,6 +5542,11 @@ worker.py, its Client, and the commands that ask a server.""", {
             "JOBMAN_ATTEMPT": "the number of this attempt, from 1",
             "JOBMAN_FILENAME": "the job's filename, or empty",
             "JOBMAN_ITEM": "the job's item, if it has one",
+            "JOBMAN_CORES": "how many cores it has: what its stage needs, or"
+            " 1; where the stage says so it is in OMP_NUM_THREADS too, unless"
+            " that is set already",
+            "JOBMAN_MEMORY": "how much memory its stage needs, in bytes, or"
+            " empty",
             "JOBMAN_RESULT": "a file to which the command may write a JSON"
             " object with filename, jobcmd or outputs, for the next stage",
             "JOBMAN_PROGRESS": "a file to which it may write its progress: a"
@@ -7074,6 +7159,11 @@ def why_nothing_moves(figures, heard):
         elif "" not in faults:
             which = "workers are " + " or ".join(faults)
             why = "its " + which, "their " + which
+        elif all(is_too_small(worker, figure) for worker in serving
+                 if fault(worker, heard["time"]) is None):
+            needs = room_text(figure.get("cores"), figure.get("memory"))
+            why = ("each job needs %s, more than its workers have" % needs,
+                   "each job needs %s, more than their workers have" % needs)
         else:
             continue
         if waiting:
@@ -8145,10 +8235,13 @@ def move_jobs(options):
 
 
 def stage_lines(stages):
-    """Return a table of the names and lifetimes in {stage: values}."""
-    return table((("stage", 0), ("name", 1), ("minutes", 2)), [
-        (stage, values.get("name"), values.get("minutes"))
-        for stage, values in stages.items()])
+    """Return a table of what stages were given, {stage: values}."""
+    return table((
+        ("stage", "stage"),
+        *((name, lambda values, name=name: values.get(name))
+          for name in ("name", "minutes", "cores")),
+        ("memory", lambda values: room_text(None, values.get("memory"))),
+    ), [dict(values, stage=stage) for stage, values in stages.items()])
 
 
 def lifetime_lines(minutes):
@@ -8159,11 +8252,9 @@ def lifetime_lines(minutes):
 
 
 def read_naming(text):
-    """Return the stage and what STAGE=NAME gives it; ArgumentTypeError."""
+    """Return the stage and what STAGE or STAGE=NAME gives it."""
     stage, equals, name = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError("%.80r isn't STAGE=NAME" % text)
-    return read_stage(stage), {"name": name or None}
+    return read_stage(stage), {"name": name or None} if equals else {}
 
 
 # The commands that only ask the server: the calls, the lines of their answers,
@@ -9172,8 +9263,13 @@ JOBS = (
     option("--limit", type=argument(integer(1, MAX_JOBID)), default=math.inf,
            metavar="N", help="show at most N jobs (default: all)"))
 NAMES = option(
-    "names", nargs="*", type=read_naming, metavar="STAGE=NAME",
-    help="name a stage, as in 0=fetch; 0= removes the name")
+    "names", nargs="*", type=read_naming, metavar="STAGE[=NAME]",
+    help="a stage, or a name for it, as in 0=fetch; 0= removes the name")
+NEEDS = (
+    option("--cores", type=argument(CORES), metavar="N",
+           help="cores that each job of these stages needs (at first 1)"),
+    option("--memory", type=argument(memory_size), metavar="SIZE",
+           help="memory that each job needs, as 500M or 4G; 0: none"))
 MINUTES_OF_STAGES = option(
     "minutes", nargs="*", type=argument(MINUTES), metavar="MINUTES",
     help="lifetimes of stage 0, stage 1, and so on; 0: no limit")
@@ -9436,6 +9532,18 @@ def check_submit(parser, options):
     options.arg_file = options.arg_file or options.commands
 
 
+def check_stages(parser, options):
+    """Give stages what they need; end with exit status 2 if none is given."""
+    needs = {name: vars(options)[name] or None for name in ("cores", "memory")
+             if vars(options)[name] is not None}
+    if needs and not options.names:
+        parser.error("name the stages whose jobs need that")
+    for stage, values in options.names:
+        values.update(needs)
+        if not values:
+            parser.error("give stage %s a name, --cores or --memory" % stage)
+
+
 def check_logs(parser, options):
     """End with exit status 2 when no jobs are named."""
     named = not (options.ids is options.stage is options.state is None)
@@ -9551,9 +9659,11 @@ Below each group is the command that retries its jobs."""),
     ("undrain", change_workers, (A_WORKER, *CLIENT, YES),
      """let drained workers claim again
   python3 jobman.py undrain all"""),
-    ("stages", make_calls, (NAMES, *CLIENT), """show or name stages
+    ("stages", make_calls, (NAMES, *NEEDS, *CLIENT),
+     """show or name stages, or say what their jobs need
   python3 jobman.py stages
-  python3 jobman.py stages 0=fetch 2=align 4=merge"""),
+  python3 jobman.py stages 0=fetch 2=align 4=merge
+  python3 jobman.py stages align --cores 16 --memory 64G"""),
     ("move", move_jobs, (*MOVE, *CLIENT, YES),
      """move expired jobs to another stage
   python3 jobman.py move 1 0"""),
@@ -9608,8 +9718,8 @@ USAGES = {
 # The checks of options that argparse can't make.
 CHECKS = {
     "serve": check_serve, "run": check_run, "submit": check_submit,
-    "logs": check_logs, "sbatch": check_batch, "pbs": check_batch,
-    "alloc": check_batch,
+    "stages": check_stages, "logs": check_logs, "sbatch": check_batch,
+    "pbs": check_batch, "alloc": check_batch,
 }
 
 

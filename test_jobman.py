@@ -1286,7 +1286,10 @@ class ContractTest(StoreCase):
                 {"name": "a,b"}, {"name": "all"}, {"name": "last"},
                 {"name": "a\n"}, {"name": "\xe9"}, {"name": "x" * 65},
                 {"name": 1}, {"minutes": -1}, {"minutes": "1"},
-                {"minutes": 10**9 + 1}, {"cores": 1}, {"paused": True})),
+                {"minutes": 10**9 + 1}, {"paused": True}, {"cores": 0},
+                {"cores": 10001}, {"cores": "4"}, {"memory": -1},
+                {"memory": 2**63}, {"memory": 1.5}, {"memory": "4GB"},
+                {"memory": ""}, {"memory": "\u0664G"})),
             *(({"0": {"minutes": 9}, bad: {"minutes": 9}}, 400, full)
               for bad in ("-1", "1000001", "1.0", "all", "")),
             *((bad, 400, full) for bad in ([], [1], 7, None, "x")),
@@ -1439,8 +1442,9 @@ class WsgiContractTest(ContractTest):
 class ClaimTest(StoreCase):
     """Part 2: claims, leases, attempts, and who may end them."""
 
-    ABOUT = {"host": "n\u00e41", "stages": [2, 0], "slots": 8, "busy": 0,
-             "done": 2**53, "failed": 1, "quarantine": "too hot"}
+    ABOUT = {"host": "n\u00e41", "stages": [2, 0], "slots": 8,
+             "memory": 2**35, "busy": 0, "done": 2**53, "failed": 1,
+             "quarantine": "too hot"}
 
     def workers(self, *columns):
         """Return columns of the workers, as /workers lists them."""
@@ -9782,6 +9786,155 @@ class NewsTest(StoreCase):
         self.assertEqual((None, None), self.shown())
 
 
+class NeedsTest(StoreCase):
+    """Stages whose jobs need several cores, or memory."""
+
+    def test_what_stages_need_is_kept_and_shown(self):
+        for size, kept in ((5, 5), ("512", 512), ("1.5k", 1536),
+                           ("500M", 500 * 2**20), ("4G", 2**32), ("0", 0),
+                           (2**63 - 1, 2**63 - 1), ("2T", 2**41)):
+            with self.subTest(size):
+                needs = {"cores": 4, "memory": kept}
+                self.assertEqual({"2": needs}, self.ok(
+                    "/stages", {"2": {"cores": 4, "memory": size}}))
+                row, = self.ok("/status")["stages"]
+                self.assertEqual(needs, {name: row[name] for name in needs})
+        self.restart()
+        self.assertEqual({"2": {"cores": 4}},
+                         self.ok("/stages", {"2": {"memory": None}}))
+        self.assertEqual({}, self.ok("/stages", {"2": {"cores": None}}))
+        self.assertEqual([], self.ok("/status")["stages"])
+
+    def test_only_a_worker_that_is_large_enough_gets_a_job(self):
+        self.ok("/stages", {"0": {"cores": 4, "memory": "1G"},
+                            "4": {"cores": 2}})
+        self.set_jobs([1])
+        self.set_jobs([2], stage=2)
+        self.set_jobs([4], stage=4)
+        for query, stages in (
+            ("", {0: (4, 2**30), 2: (None, None), 4: (2, None)}),
+            ("cores=4&memory=%d" % 2**30, {0, 2, 4}),
+            ("cores=3&memory=%d" % 2**40, {2, 4}),
+            ("cores=99&memory=%d" % (2**30 - 1), {2, 4}),
+            ("cores=1", {2}), ("memory=0", {2, 4}),
+        ):
+            with self.subTest(query):
+                jobs = self.ok("/get/0,2,4?n=9&lease=60&" + query)
+                found = {job["jobstage"]: (job.get("cores"),
+                                           job.get("memory")) for job in jobs}
+                self.assertEqual(set(stages), set(found))
+                if type(stages) is dict:
+                    self.assertEqual(stages, found)
+                for job in jobs:
+                    self.ok("/release_job/%d" % job["jobid"], {})
+        for bad in ("cores=x", "memory=-1", "memory=4G"):
+            self.assertReply(400, self.call("/get/0?" + bad))
+
+    def test_why_a_job_waits_says_that_no_worker_is_large_enough(self):
+        self.ok("/stages", {"0": {
+            "name": "align", "cores": 16, "memory": "64G"}})
+        self.set_jobs([1])
+        beat = {"worker": "w", "lease": 60, "claims": [], "stages": [0]}
+        short = "stage align needs 16 cores and 64 GiB for each job; its" \
+            " largest worker has "
+        soon = "1 worker with %s serves stage align, and works on 0 jobs:" \
+            " its turn should come soon"
+        for slots, memory, why in (
+            (8, 2**37, short + "8 cores and 128 GiB"),
+            (32, 2**35, short + "32 cores and 32 GiB"),
+            (16, 2**36, soon % "16 slots"),
+            (1, None, soon % "1 slot"),  # a program of its own says no memory
+        ):
+            self.ok("/heartbeat", dict(beat, slots=slots, memory=memory))
+            self.assertEqual(why, self.ok("/job/1")["why"])
+            lines = jobman.why_nothing_moves(
+                self.ok("/status"), self.ok("/workers"))
+            self.assertEqual([
+                "1 job waits in align: each job needs 16 cores and 64 GiB,"
+                " more than its workers have."] * ("largest" in why), lines)
+
+
+@slow
+class RoomTest(WorkerCase):
+    """A worker starts what it has room for, in order."""
+
+    def set_in(self, jobid, stage, command):
+        """Add a job to a stage."""
+        self.client.set({jobid: {
+            "jobstage": stage, "laststage": stage + 2, "jobcmd": command,
+            "max_attempts": 1}})
+
+    def test_small_jobs_do_not_overtake_a_large_one(self):
+        self.client.stages({1: {"cores": 2}})
+        self.set_in(1, 0, "until [ -e go ]; do sleep 0.02; done; echo 1")
+        process = self.start("--stage", "0,1", "--slots", "2")
+        wait_for(lambda: self.states() == ["working"], "the first job")
+        self.set_in(2, 1, "echo 2")
+        wait_for(lambda: self.states() == ["working"] * 2, "a claim")
+        self.set_in(3, 0, "echo 3")
+        time.sleep(1.5)  # it would be given back after one
+        self.assertEqual(["working"] * 2 + ["waiting"], self.states())
+        self.go()
+        status, out, err = self.finish(process)
+        self.assertEqual((0, "1\n2\n3\n"), (status, out), err)
+        self.assertEqual([["done"]] * 3, [
+            self.outcomes(jobid) for jobid in (1, 2, 3)])
+
+    def test_jobs_that_need_much_run_one_at_a_time(self):
+        alone = "mkdir alone && sleep 0.1 && rmdir alone"
+        for stage, needs in ((0, {"cores": 2}), (1, {"memory": "60M"})):
+            self.client.stages({stage: needs})
+            for jobid in range(4):
+                self.set_in(stage * 10 + jobid, stage, alone)
+            _, err = self.work("--stage", str(stage), "--slots", "3",
+                               "--memory", "100M")
+            self.assertEqual("", err)
+        self.assertEqual(["done"] * 8, self.states())
+        self.assertEqual([["done"]] * 8, [
+            self.outcomes(stage * 10 + jobid)
+            for stage in (0, 1) for jobid in range(4)])
+
+    def test_a_command_is_told_what_it_has(self):
+        self.client.stages({1: {"cores": 2, "memory": "1M"}})
+        self.environment.pop("OMP_NUM_THREADS", None)
+        line = 'echo "$JOBMAN_CORES,$JOBMAN_MEMORY,$OMP_NUM_THREADS"'
+        for jobid, threads, said in (
+                (1, {}, "2,1048576,2\n1,,\n"),
+                (3, {"OMP_NUM_THREADS": "7"}, "2,1048576,7\n1,,7\n")):
+            self.environment.update(threads)
+            self.set_in(jobid, 1, line)
+            self.set_in(jobid + 1, 0, line)
+            out, _ = self.work("--stage", "1,0", "--slots", "2")
+            self.assertEqual(said, out)
+
+    def test_a_worker_leaves_out_a_stage_for_which_it_is_too_small(self):
+        self.client.stages({1: {"cores": 2}, 3: {
+            "name": "sort", "memory": "3G"}})
+        for jobid in (0, 1, 3):
+            self.set_in(jobid, jobid, "echo %d" % jobid)
+        out, err = self.work("--stage", "0,1,3", "--memory", "1.5G")
+        self.assertEqual("0\n", out)
+        self.assertEqual(
+            "worker.py: Stage sort is left to others: each job needs 3 GiB,"
+            " more than --memory 1.5 GiB.\n"
+            "worker.py: Stage 1 is left to others: each job needs 2 cores,"
+            " more than --slots 1.\n", err)
+        self.assertEqual(["done", "waiting", "waiting"], self.states())
+        self.assertEqual("", self.work("--stage", "1")[0])  # it ends
+
+    def test_memory_is_the_least_that_is_allowed(self):
+        machine = worker.memory_limit({})
+        self.assertLessEqual(
+            machine, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        for given, limit in (("100", 100 * 2**20), ("0", machine),
+                             ("", machine), ("9" * 12, machine)):
+            self.assertEqual(limit, worker.memory_limit(
+                {"SLURM_MEM_PER_NODE": given}))
+        status, _, err = self.command(WORKER, "--memory", "4 apples")
+        self.assertEqual(2, status)
+        self.assertIn("'4 apples' is no size such as 500M or 64G", err)
+
+
 @slow
 class NoteTest(WorkerCase):
     """Commands that tell how far they are, and go on where others ended."""
@@ -10273,7 +10426,10 @@ class UsageTest(Commands):
         ("pause", "STAGE"), ("lifetime 1 x", "MINUTES: 'x': it must be"),
         ("lifetime 1 -1", "MINUTES"), ("lifetime 1 1.5", "MINUTES"),
         ("lifetime 1 1000000001", "MINUTES"), ("init x", "MINUTES"),
-        ("stages 4", "'4' isn't STAGE=NAME"), ("stages 'x y=a'", "isn't a"),
+        ("stages 4", "give stage 4 a name"), ("stages 'x y=a'", "isn't a"),
+        ("stages --cores 2", "name the stages whose jobs need that"),
+        ("stages 4=map --memory 4GB", "a size such as 4G or 500M"),
+        ("stages map --cores 0", "an integer from 1 to 10000"),
         # submit
         ("submit", "submit needs a command"), ("submit ''", "needs a command"),
         ("submit --prioritty 5 x", "--prioritty; did you mean --priority"),
@@ -11145,11 +11301,20 @@ all         2        0                                                   \
         self.assertRegex(last, r"^  4  align  .*  w  +3$")
 
     def test_stages_go_by_their_names(self):
-        self.assertPrints(
-            ("stages 4=align", "stage  name   minutes\n    4  align\n"))
+        head = "stage  name   minutes  cores  memory\n"
+        self.assertPrints(("stages 4=align", head + "    4  align\n"))
         self.does("stages align=map 0=fetch")
         self.does("stages 0=")
         self.assertEqual({"4": {"name": "map"}}, self.seen("stages"))
+        self.assertPrints((
+            "stages map=mapped 6=end --cores 4 --memory 1.5G",
+            "stage  name    minutes  cores  memory\n"
+            "    4  mapped               4  1.5 GiB\n"
+            "    6  end                  4  1.5 GiB\n"))
+        self.does("stages 6= mapped=map --memory 0 --cores 1")
+        self.assertEqual({"4": {"name": "map", "cores": 1},
+                          "6": {"cores": 1}}, self.seen("stages"))
+        self.does("stages 6= --cores 1")
         self.refused("stages 4=all")
         self.set_jobs([1], stage=4)
         self.beat("w", stages=[4, 2])

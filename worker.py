@@ -316,7 +316,7 @@ class Client:
             fingerprint = os.environ.get("JOBMAN_FINGERPRINT")
         known = re.match(r"\d{1,19}\Z", str(jobix), re.A)
         if not known and url is not None:
-            raise Trouble("A url needs a jobix too: set $JOBMAN_JOBIX, a number.")
+            raise Trouble("A url needs a jobix too ($JOBMAN_JOBIX), a number.")
         if not known and jobix is not None:
             raise Trouble("The jobix ($JOBMAN_JOBIX) must be a number.")
         self.own_jobix = int(jobix) if known else None
@@ -378,10 +378,11 @@ class Client:
         return self.call("GET", path_of("lifetime", stage, minutes))
 
     def stages(self, changes=None):
-        """Make `changes`, if any; return {stage: {"name"?, "minutes"?}}.
+        """Make `changes`, if any; return what stages have been given.
 
-        `changes` has the same form; None removes a value. As in all other
-        calls, a stage may be given by its name.
+        {stage: {"name"?, "minutes"?, "cores"?, "memory"?}}; `changes` has the
+        same form; None removes a value, and memory is in bytes or as "4G". As
+        in all other calls, a stage may be given by its name.
         """
         method = "GET" if changes is None else "POST"
         found = self.call(method, "/stages", changes)
@@ -420,8 +421,9 @@ class Client:
 
         `stage` may be a list: the first stage that has a job is used.
         Options: `worker` (a name), `wait`, `lease` (seconds), `n` (jobs:
-        returns a list). A claim without a lease is not repeated when its
-        answer is lost.
+        returns a list), `cores`, `memory` (bytes: what the worker has in all;
+        a stage that needs more gives none). A claim without a lease is not
+        repeated when its answer is lost.
         """
         listed = [stage] if isinstance(stage, (int, str)) else stage
         path = path_of("get", ",".join(map(str, listed)), nextstage)
@@ -468,9 +470,10 @@ class Client:
         A claim may report on its attempt: [jobid, token, {"progress": [0.4,
         "epoch 3"], "note": "for the next attempt"}].
 
-        `about` the worker: `host`, `stages` (a list), `slots`, `busy`,
-        `done`, `failed`, `quarantine` (why it takes no more work), `ended`
-        (True). Returns {"lost": [jobid, …], "drain": bool, "beat": seconds}.
+        `about` the worker: `host`, `stages` (a list), `slots`, `memory`
+        (bytes), `busy`, `done`, `failed`, `quarantine` (why it takes no more
+        work), `ended` (True). Returns {"lost": [jobid, …], "drain": bool,
+        "beat": seconds}.
         """
         beat = dict(about, worker=worker, lease=lease, claims=claims)
         return self.call("POST", "/heartbeat", beat)
@@ -1577,13 +1580,20 @@ def allow_open_files(slots):
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
+def needs_of(values):
+    """Return the cores and the bytes of memory that a job, or a stage, needs.
+    """
+    return values.get("cores", 1), values.get("memory", 0)
+
+
 class Attempt:
     """One attempt at a job, from its claim until its outcome is reported."""
 
     def __init__(self, job):
         self.job = job
+        self.cores, self.memory = needs_of(job)
         self.claimed = time.monotonic()
-        self.slot = None  # its number, while it has one
+        self.slots = []  # the numbers of those that it has, one for a core
         self.result = None  # the path of its result file
         self.output = None
         self.tail = b""  # the end of its stderr
@@ -1614,7 +1624,11 @@ class Attempt:
             "JOBMAN_RESULT": self.result,
             "JOBMAN_PROGRESS": self.result + ".progress",
             "JOBMAN_NOTE": self.result + ".note",
+            "JOBMAN_CORES": str(self.cores),
+            "JOBMAN_MEMORY": str(self.memory or ""),
         }
+        if "cores" in job and b"OMP_NUM_THREADS" not in base:
+            added["OMP_NUM_THREADS"] = str(self.cores)
         jobcmd = job["jobcmd"]
         if isinstance(jobcmd, dict) and isinstance(jobcmd.get("item"), str):
             added["JOBMAN_ITEM"] = jobcmd["item"]
@@ -1778,6 +1792,34 @@ def allocation_left(environment):
     return None
 
 
+MEMORY_LIMITS = {  # of a cgroup, by its controllers: versions 2 and 1
+    "": "/sys/fs/cgroup%s/memory.max",
+    "memory": "/sys/fs/cgroup/memory%s/memory.limit_in_bytes",
+}
+
+
+def memory_limit(environment):
+    """Return the bytes of memory that we may use.
+
+    That is the least of what the machine has, Slurm gave, and the cgroups
+    that we are in allow.
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    given = environment.get("SLURM_MEM_PER_NODE", "")
+    if given.isdigit() and int(given):
+        limits.append(int(given) * 2**20)
+    with contextlib.suppress(OSError), open("/proc/self/cgroup") as groups:
+        for line in groups:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            name = MEMORY_LIMITS.get(controllers)
+            while name and path is not None:  # those around it, too
+                with contextlib.suppress(OSError, ValueError), open(
+                        name % path) as file:
+                    limits.append(int(file.read()))  # or "max"
+                path = path.rpartition("/")[0] if path else None
+    return min(limits)
+
+
 # --------------------------------------------------------------- claimer ---
 
 
@@ -1867,21 +1909,20 @@ class NodeCheck:
         return done
 
 
-def stage_names(client, stages):
-    """Return {number: name or None} of stages given by number or name.
+def find_stages(client, stages):
+    """Return {number: what it was given} of stages, by number or name.
 
     Raises Trouble for a name that no stage has.
     """
     client.tell = say  # the server may not be there yet
-    names = {number: values.get("name")
-             for number, values in client.stages().items()}
+    known = client.stages()
     client.tell = None
-    numbers = {name: number for number, name in names.items() if name}
+    numbers = {values.get("name"): number for number, values in known.items()}
     for stage in stages:
         if isinstance(stage, str) and stage not in numbers:
             raise Trouble("No stage has the name %s." % stage)
     found = [numbers.get(stage, stage) for stage in stages]
-    return {number: names.get(number) for number in found}
+    return {number: known.get(number, {}) for number in found}
 
 
 class Claimer:
@@ -1895,8 +1936,13 @@ class Claimer:
         self.client = client
         self.name = name
         self.busy = busy
-        self.names = stage_names(client, options.stage)
-        self.stages = sorted(self.names, reverse=True)
+        known = find_stages(client, options.stage)
+        self.names = {n: values.get("name") for n, values in known.items()}
+        self.needs = {n: needs_of(values) for n, values in known.items()}
+        self.stages = sorted(known, reverse=True)
+        for stage in filter(self.too_large, self.stages):
+            say("Stage %s is left to others: each job needs %s." % (
+                self.label(stage), self.too_large(stage)))
         self.check = NodeCheck(client, name, self.stages)
         self.run_times = {}  # stage: seconds that most of its commands need
         self.looked = None  # when these were fresh
@@ -1916,6 +1962,17 @@ class Claimer:
     def label(self, stage):
         """Return a stage's name, else its number, as text."""
         return self.names.get(stage) or str(stage)
+
+    def too_large(self, stage):
+        """Return why no job of a stage fits here, None if they do."""
+        cores, memory = self.needs[stage]
+        slots, most = self.options.slots, self.options.memory
+        if slots is not None and cores > slots:
+            return "%d cores, more than --slots %d" % (cores, slots)
+        if most is not None and memory > most:
+            return "%.4g GiB, more than --memory %.4g GiB" % (
+                memory / 2**30, most / 2**30)
+        return None
 
     def claim(self, n, wait):
         """Return up to `n` jobs; [] if there are none, None to end."""
@@ -1951,9 +2008,12 @@ class Claimer:
             self.ending.wait(min(wait, 1))
             return []
         began = time.monotonic()
+        # a poll of the others would take the wake-ups of larger workers
+        fitting = [stage for stage in stages if not self.too_large(stage)]
         jobs = self.client.get(
-            stages, worker=self.name, lease=self.options.lease, n=n, wait=wait
-        )
+            fitting or stages, worker=self.name, lease=self.options.lease,
+            n=n, wait=wait, cores=self.options.slots,
+            memory=self.options.memory)
         if not jobs and time.monotonic() - began < wait:  # too many wait there
             self.ending.wait(random.uniform(0.1, 1))
         return jobs
@@ -1961,7 +2021,8 @@ class Claimer:
     def reached_from(self, stage):
         """Return our stages that a job comes to, by and by, from `stage`."""
         return [ours for ours in self.stages
-                if ours >= stage and (ours - stage) % 2 == 0]
+                if ours >= stage and (ours - stage) % 2 == 0
+                and not self.too_large(ours)]
 
     def coming(self):
         """Return why jobs may still come to our stages, None if they won't.
@@ -2071,6 +2132,7 @@ class Worker:
         self.environment.pop(b"JOBMAN_JOBIX", None)  # the secret
         self.null = open(os.devnull, "rb")
         self.idle = list(range(options.slots))  # slots without a command
+        self.memory = options.memory  # bytes that no command needs
         self.streams = {}  # descriptor: Attempt, of commands' output
         self.ready = collections.deque()  # attempts that wait for a slot
         self.attempts = {}  # jobid: Attempt, from its claim to its outcome
@@ -2195,9 +2257,9 @@ class Worker:
         """Return a heartbeat's report on the worker."""
         return {
             "host": socket.gethostname(), "stages": self.claimer.stages,
-            "slots": self.options.slots, "busy": len(self.running),
-            "done": self.done, "failed": self.failed,
-            "quarantine": self.quarantine,
+            "slots": self.options.slots, "memory": self.options.memory,
+            "busy": len(self.running), "done": self.done,
+            "failed": self.failed, "quarantine": self.quarantine,
         }
 
     def told(self, jobid):
@@ -2258,25 +2320,35 @@ class Worker:
 
     # Claims come
 
+    def rooms(self, cores, memory):
+        """Return how many jobs with such needs could begin now."""
+        rooms = len(self.idle) // cores
+        return min(rooms, self.memory // memory) if memory else rooms
+
     def ask(self):
-        """Ask for jobs: for the idle slots, and some ahead.
+        """Ask for jobs: for the room that there is, and some ahead.
 
         Twice as many as the last time are asked for ahead if these lasted
         for less than a tenth of a second, half as many if they lasted long.
         """
         if self.asking or not self.claiming or self.claimer.ending.is_set():
             return
-        idle = len(self.idle)
-        if idle or len(self.ready) * 2 < self.ahead:
+        if self.idle and self.ready:  # the first one waits for room
+            return
+        rooms = max(
+            int(not self.attempts),  # ask, though all may be too large
+            *(self.rooms(*self.claimer.needs[stage])
+              for stage in self.claimer.stages))
+        if rooms or len(self.ready) * 2 < self.ahead:
             lasted = time.monotonic() - self.received
             if lasted < 0.1:
                 self.ahead = min(self.MOST_AHEAD, self.ahead * 2 + 1)
             elif lasted > 0.3:
                 self.ahead //= 2
-            n = idle + self.ahead - len(self.ready)
+            n = rooms + self.ahead - len(self.ready)
             if n > 0:
                 self.asking = True
-                self.wanted.put((n, bool(idle)))
+                self.wanted.put((n, bool(rooms)))
 
     def claim(self):
         """Claim, in a thread of its own, what is wanted until the end."""
@@ -2304,6 +2376,7 @@ class Worker:
             self.ahead = 0
         for job in jobs or ():
             self.claims.hold(job)
+            self.claimer.needs[job["jobstage"]] = needs_of(job)
             attempt = self.attempts.get(job["jobid"])
             if attempt:  # a lapse has brought our own job back to us
                 self.take_up(attempt, job)
@@ -2329,11 +2402,17 @@ class Worker:
         attempt.job = job
 
     def give_back(self, held=0):
-        """Release the claims that have waited so many seconds for a slot."""
+        """Release the claims that have waited so many seconds for room.
+
+        The first one keeps its place while idle slots, too few, wait for it.
+        """
         latest = time.monotonic() - held
-        while self.ready and self.ready[0].claimed <= latest:
+        kept = 1 if held and self.idle else 0
+        while len(self.ready) > kept and self.ready[kept].claimed <= latest:
+            attempt = self.ready[kept]
+            del self.ready[kept]
             self.ahead = 0
-            self.tell(self.ready.popleft(), "release")
+            self.tell(attempt, "release")
 
     def stop_claiming(self):
         """Claim no more, and release the jobs that haven't begun."""
@@ -2348,10 +2427,15 @@ class Worker:
     # Commands begin
 
     def fill_slots(self):
-        """Begin attempts in idle slots."""
-        while self.ready and self.idle:
+        """Begin attempts while there is room, in the order of their claims.
+
+        So small jobs never keep a large one waiting.
+        """
+        while self.ready and self.rooms(
+                self.ready[0].cores, self.ready[0].memory):
             attempt = self.ready.popleft()
-            attempt.slot = self.idle.pop()
+            attempt.slots = [self.idle.pop() for _ in range(attempt.cores)]
+            self.memory -= attempt.memory
             files = attempt.job.get("files")
             if files and attempt.job.get("made") != attempt.job["jobstage"]:
                 self.in_thread(
@@ -2430,7 +2514,7 @@ class Worker:
         for fd in attempt.readers:
             self.streams[fd] = attempt
             self.poll.register(fd, select.POLLIN)
-        self.guard.sessions[attempt.slot] = attempt.pid
+        self.guard.sessions[attempt.slots[0]] = attempt.pid
         self.running[attempt.pid] = attempt
         if attempt.job.get("timeout"):
             attempt.events.append(self.schedule.enter(
@@ -2546,7 +2630,7 @@ class Worker:
                 return
             kill_session(attempt.pid, signal.SIGKILL, running)
         del self.running[attempt.pid]
-        self.guard.sessions[attempt.slot] = 0
+        self.guard.sessions[attempt.slots[0]] = 0
         try:
             attempt.drain()
         except OSError as error:
@@ -2686,8 +2770,9 @@ class Worker:
         else:
             self.claims.settle(job, verb, **values)
         del self.attempts[job["jobid"]]
-        if attempt.slot is not None:
-            self.idle.append(attempt.slot)
+        if attempt.slots:
+            self.idle += attempt.slots
+            self.memory += attempt.memory
         if verb == "update":
             self.claimer.check.record(job, failed=False, seconds=0)
             self.done += 1
@@ -2882,7 +2967,7 @@ def claim_jobs(
     """
     options = argparse.Namespace(
         stage=[stage], lease=lease, idle_timeout=idle_timeout, until=None,
-        quiet=True)
+        quiet=True, slots=None, memory=None)  # a program knows what it has
     client, name = Client(access, patience=None), name or own_name()
     claimer = Claimer(options, client, name, lambda: False)
     about = {
@@ -2969,6 +3054,16 @@ def duration(text):
             % text) from None
 
 
+def size(text):
+    """Read --memory: bytes, or a size such as 4G."""
+    found = re.fullmatch(
+        r"([0-9]{1,18}(?:\.[0-9]{1,9})?)([KMGT]?)", text.upper())
+    if not found:
+        raise argparse.ArgumentTypeError(
+            "%r is no size such as 500M or 64G" % text)
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+
+
 def parse(arguments):
     """Return the command line's options."""
     parser = argparse.ArgumentParser(
@@ -2981,6 +3076,9 @@ def parse(arguments):
         " go first (default 0)")
     add("--slots", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
         help="how many commands to run at a time (default: one for each core)")
+    add("--memory", type=size, default=memory_limit(os.environ),
+        metavar="SIZE", help="memory for commands whose stage needs some, as"
+        " 64G (default: what this node or its batch job allows)")
     add("--command", metavar="CMD",
         help="run CMD for each job, with the job as JSON on standard input")
     add("--idle-timeout", type=duration, default=60, metavar="TIME",
