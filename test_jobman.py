@@ -10286,7 +10286,7 @@ class QuarantineTest(WorkerCase):
 
     # NodeCheck, driven by hand
 
-    def check(self, patience=1000):
+    def check(self, patience=PATIENCE):
         """Return the NodeCheck of a node, and three jobs."""
         self.client.forget(all=True)
         self.add(*["true"] * 3, max_attempts=10)
@@ -10327,6 +10327,7 @@ class QuarantineTest(WorkerCase):
         self.fail_here(check)
         self.end_there(done=False)
         self.assertIsNone(self.verdict(check))
+        self.assertEqual({}, check.failed)
 
     def test_suspicion_ends_after_a_while_but_what_failed_counts_on(self):
         check = self.check(patience=0.1)
@@ -10336,7 +10337,7 @@ class QuarantineTest(WorkerCase):
         self.end_there(done=True)
         self.client.set({
             jobid: {"jobstage": 0, "jobcmd": "true"} for jobid in (4, 5, 6)})
-        check.PATIENCE = 1000
+        check.PATIENCE = PATIENCE
         self.fail_here(check)
         self.assertIn("3 jobs in a row", self.verdict(check))
 
@@ -10372,6 +10373,7 @@ class QuarantineTest(WorkerCase):
                 self.assertTrue(check.suspect())
                 self.client.heartbeat("there", 60, [], **told)
                 self.assertIsNone(self.verdict(check))
+                self.assertEqual({}, check.failed)
 
     # A full disk
 
