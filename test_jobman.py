@@ -10304,9 +10304,10 @@ class QuarantineTest(WorkerCase):
 
     def end_there(self, done):
         """Let another worker end three jobs, once they are free."""
-        for _ in range(3):
-            job = wait_for(lambda: self.client.get(
-                0, worker="there", lease=60), "a job")
+        jobs = []
+        wait_for(lambda: jobs.extend(self.client.get(
+            0, worker="there", lease=60, n=3)) or len(jobs) == 3, "jobs")
+        for job in jobs:
             if done:
                 self.client.update_job(job["jobid"], 2, job["claim"])
             else:
