@@ -8708,6 +8708,7 @@ class SlotsTest(WorkerCase):
         self.add(*[UNTIL_GO] * 8)
         self.work("--slots", "8", meanwhile=meanwhile)
         self.assertIn(8, beats)
+        self.assertEqual(0, beats[-1])
         self.assertEqual(["done"] * 8, self.states())
 
     def test_a_busy_worker_beats_and_learns_what_is_lost(self):
