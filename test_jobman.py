@@ -7585,7 +7585,7 @@ class Fuzzer(threading.Thread):
         data = b"\r\n".join([*lines, b"", body])
         first, *rest = self.exchange(data + self.probe)
         bodies = [answer.body for answer in rest]
-        assert bodies == [] if first.closes else [b"77"], data[:9999]
+        assert bodies == ([] if first.closes else [b"77"]), data[:9999]
 
     def send_broken(self, head, body):
         """Send bytes that are hardly a request any more."""
