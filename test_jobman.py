@@ -9021,6 +9021,18 @@ class OutageTest(WorkerCase):
                          r" .* Waiting for it\.\n.* is back\.\n\Z")
         self.assertDelivered(2)
 
+    def test_a_worker_that_ends_tries_a_lost_server_once_more(self):
+        def meanwhile():
+            self.outlive_server()
+            wait_for(self.spooled, "the result")
+            self.find_server()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        self.patch(worker, "backoff", lambda: itertools.repeat(1000))
+        self.add(UNTIL_GO)
+        self.work(meanwhile=meanwhile, status=143)
+        self.assertDelivered()
+
     def test_send_spool_delivers_and_says_how_many(self):
         self.leave_updates(101)
         self.assertEqual((0, "101 results were delivered.\n", ""),
