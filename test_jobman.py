@@ -6625,7 +6625,7 @@ class Fuzzer(threading.Thread):
         data = b"\r\n".join([*lines, b"", body])
         first, *rest = self.exchange(data + self.probe)
         bodies = [answer.body for answer in rest]
-        assert bodies == [] if first.closes else [b"77"], data[:9999]
+        assert bodies == ([] if first.closes else [b"77"]), data[:9999]
 
     def send_broken(self, head, body):
         """Send bytes that are hardly a request any more."""
@@ -7749,6 +7749,7 @@ class SlotsTest(WorkerCase):
         self.add(*[UNTIL_GO] * 8)
         self.work("--slots", "8", meanwhile=meanwhile)
         self.assertIn(8, beats)
+        self.assertEqual(0, beats[-1])
         self.assertEqual(["done"] * 8, self.states())
 
     def test_a_busy_worker_beats_and_learns_what_is_lost(self):
@@ -8060,6 +8061,18 @@ class OutageTest(WorkerCase):
         self.assertRegex(err, r"\A.*: The server at .* can't be reached"
                          r" .* Waiting for it\.\n.* is back\.\n\Z")
         self.assertDelivered(2)
+
+    def test_a_worker_that_ends_tries_a_lost_server_once_more(self):
+        def meanwhile():
+            self.outlive_server()
+            wait_for(self.spooled, "the result")
+            self.find_server()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        self.patch(worker, "backoff", lambda: itertools.repeat(1000))
+        self.add(UNTIL_GO)
+        self.work(meanwhile=meanwhile, status=143)
+        self.assertDelivered()
 
     def test_send_spool_delivers_and_says_how_many(self):
         self.leave_updates(101)
@@ -9328,7 +9341,7 @@ class QuarantineTest(WorkerCase):
 
     # NodeCheck, driven by hand
 
-    def check(self, patience=1000):
+    def check(self, patience=PATIENCE):
         """Return the NodeCheck of a node, and three jobs."""
         self.client.forget(all=True)
         self.add(*["true"] * 3, max_attempts=10)
@@ -9346,9 +9359,10 @@ class QuarantineTest(WorkerCase):
 
     def end_there(self, done):
         """Let another worker end three jobs, once they are free."""
-        for _ in range(3):
-            job = wait_for(lambda: self.client.get(
-                0, worker="there", lease=60), "a job")
+        jobs = []
+        wait_for(lambda: jobs.extend(self.client.get(
+            0, worker="there", lease=60, n=3)) or len(jobs) == 3, "jobs")
+        for job in jobs:
             if done:
                 self.client.update_job(job["jobid"], 2, job["claim"])
             else:
@@ -9369,6 +9383,7 @@ class QuarantineTest(WorkerCase):
         self.fail_here(check)
         self.end_there(done=False)
         self.assertIsNone(self.verdict(check))
+        self.assertEqual({}, check.failed)
 
     def test_suspicion_ends_after_a_while_but_what_failed_counts_on(self):
         check = self.check(patience=0.1)
@@ -9378,7 +9393,7 @@ class QuarantineTest(WorkerCase):
         self.end_there(done=True)
         self.client.set({
             jobid: {"jobstage": 0, "jobcmd": "true"} for jobid in (4, 5, 6)})
-        check.PATIENCE = 1000
+        check.PATIENCE = PATIENCE
         self.fail_here(check)
         self.assertIn("3 jobs in a row", self.verdict(check))
 
@@ -9414,6 +9429,7 @@ class QuarantineTest(WorkerCase):
                 self.assertTrue(check.suspect())
                 self.client.heartbeat("there", 60, [], **told)
                 self.assertIsNone(self.verdict(check))
+                self.assertEqual({}, check.failed)
 
     # A full disk
 
