@@ -11661,6 +11661,15 @@ class WatchTest(CommandCase):
 class RunTest(Commands):
     """jobman.py run as people run it."""
 
+    def setUp(self):
+        super().setUp()
+        launcher = os.path.join(self.make_folder(), "worker.py")
+        with open(launcher, "w") as file:  # compiled, it starts sooner
+            file.write(
+                "import runpy, sys; sys.path[0] = %r; runpy.run_module("
+                "'worker', run_name='__main__', alter_sys=True)" % HERE)
+        self.replace("worker_script", lambda: launcher)
+
     def over(self, *argv, status=0, given=b""):
         """Do a run to its end; return (stdout, stderr)."""
         found, out, err = self.call_main("run", *argv, given=given)
