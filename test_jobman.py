@@ -14212,6 +14212,9 @@ class TlsTest(Certified, HostCase):
                 worker.Trouble, "its fingerprint is " + shown) as it:
             client.status()
         self.assertNotIsInstance(it.exception, worker.Unreachable)
+        with self.assertRaises(worker.Impostor):
+            client.connect(PATIENCE)
+        self.assertIsNone(client.connection)
         self.assertEqual({b""}, set(heard))
         self.name_server(fingerprint=shown)
         with self.assertRaises(worker.Unreachable):
