@@ -16949,7 +16949,7 @@ class BrowserTest(StoreCase):
         self.see("#job", "Job 1")
         self.store.open_to_all = False
         self.faults.append("403")
-        self.see("#login", "This server takes only the jobix in")
+        self.see("#login", "This server accepts only the jobix in")
         self.see_nothing("#job")
         self.jobix = self.store.jobix
         self.set_jobs([1, 2])
