@@ -76,7 +76,7 @@ COMPILED = "import os, runpy, sys; del sys.argv[0]; " \
     "runpy.run_module(name[:-3], run_name='__main__', alter_sys=True)"
 SERVE, BACKUP, CHECK = [
     (name, "--db", "jobman.db") for name in ("serve", "backup", "check")]
-PATIENCE = 30  # seconds that a process may take before a test gives it up
+PATIENCE = 60  # seconds that a process may take before a test gives it up
 
 
 # --------------------------------------------------------------- harness ---
@@ -8498,7 +8498,7 @@ class EndTest(WorkerCase):
             return get(client, *args, **options)
 
         self.patch(worker.Client, "get", note)
-        self.patch(worker.Claimer, "LONGEST_WAIT", 60)  # over PATIENCE
+        self.patch(worker.Claimer, "LONGEST_WAIT", 120)  # over PATIENCE
         self.work("--idle-timeout", "1000", meanwhile=meanwhile, status=143)
         self.assertEqual([60], polls)
 
