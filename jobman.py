@@ -580,8 +580,9 @@ class SQL:
     STAGES = """
         select stage, minutes, paused, name, cores, memory from stage
         where namespace = :namespace order by stage"""
+    # a row also where another server has forgotten the stage
     NEEDS = """
-        select cores, memory from stage
+        select max(cores) as cores, max(memory) as memory from stage
         where namespace = :namespace and stage = :stage"""
     ADD_STAGE = "insert into stage (namespace, stage) values (?, ?)"
     UNUSED_STAGES = """

@@ -8498,9 +8498,9 @@ class EndTest(WorkerCase):
             return get(client, *args, **options)
 
         self.patch(worker.Client, "get", note)
-        self.patch(worker.Claimer, "LONGEST_WAIT", 120)  # over PATIENCE
+        self.patch(worker.Claimer, "LONGEST_WAIT", 2 * PATIENCE)
         self.work("--idle-timeout", "1000", meanwhile=meanwhile, status=143)
-        self.assertEqual([60], polls)
+        self.assertEqual([2 * PATIENCE], polls)
 
     def test_a_hangup_does_nothing_under_nohup(self):
         self.add("echo $$ >> pids; " + UNTIL_GO)
@@ -10565,10 +10565,10 @@ class ArgumentTest(unittest.TestCase):
                 "", ",", "1,", "1,,2", "-1", "1-", "8-5", "1-2-3", "1.5",
                 "9007199254740992", "1-9007199254740992", "\u0663", "9" * 5000,
                 "1 2", "0x1", "all", "-a", "run 3", "run3,4")),
-            (jobman.duration, "is no duration; write", (
+            (jobman.duration, "isn't a duration; write", (
                 "", "x", "-1", "1:00", "2h30", "m", "1000000001", "nan",
                 "1e3", "9" * 50, "\u0663")),
-            (jobman.read_stage, "is no stage; write", (
+            (jobman.read_stage, "isn't a stage; write", (
                 "", "-1", "1.5", "1000001", "all", "last", "a b", "x" * 65)),
         ):
             for text in texts:
