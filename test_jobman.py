@@ -7043,6 +7043,7 @@ class WorkerCase(TemporaryFolder):
 UNTIL_GO = "until [ -e go ]; do sleep 0.02; done"
 
 
+@slow
 class WorkerTest(WorkerCase):
     """worker.py as people run it, against a real server."""
 
@@ -7561,6 +7562,7 @@ class ClientTest(WorkerCase):
                     call(jobid)
 
 
+@slow
 class SlotsTest(WorkerCase):
     """How many commands run, of which claims, and what they print."""
 
