@@ -457,7 +457,7 @@ class SQL:
         and state = 'working'"""
     TELL = """
         update job set progress = coalesce(:progress, progress),
-            note = coalesce(:note, note)
+            note = nullif(coalesce(:note, note), '')
         where namespace = :namespace and jobid = :jobid"""
     # at a server's start and after a pause, so that an outage costs no lease
     RENEW_ALL = """
@@ -580,6 +580,9 @@ class SQL:
     STAGES = """
         select stage, minutes, paused, name, cores, memory from stage
         where namespace = :namespace order by stage"""
+    TOO_LARGE = """
+        select 1 from stage where namespace = :namespace and stage = :stage
+        and (cores > :cores or memory > :memory)"""
     # a row also where another server has forgotten the stage
     NEEDS = """
         select max(cores) as cores, max(memory) as memory from stage
@@ -1349,6 +1352,11 @@ def after_move(job, now, **after):
     values.update(after)
     values["free"] = int(is_free(values["state"], values["lease"]))
     return values
+
+
+def next_note(job, note):
+    """Return a job's note after an attempt that left one: "" clears it."""
+    return job["note"] if note is None else note or None
 
 
 def time_bucket(seconds):
@@ -2390,6 +2398,16 @@ class Store:
             tx.move(moves)
         return moves
 
+    @query
+    def fitting(self, execute, namespace, stages, cores, memory):
+        """Return those of `stages` whose jobs need no more than this.
+
+        None is any number.
+        """
+        return [stage for stage in stages if not execute(SQL.TOO_LARGE, {
+            "namespace": namespace, "stage": stage, "cores": cores,
+            "memory": memory}).fetchone()]
+
     def claim_one(self, tx, job, *, target, claim, worker, lease):
         """Return the move of one free job to the holder of a new claim."""
         self.interrupt(tx, job, "superseded")  # was claimed without a lease
@@ -2412,6 +2430,7 @@ class Store:
             attempt=1 if fresh else job["attempt"] + 1,
             failures=0 if fresh else job["failures"],
             lapses=0 if fresh else job["lapses"],
+            note=None if fresh else job["note"],
         )
 
     # Ending attempts
@@ -2495,7 +2514,7 @@ class Store:
             self.delay_or_fail(
                 tx, job, job["attempt"] if later else failures,
                 counted=not later, stage=job["claimed_from"],
-                failures=failures, note=note or job["note"])
+                failures=failures, note=next_note(job, note))
         return self.outcome(tx, job, "state", "failures", "delay")
 
     def outcome(self, tx, job, *names):
@@ -2589,7 +2608,7 @@ class Store:
         stage = job["claimed_from"]
         state = self.settled_state(tx, job, stage)
         self.move(tx, job, stage=stage, state=state,
-                  attempt=job["attempt"] - 1, note=note or job["note"])
+                  attempt=job["attempt"] - 1, note=next_note(job, note))
         return 1
 
     def require_claim(self, job):
@@ -2851,7 +2870,7 @@ class Store:
         self.interrupt(tx, job, "expired")
         state = self.settled_state(tx, job, new)
         self.move(tx, job, stage=new, state=state, attempt=0, failures=0,
-                  lapses=0)
+                  lapses=0, note=None)
         return 1
 
     # Retrying, cancelling, releasing, forgetting
@@ -3646,7 +3665,7 @@ def note_text(value, name):
     if not is_text(value) or len(value) > MAX_NOTE:
         raise Error(400, "%s must be a string of up to %d characters."
                     % (name, MAX_NOTE))
-    return to_json(value)
+    return value and to_json(value)
 
 
 def jobid_list(value, name):
@@ -4294,13 +4313,18 @@ def read_selected(store, request, **readers):
     return given
 
 
-def claim_in_time(store, request, stages, claim, wait):
+def claim_in_time(store, request, stages, claim, wait, cores, memory):
     """Return the result of `claim()`; wait up to `wait` seconds for a job.
 
-    It joins the queue first and looks then, so that no job is missed.
+    It joins the queue of the stages whose jobs need no more than `cores` and
+    `memory`, and looks once more then, so that no job is missed.
     """
     end = time.monotonic() + wait
-    keys = {(request.namespace, stage) for stage in stages}
+    jobs = claim()
+    if jobs:
+        return jobs
+    keys = {(request.namespace, stage) for stage in store.fitting(
+        request.namespace, stages, cores, memory)}
     while True:
         with store.wait_queue.join(keys) as waiter:
             jobs = claim()
@@ -4412,7 +4436,8 @@ def get_job_claim(store, request, stages, nextstage=None):
             **given),
         min(n or 1, MAX_CLAIMS), step)
     jobs = claim() if not wait else claim_in_time(
-        store, request, stages, claim, min(wait, MAX_WAIT))
+        store, request, stages, claim, min(wait, MAX_WAIT), given["cores"],
+        given["memory"])
     replies = [claim_json(request.jobix, job) for job in jobs]
     if n is not None:
         return Response.json_text("[%s]" % ", ".join(replies))
@@ -8858,7 +8883,9 @@ class Allocator:
         self.heard = set()  # numbers of those whose workers were heard of
         self.fruitless = 0  # allocations in a row without a worker
         self.slots = options.slots * options.nodes  # of an allocation
-        self.room = 0  # jobs that could start, now or in queued allocations
+        self.workers = []  # those that take jobs
+        self.coming = 0  # allocations whose workers weren't heard of yet
+        self.too_large = set()  # stages that need more than all of them have
 
     def list(self):
         """Return {number: whether it is queued} of our allocations."""
@@ -8867,7 +8894,7 @@ class Allocator:
                 if row[1:2] == [self.name]}
 
     def look(self):
-        """Find our allocations, and how many jobs they have room for.
+        """Find our allocations, and their workers.
 
         Raises BatchFailure when one ended before its worker was heard of,
         CommandError for the third in a row.
@@ -8877,17 +8904,17 @@ class Allocator:
             worker for worker in told["workers"]
             if self.system["in_names"] % number in worker["name"]
         ] for number in {*self.found, *found}}
-        heard = {number for number in workers if workers[number]}
+        heard = {number for number in workers if any(
+            worker["quarantine"] is None for worker in workers[number])}
         if heard - self.heard:
             self.fruitless = 0
         self.heard |= heard
         self.slots = max([self.slots] + [
             slots_and_jobs(workers[number])[0] for number in heard])
-        slots, jobs = slots_and_jobs([
+        self.workers = [
             worker for number in found for worker in workers[number]
-            if not fault(worker, told["time"])])
-        self.room = max(0, slots - jobs) \
-            + self.slots * len(found.keys() - self.heard)
+            if not fault(worker, told["time"])]
+        self.coming = len(found.keys() - self.heard)
         lost = sorted(self.found.keys() - found - self.heard)
         self.found = found
         self.fruitless += len(lost)
@@ -8907,21 +8934,30 @@ class Allocator:
         """
         self.look()
         figures = self.client.status()
-        waiting = sum(
-            stage["states"]["waiting"] for stage in figures["stages"]
+        stages = self.fitting([
+            stage for stage in figures["stages"]
             if not stage["paused"] and not {
-                stage["stage"], stage["name"]}.isdisjoint(self.options.stages))
+                stage["stage"], stage["name"]}.isdisjoint(self.options.stages)
+            and stage["states"]["waiting"]])
+        waiting = sum(stage["states"]["waiting"] for stage in stages)
+        cores = max([stage.get("cores", 1) for stage in stages], default=1)
+        room = self.slots // cores * self.coming + sum(
+            max(0, (worker["slots"] or 0) // cores - len(worker["holds"]))
+            for worker in self.workers)
         queued = [number for number in self.found if self.found[number]]
         there = "%d running, %d queued: " % (
             len(self.found) - len(queued), len(queued))
         why = "%s waiting, room for %d" % (
-            number_of(waiting, "job"), self.room)
+            number_of(waiting, "job"), room)
+        if self.too_large:
+            why += ", stages too large for its nodes: " + ", ".join(
+                map(str, sorted(self.too_large)))
         if not any(figures["totals"]["states"][state] for state in UNENDED):
             if not self.found:
                 return None
             what = self.cancel(queued) if queued else "waiting for the end"
             return there + what, "all jobs have ended"
-        if waiting <= self.room:
+        if waiting <= room:
             what = "enough for now"
         elif len(self.found) >= self.options.max:
             what = "--max is reached"
@@ -8930,6 +8966,19 @@ class Allocator:
         else:
             what = self.submit()
         return there + what, why
+
+    def fitting(self, stages):
+        """Return those stages whose jobs some worker of ours had room for.
+
+        Without a worker that is any stage that wasn't too large before.
+        """
+        for stage in stages if self.workers else ():
+            if all(is_too_small(worker, stage) for worker in self.workers):
+                self.too_large.add(stage["stage"])
+            else:
+                self.too_large.discard(stage["stage"])
+        return [stage for stage in stages
+                if stage["stage"] not in self.too_large]
 
     def submit(self):
         """Submit an allocation; return what was done."""
@@ -9572,6 +9621,9 @@ def check_batch(parser, options):
         # as the scripts do; ends with exit status 2 if they're bad
         meant = worker.parse(["--slots", "1", *options.worker])
         options.slots, options.stages = meant.slots, meant.stage
+        if options.command == "alloc" and meant.name:
+            parser.error("--worker can't have a --name here: alloc finds its"
+                         " workers by their own names")
 
 
 # Each command: its name, its function, its options, and its help: one line,

@@ -3839,6 +3839,16 @@ class WaitTest(StoreCase):
             self.assertEqual(stage, answer()["jobid"])
             self.listening(0)
 
+    def test_a_new_job_answers_the_first_who_has_room_for_it(self):
+        self.ok("/stages", {"0": {"cores": 4}})
+        small = self.ask("/get/0?wait=2&cores=1&lease=60")
+        self.listening(1)
+        large = self.ask("/get/0?wait=60&cores=4&lease=60")
+        self.listening(2)
+        self.set_jobs([1])
+        self.assertEqual(1, large()["jobid"])
+        self.assertEqual("nada", small())
+
     def test_a_claim_that_moves_a_job_to_a_stage_answers_one_there(self):
         answer, = self.asked("/get/7?wait=60")
         self.set_jobs([1])
@@ -9790,6 +9800,16 @@ class NewsTest(StoreCase):
             self.assertEqual((None, None), self.shown())
             self.ok("/forget", {"ids": [1]})
 
+    def test_an_empty_note_takes_it_back(self):
+        self.set_jobs([1])
+        for end in ("fail", "release"):
+            job = self.get(worker="w", lease=60)
+            self.told(job, note="old")
+            path = "/%s_job/1?claim=%s" % (end, job["claim"])
+            self.ok(path, {"note": ""})
+            self.assertEqual((None, None), self.shown())
+            self.clock.advance(61)
+
     def test_bad_news_are_refused(self):
         self.set_jobs([1])
         job = self.get(worker="w", lease=60)
@@ -9900,6 +9920,35 @@ class RoomTest(WorkerCase):
         self.assertEqual([["done"]] * 3, [
             self.outcomes(jobid) for jobid in (1, 2, 3)])
 
+    def test_a_large_job_that_waits_too_long_goes_to_another_worker(self):
+        self.client.stages({1: {"cores": 2}})
+        self.set_in(1, 0, "until [ -e go ]; do sleep 0.02; done")
+        changes = "worker.Worker.KEPT, worker.Worker.HELD = 0.5, 0.2"
+        first = self.spawn(*changed("worker", changes), *self.SOON,
+                           "--stage", "0,1", "--slots", "2")
+        wait_for(lambda: self.states() == ["working"], "the first job")
+        self.set_in(2, 1, "echo 2")
+        wait_for(lambda: self.states() == ["working"] * 2, "a claim")
+        other = self.start("--stage", "1", "--slots", "2",
+                           "--idle-timeout", "60")
+        wait_for(lambda: self.states() == ["working", "done"], "the other")
+        other.terminate()
+        self.assertEqual("2\n", self.finish(other)[1])
+        self.go()
+        self.assertEqual(0, self.finish(first)[0])
+
+    def test_a_stage_whose_needs_were_lowered_is_served(self):
+        self.client.stages({2: {"cores": 64}})
+        self.set_in(1, 2, "true")
+        changes = "worker.Claimer.LONGEST_WAIT = 0.2"
+        process = self.spawn(*changed("worker", changes), *self.SOON,
+                             "--stage", "0,2", "--idle-timeout", "60")
+        wait_for(lambda: self.client.workers()["workers"], "the worker")
+        self.client.stages({2: {"cores": None}})
+        wait_for(lambda: self.states() == ["done"], "the job")
+        process.terminate()
+        self.finish(process)
+
     def test_jobs_that_need_much_run_one_at_a_time(self):
         alone = "mkdir alone && sleep 0.1 && rmdir alone"
         for stage, needs in ((0, {"cores": 2}), (1, {"memory": "60M"})):
@@ -9984,6 +10033,16 @@ class NoteTest(WorkerCase):
         self.assertEqual("step1\nresult-0.note\n", out)
         self.assertEqual("done", self.states()[0])
         self.assertIsNone(self.job()["note"])
+
+    def test_a_command_can_take_back_its_note(self):
+        self.add("rm $JOBMAN_NOTE; exit 1", max_attempts=1)
+        job = self.client.get(0, lease=60)
+        self.client.heartbeat("w", 60, [[1, job["claim"], {"note": "old"}]])
+        self.client.release_job(1, job["claim"])
+        self.assertEqual('"old"', self.job()["note"])
+        self.work()
+        self.assertEqual(("failed", None), (
+            self.states()[0], self.job()["note"]))
 
     def test_what_is_no_progress_or_note_is_not_told(self):
         self.add("echo many > $JOBMAN_PROGRESS; mkfifo $JOBMAN_NOTE; exit 1",
@@ -15385,6 +15444,30 @@ class AllocTest(TemporaryFolder):
             if claim else []
         self.client.heartbeat(name, 60, [], slots=slots, stages=[0], **about)
         return jobs
+
+    def test_it_counts_the_cores_that_jobs_need(self):
+        self.client.stages({0: {"cores": 4}})
+        self.add(1, 10)
+        self.start("--max", "2", "--worker", "--slots 4")
+        self.said("0 running, 1 queued: --backlog is reached (10 jobs"
+                  " waiting, room for 1)\n")
+        self.runs(1)
+        self.said("submitted 2 (10 jobs waiting, room for 1)\n")
+
+    def test_it_submits_no_more_for_a_stage_that_is_too_large(self):
+        self.add(1, 2)
+        self.start("--max", "9", "--worker", "--slots 4")
+        self.said("submitted 1")
+        self.client.stages({0: {"cores": 64}})
+        self.runs(1)
+        self.beat(1, memory=2**30)
+        self.said("1 running, 0 queued: enough for now (0 jobs waiting, room"
+                  " for 4, stages too large for its nodes: 0)\n")
+        self.client.heartbeat("n1-slurm1-77", 60, [], ended=True)
+        self.put("queue", "")
+        self.said("0 running, 0 queued: enough for now (0 jobs waiting, room"
+                  " for 0, stages too large for its nodes: 0)\n")
+        self.assertEqual(1, self.lines("submitted"))
 
     def test_it_submits_while_more_jobs_wait_than_there_is_room_for(self):
         self.add(1, 10)

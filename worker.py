@@ -1505,11 +1505,12 @@ def read_progress(text):
 
     Raises ValueError when it doesn't begin with a number from 0 to 1.
     """
-    number, _, word = text.decode("utf-8", "replace").strip().partition(" ")
+    last = text.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    number, *word = last.split(None, 1) or [""]
     part = float(number)
     if not 0 <= part <= 1:
         raise ValueError("it must be from 0 to 1")
-    return [part, word.strip()[:100]]
+    return [part, "".join(word)[:100]]
 
 
 def read_result(path, owner):
@@ -1662,19 +1663,21 @@ class Attempt:
                 file.write(to_bytes(self.job["note"]))
 
     def note(self, owner):
-        """Return its command's note for the next attempt, as a field."""
-        with contextlib.suppress(ValueError):
-            text = read_left(self.result + ".note", owner, NOTE_LIMIT)
-            if text:
-                return {"note": text.decode("utf-8", "surrogateescape")}
-        return {}
+        """Return its command's note for the next attempt; raise ValueError.
+        """
+        text = read_left(self.result + ".note", owner, NOTE_LIMIT)
+        return text.decode("utf-8", "surrogateescape")
 
     def news(self, owner):
-        """Return the progress and note of its command, for a heartbeat."""
-        news = self.note(owner)
+        """Return what its command has told by now, for a heartbeat."""
+        news = {}
         with contextlib.suppress(ValueError):
             text = read_left(self.result + ".progress", owner, NOTE_LIMIT)
             news["progress"] = read_progress(text)
+        with contextlib.suppress(ValueError):
+            news["note"] = self.note(owner)
+        if not news.get("note"):  # it may be just being written
+            news.pop("note", None)
         return news
 
     def remove_files(self):
@@ -2008,12 +2011,9 @@ class Claimer:
             self.ending.wait(min(wait, 1))
             return []
         began = time.monotonic()
-        # a poll of the others would take the wake-ups of larger workers
-        fitting = [stage for stage in stages if not self.too_large(stage)]
         jobs = self.client.get(
-            fitting or stages, worker=self.name, lease=self.options.lease,
-            n=n, wait=wait, cores=self.options.slots,
-            memory=self.options.memory)
+            stages, worker=self.name, lease=self.options.lease, n=n, wait=wait,
+            cores=self.options.slots, memory=self.options.memory)
         if not jobs and time.monotonic() - began < wait:  # too many wait there
             self.ending.wait(random.uniform(0.1, 1))
         return jobs
@@ -2113,6 +2113,7 @@ class Worker:
     SECRETS = "jobix", "claim"  # of a job, which its command isn't told
     MOST_AHEAD = 200  # jobs claimed for slots that aren't idle yet
     HELD = 1  # seconds after which these are given back
+    KEPT = 60  # seconds for which slots are kept idle for a large job
     GRACE = 5  # seconds between TERM and KILL for a command that is cut off
     NAMED = 10  # failed jobs named at the end
 
@@ -2335,10 +2336,10 @@ class Worker:
             return
         if self.idle and self.ready:  # the first one waits for room
             return
-        rooms = max(
-            int(not self.attempts),  # ask, though all may be too large
-            *(self.rooms(*self.claimer.needs[stage])
-              for stage in self.claimer.stages))
+        found = [self.rooms(*self.claimer.needs[stage])
+                 for stage in self.claimer.stages]
+        # if all are too large ask for one: what they need may have changed
+        rooms = min(filter(None, found), default=int(not self.attempts))
         if rooms or len(self.ready) * 2 < self.ahead:
             lasted = time.monotonic() - self.received
             if lasted < 0.1:
@@ -2404,10 +2405,13 @@ class Worker:
     def give_back(self, held=0):
         """Release the claims that have waited so many seconds for room.
 
-        The first one keeps its place while idle slots, too few, wait for it.
+        The first one keeps its place while idle slots, too few, wait for it,
+        but not for ever: another worker may have room.
         """
-        latest = time.monotonic() - held
-        kept = 1 if held and self.idle else 0
+        latest, kept = time.monotonic() - held, 0
+        if held == self.HELD and self.idle and self.ready:
+            kept = 1
+            self.schedule.enter(self.KEPT, 0, self.give_back, (self.KEPT,))
         while len(self.ready) > kept and self.ready[kept].claimed <= latest:
             attempt = self.ready[kept]
             del self.ready[kept]
@@ -2713,8 +2717,12 @@ class Worker:
         if verb == "release":
             values = {}
         if attempt.result:
-            if verb in ("fail", "release"):
-                values.update(attempt.note(self.owner))
+            if verb in ("fail", "release") and attempt.began:
+                try:
+                    values["note"] = attempt.note(self.owner)
+                except ValueError as error:
+                    say("Job %d: JOBMAN_NOTE can't be used: %s." % (
+                        attempt.job["jobid"], error))
             attempt.remove_files()
         attempt.close()
         self.tell(attempt, verb, **values)
