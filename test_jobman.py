@@ -16621,6 +16621,11 @@ class BrowserTest(StoreCase):
         self.set_jobs(range(4), laststage=2)
         self.see("#overall", "nothing finished in the last 2 minutes \u00b7 "
                              "no worker serves stage 0, 4 waiting in it")
+        self.ok("/stages", {"0": {"cores": 4}})
+        self.beat("w", stages=[0], slots=2, memory=2**30)
+        self.see("#overall", "no worker has room for a job of stage 0")
+        self.ok("/stages", {"0": {"cores": None}})
+        self.beat("w", ended=True)
         self.ok("/pause/0", {})
         self.see("#overall", "stage 0 is paused, 4 waiting in it")
         self.ok("/resume/0", {})
