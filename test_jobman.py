@@ -11129,9 +11129,9 @@ job  stage  state             since                worker  attempt  command
         lines = "jobs", "jobs --output json", "export"
         self.set_jobs(dict.fromkeys(range(2000), "x" * 500))  # two pages
         some = list(map(self.memory, lines))
-        self.set_jobs(dict.fromkeys(range(2000, 8000), "x" * 500))
-        for line, before in zip(lines, some):
-            self.assertLess(self.memory(line), before + 4000)
+        self.set_jobs(dict.fromkeys(range(2000, 14000), "x" * 500))
+        for line, before in zip(lines, some):  # all at once are over 20 MB
+            self.assertLess(self.memory(line), before + 8000)
 
     def test_commands_are_cut_to_the_terminal_and_nowhere_else(self):
         self.set_jobs({1: "x" * 300})
@@ -14368,7 +14368,7 @@ class DoctorTest(Certified, HostCase, StoreCase):
         """Return what doctor finds: {name: (ok, what it says)}."""
         status, out, err = self.jobman("doctor", *argv, "--output", "json")
         self.assertEqual("", err)
-        self.assertNotIn(str(self.jobix), out)
+        self.assertNotRegex(out, r"\b%d\b" % self.jobix)  # a port may be 47111
         found = json.loads(out)
         for one in found:
             self.assertEqual(["name", "ok", "said"], list(one))
@@ -17024,12 +17024,12 @@ class BrowserTest(StoreCase):
     def test_the_jobix_is_kept_for_the_session_and_nowhere_else(self):
         self.set_jobs([1])
         self.show()
-        self.assertNotIn("4711", self.script("location.href"))
+        self.assertNotRegex(self.script("location.href"), r"\b4711\b")
         kept = self.script(
             "[{...sessionStorage}, localStorage.length,"
             " document.cookie, document.documentElement.outerHTML]")
         self.assertEqual([{"jobix": "4711"}, 0, ""], kept[:3])
-        self.assertNotIn("4711", kept[3])
+        self.assertNotRegex(kept[3], r"\b4711\b")
         self.browser.call("POST", "/refresh")
         self.see("#overall", "0 of 1 job done")
         self.assertFalse([u for u in self.browser.requests() if "4711" in

@@ -1,21 +1,26 @@
 #!/usr/bin/env python3
-"""Measure what a server costs that has many jobs, or many who wait.
+"""Measure what many waiting workers, many jobs and two servers cost.
 
     python3 bench/scale.py
 
-prints three tables: how much memory waiting workers take and how soon one of
-them has a new job, how long answers take with a million jobs, and how two
-server processes share one database. It needs Linux, Python 3.8 or later, and
-as many open files as there are waiting workers (`ulimit -n`).
+prints four tables: how much memory waiting workers take and how soon one of
+them has a new job, how long answers take with a million jobs, how two server
+processes share one database, and how long claims take while another client
+adds a million jobs. It needs Linux, Python 3.8 or later, and as many open
+files as there are waiting workers (`ulimit -n`).
 """
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import resource
 import select
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 
 sys.dont_write_bytecode = True  # leave nothing beside the sources
@@ -23,10 +28,20 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 
 import load  # noqa: E402
-import test_jobman  # noqa: E402
 
 JOBIX = 4711
+JOBMAN = os.path.join(os.path.dirname(HERE), "jobman.py")
 HEARTBEAT = {"lease": 60, "claims": []}
+STOCK = 100000  # jobs that are there before more are added
+ADDING = """
+import sys
+sys.path.insert(0, %r)
+import worker
+url, jobix, jobs = sys.argv[1:]
+worker.Client(url=url, jobix=jobix).set(
+    (jobid, {"jobstage": 0, "jobcmd": %r %% jobid, "laststage": 2})
+    for jobid in range(10**7, 10**7 + int(jobs)))
+""" % (os.path.dirname(HERE), load.COMMAND)
 
 
 def memory(pid):
@@ -77,22 +92,45 @@ class Line:
         return answer, time.perf_counter() - began
 
 
-class Bench(test_jobman.TemporaryFolder):
-    """Servers, and who calls them."""
+def timed_talk(going_on, times):
+    """Claim a job and update it, over and over; note how long claims take."""
+    talk = load.cycle_talk(JOBIX, iter(going_on, False), [], False)
+    request, claims = next(talk), True
+    while True:
+        began = time.perf_counter()
+        answer = yield request
+        if claims:
+            times.append(time.perf_counter() - began)
+        claims = not claims
+        try:
+            request = talk.send(answer)
+        except StopIteration:
+            return
 
-    def runTest(self):
-        self.measure_polls(self.options.polls)
-        self.measure_answers(self.options.jobs)
-        self.measure_sharing(self.options.cycles)
+
+class Bench:
+    """Servers in a folder of their own, and their clients."""
+
+    def __init__(self, options, folder):
+        self.options, self.folder = options, folder
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
 
     def server(self, *options):
         """Start a server; return its process and its address."""
-        return self.serve("--open", *options)
+        process = subprocess.Popen(
+            [sys.executable, JOBMAN, "serve", "--open", "--port", "0", "--db",
+             self.path("jobman.db"), *options],
+            env=dict(os.environ, HOME=self.folder), stdout=subprocess.PIPE)
+        first = process.stdout.readline().decode()
+        host, port = re.search("http://(.*):([0-9]+)", first).groups()
+        return process, (host, int(port))
 
     def end(self, process):
-        """End a server, and forget its database."""
+        """End a server, and remove its database."""
         process.terminate()
-        self.finish(process)
+        process.communicate()
         for name in os.listdir(self.folder):
             if name.startswith("jobman.db"):
                 os.remove(self.path(name))
@@ -184,20 +222,54 @@ class Bench(test_jobman.TemporaryFolder):
         for process, _ in servers:
             self.end(process)
 
+    def measure_adding(self, jobs):
+        """Print how long claims take, alone and while jobs are added."""
+        process, address = self.server()
+        load.set_jobs(address, JOBIX, STOCK)
+        head("claims of 8 clients", "a second", "median", "99 of 100",
+             "longest")
+        end = time.monotonic() + 5
+        self.measure_claims("alone", address, lambda: time.monotonic() < end)
+        began = time.monotonic()
+        adding = subprocess.Popen([
+            sys.executable, "-c", ADDING, "http://%s:%d" % address,
+            str(JOBIX), str(jobs)])
+        self.measure_claims("while jobs are added", address,
+                            lambda: adding.poll() is None)
+        taken = time.monotonic() - began
+        assert adding.returncode == 0
+        head("%d jobs in one call" % jobs, "")
+        row("added a second", "%.0f" % (jobs / taken))
+        row("memory of the server", "%.0f MiB" % (
+            memory(process.pid) / 2**20))
+        self.end(process)
+
+    def measure_claims(self, what, address, going_on):
+        """Print how long claims take."""
+        times = []
+        taken = load.carry([
+            load.Line(address, timed_talk(going_on, times), load.whole_http,
+                      False) for _ in range(8)])
+        row(what, "%.0f" % (len(times) / taken), *(
+            milliseconds(times, part) for part in (0.5, 0.99, 1)))
+
 
 def main():
     """Run the measurement."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--polls", type=int, default=10000)
-    add("--wakes", type=int, default=500, help="jobs for those who wait")
+    add("--wakes", type=int, default=500, help="jobs for waiting workers")
     add("--jobs", type=int, default=10**6)
     add("--cycles", type=int, default=6000)
-    Bench.options = parser.parse_args()
-    result = test_jobman.unittest.TestResult()
-    Bench().run(result)
-    for _, trace in result.errors + result.failures:
-        sys.exit(trace)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="jobman-scale-") as folder, \
+            contextlib.suppress(KeyboardInterrupt):
+        bench = Bench(options, folder)
+        bench.measure_polls(options.polls)
+        bench.measure_answers(options.jobs)
+        bench.measure_sharing(options.cycles)
+        bench.measure_adding(options.jobs)
 
 
 if __name__ == "__main__":
