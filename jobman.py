@@ -4744,7 +4744,7 @@ class Describer:
 
     def __init__(self, store, namespace):
         self.store, self.namespace = store, namespace
-        self.found = None
+        self.found, self.waiting = None, {}
 
     def around(self):
         """Return the answers of /status and /workers, asked for once."""
@@ -4753,6 +4753,16 @@ class Describer:
             self.found = self.store.status(self.namespace), {
                 "time": now, "workers": workers}
         return self.found
+
+    def reason_of(self, job):
+        """Return why() of a job; all that wait in a stage have one reason."""
+        stage = job["stage"] if job["state"] == "waiting" else None
+        reason = self.waiting.get(stage)
+        if reason is None:
+            reason = why(job, self.store.clock(), self.around)
+            if stage is not None:
+                self.waiting[stage] = reason
+        return reason
 
     def describe(self, job, known_attempts, parents=(), **more):
         """Return a job but its token, and `more`, JSON already.
@@ -4766,7 +4776,7 @@ class Describer:
                      progress=from_json(job["progress"] or "null"),
                      attempts=known_attempts, waits_for=parents)
         shown["command"] = command_text(known)
-        shown["why"] = why(known, self.store.clock(), self.around)
+        shown["why"] = self.reason_of(known)
         texts = {name: job[name] or "null" for name in JSON_COLUMNS}
         return splice(shown, dict(texts, **more))
 
