@@ -2168,7 +2168,7 @@ class RejectTest(StoreCase):
         self.ok("/cancel", {"ids": [3]})
         self.get(2), self.get(2, lease=60)  # 4 and 5
         self.clock.advance(2)
-        self.fail(self.get(4))  # for good
+        self.fail(self.get(4))  # the last attempt
         self.assertEqual({
             (6, "done"): 1, (4, "failed"): 1, (4, "waiting"): 1,
             (2, "cancelled"): 1, (3, "working"): 2, (2, "waiting"): 1},
@@ -2551,7 +2551,7 @@ class SweepTest(StoreCase):
         return pace["start"], pace["step"], pace["updates"], pace["done"]
 
     def failed(self, jobs, **report):
-        """Let jobs fail for good; return their ids."""
+        """Let jobs fail in their last attempt; return their ids."""
         ids = [job["jobid"] for job in jobs]
         for job in jobs:
             self.ok("/fail_job/%d" % job["jobid"], report)
@@ -2880,7 +2880,7 @@ class SweepTest(StoreCase):
         connection.execute("pragma busy_timeout = 1")
         other = sqlite3.connect(self.path("jobs.db"), isolation_level=None)
         with contextlib.closing(other):
-            other.execute("begin immediate")  # somebody else's lock
+            other.execute("begin immediate")  # another process's lock
             self.clock.advance(3)
             wait_for(lambda: len(begun) > 1, "a second try")
         wait_for(lambda: self.rows("select state from job") == [("waiting",)],
@@ -3179,7 +3179,7 @@ class DependencyTest(StoreCase):
             self.expect(200, "/update_job/%d/2" % jobid)
 
     def spoil(self, *ids):
-        """Let jobs be claimed, and fail for good."""
+        """Let jobs be claimed, and fail in their last attempt."""
         while ids:
             job = self.get(0)
             self.assertIn(job["jobid"], ids)
@@ -3995,7 +3995,7 @@ class WaitTest(StoreCase):
 
 
 class WrongJobixTest(StoreCase):
-    """A wrong jobix is refused after a pause, which delays nobody else."""
+    """A wrong jobix is refused after a pause that delays no other call."""
 
     open_to_all = False
 
@@ -8629,7 +8629,7 @@ class EndTest(WorkerCase):
 
     def test_a_folder_that_another_user_made_anew_is_not_believed(self):
         if os.geteuid():
-            self.skipTest("only root can give a folder to somebody else")
+            self.skipTest("only root can give a folder to another user")
         forge = 'folder=$(dirname "$JOBMAN_RESULT"); rm -r "$folder";' \
             ' mkdir -m 777 "$folder"; echo "{\\"jobcmd\\": \\"forged\\"}"' \
             ' > "$JOBMAN_RESULT"; chown -R 1234 "$folder"'
@@ -12418,7 +12418,7 @@ class StartTest(Commands):
             os.symlink(folder + "/x", folder + ".link")
             if name == "theirs":
                 if os.geteuid():
-                    continue  # only root can give it to somebody else
+                    continue  # only root can give it to another user
                 os.chown(folder, 1234, -1)
             said = "The folder %s %s: .*mkdir -m 700" % (
                 os.path.realpath(folder), fault)
@@ -12439,7 +12439,7 @@ class StartTest(Commands):
 
     def test_a_mount_may_map_our_id(self):
         if os.geteuid():
-            self.skipTest("only root can give a folder to somebody else")
+            self.skipTest("only root can give a folder to another user")
         self.patch(os, "geteuid", lambda: 12345)
         for owner, is_ours in ((65534, True), (1234, False)):
             folder = self.make_folder()
@@ -15093,16 +15093,12 @@ class ChaosTest(SeededCase):
             self.assertEqual([(jobid, stage, done[jobid, stage])], made)
 
 
-@long
-class SlurmTest(HostCase):
-    """The script of sbatch under a real Slurm, with a real server."""
-
-    LIMIT = 150  # seconds until an allocation of a minute is surely over
+class ClusterCase(HostCase):
+    """Tests under a real Slurm, with a real server."""
 
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.mkdtemp(prefix="jobman-test-")
-        cls.cluster = Cluster(folder)
+        cls.cluster = Cluster(tempfile.mkdtemp(prefix="jobman-test-"))
         missing = cls.cluster.missing()
         try:
             if missing:
@@ -15128,6 +15124,13 @@ class SlurmTest(HostCase):
         """End what a test has left in the queue."""
         self.cluster.query("scancel", "--user=root")
         wait_for(self.cluster.is_idle, "idle nodes")
+
+
+@long
+class SlurmTest(ClusterCase):
+    """The script of sbatch under a real Slurm."""
+
+    LIMIT = 150  # seconds until an allocation of a minute is surely over
 
     def add(self, *commands, **carried):
         """Add a job for each command, numbered from 1."""
@@ -15676,36 +15679,15 @@ class AllocTest(TemporaryFolder):
 
 
 @long
-class AllocSlurmTest(TemporaryFolder):
+class AllocSlurmTest(ClusterCase):
     """Allocations that come by themselves under a real Slurm."""
 
     ONE_CORE = "--", "--cpus-per-task=1", "--mem=100M"
-
-    @classmethod
-    def setUpClass(cls):
-        cls.cluster = Cluster(tempfile.mkdtemp(prefix="jobman-test-"))
-        missing = cls.cluster.missing()
-        try:
-            if missing:
-                raise unittest.SkipTest("a Slurm of its own needs " + missing)
-            cls.cluster.start()
-        except BaseException:
-            cls.tearDownClass()
-            raise
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.cluster.stop()
-        shutil.rmtree(cls.cluster.folder, ignore_errors=True)
 
     def setUp(self):
         super().setUp()
         self.environment["SLURM_CONF"] = \
             self.cluster.environment["SLURM_CONF"]
-        self.serve()
-        self.client = worker.Client(self.path(".jobman", "access.json"))
-        self.addCleanup(self.client.close)
-        self.addCleanup(self.cluster.query, "scancel", "--user=root")
 
     def alloc(self, jobs, *argv):
         """Add jobs and start alloc; yield what squeue shows until it ends."""
